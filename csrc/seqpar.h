@@ -1,0 +1,115 @@
+// The contract between the kernels and whoever calls them: plain structs of raw pointers, sizes and strides.
+// No torch and no Python anywhere under csrc/ except bindings.cpp. Strides are in elements; columns are contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace seqpar {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, e4m3 = 4 };
+enum class Norm : int32_t { none = 0, layer = 1, rms = 2 };
+enum class Status : int32_t { ok = 0, unsupported = 1, bad_argument = 2, launch_failed = 3 };
+
+// Which row of the unsharded tensor a local row is: (r / block) * stride + r % block + offset.
+// [B, S/t, H] on a rank that holds rows [s0, s0 + n): block = n, stride = S, offset = s0.
+// [S/t, B, H]: block = rows, stride = 0, offset = s0 * B.   Unsharded: block = rows, stride = 0, offset = 0.
+struct RowMap {
+    int64_t block, stride, offset;
+};
+
+// Philox dropout (philox.h). Off when seed is null. An element is kept where its 16 bits >= threshold
+// (0..65536) and then multiplied by scale. seed is read where the kernel runs, so a graph replays with new seeds.
+struct Dropout {
+    const int64_t* seed;
+    uint32_t threshold;
+    double scale;
+    RowMap rows;
+};
+
+// z = row_scale * dropout(x + x_bias) + residual;  y = norm(z) * weight + bias;  y2 = norm(z) * weight2 + bias2
+// Arithmetic is fp32 (fp64 when x is f64); each output is rounded once. Statistics are those of the unrounded z.
+// Norm::none stores z alone. Null pointers switch a term off.
+struct NormForward {
+    int64_t rows, cols;
+    Norm norm;
+    bool zero_centered;  // the scale is 1 + weight
+    double eps;
+    DType x_dtype, z_dtype, y_dtype, w_dtype;  // z_dtype: residual and z. w_dtype: every [cols] vector
+    const void* x;
+    int64_t x_stride;
+    const void* x_bias;      // [cols]
+    const float* row_scale;  // [rows]
+    const void* residual;
+    int64_t residual_stride;
+    Dropout dropout;
+    const void *weight, *bias, *weight2, *bias2;  // [cols]
+    void* z;
+    int64_t z_stride;
+    void* y;
+    int64_t y_stride;
+    void* y2;
+    int64_t y2_stride;
+    const float* y_scale;  // e4m3 outputs only: y is multiplied by it before the store
+    void *mean, *rstd;     // [rows] f32 (f64 when x is f64); mean is unused by rms
+};
+
+// g = d(norm)(dy, dy2) + dz;  dresidual = g;  dx = row_scale * dropout'(g);  dx_bias = column sums of dx.
+// dweight = column sums of dy * xhat, dbias = column sums of dy, with xhat = (z - mean) * rstd. Partial sums are
+// f32 (f64) and reduced in an order fixed by the shape alone, so two runs agree bit for bit.
+struct NormBackward {
+    int64_t rows, cols;
+    Norm norm;
+    bool zero_centered;
+    DType x_dtype, z_dtype, y_dtype, w_dtype;  // x_dtype: dx. z_dtype: z, dz, dresidual. y_dtype: dy, dy2
+    const void* dy;
+    int64_t dy_stride;
+    const void* dy2;
+    int64_t dy2_stride;
+    const void* dz;
+    int64_t dz_stride;
+    const void* z;
+    int64_t z_stride;
+    const void *mean, *rstd;
+    const float* row_scale;
+    Dropout dropout;
+    const void *weight, *weight2;
+    void* dx;
+    int64_t dx_stride;
+    void* dresidual;
+    int64_t dresidual_stride;
+    void *dweight, *dbias, *dweight2, *dbias2, *dx_bias;  // [cols] w_dtype
+    void* workspace;  // at least norm_backward_workspace() bytes, 256-byte aligned, contents free
+};
+
+// out[r, c] = parts[0, r, c] + parts[1, r, c] + ... + parts[count - 1, r, c] (+ bias[c]), summed in that order in f32
+// (f64), rounded once. Part i starts part_stride * i elements after `parts`.
+struct ReduceShards {
+    int64_t rows, cols;
+    int32_t count;
+    DType dtype, bias_dtype;
+    const void* parts;
+    int64_t part_stride, row_stride;
+    const void* bias;
+    void* out;
+    int64_t out_stride;
+};
+
+namespace cpu {
+Status norm_forward(const NormForward& args, int threads);
+Status norm_backward(const NormBackward& args, int threads);
+int64_t norm_backward_workspace(const NormBackward& args);
+Status reduce_shards(const ReduceShards& args, int threads);
+const char* isa();        // the instruction set chosen for this machine: "avx512", "avx2", "neon", "baseline"
+const char* threading();  // "openmp" (the runtime torch has loaded) or "std::thread"
+}  // namespace cpu
+
+namespace cuda {
+// sm_margin: multiprocessors left free for communication running beside the kernel.
+Status norm_forward(const NormForward& args, int sm_margin, void* stream);
+Status norm_backward(const NormBackward& args, int sm_margin, void* stream);
+int64_t norm_backward_workspace(const NormBackward& args, int sm_margin);
+Status reduce_shards(const ReduceShards& args, void* stream);
+const char* archs();  // what the kernels were compiled for, e.g. "80;90a;100a"
+}  // namespace cuda
+
+}  // namespace seqpar
