@@ -1,0 +1,49 @@
+"""``python -m seqpar_kernels``: what was built, what is available here, and the reason for every "no"."""
+
+import platform
+
+import torch
+import torch.distributed as dist
+
+from . import __version__
+from .kernels import BACKENDS, native, why_not
+
+
+def report() -> str:
+    """The text printed by ``python -m seqpar_kernels``."""
+    lines = [
+        f"seqpar_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
+        "",
+        "built",
+    ]
+    if native._native is None:
+        lines.append(f"  extension          no: {native.build_error}")
+    else:
+        lines.append(f"  CPU kernels        yes: running {native._native.cpu_isa()}, threads by {native._native.cpu_threading()}")
+        archs = f"yes: {native._native.cuda_archs()}" if native._native.has_cuda else "no: built without nvcc"
+        lines.append(f"  CUDA kernels       {archs}")
+    lines += ["", "kernels"]
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+    for device in devices:
+        for backend in BACKENDS:
+            reason = why_not(backend, device)
+            lines.append(f"  {backend:<10} on {device.type:<5} {'yes' if reason is None else 'no: ' + reason}")
+    if len(devices) == 1:
+        lines.append(f"  cuda               no: {_no_cuda()}")
+    lines += ["", "communication"]
+    for name in ("gloo", "nccl", "ucc", "mpi"):
+        available = dist.is_available() and getattr(dist, f"is_{name}_available")()
+        lines.append(f"  {name:<18} {'yes' if available else 'no: this torch was built without it'}")
+    return "\n".join(lines)
+
+
+def _no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return "no CUDA device is visible (no driver, no GPU, or CUDA_VISIBLE_DEVICES hides it)"
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,83 @@
+"""Argument checks shared by the public functions and modules. Each error names the argument, expected and got."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INF = math.inf
+
+
+def check_probability(name: str, p: float) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")
+
+
+def check_eps(eps: float) -> None:
+    if not 0.0 < eps < _INF:
+        raise ValueError(f"eps: expected a positive finite number, got {eps}")
+
+
+def check_float(name: str, x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def check_same_device(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    if t.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device} like {like_name}, got {t.device}")
+
+
+def check_same_shape(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    if t.shape != like.shape:
+        raise ValueError(f"{name}: expected the shape of {like_name} {tuple(like.shape)}, got {tuple(t.shape)}")
+
+
+def check_vector(name: str, t: Tensor | None, size: int, like: Tensor, size_name: str = "the last size of x") -> None:
+    if t is None:
+        return
+    if t.shape != (size,):
+        raise ValueError(f"{name}: expected shape ({size},), {size_name}, got {tuple(t.shape)}")
+    check_float(name, t)
+    check_same_device(name, t, "x", like)
+
+
+def check_sequence(name: str, x: Tensor, seq_dim: int) -> int:
+    """``seq_dim`` as a non-negative index of a [..., S, ..., H] tensor.
+
+    Raises:
+        ValueError: fewer than two dimensions, or ``seq_dim`` out of range or the feature dimension.
+    """
+    check_float(name, x)
+    if x.dim() < 2:
+        raise ValueError(f"{name}: expected [..., S, ..., H] with at least two dimensions, got {tuple(x.shape)}")
+    if not -x.dim() <= seq_dim < x.dim() or seq_dim % x.dim() == x.dim() - 1:
+        raise ValueError(f"seq_dim: expected a dimension of x {tuple(x.shape)} other than the last, got {seq_dim}")
+    return seq_dim % x.dim()
+
+
+def check_weight(name: str, weight: Tensor, features: int, x: Tensor) -> None:
+    """A linear weight [N, K] that fits x [..., K]."""
+    if weight.dim() != 2:
+        raise ValueError(f"{name}: expected [out_features, in_features], got shape {tuple(weight.shape)}")
+    if weight.shape[1] != features:
+        raise ValueError(
+            f"{name}: expected in_features = {features}, the last size of x {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if weight.dtype != x.dtype:
+        raise ValueError(f"{name}: expected the dtype of x, {x.dtype}, got {weight.dtype}")
+    check_same_device(name, weight, "x", x)
+
+
+def check_divides(name: str, size: int, parts: int, what: str) -> None:
+    """``size`` splits evenly over ``parts`` ranks."""
+    if size % parts != 0:
+        raise ValueError(f"{name}: expected {what} to be a multiple of the {parts} ranks of the group, got {size}")
+
+
+def check_chunks(chunks: int | None) -> None:
+    if chunks is not None and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
+        raise ValueError(f"chunks: expected a positive int or None, got {chunks!r}")

@@ -1,0 +1,72 @@
+"""Kernel backends and the choice among them.
+
+Every backend is a module with the functions of :mod:`.reference` and ``unavailable(device) -> str | None``, the reason
+why it cannot run there.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+from .spec import NormGrads, NormKind, NormOutputs, NormSpec, NormWants, RowMap
+
+__all__ = ["BACKENDS", "NormGrads", "NormKind", "NormOutputs", "NormSpec", "NormWants", "RowMap", "select", "why_not"]
+
+# name -> (module, the device type it insists on)
+BACKENDS: dict[str, tuple[str, str | None]] = {
+    "native": ("native", None),
+    "cpu": ("native", "cpu"),
+    "cuda": ("native", "cuda"),
+    "triton": ("triton_norm", None),
+    "reference": ("reference", None),
+}
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """The reason why ``backend`` cannot run on ``device``; None when it can."""
+    name, device_type = BACKENDS[backend]
+    if device_type is not None and device.type != device_type:
+        return f"it runs on {device_type} tensors, these are on {device.type}"
+    if name == "reference":
+        return None
+    try:
+        module = importlib.import_module(f".{name}", __name__)
+    except ImportError as error:
+        return str(error)
+    reason: str | None = module.unavailable(device)
+    return reason
+
+
+@functools.cache
+def _select(backend: str, device: torch.device) -> ModuleType:
+    if backend:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {sorted(BACKENDS)} or None, got {backend!r}")
+        reason = why_not(backend, device)
+        if reason is not None:
+            raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
+        return importlib.import_module(f".{BACKENDS[backend][0]}", __name__)
+    candidates = ["native", "triton"] if device.type != "cpu" else ["native"]
+    reasons = {}
+    for candidate in candidates:
+        reason = why_not(candidate, device)
+        if reason is None:
+            return _select(candidate, device)
+        reasons[candidate] = reason
+    raise RuntimeError(
+        f"no fused kernel can run on {device}: "
+        + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        + "; backend='reference' runs anywhere, slowly"
+    )
+
+
+def select(backend: str | None, device: torch.device) -> ModuleType:
+    """The backend module for tensors on ``device``: ``backend`` if given, else the compiled kernels, else Triton.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the backend cannot run there, with the reason.
+    """
+    return _select(backend or "", device)

@@ -1,0 +1,110 @@
+"""Which rows of the unsharded sequence a rank holds, and where they lie in memory."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+#: What the public functions take as ``group``.
+Group = ProcessGroup | DeviceMesh | None
+
+
+class SequenceShard(NamedTuple):
+    """Rows ``start..stop`` of a sequence of ``length`` rows, split over ``ranks`` like ``torch.tensor_split``.
+
+    The first ``length % ranks`` ranks hold one row more than the others.
+    """
+
+    length: int
+    ranks: int
+    rank: int
+
+    def of(self, rank: int) -> SequenceShard:
+        """The shard of another rank of the same group."""
+        return SequenceShard(self.length, self.ranks, rank)
+
+    @property
+    def start(self) -> int:
+        return split_point(self.length, self.ranks, self.rank)
+
+    @property
+    def stop(self) -> int:
+        return split_point(self.length, self.ranks, self.rank + 1)
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+def split_point(length: int, parts: int, index: int) -> int:
+    """Where part ``index`` of ``tensor_split(length, parts)`` begins."""
+    return index * (length // parts) + min(index, length % parts)
+
+
+def resolve_group(group: Group) -> ProcessGroup | None:
+    """``group`` as a ProcessGroup; None for None and for a group of one rank.
+
+    Raises:
+        ValueError: a mesh with more than one dimension, or a group this process does not belong to.
+        TypeError: neither ProcessGroup, DeviceMesh nor None.
+    """
+    if group is None:
+        return None
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"group: expected a 1-D DeviceMesh, got one of {group.ndim} dimensions {group.mesh_dim_names}; "
+                f"pass the tensor-parallel dimension, e.g. mesh['tp']"
+            )
+        group = group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, int):
+        raise ValueError("group: this process is not a member of the group")
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(f"group: expected a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
+    return group if group.size() > 1 else None
+
+
+def group_size(group: ProcessGroup | None) -> int:
+    return 1 if group is None else group.size()
+
+
+def group_rank(group: ProcessGroup | None) -> int:
+    return 0 if group is None else group.rank()
+
+
+def normalize_dim(name: str, dim: int, ndim: int) -> int:
+    """``dim`` as a non-negative index into ``ndim`` dimensions."""
+    if not -ndim <= dim < ndim:
+        raise ValueError(f"{name}: expected an index into {ndim} dimensions, got {dim}")
+    return dim % ndim
+
+
+def shard_of(name: str, local: int, group: ProcessGroup | None, seq_len: int | None) -> SequenceShard:
+    """The shard that a tensor with ``local`` rows on this rank must be.
+
+    Raises:
+        ValueError: ``local`` is not this rank's share of ``seq_len``.
+    """
+    ranks, rank = group_size(group), group_rank(group)
+    shard = SequenceShard(local * ranks if seq_len is None else seq_len, ranks, rank)
+    if shard.size != local:
+        raise ValueError(
+            f"{name}: rank {rank} of {ranks} holds {local} rows, but its shard of seq_len={shard.length} has "
+            f"{shard.size} (rows {shard.start}..{shard.stop}, split as torch.tensor_split does)"
+        )
+    return shard
+
+
+def row_map(shape: torch.Size, seq_dim: int, shard: SequenceShard) -> tuple[int, int, int]:
+    """(block, stride, offset) of ``csrc/seqpar.h``'s RowMap for a shard of ``shape`` [..., S/t, ..., H].
+
+    Rows are counted in memory order of the unsharded tensor: [B, S, H] gives b * S + s, [S, B, H] gives s * B + b.
+    ``seq_dim`` is non-negative. A tensor sharded over its rows only has one block.
+    """
+    inner = math.prod(shape[seq_dim + 1 : -1])
+    return shard.size * inner, shard.length * inner, shard.start * inner

@@ -1,0 +1,95 @@
+"""What autograd keeps for the backward, counted; and what the paper says it must."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+
+@dataclass
+class ActivationReport:
+    """Bytes autograd keeps after one forward.
+
+    Attributes:
+        total: bytes, each storage once, parameters left out.
+        by_module: class name path of the module under way -> bytes first kept there.
+        result: what ``fn`` returned; its graph holds the bytes.
+    """
+
+    total: int = 0
+    by_module: dict[str, int] = field(default_factory=dict)
+    result: Any = None
+
+    def __str__(self) -> str:
+        rows = sorted(self.by_module.items(), key=lambda item: -item[1])
+        width = max((len(name) for name, _ in rows), default=5)
+        lines = [f"{name.ljust(width)}  {size:>14,}" for name, size in [*rows, ("total", self.total)]]
+        return "\n".join(lines)
+
+
+def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ActivationReport:
+    """Call ``fn(*args, **kwargs)`` and count the bytes autograd saved for its backward.
+
+    Every storage counts once, however many views of it are saved; parameters (and views of them) do not count, nor do
+    the tensors passed in.
+
+    Returns:
+        ActivationReport: ``total``, ``by_module``, ``result``.
+    """
+    report = ActivationReport()
+    seen: set[int] = {t.untyped_storage().data_ptr() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
+    keep_alive: list[Any] = []  # a freed storage's address may come back as another's
+    stack: list[str] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        base = tensor._base if tensor._base is not None else tensor
+        if storage.data_ptr() not in seen and not isinstance(base, nn.Parameter):
+            seen.add(storage.data_ptr())
+            keep_alive.append(storage)
+            where = stack[-1] if stack else "(outside any module)"
+            report.by_module[where] = report.by_module.get(where, 0) + storage.nbytes()
+            report.total += storage.nbytes()
+        return tensor
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        seen.update(p.untyped_storage().data_ptr() for p in module.parameters(recurse=False))
+        name = type(module).__name__
+        stack.append(f"{stack[-1]}.{name}" if stack else name)
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        stack.pop()
+
+    handles = [
+        module_hooks.register_module_forward_pre_hook(enter),
+        module_hooks.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            report.result = fn(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return report
+
+
+def paper_bytes_per_layer(
+    s: int, b: int, h: int, a: int, t: int = 1, *, sequence_parallel: bool = False, selective: bool = False
+) -> float:
+    """Activation bytes of one GPT layer at 16 bit: Korthikanti et al. 2022 (arXiv 2205.05198), table 2.
+
+    Args:
+        s, b, h, a: sequence length, batch, hidden size, attention heads.
+        t: tensor-parallel ranks.
+        sequence_parallel: also the norms and dropouts are sharded.
+        selective: attention is recomputed (or never stored: flash attention).
+    """
+    attention = 0.0 if selective else 5 * a * s / (h * t)
+    if t == 1:
+        return s * b * h * (34 + attention)
+    return s * b * h * ((34 / t if sequence_parallel else 10 + 24 / t) + attention)

@@ -1,0 +1,189 @@
+"""``seqpar::gather``, ``reduce_scatter``, ``split``, ``all_reduce``: moving a tensor between regions, any dimension.
+
+Their backwards are one another's: the conjugate of a gather is a reduce-scatter where the gathered tensor's gradients
+are partial sums over ranks, and a split where every rank already has the whole gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import select
+from ..layout import SequenceShard, group_rank, group_size
+from ..overlap import pipeline
+from .library import below_autograd, group_named, register
+
+
+def _shard(group: str, length: int) -> SequenceShard:
+    pg = group_named(group)
+    return SequenceShard(length, group_size(pg), group_rank(pg))
+
+
+def _resized(x: Tensor, dim: int, size: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = size
+    return x.new_empty(shape)
+
+
+def _with_features(x: Tensor) -> Tensor:
+    """The pipeline's tensors end in a feature dimension; any other dimension can be cut into shards."""
+    return x.unsqueeze(-1)
+
+
+def _gather_kernel(x: Tensor, dim: int, length: int, group: str, partial_grad: bool) -> Tensor:
+    return pipeline.gather(_with_features(x), dim, length, group_named(group)).squeeze(-1)
+
+
+def _gather_fake(x: Tensor, dim: int, length: int, group: str, partial_grad: bool) -> Tensor:
+    return _resized(x, dim, length)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, length: int, group: str, partial_grad: bool) -> Tensor:
+        ctx.place = (dim, group, partial_grad)
+        return below_autograd(gather, x, dim, length, group, partial_grad)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dim, group, partial_grad = ctx.place
+        dx = reduce_scatter(dy, dim, group) if partial_grad else split(dy, dim, group)
+        return dx, None, None, None, None
+
+
+def _reduce_scatter_kernel(x: Tensor, dim: int, group: str) -> Tensor:
+    return pipeline.reduce_scatter(_with_features(x), dim, group_named(group)).squeeze(-1)
+
+
+def _reduce_scatter_fake(x: Tensor, dim: int, group: str) -> Tensor:
+    return _resized(x, dim, _shard(group, x.shape[dim]).size)
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
+        ctx.place = (dim, x.shape[dim], group)
+        return below_autograd(reduce_scatter, x, dim, group)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dim, length, group = ctx.place
+        return gather(dy, dim, length, group, True), None, None
+
+
+def _split_kernel(x: Tensor, dim: int, group: str) -> Tensor:
+    shard = _shard(group, x.shape[dim])
+    return x.narrow(dim, shard.start, shard.size).clone(memory_format=torch.contiguous_format)
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
+        ctx.place = (dim, x.shape[dim], group)
+        return below_autograd(split, x, dim, group)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dim, length, group = ctx.place
+        return gather(dy, dim, length, group, False), None, None
+
+
+def _all_reduce_kernel(x: Tensor, group: str) -> Tensor:
+    """Reduce-scatter + all-gather of the flat tensor: every rank gets the same bits, summed in rank order in fp32."""
+    pg = group_named(group)
+    flat = x.reshape(-1, 1)
+    if pg is None:
+        return x.clone(memory_format=torch.contiguous_format)
+    if x.numel() * group_size(pg) <= _SMALL:
+        parts = pipeline.gather(flat, 0, flat.shape[0] * group_size(pg), pg, "all_reduce")
+        total = select(None, x.device).reduce_shards(parts.view(group_size(pg), 1, -1), None)
+    else:
+        total = pipeline.reduce_scatter(flat, 0, pg, "all_reduce")
+        total = pipeline.gather(total, 0, flat.shape[0], pg, "all_reduce gather")
+    return total.view(x.shape)
+
+
+_SMALL = 1 << 16  # elements: below it one round of messages beats two
+
+
+def _all_reduce_fake(x: Tensor, group: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+class _ReduceFromRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        return below_autograd(all_reduce, x, group)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, None
+
+
+class CopyToRegion(torch.autograd.Function):
+    """Identity forward, all-reduce backward: a replicated tensor that each rank uses for a part of the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return all_reduce(dy, ctx.group), None
+
+
+class SumGradients(torch.autograd.Function):
+    """Identity forward for replicated parameters; their gradients are summed over ranks, all in one exchange.
+
+    16-bit parameters come out in fp32, so that what the ranks add is not rounded before the sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: str, *params: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        ctx.dtypes = [p.dtype for p in params]
+        ctx.set_materialize_grads(False)
+        return tuple(p.float() if p.dtype in (torch.bfloat16, torch.float16) else p.view_as(p) for p in params)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        present = [g for g in grads if g is not None]
+        sums = iter(sum_over_ranks(present, ctx.group)) if present else iter(())
+        return (None, *(None if g is None else next(sums).to(d) for g, d in zip(grads, ctx.dtypes, strict=True)))
+
+
+def _sum_over_ranks_kernel(tensors: list[Tensor], group: str) -> list[Tensor]:
+    out: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        picked = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+        total = _all_reduce_kernel(torch.cat([tensors[i].reshape(-1) for i in picked]), group)
+        pieces = total.split([tensors[i].numel() for i in picked])
+        out.update((i, piece.view(tensors[i].shape).clone()) for i, piece in zip(picked, pieces, strict=True))
+    return [out[i] for i in range(len(tensors))]
+
+
+def _sum_over_ranks_fake(tensors: list[Tensor], group: str) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in tensors]
+
+
+gather = register(
+    "gather(Tensor x, int dim, SymInt length, str group, bool partial_grad) -> Tensor",
+    _gather_kernel,
+    _gather_fake,
+    _Gather,
+)
+reduce_scatter = register(
+    "reduce_scatter(Tensor x, int dim, str group) -> Tensor",
+    _reduce_scatter_kernel,
+    _reduce_scatter_fake,
+    _ReduceScatter,
+)
+split = register("split(Tensor x, int dim, str group) -> Tensor", _split_kernel, _reduce_scatter_fake, _Split)
+all_reduce = register("all_reduce(Tensor x, str group) -> Tensor", _all_reduce_kernel, _all_reduce_fake, _ReduceFromRegion)
+sum_over_ranks = register(
+    "sum_over_ranks(Tensor[] tensors, str group) -> Tensor[]", _sum_over_ranks_kernel, _sum_over_ranks_fake, None
+)

@@ -1,0 +1,231 @@
+"""Runs a schedule over a transport with matmuls: the tensors behind :mod:`.schedule`.
+
+Sequences are handled as [outer, S, inner * H] views of whatever layout came: [B, S, H] has outer = B and inner = 1,
+[S, B, H] has outer = 1 and inner = B. With outer = 1 a chunk of rows is one block of memory and is sent, received and
+multiplied in place; otherwise messages are packed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..kernels import select
+from ..layout import SequenceShard, group_rank, group_size
+from . import schedule as schedules
+from .collective import CollectiveTransport
+from .schedule import Compute, Post, Step, Transfer, Wait
+from .transport import Message, Session
+
+# A matmul of fewer rows than this per outer index wastes the machine: rather one matmul and a copy into place.
+_MIN_ROWS_IN_PLACE = 128
+
+
+class Layout(NamedTuple):
+    """Where the sequence dimension lies: a tensor is [outer, S, inner, features]."""
+
+    outer: int
+    inner: int
+    lead: tuple[int, ...]  # sizes before the sequence
+    tail: tuple[int, ...]  # sizes between the sequence and the features
+
+    def shape(self, length: int, features: int) -> tuple[int, ...]:
+        return (*self.lead, length, *self.tail, features)
+
+
+def layout_of(x: Tensor, seq_dim: int) -> Layout:
+    lead, tail = tuple(x.shape[:seq_dim]), tuple(x.shape[seq_dim + 1 : -1])
+    return Layout(math.prod(lead), math.prod(tail), lead, tail)
+
+
+class Sequence3D:
+    """A tensor over rows ``start..stop`` of the sequence, seen as [outer, rows, inner * features]."""
+
+    def __init__(self, data: Tensor, layout: Layout, start: int, stop: int):
+        self.features = data.shape[-1]
+        self.inner = layout.inner
+        self.start = start
+        # [outer, rows, inner * features]
+        self.data = data.reshape(layout.outer, stop - start, layout.inner * self.features)
+
+    @staticmethod
+    def empty(layout: Layout, start: int, stop: int, features: int, like: Tensor) -> Sequence3D:
+        return Sequence3D(like.new_empty(layout.shape(stop - start, features)), layout, start, stop)
+
+    def window(self, start: int, stop: int) -> Tensor:
+        """[outer, stop - start, inner * features], a view."""
+        return self.data[:, start - self.start : stop - self.start]
+
+    def matrices(self, start: int, stop: int) -> Tensor:
+        """[outer, (stop - start) * inner, features], a view."""
+        rows = self.window(start, stop)
+        return rows.reshape(rows.shape[0], (stop - start) * self.inner, self.features)
+
+
+class Exchange:
+    """Posts and waits of one op: which buffer each transfer reads or fills."""
+
+    def __init__(self, session: Session | None):
+        self._session = session
+        self._staged: dict[Transfer, tuple[Tensor, Tensor]] = {}
+
+    def post(self, step: Post, source: Callable[[Transfer], Tensor], target: Callable[[Transfer], Tensor]) -> None:
+        assert self._session is not None
+        sends = [Message(t, source(t).contiguous()) for t in step.sends]
+        receives = []
+        for transfer in step.receives:
+            window = target(transfer)
+            buffer = window if window.is_contiguous() else torch.empty_like(window, memory_format=torch.contiguous_format)
+            if buffer is not window:
+                self._staged[transfer] = (window, buffer)
+            receives.append(Message(transfer, buffer))
+        self._session.post(sends, receives)
+
+    def wait(self, transfer: Transfer) -> None:
+        assert self._session is not None
+        self._session.wait(transfer)
+        if transfer in self._staged:
+            window, buffer = self._staged.pop(transfer)
+            window.copy_(buffer)
+
+    def finish(self) -> None:
+        if self._session is not None:
+            self._session.finish()
+
+
+def run(
+    steps: Sequence[Step],
+    exchange: Exchange,
+    source: Callable[[Transfer], Tensor],
+    target: Callable[[Transfer], Tensor],
+    compute: Callable[[Compute], None],
+) -> None:
+    """Execute a schedule. ``source``/``target`` give the [outer, rows, ...] window of a transfer at either end."""
+    for step in steps:
+        match step:
+            case Post():
+                exchange.post(step, source, target)
+            case Wait(transfer):
+                exchange.wait(transfer)
+            case Compute():
+                compute(step)
+    exchange.finish()
+
+
+def matmul_into(out: Tensor, x: Tensor, weight_t: Tensor, bias: Tensor | None = None, *, add: bool = False) -> None:
+    """out (+)= x @ weight_t + bias for x [outer, rows, K], weight_t [K, N], out [outer, rows, N]; any may be a view."""
+    if x.shape[0] == 1 or x.shape[1] >= _MIN_ROWS_IN_PLACE:
+        for x_matrix, out_matrix in zip(x, out, strict=True):
+            if add:
+                out_matrix.addmm_(x_matrix, weight_t)
+            elif bias is None:
+                torch.mm(x_matrix, weight_t, out=out_matrix)
+            else:
+                torch.addmm(bias, x_matrix, weight_t, out=out_matrix)
+        return
+    product = torch.matmul(x.reshape(-1, x.shape[-1]), weight_t).view(out.shape)
+    if add:
+        out.add_(product)
+    elif bias is None:
+        out.copy_(product)
+    else:
+        torch.add(product, bias, out=out)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., H] as [rows, H]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+class Call:
+    """One op on one rank: the group, how the sequence lies, and what the ranks agree on."""
+
+    def __init__(self, name: str, x: Tensor, seq_dim: int, length: int, group: ProcessGroup | None, *details: object):
+        self.group = group
+        self.shard = SequenceShard(length, group_size(group), group_rank(group))
+        self.layout = layout_of(x, seq_dim)
+        self._signature = (
+            f"{name}(S={length} at dim {seq_dim}, other sizes {(*self.layout.lead, *self.layout.tail)}, "
+            f"{x.dtype}, {x.device.type}, {', '.join(map(str, details))})"
+        )
+
+    def exchange(self) -> Exchange:
+        return Exchange(None if self.group is None else CollectiveTransport(self.group).session(self._signature))
+
+    def mine(self, x: Tensor) -> Sequence3D:
+        """The local shard."""
+        return Sequence3D(x, self.layout, self.shard.start, self.shard.stop)
+
+    def whole(self, x: Tensor) -> Sequence3D:
+        """Something over the unsharded sequence."""
+        return Sequence3D(x, self.layout, 0, self.shard.length)
+
+    def empty_whole(self, features: int, like: Tensor) -> Sequence3D:
+        return Sequence3D.empty(self.layout, 0, self.shard.length, features, like)
+
+    def shape(self, length: int, features: int) -> tuple[int, ...]:
+        return self.layout.shape(length, features)
+
+
+class Partials:
+    """What the ranks have to say about our rows: [ranks, outer, S/t, inner * features], summed in rank order."""
+
+    def __init__(self, call: Call, features: int, like: Tensor):
+        self._call = call
+        self._features = features
+        shape = (call.shard.ranks, *call.shape(call.shard.size, features))
+        self.data = like.new_empty(shape)
+        self._views = [call.mine(part) for part in self.data]
+
+    def window(self, rank: int, start: int, stop: int) -> Tensor:
+        return self._views[rank].window(start, stop)
+
+    def own_matrices(self, start: int, stop: int) -> Tensor:
+        return self._views[self._call.shard.rank].matrices(start, stop)
+
+    def reduce(self, bias: Tensor | None) -> Tensor:
+        """Sum over ranks in fp32 in rank order, plus bias. [..., S/t, ..., features]"""
+        cols = self._features
+        if bias is None:  # rows may be cut anywhere: long ones keep the kernel busy
+            cols *= self._call.layout.inner
+            cols = cols if cols >= 64 else max(1, self.data[0].numel())
+        parts = self.data.view(self.data.shape[0], -1, cols)
+        total = select(None, parts.device).reduce_shards(parts, bias)
+        return total.view(self.data.shape[1:])
+
+
+def gather(x: Tensor, seq_dim: int, length: int, group: ProcessGroup | None, name: str = "all_gather") -> Tensor:
+    """[..., S/t, ..., H] -> [..., S, ..., H]"""
+    call = Call(name, x, seq_dim, length, group, f"H={x.shape[-1]}")
+    mine, whole = call.mine(x), call.empty_whole(x.shape[-1], x)
+    whole.window(call.shard.start, call.shard.stop).copy_(mine.data)
+    run(
+        schedules.gather_only(call.shard),
+        call.exchange(),
+        source=lambda t: mine.window(t.rows.start, t.rows.stop),
+        target=lambda t: whole.window(t.rows.start, t.rows.stop),
+        compute=lambda step: None,
+    )
+    return whole.data.view(call.shape(length, x.shape[-1]))
+
+
+def reduce_scatter(x: Tensor, seq_dim: int, group: ProcessGroup | None, name: str = "reduce_scatter") -> Tensor:
+    """[..., S, ..., H] -> [..., S/t, ..., H], summed over ranks in rank order in fp32."""
+    call = Call(name, x, seq_dim, x.shape[seq_dim], group, f"H={x.shape[-1]}")
+    whole = call.whole(x)
+    partials = Partials(call, x.shape[-1], x)
+    shard = call.shard
+    partials.window(shard.rank, shard.start, shard.stop).copy_(whole.window(shard.start, shard.stop))
+    run(
+        schedules.scatter_only(shard),
+        call.exchange(),
+        source=lambda t: whole.window(t.rows.start, t.rows.stop),
+        target=lambda t: partials.window(t.source, t.rows.start, t.rows.stop),
+        compute=lambda step: None,
+    )
+    return partials.reduce(None)

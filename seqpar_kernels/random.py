@@ -1,0 +1,60 @@
+"""Dropout seeds: 0-d int64 tensors drawn from PyTorch's default generators, alike on all ranks of a group."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+_SEED_LIMIT = 2**63 - 1
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A fresh seed from the default generator of ``device``. 0-d int64.
+
+    Being an ordinary random tensor it follows ``torch.manual_seed``, is replayed by activation checkpointing, and is
+    new at every replay of a CUDA graph.
+    """
+    return torch.randint(_SEED_LIMIT, (), dtype=torch.int64, device=device)
+
+
+def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """``seed`` as a 0-d int64 tensor on ``device``; drawn when None.
+
+    Raises:
+        ValueError: a tensor that is not 0-d int64, or an int outside [-2**63, 2**64).
+        TypeError: neither int, Tensor nor None.
+    """
+    if seed is None:
+        return draw_seed(device)
+    if isinstance(seed, Tensor):
+        if seed.dim() != 0 or seed.dtype != torch.int64:
+            raise ValueError(f"seed: expected a 0-d int64 tensor, got {tuple(seed.shape)} {seed.dtype}")
+        return seed if seed.device == device else seed.to(device)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: expected an int, a 0-d int64 tensor or None, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected an int of 64 bits, got {seed}")
+    return torch.tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
+
+
+def debug_enabled() -> bool:
+    """Whether SEQPAR_DEBUG asks for checks that cost communication."""
+    return os.environ.get("SEQPAR_DEBUG", "0") not in ("", "0")
+
+
+def check_seeds_alike(seed: Tensor, group: ProcessGroup) -> None:
+    """Raise on every rank when the ranks of ``group`` hold different seeds (a debug check: one small all-gather).
+
+    Raises:
+        RuntimeError: naming the seed of each rank.
+    """
+    seeds = [torch.empty_like(seed) for _ in range(group.size())]
+    dist.all_gather(seeds, seed.contiguous(), group=group)
+    values = [int(s) for s in seeds]
+    if len(set(values)) > 1:
+        raise RuntimeError(
+            f"seed: the ranks of a group must draw the same dropout seeds, got {values} on ranks 0..{len(values) - 1}; "
+            "call torch.manual_seed with one value on all of them, and draw the same random numbers since"
+        )
