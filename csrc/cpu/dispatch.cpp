@@ -1,0 +1,174 @@
+// The entry points: checks what arrives, then calls the kernels compiled for the best instruction set of this machine.
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "kernels.h"
+
+#if defined(SEQPAR_X86)
+#include <cpuid.h>
+#endif
+
+namespace seqpar::cpu {
+namespace {
+
+struct Kernels {
+    const char* isa;
+    Status (*norm_forward)(const NormForward&, int);
+    Status (*norm_backward)(const NormBackward&, int);
+    Status (*reduce_shards)(const ReduceShards&, int);
+    bool available;
+};
+
+#if defined(SEQPAR_X86)
+bool has_avx2() {
+    unsigned a, b, c, d;  // f16c is not among the names older compilers know
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+           __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// SEQPAR_CPU_ISA asks for a certain set. One that does not exist or does not run here is not replaced by another: the
+// kernels then refuse to run, and isa() says why.
+Kernels choose() {
+    const Kernels all[] = {
+#if defined(SEQPAR_X86)
+        {"avx512", avx512::norm_forward, avx512::norm_backward, avx512::reduce_shards, has_avx512()},
+        {"avx2", avx2::norm_forward, avx2::norm_backward, avx2::reduce_shards, has_avx2()},
+#endif
+#if defined(SEQPAR_NEON)
+        {"neon", neon::norm_forward, neon::norm_backward, neon::reduce_shards, true},
+#else
+        {"baseline", baseline::norm_forward, baseline::norm_backward, baseline::reduce_shards, true},
+#endif
+    };
+    const char* const wanted = std::getenv("SEQPAR_CPU_ISA");
+    const bool any = wanted == nullptr || *wanted == '\0';
+    for (const Kernels& kernels : all) {
+        if (kernels.available && (any || std::strcmp(wanted, kernels.isa) == 0)) return kernels;
+    }
+    static std::string refusal;
+    refusal = "invalid: SEQPAR_CPU_ISA=" + std::string(wanted) + " is not one of";
+    for (const Kernels& kernels : all) {
+        if (kernels.available) refusal += std::string(" ") + kernels.isa;
+    }
+    return {refusal.c_str(), nullptr, nullptr, nullptr, false};
+}
+
+const Kernels& kernels() {
+    static const Kernels chosen = choose();
+    return chosen;
+}
+
+bool element_type(DType t) {
+    return t == DType::f32 || t == DType::bf16 || t == DType::f16 || t == DType::f64;
+}
+
+// `other` is `x`, or f32 beside a 16-bit x.
+bool goes_with(DType x, DType other) {
+    return other == x || (other == DType::f32 && x != DType::f64);
+}
+
+template <class Args>
+bool supported(const Args& args) {
+    return element_type(args.x_dtype) && goes_with(args.x_dtype, args.z_dtype) &&
+           goes_with(args.x_dtype, args.w_dtype) && args.y_dtype == args.x_dtype &&
+           (args.norm == Norm::none || args.norm == Norm::layer || args.norm == Norm::rms);
+}
+
+// Rows may repeat when they are read (stride 0), but not overlap otherwise.
+struct Rows {
+    int64_t rows, cols;
+    bool read(const void* p, int64_t stride) const { return !p || rows <= 1 || stride == 0 || stride >= cols; }
+    bool written(const void* p, int64_t stride) const { return !p || rows <= 1 || stride >= cols; }
+};
+
+template <class Args>
+bool sizes_fit(const Args& args) {
+    return args.rows >= 0 && args.cols >= 1 && args.dropout.threshold <= 65536;
+}
+
+void zero_vectors(const NormBackward& args) {
+    const size_t size = args.w_dtype == DType::f64 ? 8 : args.w_dtype == DType::f32 ? 4 : 2;
+    for (void* vector : {args.dweight, args.dbias, args.dweight2, args.dbias2, args.dx_bias}) {
+        if (vector) std::memset(vector, 0, static_cast<size_t>(args.cols) * size);
+    }
+}
+
+}  // namespace
+
+int64_t padded_columns(int64_t cols) {
+    return (cols + 63) / 64 * 64;
+}
+
+RowRuns row_runs(int64_t rows, int64_t cols) {
+    constexpr int64_t most = 64, elements = 32768, together = 4;
+    int64_t count = rows * cols / elements;
+    count = count < 1 ? 1 : count > most ? most : count;
+    int64_t each = (rows + count - 1) / count;
+    each = (each + together - 1) / together * together;  // the kernels take rows together
+    return {(rows + each - 1) / each, each};
+}
+
+const char* isa() {
+    return kernels().isa;
+}
+
+Status norm_forward(const NormForward& args, int threads) {
+    if (!kernels().available || !supported(args)) return Status::unsupported;
+    const Rows matrix{args.rows, args.cols};
+    if (!sizes_fit(args) || !matrix.read(args.x, args.x_stride) || !matrix.read(args.residual, args.residual_stride) ||
+        !matrix.written(args.z, args.z_stride) || !matrix.written(args.y, args.y_stride) ||
+        !matrix.written(args.y2, args.y2_stride)) {
+        return Status::bad_argument;
+    }
+    if (args.rows == 0) return Status::ok;
+    if (!args.x) return Status::bad_argument;
+    return kernels().norm_forward(args, threads);
+}
+
+int64_t norm_backward_workspace(const NormBackward& args) {
+    if (args.rows <= 0 || args.cols <= 0) return 0;
+    int64_t wanted = 0;
+    for (void* vector : {args.dweight, args.dbias, args.dweight2, args.dbias2, args.dx_bias})
+        wanted += vector != nullptr;
+    const int64_t size = args.x_dtype == DType::f64 ? 8 : 4;
+    return row_runs(args.rows, args.cols).count * wanted * padded_columns(args.cols) * size;
+}
+
+Status norm_backward(const NormBackward& args, int threads) {
+    if (!kernels().available || !supported(args)) return Status::unsupported;
+    const Rows matrix{args.rows, args.cols};
+    if (!sizes_fit(args) || !matrix.read(args.dy, args.dy_stride) || !matrix.read(args.dy2, args.dy2_stride) ||
+        !matrix.read(args.dz, args.dz_stride) || !matrix.read(args.z, args.z_stride) ||
+        !matrix.written(args.dx, args.dx_stride) || !matrix.written(args.dresidual, args.dresidual_stride)) {
+        return Status::bad_argument;
+    }
+    if (args.rows == 0) {
+        zero_vectors(args);
+        return Status::ok;
+    }
+    const bool normed = args.norm != Norm::none && (args.dy || args.dy2);
+    const bool incomplete = normed && (!args.z || !args.rstd || (args.norm == Norm::layer && !args.mean));
+    if (incomplete || (norm_backward_workspace(args) > 0 && !args.workspace)) return Status::bad_argument;
+    return kernels().norm_backward(args, threads);
+}
+
+Status reduce_shards(const ReduceShards& args, int threads) {
+    if (!kernels().available || !element_type(args.dtype)) return Status::unsupported;
+    if (args.bias && !goes_with(args.dtype, args.bias_dtype)) return Status::unsupported;
+    const Rows matrix{args.rows, args.cols};
+    if (args.rows < 0 || args.cols < 1 || args.count < 1 || !matrix.read(args.parts, args.row_stride) ||
+        !matrix.written(args.out, args.out_stride)) {
+        return Status::bad_argument;
+    }
+    if (args.rows == 0) return Status::ok;
+    if (!args.parts || !args.out) return Status::bad_argument;
+    return kernels().reduce_shards(args, threads);
+}
+
+}  // namespace seqpar::cpu
