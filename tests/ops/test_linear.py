@@ -1,0 +1,342 @@
+"""all_gather_linear and linear_reduce_scatter on real gloo ranks, against the unsharded linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import seqpar_kernels as sp
+
+from ..oracle import assert_within_budget
+from ..world import RankError, World
+
+K, N = 6, 4
+
+
+def group() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def leaf(t: Tensor) -> Tensor:
+    return t.detach().clone().requires_grad_()
+
+
+def sequence(length: int, seq_dim: int, features: int, dtype: torch.dtype, strided: bool) -> Tensor:
+    """[2, S, features] or [S, 2, features]; with odd strides where asked."""
+    shape = [2, 2, features]
+    shape[seq_dim] = length
+    if strided:
+        return torch.randn(*shape[::-1], dtype=dtype).permute(2, 1, 0)
+    return torch.randn(shape, dtype=dtype)
+
+
+def column_case(length: int, seq_dim: int, chunks: int | None, engine: str, strided: bool) -> None:
+    g = group()
+    t, rank = g.size(), g.rank()
+    x = leaf(sequence(length, seq_dim, K, torch.float64, strided))
+    weights = [leaf(torch.randn(n * t, K, dtype=torch.float64)) for n in (N, 3)]
+    bias = leaf(torch.randn(N * t, dtype=torch.float64))
+    expected = [F.linear(x, weights[0], bias), F.linear(x, weights[1])]
+    grads = [torch.randn_like(e) for e in expected]
+    dx, dw0, dw1, db = torch.autograd.grad(expected, [x, *weights, bias], grads)
+    mine = [slice(rank * n, rank * n + n) for n in (N, 3)]
+    x_local = x.detach().tensor_split(t, seq_dim)[rank].requires_grad_()  # a view: not contiguous for [B, S, H]
+    w_local = [leaf(w[m]) for w, m in zip(weights, mine, strict=True)]
+    b_local = leaf(bias[mine[0]])
+    out = sp.all_gather_linear(
+        x_local, w_local, [b_local, None], group=g, seq_dim=seq_dim, chunks=chunks, engine=engine, seq_len=length
+    )
+    assert isinstance(out, tuple)
+    for got, want, m in zip(out, expected, mine, strict=True):
+        torch.testing.assert_close(got, want[..., m])
+    got = torch.autograd.grad(out, [x_local, *w_local, b_local], [d[..., m] for d, m in zip(grads, mine, strict=True)])
+    torch.testing.assert_close(got[0], dx.tensor_split(t, seq_dim)[rank])
+    torch.testing.assert_close(got[1:], (dw0[mine[0]], dw1[mine[1]], db[mine[0]]))
+
+
+def row_case(length: int, seq_dim: int, chunks: int | None, engine: str, strided: bool) -> None:
+    g = group()
+    t, rank = g.size(), g.rank()
+    x = leaf(sequence(length, seq_dim, K * t, torch.float64, strided))
+    weight, bias = leaf(torch.randn(N, K * t, dtype=torch.float64)), leaf(torch.randn(N, dtype=torch.float64))
+    expected = F.linear(x, weight, bias)
+    grad = torch.randn_like(expected)
+    dx, dw, db = torch.autograd.grad(expected, [x, weight, bias], grad)
+    mine = slice(rank * K, rank * K + K)
+    x_local = x.detach()[..., mine].requires_grad_()
+    w_local, b_local = leaf(weight[:, mine]), leaf(bias)
+    out = sp.linear_reduce_scatter(x_local, w_local, b_local, group=g, seq_dim=seq_dim, chunks=chunks, engine=engine)
+    torch.testing.assert_close(out, expected.tensor_split(t, seq_dim)[rank])
+    got = torch.autograd.grad(out, [x_local, w_local, b_local], grad.tensor_split(t, seq_dim)[rank])
+    torch.testing.assert_close(got, (dx[..., mine], dw[:, mine], db))
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+@pytest.mark.parametrize(("chunks", "engine"), [(None, "auto"), (None, "single"), (1, "auto"), (2, "collective"), (8, "auto")])
+@pytest.mark.parametrize("seq_dim", [0, 1], ids=["SBH", "BSH"])
+@pytest.mark.parametrize("length", [8, 7, 3, 1])
+@pytest.mark.parametrize("case", [column_case, row_case])
+def test_equals_the_unsharded_linear(
+    world: World, case: Any, length: int, seq_dim: int, chunks: int | None, engine: str, strided: bool
+) -> None:
+    world.run(case, length, seq_dim, chunks, engine, strided)
+
+
+def larger_case(dtype: torch.dtype) -> list[Tensor]:
+    """Big enough that windows of several batch rows are multiplied in place. Error against fp64 within budget."""
+    g = group()
+    t, rank = g.size(), g.rank()
+    torch.manual_seed(1)
+    batch, length, hidden, wide = 2, 300 * t, 64, 96
+    x, w = torch.randn(batch, length, hidden).to(dtype), torch.randn(wide * t, hidden).to(dtype) / 8
+    w2 = torch.randn(hidden, wide * t).to(dtype) / 8
+    cut = slice(rank * wide, rank * wide + wide)
+    y = sp.all_gather_linear(x.tensor_split(t, 1)[rank], w[cut], group=g, chunks=2)
+    assert_within_budget(y, F.linear(x, w[cut]), F.linear(x.double(), w[cut].double()), "y")
+    z = sp.linear_reduce_scatter(y, w2[:, cut], group=g, chunks=2)
+    whole = F.linear(x, w)
+    oracle = F.linear(whole.double(), w2.double()).tensor_split(t, 1)[rank]
+    # The reference rounds once; t partial results are rounded each, and added exactly.
+    partial = sum(F.linear(whole[..., c], w2[:, c]).double() for c in (slice(r * wide, r * wide + wide) for r in range(t)))
+    reference = partial.to(dtype).tensor_split(t, 1)[rank]  # type: ignore[union-attr]
+    assert_within_budget(z, reference, oracle, "z")
+    return [y, z]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_place_windows_and_16_bit(world2: World, dtype: torch.dtype) -> None:
+    world2.run(larger_case, dtype)
+
+
+def integer_case(dtype: torch.dtype, length: int) -> list[Tensor]:
+    """Matmuls of small integers are exact, so every chunk count must give the same bits."""
+    g = group()
+    t, rank = g.size(), g.rank()
+    torch.manual_seed(2)
+    results = []
+    x = torch.randint(-8, 9, (2, length, 5 * t)).to(dtype)
+    w = torch.randint(-8, 9, (7, 5 * t)).to(dtype)
+    cut = slice(rank * 5, rank * 5 + 5)
+    fraction = torch.randn(2, length, 7).to(dtype)  # makes the sum over ranks round
+    for chunks in (1, 2, 8):
+        y = sp.linear_reduce_scatter(x[..., cut].contiguous(), w[:, cut].contiguous(), group=g, chunks=chunks)
+        results.append(y)
+        results.append(sp.reduce_scatter_sequence(fraction * (rank + 1), g))
+    parts = [fraction * (r + 1) for r in range(t)]
+    total = parts[0].float() if dtype != torch.float64 else parts[0]
+    for part in parts[1:]:
+        total = total + part
+    expected = total.to(dtype).tensor_split(t, 1)[rank]
+    for y, s in zip(results[::2], results[1::2], strict=True):
+        assert torch.equal(y, results[0])
+        assert torch.equal(s, expected)
+    assert torch.equal(results[0], F.linear(x.double(), w.double()).to(dtype).tensor_split(t, 1)[rank])
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("length", [16, 13])
+def test_sum_over_ranks_has_the_same_bits_for_any_chunk_count(world: World, dtype: torch.dtype, length: int) -> None:
+    world.run(integer_case, dtype, length)
+
+
+def partial_gradients_case() -> None:
+    """Outputs and inputs that need no gradient cost nothing and break nothing."""
+    g = group()
+    x, w = torch.randn(2, 4, K), leaf(torch.randn(3, K))
+    first, second = sp.all_gather_linear(x, [w, w.detach()], group=g)
+    first.sum().backward()
+    dense = sp.gather_sequence(x, g)
+    torch.testing.assert_close(w.grad, dense.sum((0, 1)).expand(3, K))
+    xg = leaf(x)
+    first, second = sp.all_gather_linear(xg, [w.detach(), w.detach()], group=g)
+    (dx,) = torch.autograd.grad(second.sum(), xg)
+    torch.testing.assert_close(dx, (g.size() * w.detach().sum(0)).expand(2, 4, K))
+    b = leaf(torch.zeros(3))
+    sp.linear_reduce_scatter(torch.randn(2, 4 * g.size(), K), w.detach(), b, group=g).sum().backward()
+    torch.testing.assert_close(b.grad, torch.full((3,), 2.0 * 4 * g.size()))
+
+
+def test_only_what_is_needed_is_computed(world2: World) -> None:
+    world2.run(partial_gradients_case)
+
+
+def autocast_case() -> None:
+    g = group()
+    x, w = torch.randn(2, 4, K), torch.randn(3, K)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = sp.all_gather_linear(x, w, group=g)
+        z = sp.linear_reduce_scatter(y, w.t().contiguous(), group=g)
+    assert y.dtype == z.dtype == torch.bfloat16
+
+
+def test_autocast(world2: World) -> None:
+    world2.run(autocast_case)
+
+
+@pytest.mark.parametrize("seq_dim", [0, 1])
+def test_gradcheck_without_a_group(seq_dim: int) -> None:
+    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4, K), (2, K), (2,)))
+    check = torch.autograd.gradcheck
+    assert check(lambda x, w, b: sp.all_gather_linear(x, w, b, group=None, seq_dim=seq_dim), (x, w, b))
+    assert check(lambda x, w, b: sp.all_gather_linear(x, (w, 2 * w), (None, b), group=None, seq_dim=seq_dim), (x, w, b))
+    assert check(lambda x, w, b: sp.linear_reduce_scatter(x, w, b, group=None, seq_dim=seq_dim), (x, w, b))
+
+
+def gradcheck_case() -> None:
+    """gradcheck in fp64 across ranks: perturb the same entry of a replicated tensor everywhere."""
+    g = group()
+    t, rank = g.size(), g.rank()
+    x = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
+    w, v = (torch.randn(2 * t, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    gamma = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def layer(x: Tensor, w: Tensor, v: Tensor, gamma: Tensor) -> Tensor:
+        """A whole sharded block as a function of whole tensors, replicated in and out."""
+        shard = sp.scatter_sequence(x, g)
+        y = sp.all_gather_linear(shard, sp.scatter_tensor_parallel(w, g, 0), group=g, seq_len=3, chunks=2)
+        z = sp.linear_reduce_scatter(y.tanh(), sp.scatter_tensor_parallel(v, g, 0).t(), group=g, chunks=2)
+        z = sp.dropout_add_rms_norm(z, shard, gamma, p=0.3, seed=5, group=g, seq_len=3)
+        return sp.gather_sequence(z, g, seq_len=3, tensor_parallel_output_grad=False)
+
+    assert torch.autograd.gradcheck(layer, (x, w, v, gamma))
+
+
+def test_gradcheck_of_a_sharded_block(world: World) -> None:
+    world.run(gradcheck_case)
+
+
+def compile_case() -> None:
+    g = group()
+    x, w, b = (torch.randn(s, requires_grad=True) for s in ((2, 4, K), (3, K), (3,)))
+
+    def fn(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        y, _ = sp.all_gather_linear(x, [w, w], [b, None], group=g, chunks=2)
+        z = sp.linear_reduce_scatter(y, w.t(), None, group=g)
+        n = sp.dropout_add_rms_norm(z, x, None, p=0.2, group=g, seed=3)
+        n = n + sp.dropout_add_layer_norm(x, None, torch.cat([b, b]), group=g)
+        whole = sp.gather_sequence(n, g)
+        back = sp.reduce_scatter_sequence(whole, g) + sp.scatter_sequence(whole, g)
+        return sp.reduce_from_tensor_parallel(sp.copy_to_tensor_parallel(back, g).square().sum(), g)
+
+    expected = torch.autograd.grad(fn(x, w, b), (x, w, b))
+    for backend in ("eager", "aot_eager"):
+        got = torch.autograd.grad(torch.compile(fn, fullgraph=True, backend=backend)(x, w, b), (x, w, b))
+        torch.testing.assert_close(got, expected)
+
+
+def test_compiles_without_graph_breaks(world2: World) -> None:
+    world2.run(compile_case)
+
+
+def opcheck_case() -> None:
+    name, t = group().group_name, group().size()
+    ops, check = torch.ops.seqpar, torch.library.opcheck
+    x, w, b = (torch.randn(s, requires_grad=True) for s in ((2, 4, K), (3, K), (3,)))
+    wide = torch.randn(2, 4 * t, K)
+    place = (name, 1, 4 * t, 2, True)
+    check(ops.all_gather_linear.default, (x, [w, w], [b, None], *place))
+    check(ops.all_gather_linear.default, (x, [w], [None], "", 1, 4, 1, False))
+    dy = torch.randn(2, 4 * t, 3)
+    check(ops.all_gather_linear_backward.default, ([dy], x.detach(), [w.detach()], True, [True], [True], *place))
+    check(ops.linear_reduce_scatter.default, (wide.requires_grad_(), w, b, *place))
+    args = (torch.randn(2, 4, 3), wide.detach(), w.detach(), torch.float32, True, True, True, *place)
+    check(ops.linear_reduce_scatter_backward.default, args)
+    check(ops.gather.default, (x, 1, 4 * t, name, True))
+    check(ops.gather.default, (x, 2, K * t, name, False))
+    check(ops.reduce_scatter.default, (wide, 1, name))
+    check(ops.split.default, (wide, 1, name))
+    check(ops.all_reduce.default, (x, name))
+    check(ops.sum_over_ranks.default, ([b.detach(), w.detach()], name))
+
+
+def test_opcheck(world2: World) -> None:
+    world2.run(opcheck_case)
+
+
+def bad_calls() -> dict[str, tuple[str, dict[str, Any], str]]:
+    x, w = torch.randn(2, 4, K), torch.randn(3, K)
+    return {
+        "in_features": ("ag", {"weight": torch.randn(3, K + 1)}, "weight: expected in_features = 6"),
+        "weight dims": ("ag", {"weight": torch.randn(K)}, r"weight: expected \[out_features, in_features\]"),
+        "weight dtype": ("ag", {"weight": w.double()}, "weight: expected the dtype of x, torch.float32, got torch.float64"),
+        "bias size": ("ag", {"bias": torch.randn(4)}, r"bias: expected shape \(3,\), the out_features of its weight"),
+        "bias alone": ("ag", {"weight": [w, w], "bias": torch.randn(3)}, "bias: expected a sequence of 2 entries"),
+        "bias count": ("ag", {"weight": [w, w], "bias": [None]}, "bias: expected a sequence of 2 entries, .* got 1 entries"),
+        "no weight": ("ag", {"weight": []}, "weight: expected at least one weight"),
+        "second weight": ("ag", {"weight": [w, w.half()]}, r"weight\[1\]: expected the dtype of x"),
+        "chunks": ("ag", {"chunks": 0}, "chunks: expected a positive int or None, got 0"),
+        "engine": ("ag", {"engine": "magic"}, "engine: expected one of"),
+        "x dims": ("ag", {"x": torch.randn(K)}, r"x: expected \[..., S, ..., H\]"),
+        "x dtype": ("rs", {"x": x.long()}, "x: expected float32"),
+        "rs weight": ("rs", {"weight": torch.randn(3, 5)}, "weight: expected in_features = 6"),
+        "rs bias": ("rs", {"bias": torch.randn(1)}, "bias: expected shape"),
+        "rs seq_dim": ("rs", {"seq_dim": 2}, "seq_dim: expected a dimension of x"),
+    }
+
+
+def bad_case(case: str) -> None:
+    which, changed, message = bad_calls()[case]
+    arguments: dict[str, Any] = {"x": torch.randn(2, 4, K), "weight": torch.randn(3, K), "group": group()}
+    fn = sp.all_gather_linear if which == "ag" else sp.linear_reduce_scatter
+    with pytest.raises(ValueError, match=message):
+        fn(**{**arguments, **changed})
+
+
+@pytest.mark.parametrize("case", bad_calls())
+def test_bad_input_is_named_on_every_rank(world2: World, case: str) -> None:
+    world2.run(bad_case, case)
+    world2.run(compile_free_call)  # the group still works
+
+
+def compile_free_call() -> None:
+    sp.all_gather_linear(torch.randn(2, 4, K), torch.randn(3, K), group=group())
+
+
+def uneven_without_length() -> None:
+    x = torch.randn(2, 7, 11).tensor_split(2, 1)[group().rank()]
+    sp.all_gather_linear(x, torch.randn(3, 11), group=group())
+
+
+def test_uneven_shards_without_seq_len_raise_on_every_rank(world2: World) -> None:
+    outcomes = world2.outcomes(uneven_without_length)
+    assert [ok for ok, _ in outcomes] == [False, False]
+    assert all("the ranks disagree, nothing was sent" in text for _, text in outcomes), outcomes
+    world2.run(compile_free_call)
+
+
+def disagreeing(what: str) -> None:
+    rank = group().rank()
+    x, w = torch.randn(2, 4, K), torch.randn(3, K)
+    if what == "features":
+        x, w = (torch.randn(2, 4, K + rank), torch.randn(3, K + rank))
+    elif what == "dtype" and rank:
+        x, w = x.double(), w.double()
+    elif what == "batch":
+        x = torch.randn(2 + rank, 4, K)
+    elif what == "chunks":
+        sp.all_gather_linear(x, w, group=group(), chunks=1 + rank)
+    elif what == "op" and rank:
+        sp.linear_reduce_scatter(x, w, group=group(), chunks=3)
+    elif what == "refused" and rank:
+        w = torch.randn(3, K + 1)
+    sp.all_gather_linear(x, w, group=group(), chunks=3)
+
+
+@pytest.mark.parametrize("what", ["features", "dtype", "batch", "chunks", "op", "refused"])
+def test_ranks_that_disagree_all_raise_before_anything_is_sent(world2: World, what: str) -> None:
+    with pytest.raises(RankError) as caught:
+        world2.run(disagreeing, what)
+    texts = [text for ok, text in caught.value.outcomes if not ok]
+    assert len(texts) == 2, "one rank did not raise"
+    if what == "refused":
+        assert "rank 1 refused its arguments" in texts[0] and "weight: expected in_features = 6" in texts[0]
+    else:
+        assert all("rank 0: " in text and "rank 1: " in text and "nothing was sent" in text for text in texts)
+    world2.run(compile_free_call)
