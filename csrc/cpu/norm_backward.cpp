@@ -7,7 +7,11 @@ namespace seqpar::cpu::SEQPAR_ISA {
 namespace {
 
 // Rows taken together, so that a column sum is loaded and stored once for all of them; as many as registers allow.
-constexpr int kRows = SEQPAR_ISA_LEVEL == 3 ? 4 : 2;
+template <class A>
+constexpr int kRows = sizeof(A) == 8          ? 1
+                      : SEQPAR_ISA_LEVEL == 3 ? 4
+                      : SEQPAR_ISA_LEVEL == 2 ? 2
+                                              : 1;
 
 // One of the two norms of a residual: its incoming gradient and what that is scaled by.
 template <class A>
@@ -30,12 +34,97 @@ struct BackwardPlan {
     A* dx_bias;               // column sums of the first run, or null
     int64_t run_stride;       // from the sums of one run to those of the next
     RowRuns runs;
+
+    A* sums_of(A* first_run, int64_t run) const { return first_run ? first_run + run * run_stride : nullptr; }
 };
 
 // sums[c..] += value, where that sum is wanted.
 template <class A, class P>
 inline void accumulate(A* sums, int64_t c, P value) {
     if (sums) store_scratch(sums + c, load_scratch(sums + c) + value);
+}
+
+// What the second pass has to know of a row: the norm's share of the gradient is
+// dxhat * rstd + (z - mean) * slope + shift.
+template <class A>
+struct RowSums {
+    A mean, rstd, slope, shift;
+};
+
+// d(xhat) of one Pack: dy * scale of both norms.
+template <Order O, class A, class X, class N>
+inline __attribute__((always_inline)) typename PackFor<A>::Pack scaled(const A* scale, int64_t c, const X* dy, N n) {
+    const auto d = load<O>(dy + c, n);
+    return scale ? d * load_scratch(scale + c) : d;
+}
+
+// The first pass over kCount rows: their sums, and their part of the column sums.
+template <class X, class Z, Norm kNorm, int kCount, class Plan>
+void sum_rows(const Plan& plan, int64_t r0, int64_t run, RowSums<Acc<X>>* rows) {
+    using A = Acc<X>;
+    using P = typename PackFor<A>::Pack;
+    constexpr Order O = order_of<X>;
+    const NormBackward& args = *plan.args;
+    const P zero = splat(A(0));
+    const Z* z[kCount];
+    const X *dy[kCount], *dy2[kCount];
+    P sum1[kCount], sum2[kCount];
+    for (int i = 0; i < kCount; ++i) {
+        const int64_t r = r0 + i;
+        z[i] = row_of<Z>(args.z, r, args.z_stride);
+        dy[i] = plan.term.template row<X>(r);
+        dy2[i] = plan.term2.template row<X>(r);
+        rows[i].mean = kNorm == Norm::layer ? static_cast<const A*>(args.mean)[r] : A(0);
+        rows[i].rstd = static_cast<const A*>(args.rstd)[r];
+        sum1[i] = sum2[i] = zero;
+    }
+    A* const dweight = plan.sums_of(plan.term.dweight, run);
+    A* const dbias = plan.sums_of(plan.term.dbias, run);
+    A* const dweight2 = plan.sums_of(plan.term2.dweight, run);
+    A* const dbias2 = plan.sums_of(plan.term2.dbias, run);
+
+    for (int64_t begin = 0; begin < args.cols; begin += kSumColumns) {
+        P part1[kCount], part2[kCount];
+        for (int i = 0; i < kCount; ++i) part1[i] = part2[i] = zero;
+        for_packs<P::lanes>(begin, smaller(args.cols, begin + kSumColumns), [&](int64_t c, auto n) SEQPAR_BODY {
+            P dw = zero, db = zero, xhat[kCount];
+            for (int i = 0; i < kCount; ++i) {
+                P v = load<O>(z[i] + c, n);
+                if (kNorm == Norm::layer) v = v - splat(rows[i].mean);
+                xhat[i] = v * splat(rows[i].rstd);
+                const P d = load<O>(dy[i] + c, n);
+                dw = fma(d, xhat[i], dw);
+                db = db + d;
+                const P g = plan.term.scale ? d * load_scratch(plan.term.scale + c) : d;
+                if (kNorm == Norm::layer) part1[i] = part1[i] + g;
+                part2[i] = fma(g, xhat[i], part2[i]);
+            }
+            accumulate(dweight, c, dw);
+            accumulate(dbias, c, db);
+            if (!plan.term2.dy) return;
+            dw = db = zero;
+            for (int i = 0; i < kCount; ++i) {
+                const P d = load<O>(dy2[i] + c, n);
+                dw = fma(d, xhat[i], dw);
+                db = db + d;
+                const P g = plan.term2.scale ? d * load_scratch(plan.term2.scale + c) : d;
+                if (kNorm == Norm::layer) part1[i] = part1[i] + g;
+                part2[i] = fma(g, xhat[i], part2[i]);
+            }
+            accumulate(dweight2, c, dw);
+            accumulate(dbias2, c, db);
+        });
+        for (int i = 0; i < kCount; ++i) {
+            sum1[i] = sum1[i] + part1[i];
+            sum2[i] = sum2[i] + part2[i];
+        }
+    }
+    const double count = static_cast<double>(args.cols);
+    for (int i = 0; i < kCount; ++i) {
+        const double rstd = rows[i].rstd;
+        rows[i].slope = static_cast<A>(-rstd * rstd * (sum(sum2[i]) / count));
+        rows[i].shift = static_cast<A>(-rstd * (sum(sum1[i]) / count));
+    }
 }
 
 template <class X, class Z, Norm kNorm, bool kDropout>
@@ -45,90 +134,8 @@ struct BackwardKernel {
     static constexpr Order O = order_of<X>;
     using Plan = BackwardPlan<A, O>;
 
-    // What the second pass has to know of a row: the norm's share of the gradient is
-    // dxhat * rstd + (z - mean) * slope + shift.
-    struct RowSums {
-        A mean, rstd, slope, shift;
-    };
-
-    static A* sums_of(A* first_run, const Plan& plan, int64_t run) {
-        return first_run ? first_run + run * plan.run_stride : nullptr;
-    }
-
-    // d(xhat) of one Pack: dy * scale of both norms.
-    template <class N>
-    static inline __attribute__((always_inline)) P scaled(const A* scale, int64_t c, const X* dy, N n) {
-        const P d = load<O>(dy + c, n);
-        return scale ? d * load_scratch(scale + c) : d;
-    }
-
     template <int kCount>
-    static void sum_rows(const Plan& plan, int64_t r0, int64_t run, RowSums* rows) {
-        const NormBackward& args = *plan.args;
-        const P zero = splat(A(0));
-        const Z* z[kCount];
-        const X *dy[kCount], *dy2[kCount];
-        P sum1[kCount], sum2[kCount];
-        for (int i = 0; i < kCount; ++i) {
-            const int64_t r = r0 + i;
-            z[i] = row_of<Z>(args.z, r, args.z_stride);
-            dy[i] = plan.term.template row<X>(r);
-            dy2[i] = plan.term2.template row<X>(r);
-            rows[i].mean = kNorm == Norm::layer ? static_cast<const A*>(args.mean)[r] : A(0);
-            rows[i].rstd = static_cast<const A*>(args.rstd)[r];
-            sum1[i] = sum2[i] = zero;
-        }
-        A* const dweight = sums_of(plan.term.dweight, plan, run);
-        A* const dbias = sums_of(plan.term.dbias, plan, run);
-        A* const dweight2 = sums_of(plan.term2.dweight, plan, run);
-        A* const dbias2 = sums_of(plan.term2.dbias, plan, run);
-
-        for (int64_t begin = 0; begin < args.cols; begin += kSumColumns) {
-            P part1[kCount], part2[kCount];
-            for (int i = 0; i < kCount; ++i) part1[i] = part2[i] = zero;
-            for_packs<P::lanes>(begin, smaller(args.cols, begin + kSumColumns), [&](int64_t c, auto n) SEQPAR_BODY {
-                P dw = zero, db = zero, xhat[kCount];
-                for (int i = 0; i < kCount; ++i) {
-                    P v = load<O>(z[i] + c, n);
-                    if (kNorm == Norm::layer) v = v - splat(rows[i].mean);
-                    xhat[i] = v * splat(rows[i].rstd);
-                    const P d = load<O>(dy[i] + c, n);
-                    dw = fma(d, xhat[i], dw);
-                    db = db + d;
-                    const P g = plan.term.scale ? d * load_scratch(plan.term.scale + c) : d;
-                    if (kNorm == Norm::layer) part1[i] = part1[i] + g;
-                    part2[i] = fma(g, xhat[i], part2[i]);
-                }
-                accumulate(dweight, c, dw);
-                accumulate(dbias, c, db);
-                if (!plan.term2.dy) return;
-                dw = db = zero;
-                for (int i = 0; i < kCount; ++i) {
-                    const P d = load<O>(dy2[i] + c, n);
-                    dw = fma(d, xhat[i], dw);
-                    db = db + d;
-                    const P g = plan.term2.scale ? d * load_scratch(plan.term2.scale + c) : d;
-                    if (kNorm == Norm::layer) part1[i] = part1[i] + g;
-                    part2[i] = fma(g, xhat[i], part2[i]);
-                }
-                accumulate(dweight2, c, dw);
-                accumulate(dbias2, c, db);
-            });
-            for (int i = 0; i < kCount; ++i) {
-                sum1[i] = sum1[i] + part1[i];
-                sum2[i] = sum2[i] + part2[i];
-            }
-        }
-        const double count = static_cast<double>(args.cols);
-        for (int i = 0; i < kCount; ++i) {
-            const double rstd = rows[i].rstd;
-            rows[i].slope = static_cast<A>(-rstd * rstd * (sum(sum2[i]) / count));
-            rows[i].shift = static_cast<A>(-rstd * (sum(sum1[i]) / count));
-        }
-    }
-
-    template <int kCount>
-    static void write_rows(const Plan& plan, int64_t r0, int64_t run, const RowSums* rows) {
+    static void write_rows(const Plan& plan, int64_t r0, int64_t run, const RowSums<A>* rows) {
         const NormBackward& args = *plan.args;
         const P zero = splat(A(0));
         const Z *z[kCount], *dz[kCount];
@@ -147,7 +154,7 @@ struct BackwardKernel {
             factor[i] = kDropout ? static_cast<A>(args.dropout.scale) : A(1);
             if (args.row_scale) factor[i] *= args.row_scale[r];
         }
-        A* const dx_bias = sums_of(plan.dx_bias, plan, run);
+        A* const dx_bias = plan.sums_of(plan.dx_bias, run);
         typename DropoutPlan<A, O>::Mask keep[kCount][DropoutPlan<A, O>::masks];
 
         const int64_t step = kDropout ? kDropoutColumns : args.cols;
@@ -160,8 +167,8 @@ struct BackwardKernel {
                 for (int i = 0; i < kCount; ++i) {
                     P g = dz[i] ? load<O>(dz[i] + c, n) : zero;
                     if (kNorm != Norm::none) {
-                        P v = load<O>(z[i] + c, n), dxhat = scaled(plan.term.scale, c, dy[i], n);
-                        if (dy2[i]) dxhat = dxhat + scaled(plan.term2.scale, c, dy2[i], n);
+                        P v = load<O>(z[i] + c, n), dxhat = scaled<O>(plan.term.scale, c, dy[i], n);
+                        if (dy2[i]) dxhat = dxhat + scaled<O>(plan.term2.scale, c, dy2[i], n);
                         if (kNorm == Norm::layer) {
                             v = v - splat(rows[i].mean);
                             g = g + splat(rows[i].shift);
@@ -181,8 +188,8 @@ struct BackwardKernel {
 
     template <int kCount>
     static void run_rows(const Plan& plan, int64_t r0, int64_t run) {
-        RowSums rows[kCount];
-        if (kNorm != Norm::none) sum_rows<kCount>(plan, r0, run, rows);
+        RowSums<A> rows[kCount];
+        if (kNorm != Norm::none) sum_rows<X, Z, kNorm, kCount>(plan, r0, run, rows);
         write_rows<kCount>(plan, r0, run, rows);
     }
 
@@ -191,11 +198,11 @@ struct BackwardKernel {
         A* const firsts[] = {plan.term.dweight, plan.term.dbias, plan.term2.dweight, plan.term2.dbias, plan.dx_bias};
         const size_t bytes = static_cast<size_t>(padded_columns(plan.args->cols)) * sizeof(A);
         for (A* first : firsts) {
-            if (first) memset(sums_of(first, plan, run), 0, bytes);
+            if (first) memset(plan.sums_of(first, run), 0, bytes);
         }
         const int64_t end = smaller(plan.args->rows, (run + 1) * plan.runs.rows);
         int64_t r = run * plan.runs.rows;
-        for (; r + kRows <= end; r += kRows) run_rows<kRows>(plan, r, run);
+        for (; r + kRows<A> <= end; r += kRows<A>) run_rows<kRows<A>>(plan, r, run);
         for (; r < end; ++r) run_rows<1>(plan, r, run);
     }
 };

@@ -15,6 +15,51 @@ struct ForwardPlan {
     int64_t padded, rows_per_task;
 };
 
+// The sum of (z - mean)^2. Two accumulators, since one addition after the other would wait for its latency.
+template <Order O, class A>
+A spread(const A* row, int64_t cols, A mean) {
+    using P = typename PackFor<A>::Pack;
+    const P centre = splat(mean), zero = splat(A(0));
+    P total = zero;
+    for (int64_t begin = 0; begin < cols; begin += kSumColumns) {
+        const int64_t end = smaller(cols, begin + kSumColumns);
+        P even = zero, odd = zero;
+        int64_t c = begin;
+        for (; c + 2 * P::lanes <= end; c += 2 * P::lanes) {
+            const P first = load_scratch(row + c) - centre, second = load_scratch(row + c + P::lanes) - centre;
+            even = fma(first, first, even);
+            odd = fma(second, second, odd);
+        }
+        for_packs<P::lanes>(c, end, [&](int64_t tail, auto n) SEQPAR_BODY {
+            const P d = present<O>(load_scratch(row + tail) - centre, n);
+            even = fma(d, d, even);
+        });
+        total = total + (even + odd);
+    }
+    return sum(total);
+}
+
+// y = (row - mean) * rstd * scale + shift.
+template <class X, Norm kNorm, class A>
+void normalize(const A* row, int64_t cols, A mean, A rstd, const A* scale, const A* shift, X* y) {
+    using P = typename PackFor<A>::Pack;
+    constexpr Order O = order_of<X>;
+    const P centre = splat(mean), factor = splat(rstd);
+    for_packs<P::lanes>(0, cols, [&](int64_t c, auto n) SEQPAR_BODY {
+        P v = load_scratch(row + c);
+        if (kNorm == Norm::layer) v = v - centre;
+        v = v * factor;
+        if (scale && shift) {
+            v = fma(v, load_scratch(scale + c), load_scratch(shift + c));
+        } else if (scale) {
+            v = v * load_scratch(scale + c);
+        } else if (shift) {
+            v = v + load_scratch(shift + c);
+        }
+        store<O>(y + c, v, n);
+    });
+}
+
 template <class X, class Z, Norm kNorm, bool kDropout>
 struct ForwardKernel {
     using A = Acc<X>;
@@ -58,58 +103,21 @@ struct ForwardKernel {
         return sum(total);
     }
 
-    // The sum of (z - mean)^2. Two accumulators, since one addition after the other would wait for its latency.
-    static A spread(const A* row, int64_t cols, A mean) {
-        const P centre = splat(mean), zero = splat(A(0));
-        P total = zero;
-        for (int64_t begin = 0; begin < cols; begin += kSumColumns) {
-            const int64_t end = smaller(cols, begin + kSumColumns);
-            P even = zero, odd = zero;
-            int64_t c = begin;
-            for (; c + 2 * P::lanes <= end; c += 2 * P::lanes) {
-                const P first = load_scratch(row + c) - centre, second = load_scratch(row + c + P::lanes) - centre;
-                even = fma(first, first, even);
-                odd = fma(second, second, odd);
-            }
-            for_packs<P::lanes>(c, end, [&](int64_t tail, auto n) SEQPAR_BODY {
-                const P d = present<O>(load_scratch(row + tail) - centre, n);
-                even = fma(d, d, even);
-            });
-            total = total + (even + odd);
-        }
-        return sum(total);
-    }
-
-    static void normalize(const A* row, int64_t cols, A mean, A rstd, const A* scale, const A* shift, X* y) {
-        const P centre = splat(mean), factor = splat(rstd);
-        for_packs<P::lanes>(0, cols, [&](int64_t c, auto n) SEQPAR_BODY {
-            P v = load_scratch(row + c);
-            if (kNorm == Norm::layer) v = v - centre;
-            v = v * factor;
-            if (scale && shift) {
-                v = fma(v, load_scratch(scale + c), load_scratch(shift + c));
-            } else if (scale) {
-                v = v * load_scratch(scale + c);
-            } else if (shift) {
-                v = v + load_scratch(shift + c);
-            }
-            store<O>(y + c, v, n);
-        });
-    }
-
     static void run_row(const Plan& plan, int64_t r, A* row) {
         const NormForward& args = *plan.args;
         const A total = combine(plan, r, row);
         if (kNorm == Norm::none) return;
         const double count = static_cast<double>(args.cols);
         const A mean = kNorm == Norm::layer ? static_cast<A>(total / count) : A(0);
-        const double squares = kNorm == Norm::layer ? spread(row, args.cols, mean) : total;
+        const double squares = kNorm == Norm::layer ? spread<O>(row, args.cols, mean) : total;
         const A rstd = static_cast<A>(1.0 / __builtin_sqrt(squares / count + args.eps));
         if (args.y) {
-            normalize(row, args.cols, mean, rstd, plan.scale, plan.shift, row_of<X>(args.y, r, args.y_stride));
+            normalize<X, kNorm>(row, args.cols, mean, rstd, plan.scale, plan.shift,
+                                row_of<X>(args.y, r, args.y_stride));
         }
         if (args.y2) {
-            normalize(row, args.cols, mean, rstd, plan.scale2, plan.shift2, row_of<X>(args.y2, r, args.y2_stride));
+            normalize<X, kNorm>(row, args.cols, mean, rstd, plan.scale2, plan.shift2,
+                                row_of<X>(args.y2, r, args.y2_stride));
         }
         if (args.mean && kNorm == Norm::layer) static_cast<A*>(args.mean)[r] = mean;
         if (args.rstd) static_cast<A*>(args.rstd)[r] = rstd;

@@ -137,13 +137,13 @@ inline void store(f16* p, Pack x, Whole) {
 
 // Partial Packs go through a buffer: AVX2 cannot mask 16-bit elements, and a tail comes once a row.
 template <Order O, class T>
-inline Pack load(const T* p, int n) {
+__attribute__((noinline)) Pack load(const T* p, int n) {
     T buffer[Pack::lanes] = {};
     memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
     return load<O>(static_cast<const T*>(buffer), Whole{});
 }
 template <Order O, class T>
-inline void store(T* p, Pack x, int n) {
+__attribute__((noinline)) void store(T* p, Pack x, int n) {
     T buffer[Pack::lanes];
     store<O>(static_cast<T*>(buffer), x, Whole{});
     memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));

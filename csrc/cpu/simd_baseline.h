@@ -28,6 +28,13 @@ inline float widen(float x) {
 inline float widen(bf16 x) {
     return float_of_bits(static_cast<uint32_t>(x.bits) << 16);
 }
+#if defined(__aarch64__)
+inline float widen(f16 x) {
+    __fp16 h;
+    memcpy(&h, &x, sizeof(h));
+    return h;
+}
+#else
 inline float widen(f16 x) {
     const uint32_t sign = (x.bits & 0x8000u) << 16, exponent = x.bits >> 10 & 31u, mantissa = x.bits & 0x3FFu;
     if (exponent == 0) {  // zero and subnormals: a multiple of 2^-24, exact in fp32
@@ -35,6 +42,8 @@ inline float widen(f16 x) {
     }
     return float_of_bits(sign | (exponent == 31 ? 255u : exponent + 112u) << 23 | mantissa << 13);
 }
+
+#endif
 
 inline void narrow(float x, float* out) {
     *out = x;
@@ -44,6 +53,12 @@ inline void narrow(float x, bf16* out) {
     const bool nan = (u & 0x7FFFFFFFu) > 0x7F800000u;
     out->bits = static_cast<uint16_t>(nan ? u >> 16 | 0x40u : (u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
 }
+#if defined(__aarch64__)
+inline void narrow(float x, f16* out) {
+    const __fp16 h = static_cast<__fp16>(x);
+    memcpy(out, &h, sizeof(h));
+}
+#else
 inline void narrow(float x, f16* out) {
     const uint32_t u = bits_of_float(x), sign = u >> 16 & 0x8000u, magnitude = u & 0x7FFFFFFFu;
     uint32_t h;
@@ -58,6 +73,7 @@ inline void narrow(float x, f16* out) {
     }
     out->bits = static_cast<uint16_t>(sign | h);
 }
+#endif
 
 inline Pack splat(float s) {
     return generic_splat(s);
@@ -69,25 +85,55 @@ inline void store_scratch(float* p, Pack x) {
     generic_store(p, x);
 }
 
-template <Order, class T>
-inline Pack load(const T* p, int n) {
+// Out of line, or every kernel would hold these loops many times over.
+template <class T>
+__attribute__((noinline)) Pack widen_some(const T* p, int n) {
     float buffer[Pack::lanes] = {};
     for (int i = 0; i < n; ++i) buffer[i] = widen(p[i]);
     return generic_load(static_cast<const float*>(buffer));
 }
-template <Order, class T>
-inline void store(T* p, Pack x, int n) {
+template <class T>
+__attribute__((noinline)) Pack widen_all(const T* p) {
+    float buffer[Pack::lanes];
+    for (int i = 0; i < Pack::lanes; ++i) buffer[i] = widen(p[i]);
+    return generic_load(static_cast<const float*>(buffer));
+}
+template <class T>
+__attribute__((noinline)) void narrow_some(T* p, Pack x, int n) {
     float buffer[Pack::lanes];
     generic_store(static_cast<float*>(buffer), x);
     for (int i = 0; i < n; ++i) narrow(buffer[i], p + i);
 }
-template <Order O, class T>
-inline Pack load(const T* p, Whole) {
-    return load<O>(p, Pack::lanes);
+template <class T>
+__attribute__((noinline)) void narrow_all(T* p, Pack x) {
+    float buffer[Pack::lanes];
+    generic_store(static_cast<float*>(buffer), x);
+    for (int i = 0; i < Pack::lanes; ++i) narrow(buffer[i], p + i);
 }
-template <Order O, class T>
+
+template <Order, class T>
+inline Pack load(const T* p, int n) {
+    return widen_some(p, n);
+}
+template <Order, class T>
+inline void store(T* p, Pack x, int n) {
+    narrow_some(p, x, n);
+}
+template <Order, class T>
+inline Pack load(const T* p, Whole) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        return generic_load(p);
+    } else {
+        return widen_all(p);
+    }
+}
+template <Order, class T>
 inline void store(T* p, Pack x, Whole) {
-    store<O>(p, x, Pack::lanes);
+    if constexpr (sizeof(T) == sizeof(float)) {
+        generic_store(p, x);
+    } else {
+        narrow_all(p, x);
+    }
 }
 
 }  // namespace seqpar::cpu::SEQPAR_ISA
