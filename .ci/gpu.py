@@ -4,6 +4,7 @@ Uses this interpreter's own torch when it sees a GPU, and then needs no network 
 pytest or pybind11, may lie in .whl/); otherwise makes .venv. Arguments are passed on to pytest.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "gpu_out"
 SITE = ROOT / "build" / "site"  # where carried wheels are unpacked
-NEEDED = ("pytest", "pybind11", "setuptools")
+NEEDED = {"pytest": 7, "pybind11": 2, "setuptools": 77}  # and the oldest major version that will do
 
 
 def sees_gpu() -> bool:
@@ -40,6 +41,13 @@ def use_venv() -> None:
     os.execv(python, [python, __file__, *sys.argv[1:]])
 
 
+def major_version(distribution: str) -> int:
+    try:
+        return int(importlib.metadata.version(distribution).split(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return -1
+
+
 def environment() -> dict[str, str]:
     """For the processes started here: the checkout and the carried wheels first."""
     wheels = sorted(map(str, (ROOT / ".whl").glob("*.whl")))
@@ -47,7 +55,7 @@ def environment() -> dict[str, str]:
         options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(SITE)]
         subprocess.run([sys.executable, "-m", "pip", "install", *options, *wheels], check=True)
         sys.path.insert(0, str(SITE))
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = [f"{name} >= {oldest}" for name, oldest in NEEDED.items() if major_version(name) < oldest]
     if missing:
         sys.exit(f"make gpu: {sys.executable} lacks {', '.join(missing)}: install them, or put their wheels in .whl/")
     paths = [str(ROOT), str(SITE), os.environ.get("PYTHONPATH", "")]
