@@ -189,7 +189,7 @@ def draw(results: Sequence["Comparison"], loss_limit: float, path: Path) -> Path
         x=0.02,
         ha="left",
     )
-    rows = figure.subfigures(len(results), 1)
+    rows = figure.subfigures(len(results), 1, squeeze=False)[:, 0]
     for part, result in zip(rows, results, strict=True):
         grid = part.add_gridspec(2, 2, width_ratios=(1.55, 1), height_ratios=(2.6, 1))
         axes = part.add_subplot(grid[0, 0])
