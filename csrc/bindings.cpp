@@ -42,7 +42,9 @@ struct Place {
 #ifdef SEQPAR_WITH_CUDA
 #define SEQPAR_DISPATCH(on_cpu, on_cuda) (place.is_cuda ? (on_cuda) : (on_cpu))
 #else
-Status no_cuda() { throw std::runtime_error("seqpar_kernels was built without CUDA; see python -m seqpar_kernels"); }
+Status no_cuda() {
+    throw std::runtime_error("seqpar_kernels was built without CUDA; see python -m seqpar_kernels");
+}
 #define SEQPAR_DISPATCH(on_cpu, on_cuda) (place.is_cuda ? no_cuda() : (on_cpu))
 #endif
 
@@ -176,9 +178,9 @@ void reduce_shards(bool is_cuda, int threads, Address stream, int64_t rows, int6
                             at(out),
                             out_stride};
     py::gil_scoped_release release;
-    check(SEQPAR_DISPATCH(cpu::reduce_shards(args, place.threads_or_margin),
-                          cuda::reduce_shards(args, at(place.stream))),
-          "reduce_shards");
+    check(
+        SEQPAR_DISPATCH(cpu::reduce_shards(args, place.threads_or_margin), cuda::reduce_shards(args, at(place.stream))),
+        "reduce_shards");
 }
 
 }  // namespace

@@ -12,14 +12,17 @@ from .kernels import BACKENDS, native, why_not
 def report() -> str:
     """The text printed by ``python -m seqpar_kernels``."""
     lines = [
-        f"seqpar_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
+        f"seqpar_kernels {__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {platform.machine()}",
         "",
         "built",
     ]
     if native._native is None:
         lines.append(f"  extension          no: {native.build_error}")
     else:
-        lines.append(f"  CPU kernels        yes: running {native._native.cpu_isa()}, threads by {native._native.cpu_threading()}")
+        lines.append(
+            f"  CPU kernels        yes: running {native._native.cpu_isa()}, threads by {native._native.cpu_threading()}"
+        )
         archs = f"yes: {native._native.cuda_archs()}" if native._native.has_cuda else "no: built without nvcc"
         lines.append(f"  CUDA kernels       {archs}")
     lines += ["", "kernels"]

@@ -505,9 +505,7 @@ def planned_linear_reduce_scatter(
     return ops.linear_reduce_scatter(x, weight, bias, *_place(pg, seq_dim, shard, settled)), settled
 
 
-def _settle_plan(
-    x: Tensor, seq_dim: int, shard: SequenceShard, features: int, engine: str, chunks: int | None
-) -> Plan:
+def _settle_plan(x: Tensor, seq_dim: int, shard: SequenceShard, features: int, engine: str, chunks: int | None) -> Plan:
     check_engine(engine)
     check_chunks(chunks)
     other = 1

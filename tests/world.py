@@ -58,9 +58,7 @@ class World:
         self.processes = []
         for rank in range(ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, ranks, store, timeout, sys.path, theirs), daemon=True
-            )
+            process = context.Process(target=_serve, args=(rank, ranks, store, timeout, sys.path, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)

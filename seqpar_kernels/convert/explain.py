@@ -33,7 +33,9 @@ class Explanation:
         header = Row("module", "style", "engine", "chunks", "fused", "why")
         table = [tuple(vars(row).values()) for row in (header, *self.rows)]
         widths = [max(len(line[i]) for line in table) for i in range(5)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[5]]) for line in table]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[5]]) for line in table
+        ]
         lines.insert(1, "  ".join("-" * w for w in [*widths, len(header.why)]))
         return "\n".join([self.title, *(line.rstrip() for line in lines)])
 
@@ -52,7 +54,8 @@ def explain(model: nn.Module) -> Explanation:
     region = conversion.region
     backend = "no group" if region.group is None else f"group of {region.ranks} ranks"
     count = len(conversion.replicated)
-    title = f"{type(model).__name__}: {backend}, sequence at dim {region.seq_dim}; gradients of {count} replicated parameters "
+    title = f"{type(model).__name__}: {backend}, sequence at dim {region.seq_dim}; "
+    title += f"gradients of {count} replicated parameters "
     title += "need no sum" if region.group is None else "are summed in one exchange a backward"
     return Explanation(title, rows)
 

@@ -122,7 +122,9 @@ def _resolve(model: nn.Module, plan: ParallelPlan, region: Region) -> Conversion
     for pattern, joined in plan.styles.items():
         found = [name for name in names if matches(pattern, name)]
         if not found:
-            near = ", ".join(n for n in names if n.rpartition(".")[2] == pattern.rpartition(".")[2]) or ", ".join(names[:8])
+            near = ", ".join(n for n in names if n.rpartition(".")[2] == pattern.rpartition(".")[2]) or ", ".join(
+                names[:8]
+            )
             raise ValueError(f"plan[{pattern!r}]: matches no module of {type(model).__name__}; it has {near}")
         for style in joined.split("+"):
             kind, count = parse_style(pattern, style)
@@ -143,7 +145,9 @@ def _check_sizes(model: nn.Module, plan: ParallelPlan, conversion: Conversion) -
     for attribute in plan.heads:
         count = getattr(config, attribute)
         if count % ranks:
-            raise ValueError(f"model.config.{attribute}: expected a multiple of the {ranks} ranks of the group, got {count}")
+            raise ValueError(
+                f"model.config.{attribute}: expected a multiple of the {ranks} ranks of the group, got {count}"
+            )
     for pattern, names in plan.divided.items():
         for name, module in model.named_modules():
             if matches(pattern, name):
@@ -205,9 +209,9 @@ def _converted_norm(module: nn.Module, region: Region | None = None) -> LayerNor
 def _convert(model: nn.Module, name: str, style: str, conversion: Conversion, engine: str) -> None:
     """Put the parallel twin in a module's place, with its hooks."""
     region = conversion.region
-    old = model.get_submodule(name)
+    old: Any = model.get_submodule(name)
     new: Any
-    place = {"seq_dim": region.seq_dim, "engine": engine}
+    place: dict[str, Any] = {"seq_dim": region.seq_dim, "engine": engine}
     if style == "colwise":
         new = ColumnParallelLinear.from_torch(old, region.group, sections=conversion.sections[name], **place)
     elif style == "rowwise":
@@ -300,14 +304,18 @@ def _install_hooks(model: nn.Module, conversion: Conversion) -> None:
     model.register_forward_hook(after, always_call=True)
 
 
-def _residual_stream(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], Any]]:
+def _residual_stream(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """The tensor at a module's entrance, and (args, kwargs) with another in its place."""
     if args and isinstance(args[0], Tensor):
         return args[0], lambda x: ((x, *args[1:]), kwargs)
     key = next((key for key in ("hidden_states", "x", "input") if isinstance(kwargs.get(key), Tensor)), None)
     if key is not None:
         return kwargs[key], lambda x: (args, {**kwargs, key: x})
-    raise RuntimeError(f"{name}: the plan found no tensor at its entrance: no first argument, hidden_states=, x= or input=")
+    raise RuntimeError(
+        f"{name}: the plan found no tensor at its entrance: no first argument, hidden_states=, x= or input="
+    )
 
 
 def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:

@@ -56,8 +56,8 @@ def is_shard(value: Any) -> bool:
 class ShardCheck(TorchFunctionMode):
     """Active during one forward of ``model``.
 
-    ``styles`` maps module names to the style that handles their input; behind the modules in ``gathers`` the sequence is
-    whole again.
+    ``styles`` maps module names to the style that handles their input; behind the modules in ``gathers`` the sequence
+    is whole again.
     """
 
     def __init__(self, model: nn.Module, styles: dict[str, str], gathers: frozenset[str]):
@@ -104,7 +104,8 @@ class ShardCheck(TorchFunctionMode):
                 kinds = ("the whole sequence", "a sequence shard")
                 self._stack.pop()
                 raise RuntimeError(
-                    f"{name}: the plan says {style!r}, which takes {kinds[wanted]}, but its input is {kinds[not wanted]}"
+                    f"{name}: the plan says {style!r}, which takes {kinds[wanted]}, "
+                    f"but its input is {kinds[not wanted]}"
                 )
             self._planned += 1
 
@@ -146,9 +147,9 @@ class ShardCheck(TorchFunctionMode):
     def _missed(self, parameter: str) -> str:
         module = parameter.rpartition(".")[0] or type(self._model).__name__
         return (
-            f"{module}: a sequence shard reaches parameter {parameter!r}, which the plan does not cover: its gradient would "
-            f"be a different part of the sum on every rank. Add {module!r} to the plan with a style that fits: 'norm', "
-            f"'colwise', 'rowwise', or 'sequence' for a module that treats rows one by one"
+            f"{module}: a sequence shard reaches parameter {parameter!r}, which the plan does not cover: its gradient "
+            f"would be a different part of the sum on every rank. Add {module!r} to the plan with a style that fits: "
+            f"'norm', 'colwise', 'rowwise', or 'sequence' for a module that treats rows one by one"
         )
 
     @staticmethod

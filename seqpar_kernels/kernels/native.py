@@ -20,7 +20,7 @@ from .spec import (
 try:
     from .. import _native
 except ImportError as error:  # an unbuilt checkout: the reason is kept and shown where somebody needs the kernels
-    _native = None
+    _native = None  # type: ignore[assignment]
     build_error: str | None = str(error)
 else:
     build_error = None

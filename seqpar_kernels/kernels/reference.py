@@ -91,7 +91,7 @@ def norm_forward(
     if x_bias is not None:
         z = z + x_bias.to(acc)
     if seed is not None:
-        keep = dropout_mask(*x.shape, spec.p, seed, spec.rows)
+        keep = dropout_mask(x.shape[0], x.shape[1], spec.p, seed, spec.rows)
         z = torch.where(keep, z * dropout_scale(spec.p), 0)
     if row_scale is not None:
         z = z * row_scale.to(acc)[:, None]
@@ -153,7 +153,7 @@ def norm_backward(
     if row_scale is not None:
         dx = dx * row_scale.to(acc)[:, None]
     if seed is not None:
-        keep = dropout_mask(*total.shape, spec.p, seed, spec.rows)
+        keep = dropout_mask(total.shape[0], total.shape[1], spec.p, seed, spec.rows)
         dx = torch.where(keep, dx * dropout_scale(spec.p), 0)
     grads["dx_bias"] = dx.sum(0)
     zeros = torch.zeros(total.shape[1], dtype=acc, device=total.device)

@@ -61,7 +61,9 @@ class _ParallelLinear(nn.Module):
         bound = 1 / math.sqrt(self.in_features)
         nn.init.uniform_(full, -bound, bound)
         self._set("weight", full)
-        self._set("bias", torch.empty(self.out_features, device=device, dtype=dtype).uniform_(-bound, bound) if bias else None)
+        self._set(
+            "bias", torch.empty(self.out_features, device=device, dtype=dtype).uniform_(-bound, bound) if bias else None
+        )
 
     def _linear_weight(self) -> Tensor:
         """[out, in], whatever the parameter's layout."""
@@ -161,8 +163,8 @@ class ColumnParallelLinear(_ParallelLinear):
 class RowParallelLinear(_ParallelLinear):
     """Multiplies with this rank's columns of the weight and reduce-scatters the partial sums, overlapped.
 
-    Args as in :class:`ColumnParallelLinear`; ``in_features`` is cut, the bias is whole on every rank, is added once, and
-    gets its complete gradient on every rank.
+    Args as in :class:`ColumnParallelLinear`; ``in_features`` is cut, the bias is whole on every rank, is added once,
+    and gets its complete gradient on every rank.
 
     Raises:
         ValueError: K is not a multiple of t.

@@ -28,6 +28,8 @@ class _Norm(nn.Module):
 
     kind: NormKind
     region: Region
+    weight: Any  # a Parameter or None, and eps a float or None: LayerNorm and RMSNorm declare them differently
+    eps: Any
     zero_centered_weight: bool = False
 
     def _run(

@@ -1,8 +1,8 @@
 """``seqpar::all_gather_linear`` and ``seqpar::linear_reduce_scatter``: schemas, fakes, autograd.
 
 Column-parallel keeps its local shard of x and gathers again in the backward; row-parallel keeps its input and gathers
-dy (Korthikanti et al. 2022, section 4.2.2). Bias gradients are complete on every rank: of a column-parallel bias because
-dy is whole there, of a row-parallel one because dy has been gathered anyway.
+dy (Korthikanti et al. 2022, section 4.2.2). Bias gradients are complete on every rank: of a column-parallel bias
+because dy is whole there, of a row-parallel one because dy has been gathered anyway.
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ class _AllGatherLinear(torch.autograd.Function):
             return (None,) * len(needs)
         want_dw = [need and hit for need, hit in zip(needs[2 : 2 + count], reached, strict=True)]
         want_db = [need and hit for need, hit in zip(needs[2 + count : 2 + 2 * count], reached, strict=True)]
-        out = iter(
-            all_gather_linear_backward(list(grads), x, list(weights), needs[0], want_dw, want_db, *ctx.place)
-        )
+        out = iter(all_gather_linear_backward(list(grads), x, list(weights), needs[0], want_dw, want_db, *ctx.place))
         dx = next(out) if needs[0] else None
         dws = [next(out) if want else None for want in want_dw]
         dbs = [next(out) if want else None for want in want_db]

@@ -183,7 +183,9 @@ reduce_scatter = register(
     _ReduceScatter,
 )
 split = register("split(Tensor x, int dim, str group) -> Tensor", _split_kernel, _reduce_scatter_fake, _Split)
-all_reduce = register("all_reduce(Tensor x, str group) -> Tensor", _all_reduce_kernel, _all_reduce_fake, _ReduceFromRegion)
+all_reduce = register(
+    "all_reduce(Tensor x, str group) -> Tensor", _all_reduce_kernel, _all_reduce_fake, _ReduceFromRegion
+)
 sum_over_ranks = register(
     "sum_over_ranks(Tensor[] tensors, str group) -> Tensor[]", _sum_over_ranks_kernel, _sum_over_ranks_fake, None
 )

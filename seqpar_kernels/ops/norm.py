@@ -122,7 +122,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         x, residual, weight, _bias, weight2, _bias2, _x_bias, row_scale, seed, store_z, two_norms, kind, *scalars = args
         out = below_autograd(dropout_add_norm, *args)
         statistics = out[{NormKind.NONE: len(out), NormKind.LAYER: -2, NormKind.RMS: -1}[NormKind(kind)] :]
-        z = None
+        z: Any = None
         if kind != NormKind.NONE:
             z = out[-1 - len(statistics)] if store_z else x
         ctx.mark_non_differentiable(*statistics)
@@ -161,7 +161,20 @@ class _DropoutAddNorm(torch.autograd.Function):
         scalars[-3] = ctx.z_dtype
         out = iter(
             dropout_add_norm_backward(
-                dy, dy2, dz, z, mean, rstd, row_scale, weight, weight2, seed, list(wants), ctx.x_dtype, ctx.kind, *scalars
+                dy,
+                dy2,
+                dz,
+                z,
+                mean,
+                rstd,
+                row_scale,
+                weight,
+                weight2,
+                seed,
+                list(wants),
+                ctx.x_dtype,
+                ctx.kind,
+                *scalars,
             )
         )
         got = [next(out) if want else None for want in wants]
@@ -227,7 +240,9 @@ def _backward_fake(
 ) -> list[Tensor]:
     z_dtype, w_dtype = scalars[-3], scalars[-2]
     like = next(t for t in (dz, dy, dy2) if t is not None)
-    out = [like.new_empty(like.shape, dtype=dtype) for dtype, want in zip((x_dtype, z_dtype), wants, strict=False) if want]
+    out = [
+        like.new_empty(like.shape, dtype=dtype) for dtype, want in zip((x_dtype, z_dtype), wants, strict=False) if want
+    ]
     return out + [like.new_empty(like.shape[-1], dtype=w_dtype) for want in wants[2:] if want]
 
 

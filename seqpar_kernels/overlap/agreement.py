@@ -67,7 +67,8 @@ class Agreement:
                     answers[rank] = self._store.get(f"{number}/{rank}").decode()
                 except Exception as error:
                     raise RuntimeError(
-                        f"{text}: rank {rank} did not reach this op within the time-out, or is gone ({_first_line(error)})"
+                        f"{text}: rank {rank} did not reach this op within the time-out, "
+                        f"or is gone ({_first_line(error)})"
                     ) from error
         return answers
 

@@ -86,4 +86,3 @@ class CollectiveSession:
             f"{transfer.kind}) failed between rank {self._group.rank()} and rank {peer}; "
             f"{agreement_of(self._group).diagnose(peer)}. {type(error).__name__}: {error}"
         )
-

@@ -80,7 +80,9 @@ class Exchange:
         receives = []
         for transfer in step.receives:
             window = target(transfer)
-            buffer = window if window.is_contiguous() else torch.empty_like(window, memory_format=torch.contiguous_format)
+            buffer = (
+                window if window.is_contiguous() else torch.empty_like(window, memory_format=torch.contiguous_format)
+            )
             if buffer is not window:
                 self._staged[transfer] = (window, buffer)
             receives.append(Message(transfer, buffer))

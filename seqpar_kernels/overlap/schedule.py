@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     """Rows ``start..stop`` of the unsharded sequence: chunk ``index`` of the shard of ``owner``."""
 
     owner: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     start: int
     stop: int
 
