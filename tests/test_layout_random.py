@@ -17,7 +17,9 @@ def test_shards_are_those_of_tensor_split(length: int, ranks: int) -> None:
 
 
 @given(
-    st.lists(st.integers(1, 5), min_size=0, max_size=2), st.integers(1, 11), st.lists(st.integers(1, 4), max_size=2),
+    st.lists(st.integers(1, 5), min_size=0, max_size=2),
+    st.integers(1, 11),
+    st.lists(st.integers(1, 4), max_size=2),
     st.integers(1, 4),
 )
 def test_row_map_counts_rows_of_the_unsharded_tensor(lead: list[int], length: int, tail: list[int], ranks: int) -> None:

@@ -99,7 +99,8 @@ def parallelize(
         _check_sizes(model, settled, conversion)
         _check_ties(model, conversion)
         if region.group is not None:
-            agreement_of(region.group).require(f"parallelize({type(model).__name__}, {_digest(model)})")
+            whole = f"parallelize({type(model).__name__}, {_digest(model)})"
+            agreement_of(region.group).require(whole, remember=False)
     for pattern, names in settled.divided.items():
         for name, module in model.named_modules():
             if matches(pattern, name):

@@ -32,8 +32,8 @@ class Agreement:
         self._rounds = 0
         self._latest = "nothing"
 
-    def require(self, signature: str) -> None:
-        """Return when every rank is about to run ``signature``.
+    def require(self, signature: str, *, remember: bool = True) -> None:
+        """Return when every rank is about to run ``signature``; asks once, or with ``remember=False`` every time.
 
         Raises:
             RuntimeError: another rank runs something else, failed its checks, or did not come within the time-out.
@@ -49,7 +49,8 @@ class Agreement:
         if any(text != signature for text in answers.values()):
             listing = "; ".join(f"rank {rank}: {text}" for rank, text in sorted(answers.items()))
             raise RuntimeError(f"the ranks disagree, nothing was sent: {listing}")
-        self._known.add(signature)
+        if remember:
+            self._known.add(signature)
 
     def fail(self, reason: str) -> None:
         """Tell peers that meet us in :meth:`require` why this rank will not come."""

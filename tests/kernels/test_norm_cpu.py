@@ -82,13 +82,23 @@ class Case:
     def __init__(self, rows, cols, dtypes=(F32, F32, F32), kind=NormKind.LAYER, p=0.1, row_map="unsharded", **options):
         self.rows, self.cols, self.kind, self.p = rows, cols, kind, p
         self.x_dtype, self.z_dtype, self.w_dtype = dtypes
-        have = dict(residual=True, x_bias=False, row_scale=False, weight=True, bias=True, two=False, zero_centered=False)
+        have = dict(
+            residual=True, x_bias=False, row_scale=False, weight=True, bias=True, two=False, zero_centered=False
+        )
         have.update(stride=None, mean=0.0, dy=True, dy2=None, dz=True, dropout=True)
         have.update(options)
         self.two = have["two"] and kind != NormKind.NONE
         generator = torch.Generator().manual_seed(rows * 131 + cols)
         self.spec = NormSpec(
-            kind, have["zero_centered"], 1e-5, p, MAPS[row_map](rows), self.x_dtype, self.z_dtype, self.x_dtype, self.w_dtype
+            kind,
+            have["zero_centered"],
+            1e-5,
+            p,
+            MAPS[row_map](rows),
+            self.x_dtype,
+            self.z_dtype,
+            self.x_dtype,
+            self.w_dtype,
         )
 
         def full(dtype, wanted=True, mean=0.0, stride=have["stride"]):
@@ -113,7 +123,9 @@ class Case:
         def to(t):
             return t if cast is None or t is None else t.to(cast)
 
-        tensors = map(to, (self.x, self.x_bias, self.row_scale, self.residual, self.weight, self.bias, self.weight2, self.bias2))
+        tensors = map(
+            to, (self.x, self.x_bias, self.row_scale, self.residual, self.weight, self.bias, self.weight2, self.bias2)
+        )
         return backend.norm_forward(*tensors, self.seed, self.cast_spec(cast), store_z=True, two_norms=self.two)
 
     def cast_spec(self, cast):
@@ -256,15 +268,32 @@ def test_sizes(dtypes, kind):
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
 def test_options(dtypes):
     """Every pair of options that the kernels tell apart, on a size with a tail."""
-    options = list(itertools.product(
-        [NormKind.LAYER, NormKind.RMS, NormKind.NONE], [True, False], [True, False], [True, False], [True, False]
-    ))
+    options = list(
+        itertools.product(
+            [NormKind.LAYER, NormKind.RMS, NormKind.NONE], [True, False], [True, False], [True, False], [True, False]
+        )
+    )
     for i, (kind, residual, x_bias, row_scale, two) in enumerate(options):
-        check(Case(
-            9, 75, dtypes, kind, p=[0.1, 0.5, 0.0, 1.0][i % 4], row_map=list(MAPS)[i % 5], residual=residual, x_bias=x_bias,
-            row_scale=row_scale, two=two, weight=i % 3 != 0, bias=i % 5 != 0, zero_centered=i % 2 == 0,
-            stride=[None, 5, 0][i % 3], dropout=i % 7 != 0, dz=i % 4 != 1,
-        ))
+        check(
+            Case(
+                9,
+                75,
+                dtypes,
+                kind,
+                p=[0.1, 0.5, 0.0, 1.0][i % 4],
+                row_map=list(MAPS)[i % 5],
+                residual=residual,
+                x_bias=x_bias,
+                row_scale=row_scale,
+                two=two,
+                weight=i % 3 != 0,
+                bias=i % 5 != 0,
+                zero_centered=i % 2 == 0,
+                stride=[None, 5, 0][i % 3],
+                dropout=i % 7 != 0,
+                dz=i % 4 != 1,
+            )
+        )
 
 
 def test_no_rows():
@@ -311,7 +340,9 @@ def test_only_what_is_wanted():
     outputs = case.forward(native)
     everything = case.backward(native, outputs)
     for field in NormWants._fields:
-        got = case.backward(native, outputs, wants=NormWants(**{**dict.fromkeys(NormWants._fields, False), field: True}))
+        got = case.backward(
+            native, outputs, wants=NormWants(**{**dict.fromkeys(NormWants._fields, False), field: True})
+        )
         assert torch.equal(getattr(got, field), getattr(everything, field))
         assert all(t is None for name, t in zip(got._fields, got) if name != field)
 

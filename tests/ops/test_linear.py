@@ -78,7 +78,9 @@ def row_case(length: int, seq_dim: int, chunks: int | None, engine: str, strided
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
-@pytest.mark.parametrize(("chunks", "engine"), [(None, "auto"), (None, "single"), (1, "auto"), (2, "collective"), (8, "auto")])
+@pytest.mark.parametrize(
+    ("chunks", "engine"), [(None, "auto"), (None, "single"), (1, "auto"), (2, "collective"), (8, "auto")]
+)
 @pytest.mark.parametrize("seq_dim", [0, 1], ids=["SBH", "BSH"])
 @pytest.mark.parametrize("length", [8, 7, 3, 1])
 @pytest.mark.parametrize("case", [column_case, row_case])
@@ -103,7 +105,9 @@ def larger_case(dtype: torch.dtype) -> list[Tensor]:
     whole = F.linear(x, w)
     oracle = F.linear(whole.double(), w2.double()).tensor_split(t, 1)[rank]
     # The reference rounds once; t partial results are rounded each, and added exactly.
-    partial = sum(F.linear(whole[..., c], w2[:, c]).double() for c in (slice(r * wide, r * wide + wide) for r in range(t)))
+    partial = sum(
+        F.linear(whole[..., c], w2[:, c]).double() for c in (slice(r * wide, r * wide + wide) for r in range(t))
+    )
     reference = partial.to(dtype).tensor_split(t, 1)[rank]  # type: ignore[union-attr]
     assert_within_budget(z, reference, oracle, "z")
     return [y, z]
@@ -192,7 +196,7 @@ def test_gradcheck_without_a_group(seq_dim: int) -> None:
 def gradcheck_case() -> None:
     """gradcheck in fp64 across ranks: perturb the same entry of a replicated tensor everywhere."""
     g = group()
-    t, rank = g.size(), g.rank()
+    t = g.size()
     x = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
     w, v = (torch.randn(2 * t, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     gamma = torch.randn(2, dtype=torch.float64, requires_grad=True)
@@ -265,10 +269,18 @@ def bad_calls() -> dict[str, tuple[str, dict[str, Any], str]]:
     return {
         "in_features": ("ag", {"weight": torch.randn(3, K + 1)}, "weight: expected in_features = 6"),
         "weight dims": ("ag", {"weight": torch.randn(K)}, r"weight: expected \[out_features, in_features\]"),
-        "weight dtype": ("ag", {"weight": w.double()}, "weight: expected the dtype of x, torch.float32, got torch.float64"),
+        "weight dtype": (
+            "ag",
+            {"weight": w.double()},
+            "weight: expected the dtype of x, torch.float32, got torch.float64",
+        ),
         "bias size": ("ag", {"bias": torch.randn(4)}, r"bias: expected shape \(3,\), the out_features of its weight"),
         "bias alone": ("ag", {"weight": [w, w], "bias": torch.randn(3)}, "bias: expected a sequence of 2 entries"),
-        "bias count": ("ag", {"weight": [w, w], "bias": [None]}, "bias: expected a sequence of 2 entries, .* got 1 entries"),
+        "bias count": (
+            "ag",
+            {"weight": [w, w], "bias": [None]},
+            "bias: expected a sequence of 2 entries, .* got 1 entries",
+        ),
         "no weight": ("ag", {"weight": []}, "weight: expected at least one weight"),
         "second weight": ("ag", {"weight": [w, w.half()]}, r"weight\[1\]: expected the dtype of x"),
         "chunks": ("ag", {"chunks": 0}, "chunks: expected a positive int or None, got 0"),

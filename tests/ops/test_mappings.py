@@ -43,7 +43,9 @@ def mappings_case(length: int, dim: int, dtype: torch.dtype) -> None:
     y = sp.gather_sequence(p, g, dim, seq_len=length)
     (dp,) = torch.autograd.grad(y, p, whole * 2.0**rank)
     total = sum((whole * 2.0**r).double() for r in range(t))
-    torch.testing.assert_close(dp.double(), total.tensor_split(t, dim)[rank], rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=0)  # type: ignore[union-attr]
+    torch.testing.assert_close(
+        dp.double(), total.tensor_split(t, dim)[rank], rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=0
+    )  # type: ignore[union-attr]
     # reduce-scatter <-> gather
     x = (whole * (rank + 1)).requires_grad_()
     y = sp.reduce_scatter_sequence(x, g, dim)
@@ -88,7 +90,10 @@ def replicated_case() -> None:
     """16-bit gradients are summed before they are rounded; one exchange serves all parameters."""
     g = group()
     t, rank = g.size(), g.rank()
-    params = [torch.randn(s).to(d).requires_grad_() for s, d in ((5, torch.bfloat16), ((2, 3), torch.float32), (4, torch.bfloat16))]
+    params = [
+        torch.randn(s).to(d).requires_grad_()
+        for s, d in ((5, torch.bfloat16), ((2, 3), torch.float32), (4, torch.bfloat16))
+    ]
     calls = []
     original = torch.ops.seqpar.sum_over_ranks.default
     import seqpar_kernels.ops.mappings as mappings

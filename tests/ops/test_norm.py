@@ -20,7 +20,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # float64 has gradcheck
 
 
 def plain(
-    kind: str, x: Tensor, residual: Tensor | None, w: Tensor | None, b: Tensor | None, mask: Tensor, p: float, x_bias: Tensor | None
+    kind: str,
+    x: Tensor,
+    residual: Tensor | None,
+    w: Tensor | None,
+    b: Tensor | None,
+    mask: Tensor,
+    p: float,
+    x_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The same in PyTorch statements, in the dtype of the inputs."""
     z = x if x_bias is None else x + x_bias
@@ -36,7 +43,10 @@ def tensors(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> dict[str, 
     torch.manual_seed(0)
     hidden = shape[-1]
     made: dict[str, Tensor | None] = {
-        "x": torch.randn(shape), "residual": torch.randn(shape), "w": torch.randn(hidden), "b": torch.randn(hidden),
+        "x": torch.randn(shape),
+        "residual": torch.randn(shape),
+        "w": torch.randn(hidden),
+        "b": torch.randn(hidden),
         "x_bias": torch.randn(hidden),
     }
     if kind == "rms":
@@ -79,7 +89,10 @@ def test_error_is_within_twice_that_of_pytorch(kind: str, shape: tuple[int, ...]
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("kind", NORMS)
 def test_gradcheck(kind: str, backend: str) -> None:
-    t = {k: None if v is None else v.detach().double().requires_grad_() for k, v in tensors((2, 3, 9), torch.float64, kind).items()}
+    t = {
+        k: None if v is None else v.detach().double().requires_grad_()
+        for k, v in tensors((2, 3, 9), torch.float64, kind).items()
+    }
     leaves = [k for k, v in t.items() if v is not None]
 
     def fn(*values: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,8 +179,13 @@ def test_noncontiguous_inputs_and_gradients() -> None:
         dense = x.detach().contiguous().requires_grad_()
         expected = sp.dropout_add_layer_norm(dense, dense, w, p=0.2, seed=4, backend="reference")
         torch.testing.assert_close(y, expected)
-        for dy in (torch.ones((), dtype=torch.float64).expand(y.shape), torch.randn(*y.shape[::-1]).double().permute(2, 1, 0)):
-            torch.testing.assert_close(torch.autograd.grad(y, x, dy, True)[0], torch.autograd.grad(expected, dense, dy, True)[0])
+        for dy in (
+            torch.ones((), dtype=torch.float64).expand(y.shape),
+            torch.randn(*y.shape[::-1]).double().permute(2, 1, 0),
+        ):
+            torch.testing.assert_close(
+                torch.autograd.grad(y, x, dy, True)[0], torch.autograd.grad(expected, dense, dy, True)[0]
+            )
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
@@ -257,7 +275,21 @@ def test_opcheck(dynamic: str) -> None:
     dy, stats = torch.randn(2, 5, 16), torch.rand(10)
     torch.library.opcheck(
         torch.ops.seqpar.dropout_add_norm_backward.default,
-        (dy, None, dy, r.detach(), stats, stats, None, w.detach(), None, seed, [True] * 4 + [False] * 2 + [True], torch.float32, *rest),
+        (
+            dy,
+            None,
+            dy,
+            r.detach(),
+            stats,
+            stats,
+            None,
+            w.detach(),
+            None,
+            seed,
+            [True] * 4 + [False] * 2 + [True],
+            torch.float32,
+            *rest,
+        ),
     )
 
 
@@ -266,13 +298,19 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], str]]:
     return {
         "weight shape": ({"weight": torch.ones(7)}, r"weight: expected shape \(8,\), the last size of x, got \(7,\)"),
         "bias shape": ({"bias": torch.ones(8, 1)}, r"bias: expected shape \(8,\)"),
-        "residual shape": ({"residual": torch.ones(2, 3, 9)}, r"residual: expected the shape of x \(2, 3, 8\), got \(2, 3, 9\)"),
+        "residual shape": (
+            {"residual": torch.ones(2, 3, 9)},
+            r"residual: expected the shape of x \(2, 3, 8\), got \(2, 3, 9\)",
+        ),
         "residual dtype": ({"residual": x.half()}, "residual_dtype: expected torch.float32"),
         "p": ({"p": 1.5}, r"p: expected a probability in \[0, 1\], got 1.5"),
         "p nan": ({"p": float("nan")}, "p: expected a probability"),
         "eps": ({"eps": 0.0}, "eps: expected a positive finite number, got 0.0"),
         "eps negative": ({"eps": -1e-5}, "eps: expected a positive"),
-        "dtype": ({"x": torch.ones(2, 3, 8, dtype=torch.int32)}, "x: expected float32, bfloat16, float16 or float64, got torch.int32"),
+        "dtype": (
+            {"x": torch.ones(2, 3, 8, dtype=torch.int32)},
+            "x: expected float32, bfloat16, float16 or float64, got torch.int32",
+        ),
         "one dimension": ({"x": torch.ones(8)}, r"x: expected \[..., S, ..., H\]"),
         "seq_dim": ({"seq_dim": -1}, "seq_dim: expected a dimension of x"),
         "seq_dim range": ({"seq_dim": 5}, "seq_dim: expected a dimension of x"),
@@ -288,7 +326,12 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], str]]:
 @pytest.mark.parametrize("case", bad_calls())
 def test_bad_input_is_named(case: str) -> None:
     changed, message = bad_calls()[case]
-    arguments: dict[str, Any] = {"x": torch.randn(2, 3, 8), "residual": None, "weight": torch.ones(8), "bias": torch.zeros(8)}
+    arguments: dict[str, Any] = {
+        "x": torch.randn(2, 3, 8),
+        "residual": None,
+        "weight": torch.ones(8),
+        "bias": torch.zeros(8),
+    }
     with pytest.raises(ValueError, match=message):
         sp.dropout_add_layer_norm(**{**arguments, **changed})
 

@@ -1,0 +1,45 @@
+"""Counting what autograd keeps."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import seqpar_kernels as sp
+from seqpar_kernels.memory import paper_bytes_per_layer
+
+
+def test_each_storage_counts_once_and_parameters_do_not() -> None:
+    x = torch.randn(4, 8)
+    linear = nn.Linear(8, 16)
+    report = sp.activation_bytes(lambda x: linear(x).exp().sum(), x)  # keeps x (passed in), exp's output
+    assert report.total == 4 * 16 * 4
+    report = sp.activation_bytes(lambda: (lambda h: (h * h).sum() + (h.t() * 2.0).sin().sum())(linear(x).relu()))
+    assert report.total == x.nbytes + 2 * 4 * 16 * 4  # x, relu's output (kept by three), the argument of sin
+
+
+def test_fused_norm_keeps_z_and_statistics_only() -> None:
+    x, r = (torch.randn(6, 32, requires_grad=True) for _ in range(2))
+    w, b = torch.ones(32, requires_grad=True), torch.zeros(32, requires_grad=True)
+    report = sp.activation_bytes(sp.dropout_add_layer_norm, x, r, w, b, p=0.1)
+    assert report.total == 6 * 32 * 4 + 2 * 6 * 4 + 8  # z, mean and rstd, the seed
+    report = sp.activation_bytes(sp.dropout_add_layer_norm, x, None, w, b)
+    assert report.total == 2 * 6 * 4  # x is the caller's
+
+
+def test_by_module() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    report = sp.activation_bytes(lambda: model(torch.randn(2, 8)).sum())
+    assert sum(report.by_module.values()) == report.total == 2 * 2 * 8 * 4
+    assert set(report.by_module) == {"Sequential.Linear", "Sequential.Tanh"}
+    assert "total" in str(report)
+    report.result.backward()
+
+
+def test_paper_formula() -> None:
+    """Table 2 of Korthikanti et al. 2022, for the 22B model: s=2048, b=4, h=6144, a=64, t=8."""
+    s, b, h, a, t = 2048, 4, 6144, 64, 8
+    sbh = s * b * h
+    assert paper_bytes_per_layer(s, b, h, a) == sbh * (34 + 5 * a * s / h)
+    assert paper_bytes_per_layer(s, b, h, a, t) == sbh * (10 + 24 / t + 5 * a * s / (h * t))
+    assert paper_bytes_per_layer(s, b, h, a, t, sequence_parallel=True, selective=True) == sbh * 34 / t
