@@ -1,4 +1,9 @@
-"""How the Triton kernels cut a [rows, cols] problem: a fixed table, so that nothing is tuned on a first call."""
+"""How the Triton kernels cut a [rows, cols] problem: a fixed table, so that nothing is tuned on a first call.
+
+A thread gets 8 or 16 elements of a row, 32 in the longest, which leaves every value in registers (but for two of the
+forward at 32768 columns); where a row has too many for one thread block, the chunked kernels take over.
+``tests/kernels/test_norm_triton.py`` holds the table to that.
+"""
 
 from functools import cache
 from typing import NamedTuple
@@ -11,75 +16,92 @@ class Tile(NamedTuple):
     block: int
     warps: int
     held: bool = True
-    programs: int = 0  # persistent grids: programs per multiprocessor
-    stages: int = 1  # loops: tiles in flight
+    early: bool = False  # fetch weights before they are needed, since there are registers for them to wait in
+    programs: int = 1  # backward: programs per multiprocessor
+    stages: int = 1  # backward: tiles in flight
 
 
 class _Line(NamedTuple):
-    """Rows of up to ``block`` columns; shorter ones are stacked until a tile has ``block`` elements."""
+    """Serves rows of up to ``block`` columns; shorter ones are stacked until a tile has ``block`` elements."""
 
     block: int
     warps: int
-    programs: int = 0
-    stages: int = 1
+    programs: int = 1
+    partials: int = 5  # backward: the most vector gradients whose sums fit beside the row
 
 
-# By bytes an element. Every line was compiled for sm_80, sm_90 and sm_100 and keeps its values in registers without a
-# spill; the next power of two would not, which is where the chunked kernels take over.
+# By bytes of the widest element.
 _FORWARD = {
-    2: (_Line(2048, 4), _Line(4096, 8), _Line(8192, 16), _Line(16384, 16), _Line(32768, 32)),
-    4: (_Line(1024, 4), _Line(2048, 8), _Line(4096, 8), _Line(8192, 16), _Line(16384, 32), _Line(32768, 32)),
-    8: (_Line(1024, 4), _Line(2048, 8), _Line(4096, 16)),
+    2: (
+        *(_Line(512, 1), _Line(1024, 2), _Line(2048, 4), _Line(4096, 8)),
+        *(_Line(8192, 16), _Line(16384, 32), _Line(32768, 32)),
+    ),
+    4: (_Line(512, 1), _Line(1024, 2), _Line(2048, 4), _Line(4096, 8), _Line(8192, 16), _Line(16384, 32)),
+    8: (_Line(512, 2), _Line(1024, 4), _Line(2048, 8), _Line(4096, 16)),
 }
 _BACKWARD = {
-    2: (_Line(1024, 4, 4), _Line(2048, 8, 2), _Line(4096, 16, 1), _Line(8192, 32, 1)),
-    4: (_Line(1024, 4, 4), _Line(2048, 8, 2), _Line(4096, 16, 1), _Line(8192, 32, 1)),
-    8: (_Line(512, 4, 2), _Line(2048, 16, 1)),
+    2: (_Line(1024, 4, 4), _Line(2048, 8, 2), _Line(4096, 16), _Line(8192, 16, partials=3)),
+    4: (_Line(1024, 4, 4), _Line(2048, 8, 2), _Line(4096, 16)),
+    8: (_Line(512, 4, 2), _Line(2048, 16)),
 }
 _FORWARD_CHUNKED = {
-    2: Tile(1, 8192, 16, False),
-    4: Tile(1, 8192, 16, False),
-    8: Tile(1, 2048, 8, False),
+    2: Tile(1, 8192, 16, held=False),
+    4: Tile(1, 4096, 8, held=False),
+    8: Tile(1, 2048, 8, held=False),
 }
+# More rows a tile mean fewer visits to the partial sums, until the second walk no longer finds them in the L2 cache.
 _BACKWARD_CHUNKED = {
-    2: Tile(4, 2048, 8, False, programs=2),
-    4: Tile(4, 1024, 8, False, programs=2),
-    8: Tile(2, 512, 8, False, programs=2),
+    2: Tile(4, 2048, 8, held=False),
+    4: Tile(4, 1024, 8, held=False),
+    8: Tile(2, 512, 8, held=False),
 }
 _SMALLEST_BLOCK = 16
+_LARGEST_STAGES = 3
+#: Shared memory for the backward's tiles in flight on one multiprocessor; the smallest supported has 99 KiB.
+_SHARED_BYTES = 80 * 1024
 
-#: The reduction of partial sums: few columns a program, since there are only ``cols`` of them to share out.
-PARTIALS = Tile(32, 32, 4)
-#: The sum over shards: streams, so a tile is what one thread block keeps in flight.
-SHARDS_ELEMENTS, SHARDS_WARPS = 2048, 4
+#: The sum over partial sums: few columns a program, since there are only ``cols`` of them to share out.
+PARTIALS = Tile(128, 32, 8, held=False)
+#: The sum over shards streams: a program takes 16 elements a thread.
+_SHARDS_ELEMENTS, _SHARDS_WARPS = 2048, 4
 
 
 def _block(cols: int) -> int:
     return max(1 << (cols - 1).bit_length(), _SMALLEST_BLOCK)
 
 
-def _held(lines: tuple[_Line, ...], cols: int) -> Tile | None:
+def _held(lines: tuple[_Line, ...], cols: int, partials: int = 0) -> Tile | None:
     block = _block(cols)
     for line in lines:
-        if block <= line.block:
-            return Tile(line.block // block, block, line.warps, True, line.programs, line.stages)
+        if block <= line.block and partials <= line.partials:
+            return Tile(line.block // block, block, line.warps, programs=line.programs)
     return None
 
 
 @cache
 def forward_tile(cols: int, itemsize: int) -> Tile:
-    """``itemsize``: bytes of an element of x."""
-    return _held(_FORWARD[itemsize], cols) or _FORWARD_CHUNKED[itemsize]
+    """``itemsize``: bytes of the wider of x and z."""
+    tile = _held(_FORWARD[itemsize], cols) or _FORWARD_CHUNKED[itemsize]
+    return tile._replace(early=tile.rows * tile.block * itemsize <= 32 * 32 * tile.warps)
 
 
 @cache
-def backward_tile(cols: int, itemsize: int, partials: int) -> Tile:
-    """``partials``: how many vector gradients are wanted, each of which a held tile carries in registers."""
-    return _held(_BACKWARD[itemsize], cols) or _BACKWARD_CHUNKED[itemsize]
+def backward_tile(cols: int, itemsize: int, streamed: int, partials: int) -> Tile:
+    """``streamed``: bytes read for an element, of all tensors together. ``partials``: how many vector gradients."""
+    tile = _held(_BACKWARD[itemsize], cols, partials)
+    if tile is None:
+        tile = _BACKWARD_CHUNKED[itemsize]
+        if partials > 3:
+            tile = tile._replace(rows=tile.rows // 2)
+    bytes_in_flight = tile.rows * tile.block * streamed
+    if not tile.held:  # a chunk's weights and partial sums are in flight with it
+        bytes_in_flight += tile.block * (2 * itemsize + partials * max(itemsize, 4))
+    stages = min(1 + _SHARED_BYTES // (bytes_in_flight * tile.programs), _LARGEST_STAGES)
+    return tile._replace(stages=stages, early=tile.rows * tile.block <= 8 * 32 * tile.warps)
 
 
 @cache
 def shards_tile(cols: int) -> Tile:
-    """A wide row is cut where that wastes little of the last block, a narrow one shares its tile with others."""
-    block = min(_block(cols), SHARDS_ELEMENTS // 2)
-    return Tile(SHARDS_ELEMENTS // block, block, SHARDS_WARPS, held=False)
+    """A narrow row shares its tile with others; a wide one is cut where little of its last block is wasted."""
+    block = min(_block(cols), _SHARDS_ELEMENTS // 2)
+    return Tile(_SHARDS_ELEMENTS // block, block, _SHARDS_WARPS, held=False)

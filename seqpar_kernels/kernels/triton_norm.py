@@ -103,14 +103,14 @@ def norm_forward(
     if store_z:
         z = torch.empty((rows, cols), dtype=spec.z_dtype, device=device)
     if rows:
-        tile = forward_tile(cols, x.element_size())
+        tile = forward_tile(cols, max(x.dtype.itemsize, spec.z_dtype.itemsize))
         kernel = norm_forward_kernel if tile.held else norm_forward_chunked_kernel
         with torch.cuda.device_of(x):
             kernel[(-(-rows // tile.rows),)](
                 x, x_bias, row_scale, residual, seed, weight, bias, weight2, bias2, y_scale, z, y, y2, mean, rstd,
                 x.stride(0), _stride(residual), rows, cols, *_dropout(spec.p), *_positive_block(spec.rows),
-                int(spec.kind), spec.zero_centered, spec.eps, _ACC[x.dtype], tile.rows, tile.block,
-                num_warps=tile.warps,
+                int(spec.kind), spec.zero_centered, spec.eps, _ACC[x.dtype],
+                tile.rows, tile.block, tile.early, num_warps=tile.warps,
             )  # fmt: skip
     return NormOutputs(y, y2, z, mean, rstd)
 
@@ -150,7 +150,8 @@ def norm_backward(
     count = sum(summed)
     acc = accumulation_dtype(spec.x_dtype)
     kind = spec.kind if dy is not None or dy2 is not None else NormKind.NONE
-    tile = backward_tile(cols, like.element_size(), count)
+    streamed = sum(t.element_size() for t in (dy, dy2, dz, z) if t is not None)
+    tile = backward_tile(cols, max(spec.x_dtype.itemsize, spec.z_dtype.itemsize), streamed, count)
     tiles = -(-rows // tile.rows)
     programs = min(tiles, max(_multiprocessors(device) - sm_margin, 1) * tile.programs)
     partials = torch.empty((count, programs, cols), dtype=acc, device=device) if count else None
@@ -160,7 +161,7 @@ def norm_backward(
             dy, dy2, dz, z, mean, rstd, row_scale, seed, weight, weight2, dx, dresidual, partials,
             _stride(dy), _stride(dy2), _stride(dz), _stride(z), rows, cols, *_dropout(spec.p),
             *_positive_block(spec.rows), *slots, int(kind), spec.zero_centered, _ACC[spec.x_dtype],
-            tile.rows, tile.block, tile.stages, num_warps=tile.warps,
+            tile.rows, tile.block, tile.early, tile.stages, num_warps=tile.warps,
         )  # fmt: skip
         if count:
             out = [vector for vector, sums in zip(vectors, summed, strict=True) if sums]

@@ -1,8 +1,8 @@
-"""Backward kernels: a persistent grid whose programs keep fp32 partial sums of the vector gradients, and their reduction.
+"""Backward kernels: a persistent grid whose programs keep fp32 sums for the vector gradients, and the sum of those.
 
-A program takes tiles of rows ``program, program + programs, ...``; its partial sums are row ``program`` of each [programs,
-cols] slot of the workspace. Which tile goes where and the order of every sum follow from shape and grid alone, so two
-runs agree bit for bit.
+A program takes tiles of rows ``program, program + programs, ...``; its partial sums are row ``program`` of each
+[programs, cols] slot of the workspace. Which tile goes where and the order of every sum follow from shape and grid
+alone, so two runs agree bit for bit.
 """
 
 import triton
@@ -94,7 +94,7 @@ def norm_backward_kernel(
     map_block: tl.int64, map_stride: tl.int64, map_offset: tl.int64,
     DWEIGHT: tl.constexpr, DBIAS: tl.constexpr, DWEIGHT2: tl.constexpr, DBIAS2: tl.constexpr, DX_BIAS: tl.constexpr,
     KIND: tl.constexpr, ZERO_CENTERED: tl.constexpr, ACC: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of R whole rows held on chip (BLOCK >= cols); the vector gradients stay in registers across tiles.
 
@@ -102,7 +102,8 @@ def norm_backward_kernel(
     """
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < cols
-    b_weight, b_weight2 = load_vector(p_weight, o_c, m_c), load_vector(p_weight2, o_c, m_c)
+    if EARLY:  # once for all tiles, where there are registers to keep them in
+        b_weight, b_weight2 = load_vector(p_weight, o_c, m_c), load_vector(p_weight2, o_c, m_c)
     b_dweight, b_dbias = tl.zeros([R, BLOCK], ACC), tl.zeros([R, BLOCK], ACC)
     b_dweight2, b_dbias2 = tl.zeros([R, BLOCK], ACC), tl.zeros([R, BLOCK], ACC)
     b_dx_bias = tl.zeros([R, BLOCK], ACC)
@@ -118,6 +119,8 @@ def norm_backward_kernel(
             if KIND == LAYER:
                 b_xhat -= tl.load(p_mean + o_r, m_r, other=0.0)[:, None]
             b_xhat *= b_rstd[:, None]
+            if not EARLY:
+                b_weight, b_weight2 = load_vector(p_weight, o_c, m_c), load_vector(p_weight2, o_c, m_c)
             b_dxhat = _dxhat(b_dy, b_dy2, b_weight, b_weight2, ZERO_CENTERED, ACC)
             b_dot, b_sum = _row_sums(b_dxhat, b_xhat, KIND)
             b_dnorm = _dnorm(b_dxhat, b_xhat, b_dot, b_sum, b_rstd, cols, KIND)
@@ -152,12 +155,12 @@ def norm_backward_chunked_kernel(
     map_block: tl.int64, map_stride: tl.int64, map_offset: tl.int64,
     DWEIGHT: tl.constexpr, DBIAS: tl.constexpr, DWEIGHT2: tl.constexpr, DBIAS2: tl.constexpr, DX_BIAS: tl.constexpr,
     KIND: tl.constexpr, ZERO_CENTERED: tl.constexpr, ACC: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of R rows in chunks of BLOCK columns: one walk for the row sums, one for the gradients.
 
-    Rows this long leave no registers for vector gradients: the partial sums stay in the workspace, where a tile of R rows
-    adds to each once. Both the second walk and the workspace are meant to be found in the L2 cache.
+    Rows this long leave no registers for vector gradients: the partial sums stay in the workspace, where a tile of R
+    rows adds to each once. The second walk and the workspace are both meant to be found in the L2 cache.
     """
     i_p = tl.program_id(0).to(tl.int64)
     for i_t in range(i_p, tl.cdiv(rows, R), tl.num_programs(0)):
@@ -182,7 +185,7 @@ def norm_backward_chunked_kernel(
                 b_chunk_dot, b_chunk_sum = _row_sums(b_dxhat, b_xhat, KIND)
                 b_dot += b_chunk_dot
                 b_sum += b_chunk_sum
-        for i_c in range(0, cols, BLOCK):
+        for i_c in tl.range(0, cols, BLOCK, num_stages=STAGES):
             o_c = i_c + tl.arange(0, BLOCK)
             m_c = o_c < cols
             m = m_r[:, None] & m_c[None, :]

@@ -71,14 +71,14 @@ def _stream(
 
 
 @triton.jit
-def _store_norm(p_y, b_xhat, b_weight, b_bias, b_factor, o, m, ZERO_CENTERED: tl.constexpr):
+def _store_norm(p_y, b_xhat, b_weight, b_bias, b_factor, o_y, o_c, m, ZERO_CENTERED: tl.constexpr):
     """y = (xhat * weight + bias) * factor, rounded once."""
     b_y = times_weight(b_xhat, b_weight, ZERO_CENTERED)
     if b_bias is not None:
         b_y += b_bias.to(b_y.dtype)
     if b_factor is not None:
         b_y *= b_factor.to(b_y.dtype)
-    tl.store(p_y + o, b_y.to(p_y.dtype.element_ty), m)
+    tl.store(p_y + o_y + o_c[None, :], b_y.to(p_y.dtype.element_ty), m)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -88,14 +88,14 @@ def norm_forward_kernel(
     x_stride, residual_stride, rows, cols, threshold, scale_bits: tl.int64,
     map_block: tl.int64, map_stride: tl.int64, map_offset: tl.int64,
     KIND: tl.constexpr, ZERO_CENTERED: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """R whole rows a program, read once and held: BLOCK >= cols."""
     o_r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     o_c = tl.arange(0, BLOCK)
     m_r, m_c = o_r < rows, o_c < cols
     m = m_r[:, None] & m_c[None, :]
-    o = o_r[:, None] * cols + o_c[None, :]
+    o_y = o_r[:, None] * cols
 
     b_row_scale, i_seed = load_rows(p_row_scale, o_r, m_r), load_scalar(p_seed)
     b_row = global_row(o_r, map_block, map_stride, map_offset)
@@ -103,11 +103,10 @@ def norm_forward_kernel(
         p_x, load_vector(p_x_bias, o_c, m_c), b_row_scale, p_residual, i_seed, o_r, o_c, m, b_row, 0,
         x_stride, residual_stride, threshold, scale_bits, ACC, R, BLOCK,
     )  # fmt: skip
-    # Fetched before the statistics wait for the whole row.
-    b_weight, b_bias = load_vector(p_weight, o_c, m_c), load_vector(p_bias, o_c, m_c)
-    b_weight2, b_bias2 = load_vector(p_weight2, o_c, m_c), load_vector(p_bias2, o_c, m_c)
+    if EARLY:  # in flight while the statistics wait for the whole row, where there are registers to wait in
+        b_weight, b_bias = load_vector(p_weight, o_c, m_c), load_vector(p_bias, o_c, m_c)
     if p_z is not None:
-        tl.store(p_z + o, b_z.to(p_z.dtype.element_ty), m)
+        tl.store(p_z + o_y + o_c[None, :], b_z.to(p_z.dtype.element_ty), m)
 
     if KIND != NONE:
         b_centred = b_z
@@ -119,9 +118,12 @@ def norm_forward_kernel(
         tl.store(p_rstd + o_r, b_rstd, m_r)
         b_xhat = b_centred * b_rstd[:, None]
         b_factor = load_scalar(p_y_scale)
-        _store_norm(p_y, b_xhat, b_weight, b_bias, b_factor, o, m, ZERO_CENTERED)
+        if not EARLY:
+            b_weight, b_bias = load_vector(p_weight, o_c, m_c), load_vector(p_bias, o_c, m_c)
+        _store_norm(p_y, b_xhat, b_weight, b_bias, b_factor, o_y, o_c, m, ZERO_CENTERED)
         if p_y2 is not None:
-            _store_norm(p_y2, b_xhat, b_weight2, b_bias2, b_factor, o, m, ZERO_CENTERED)
+            b_weight2, b_bias2 = load_vector(p_weight2, o_c, m_c), load_vector(p_bias2, o_c, m_c)
+            _store_norm(p_y2, b_xhat, b_weight2, b_bias2, b_factor, o_y, o_c, m, ZERO_CENTERED)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -131,7 +133,7 @@ def norm_forward_chunked_kernel(
     x_stride, residual_stride, rows, cols, threshold, scale_bits: tl.int64,
     map_block: tl.int64, map_stride: tl.int64, map_offset: tl.int64,
     KIND: tl.constexpr, ZERO_CENTERED: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """R rows a program, too long to hold: one walk for the statistics, one that makes z again and stores y.
 
@@ -176,14 +178,14 @@ def norm_forward_chunked_kernel(
             o_c = i_c + tl.arange(0, BLOCK)
             m_c = o_c < cols
             m = m_r[:, None] & m_c[None, :]
-            o = o_r[:, None] * cols + o_c[None, :]
+            o_y = o_r[:, None] * cols
             b_z = _stream(
                 p_x, load_vector(p_x_bias, o_c, m_c), b_row_scale, p_residual, i_seed, o_r, o_c, m, b_row, i_c,
                 x_stride, residual_stride, threshold, scale_bits, ACC, R, BLOCK,
             )  # fmt: skip
             b_xhat = (b_z - b_mean[:, None]) * b_rstd[:, None]
             b_weight, b_bias = load_vector(p_weight, o_c, m_c), load_vector(p_bias, o_c, m_c)
-            _store_norm(p_y, b_xhat, b_weight, b_bias, b_factor, o, m, ZERO_CENTERED)
+            _store_norm(p_y, b_xhat, b_weight, b_bias, b_factor, o_y, o_c, m, ZERO_CENTERED)
             if p_y2 is not None:
                 b_weight2, b_bias2 = load_vector(p_weight2, o_c, m_c), load_vector(p_bias2, o_c, m_c)
-                _store_norm(p_y2, b_xhat, b_weight2, b_bias2, b_factor, o, m, ZERO_CENTERED)
+                _store_norm(p_y2, b_xhat, b_weight2, b_bias2, b_factor, o_y, o_c, m, ZERO_CENTERED)

@@ -14,8 +14,8 @@ def global_row(o_r, map_block, map_stride, map_offset):
 def philox(i_seed, b_row, o_block):
     """Philox-4x32-10 of counters (column block, row low, row high, 0): four uint32 words, each [R, B].
 
-    ``i_seed``: int64 scalar, ``b_row``: int64 [R], ``o_block``: integer [B]. Products are taken in 64 bits, since one wide
-    multiply yields both halves, and the key is raised in 64 bits and cut, so that nothing here overflows by design.
+    ``i_seed``: int64 scalar, ``b_row``: int64 [R], ``o_block``: integer [B]. Products are taken in 64 bits, since one
+    wide multiply yields both halves; the key is raised in 64 bits and cut, so that nothing overflows by design.
     """
     b_k0 = i_seed.to(tl.uint32).to(tl.uint64)
     b_k1 = (i_seed >> 32).to(tl.uint32).to(tl.uint64)
@@ -37,9 +37,9 @@ def philox(i_seed, b_row, o_block):
 def keep_mask(i_seed, b_row, i_column, threshold, R: tl.constexpr, BLOCK: tl.constexpr):
     """Which elements dropout keeps: bool [R, BLOCK] for columns ``i_column`` (a multiple of 8) onwards.
 
-    A Philox block covers eight columns, so the rounds run on [R, BLOCK / 8] and leave one byte of verdicts each, which is
-    what is then spread over the columns. With eight columns a thread, the layout of 16-bit tensors, spreading moves
-    nothing; where a thread has four (fp32), the compiler runs the rounds in both owners of a block rather than exchange.
+    A Philox block covers eight columns, so the rounds run on [R, BLOCK / 8] and leave one byte of verdicts each, which
+    is then spread over the columns. Where a thread has eight columns, as with 16-bit tensors, spreading moves nothing;
+    where it has four (fp32), the compiler runs the rounds in both owners of a block rather than exchange the byte.
     """
     o_block = i_column // 8 + tl.arange(0, BLOCK // 8)
     b_w0, b_w1, b_w2, b_w3 = philox(i_seed, b_row, o_block)

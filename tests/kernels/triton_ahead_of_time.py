@@ -87,7 +87,11 @@ def compile_launch(launch: Launch, arch: int) -> Binary:
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, (param, value) in enumerate(zip(launch.kernel.params, launch.args, strict=True)):
-        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not param.do_not_specialize):
+        if (
+            param.is_constexpr
+            or value is None
+            or (isinstance(value, int) and value == 1 and not param.do_not_specialize)
+        ):
             signature[param.name], constants[i,] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[param.name] = _TYPES[value.dtype]

@@ -82,7 +82,7 @@ def _inputs(problem: Problem) -> dict[str, Tensor | None]:
 
 
 def _plain(problem: Problem, inputs: dict[str, Tensor | None], keep: Tensor | None, dtype: torch.dtype | None) -> dict:
-    """The same sum in plain torch and autograd: in fp64 the oracle, in the inputs' dtypes (None) what one would write."""
+    """The same in plain torch and autograd: in fp64 the oracle, in the inputs' dtypes (None) what one would write."""
     leaves = {
         name: None if t is None else t.detach().to(dtype or t.dtype).requires_grad_(t.is_floating_point())
         for name, t in inputs.items()
@@ -208,7 +208,9 @@ ALL = "x_bias row_scale residual weight bias weight2 bias2 norm2 dz"
 for _name, _problem in {
     "layer f32": Problem(13, 67),
     "layer bf16": Problem(9, 131, dtype=BF16, p=0.1),
-    "layer f16, prime sizes, padded rows": Problem(31, 257, dtype=F16, p=0.5, pad=3, on="residual weight bias x_bias dz"),
+    "layer f16, prime sizes, padded rows": Problem(
+        31, 257, dtype=F16, p=0.5, pad=3, on="residual weight bias x_bias dz"
+    ),
     "layer f32, everything": Problem(7, 67, on=ALL, p=0.3, row_map=FAR, pad=5, zero_centered=True),
     "layer bf16, everything, residual in f32": Problem(11, 96, dtype=BF16, z_dtype=F32, on=ALL, p=0.25, row_map=FAR),
     "layer f64, everything": Problem(5, 43, dtype=F64, on=ALL, p=0.1, row_map=FAR),
@@ -306,7 +308,9 @@ def _fp8() -> None:
         oracle = _plain(problem, inputs, None, F64)
         for name in ("y", "y2"):
             exact = getattr(outputs, name).double() - oracle[name] * 3.5
-            allowed = oracle[name].abs() * 3.5 * 2**-4 * 1.0001 + 2**-10  # half a step of three mantissa bits; subnormals
+            allowed = (
+                oracle[name].abs() * 3.5 * 2**-4 * 1.0001 + 2**-10
+            )  # half a step of three mantissa bits; subnormals
             assert (exact.abs() <= allowed).all(), f"{name}: {(exact.abs() - allowed).max()}"
 
 
@@ -328,7 +332,7 @@ def _shards() -> None:
 
 
 def _round_as_a_gpu_does() -> None:
-    """The interpreter cuts fp32 off where bf16 ends and loses the carry into e4m3's exponent; hardware rounds to nearest."""
+    """The interpreter truncates fp32 to bf16 and loses the carry into the exponent of e4m3; hardware rounds."""
     import triton.language as tl
     from triton.runtime import interpreter
 
