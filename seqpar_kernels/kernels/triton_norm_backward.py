@@ -8,7 +8,7 @@ alone, so two runs agree bit for bit.
 import triton
 import triton.language as tl
 
-from .triton_norm_forward import LAYER, NONE, load_rows, load_scalar, load_vector, times_weight
+from .triton_norm_forward import LAYER, NONE, load_vector, times_weight
 from .triton_philox import dropout, global_row
 
 _VARYING = ("rows", "threshold", "scale_bits", "map_block", "map_stride", "map_offset")
@@ -16,11 +16,8 @@ _VARYING = ("rows", "threshold", "scale_bits", "map_block", "map_stride", "map_o
 
 @triton.jit
 def _load(p, stride, o_r, o_c, m):
-    """[R, BLOCK] in its own dtype, None where there is no tensor."""
-    if p is None:
-        return None
-    else:
-        return tl.load(p + o_r[:, None] * stride + o_c[None, :], m, other=0.0)
+    """[R, BLOCK] in its own dtype."""
+    return tl.load(p + o_r[:, None] * stride + o_c[None, :], m, other=0.0)
 
 
 @triton.jit
@@ -103,7 +100,8 @@ def norm_backward_kernel(
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < cols
     if EARLY:  # once for all tiles, where there are registers to keep them in
-        b_weight, b_weight2 = load_vector(p_weight, o_c, m_c), load_vector(p_weight2, o_c, m_c)
+        b_weight = load_vector(p_weight, o_c, m_c) if p_weight is not None else None
+        b_weight2 = load_vector(p_weight2, o_c, m_c) if p_weight2 is not None else None
     b_dweight, b_dbias = tl.zeros([R, BLOCK], ACC), tl.zeros([R, BLOCK], ACC)
     b_dweight2, b_dbias2 = tl.zeros([R, BLOCK], ACC), tl.zeros([R, BLOCK], ACC)
     b_dx_bias = tl.zeros([R, BLOCK], ACC)
@@ -111,16 +109,18 @@ def norm_backward_kernel(
         o_r = (i_t * R + tl.arange(0, R)).to(tl.int64)
         m_r = o_r < rows
         m = m_r[:, None] & m_c[None, :]
-        b_g = _load(p_dz, dz_stride, o_r, o_c, m)
+        b_g = _load(p_dz, dz_stride, o_r, o_c, m) if p_dz is not None else None
         if KIND != NONE:
             b_xhat = _load(p_z, z_stride, o_r, o_c, m).to(ACC)
-            b_dy, b_dy2 = _load(p_dy, dy_stride, o_r, o_c, m), _load(p_dy2, dy2_stride, o_r, o_c, m)
+            b_dy = _load(p_dy, dy_stride, o_r, o_c, m) if p_dy is not None else None
+            b_dy2 = _load(p_dy2, dy2_stride, o_r, o_c, m) if p_dy2 is not None else None
             b_rstd = tl.load(p_rstd + o_r, m_r, other=0.0)
             if KIND == LAYER:
                 b_xhat -= tl.load(p_mean + o_r, m_r, other=0.0)[:, None]
             b_xhat *= b_rstd[:, None]
             if not EARLY:
-                b_weight, b_weight2 = load_vector(p_weight, o_c, m_c), load_vector(p_weight2, o_c, m_c)
+                b_weight = load_vector(p_weight, o_c, m_c) if p_weight is not None else None
+                b_weight2 = load_vector(p_weight2, o_c, m_c) if p_weight2 is not None else None
             b_dxhat = _dxhat(b_dy, b_dy2, b_weight, b_weight2, ZERO_CENTERED, ACC)
             b_dot, b_sum = _row_sums(b_dxhat, b_xhat, KIND)
             b_dnorm = _dnorm(b_dxhat, b_xhat, b_dot, b_sum, b_rstd, cols, KIND)
@@ -133,7 +133,8 @@ def norm_backward_kernel(
                 b_dweight2 += b_dy2.to(ACC) * b_xhat
             if DBIAS2 >= 0:
                 b_dbias2 += b_dy2.to(ACC)
-        b_row_scale, i_seed = load_rows(p_row_scale, o_r, m_r), load_scalar(p_seed)
+        b_row_scale = tl.load(p_row_scale + o_r, m_r, other=0.0) if p_row_scale is not None else None
+        i_seed = tl.load(p_seed) if p_seed is not None else None
         b_row = global_row(o_r, map_block, map_stride, map_offset)
         b_dx = _store_streams(
             p_dx, p_dresidual, b_g.to(ACC), b_row_scale, i_seed, b_row, 0, o_r[:, None] * cols + o_c[None, :], m,
@@ -166,7 +167,8 @@ def norm_backward_chunked_kernel(
     for i_t in range(i_p, tl.cdiv(rows, R), tl.num_programs(0)):
         o_r = (i_t * R + tl.arange(0, R)).to(tl.int64)
         m_r = o_r < rows
-        b_row_scale, i_seed = load_rows(p_row_scale, o_r, m_r), load_scalar(p_seed)
+        b_row_scale = tl.load(p_row_scale + o_r, m_r, other=0.0) if p_row_scale is not None else None
+        i_seed = tl.load(p_seed) if p_seed is not None else None
         b_row = global_row(o_r, map_block, map_stride, map_offset)
         if KIND != NONE:
             b_rstd = tl.load(p_rstd + o_r, m_r, other=0.0)
@@ -179,8 +181,10 @@ def norm_backward_chunked_kernel(
                 m_c = o_c < cols
                 m = m_r[:, None] & m_c[None, :]
                 b_xhat = (_load(p_z, z_stride, o_r, o_c, m).to(ACC) - b_mean[:, None]) * b_rstd[:, None]
-                b_dy, b_dy2 = _load(p_dy, dy_stride, o_r, o_c, m), _load(p_dy2, dy2_stride, o_r, o_c, m)
-                b_weight, b_weight2 = load_vector(p_weight, o_c, m_c), load_vector(p_weight2, o_c, m_c)
+                b_dy = _load(p_dy, dy_stride, o_r, o_c, m) if p_dy is not None else None
+                b_dy2 = _load(p_dy2, dy2_stride, o_r, o_c, m) if p_dy2 is not None else None
+                b_weight = load_vector(p_weight, o_c, m_c) if p_weight is not None else None
+                b_weight2 = load_vector(p_weight2, o_c, m_c) if p_weight2 is not None else None
                 b_dxhat = _dxhat(b_dy, b_dy2, b_weight, b_weight2, ZERO_CENTERED, ACC)
                 b_chunk_dot, b_chunk_sum = _row_sums(b_dxhat, b_xhat, KIND)
                 b_dot += b_chunk_dot
@@ -190,11 +194,13 @@ def norm_backward_chunked_kernel(
             m_c = o_c < cols
             m = m_r[:, None] & m_c[None, :]
             m_old = m_c & (tl.zeros([BLOCK], tl.int64) + i_t > i_p)
-            b_g = _load(p_dz, dz_stride, o_r, o_c, m)
+            b_g = _load(p_dz, dz_stride, o_r, o_c, m) if p_dz is not None else None
             if KIND != NONE:
                 b_xhat = (_load(p_z, z_stride, o_r, o_c, m).to(ACC) - b_mean[:, None]) * b_rstd[:, None]
-                b_dy, b_dy2 = _load(p_dy, dy_stride, o_r, o_c, m), _load(p_dy2, dy2_stride, o_r, o_c, m)
-                b_weight, b_weight2 = load_vector(p_weight, o_c, m_c), load_vector(p_weight2, o_c, m_c)
+                b_dy = _load(p_dy, dy_stride, o_r, o_c, m) if p_dy is not None else None
+                b_dy2 = _load(p_dy2, dy2_stride, o_r, o_c, m) if p_dy2 is not None else None
+                b_weight = load_vector(p_weight, o_c, m_c) if p_weight is not None else None
+                b_weight2 = load_vector(p_weight2, o_c, m_c) if p_weight2 is not None else None
                 b_dxhat = _dxhat(b_dy, b_dy2, b_weight, b_weight2, ZERO_CENTERED, ACC)
                 b_dnorm = _dnorm(b_dxhat, b_xhat, b_dot, b_sum, b_rstd, cols, KIND)
                 b_g = b_dnorm if b_g is None else b_dnorm + b_g.to(ACC)

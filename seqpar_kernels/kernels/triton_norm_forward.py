@@ -1,4 +1,8 @@
-"""Forward kernels: dropout + add + norm of one tile of rows, held on chip or, where too long, visited in chunks."""
+"""Forward kernels: dropout + add + norm of one tile of rows, held on chip or, where too long, visited in chunks.
+
+A term that is off is None from the arguments down: tests of it are settled when the kernel is compiled. The None comes
+from conditional expressions, since a function of Triton 3.4 cannot return it.
+"""
 
 import triton
 import triton.language as tl
@@ -14,28 +18,8 @@ _VARYING = ("rows", "threshold", "scale_bits", "map_block", "map_stride", "map_o
 
 @triton.jit
 def load_vector(p, o_c, m_c):
-    """[1, BLOCK] in its own dtype, None where there is no vector."""
-    if p is None:
-        return None
-    else:
-        return tl.load(p + o_c, m_c, other=0.0)[None, :]
-
-
-@triton.jit
-def load_rows(p, o_r, m_r):
-    """[R] in its own dtype, None where there is no such term."""
-    if p is None:
-        return None
-    else:
-        return tl.load(p + o_r, m_r, other=0.0)
-
-
-@triton.jit
-def load_scalar(p):
-    if p is None:
-        return None
-    else:
-        return tl.load(p)
+    """[1, BLOCK] in its own dtype."""
+    return tl.load(p + o_c, m_c, other=0.0)[None, :]
 
 
 @triton.jit
@@ -97,14 +81,17 @@ def norm_forward_kernel(
     m = m_r[:, None] & m_c[None, :]
     o_y = o_r[:, None] * cols
 
-    b_row_scale, i_seed = load_rows(p_row_scale, o_r, m_r), load_scalar(p_seed)
+    b_row_scale = tl.load(p_row_scale + o_r, m_r, other=0.0) if p_row_scale is not None else None
+    i_seed = tl.load(p_seed) if p_seed is not None else None
     b_row = global_row(o_r, map_block, map_stride, map_offset)
+    b_x_bias = load_vector(p_x_bias, o_c, m_c) if p_x_bias is not None else None
     b_z = _stream(
-        p_x, load_vector(p_x_bias, o_c, m_c), b_row_scale, p_residual, i_seed, o_r, o_c, m, b_row, 0,
+        p_x, b_x_bias, b_row_scale, p_residual, i_seed, o_r, o_c, m, b_row, 0,
         x_stride, residual_stride, threshold, scale_bits, ACC, R, BLOCK,
     )  # fmt: skip
     if EARLY:  # in flight while the statistics wait for the whole row, where there are registers to wait in
-        b_weight, b_bias = load_vector(p_weight, o_c, m_c), load_vector(p_bias, o_c, m_c)
+        b_weight = load_vector(p_weight, o_c, m_c) if p_weight is not None else None
+        b_bias = load_vector(p_bias, o_c, m_c) if p_bias is not None else None
     if p_z is not None:
         tl.store(p_z + o_y + o_c[None, :], b_z.to(p_z.dtype.element_ty), m)
 
@@ -117,12 +104,14 @@ def norm_forward_kernel(
         b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, 1) / cols + EPS)
         tl.store(p_rstd + o_r, b_rstd, m_r)
         b_xhat = b_centred * b_rstd[:, None]
-        b_factor = load_scalar(p_y_scale)
+        b_factor = tl.load(p_y_scale) if p_y_scale is not None else None
         if not EARLY:
-            b_weight, b_bias = load_vector(p_weight, o_c, m_c), load_vector(p_bias, o_c, m_c)
+            b_weight = load_vector(p_weight, o_c, m_c) if p_weight is not None else None
+            b_bias = load_vector(p_bias, o_c, m_c) if p_bias is not None else None
         _store_norm(p_y, b_xhat, b_weight, b_bias, b_factor, o_y, o_c, m, ZERO_CENTERED)
         if p_y2 is not None:
-            b_weight2, b_bias2 = load_vector(p_weight2, o_c, m_c), load_vector(p_bias2, o_c, m_c)
+            b_weight2 = load_vector(p_weight2, o_c, m_c) if p_weight2 is not None else None
+            b_bias2 = load_vector(p_bias2, o_c, m_c) if p_bias2 is not None else None
             _store_norm(p_y2, b_xhat, b_weight2, b_bias2, b_factor, o_y, o_c, m, ZERO_CENTERED)
 
 
@@ -142,7 +131,8 @@ def norm_forward_chunked_kernel(
     """
     o_r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     m_r = o_r < rows
-    b_row_scale, i_seed = load_rows(p_row_scale, o_r, m_r), load_scalar(p_seed)
+    b_row_scale = tl.load(p_row_scale + o_r, m_r, other=0.0) if p_row_scale is not None else None
+    i_seed = tl.load(p_seed) if p_seed is not None else None
     b_row = global_row(o_r, map_block, map_stride, map_offset)
 
     b_mean, b_squares, b_seen = tl.zeros([R], ACC), tl.zeros([R], ACC), tl.zeros([R], ACC)
@@ -150,8 +140,9 @@ def norm_forward_chunked_kernel(
         o_c = i_c + tl.arange(0, BLOCK)
         m_c = o_c < cols
         m = m_r[:, None] & m_c[None, :]
+        b_x_bias = load_vector(p_x_bias, o_c, m_c) if p_x_bias is not None else None
         b_z = _stream(
-            p_x, load_vector(p_x_bias, o_c, m_c), b_row_scale, p_residual, i_seed, o_r, o_c, m, b_row, i_c,
+            p_x, b_x_bias, b_row_scale, p_residual, i_seed, o_r, o_c, m, b_row, i_c,
             x_stride, residual_stride, threshold, scale_bits, ACC, R, BLOCK,
         )  # fmt: skip
         if p_z is not None:
@@ -173,19 +164,22 @@ def norm_forward_chunked_kernel(
         tl.store(p_rstd + o_r, b_rstd, m_r)
         if KIND == LAYER:
             tl.store(p_mean + o_r, b_mean, m_r)
-        b_factor = load_scalar(p_y_scale)
+        b_factor = tl.load(p_y_scale) if p_y_scale is not None else None
         for i_c in range(0, cols, BLOCK):
             o_c = i_c + tl.arange(0, BLOCK)
             m_c = o_c < cols
             m = m_r[:, None] & m_c[None, :]
             o_y = o_r[:, None] * cols
+            b_x_bias = load_vector(p_x_bias, o_c, m_c) if p_x_bias is not None else None
             b_z = _stream(
-                p_x, load_vector(p_x_bias, o_c, m_c), b_row_scale, p_residual, i_seed, o_r, o_c, m, b_row, i_c,
+                p_x, b_x_bias, b_row_scale, p_residual, i_seed, o_r, o_c, m, b_row, i_c,
                 x_stride, residual_stride, threshold, scale_bits, ACC, R, BLOCK,
             )  # fmt: skip
             b_xhat = (b_z - b_mean[:, None]) * b_rstd[:, None]
-            b_weight, b_bias = load_vector(p_weight, o_c, m_c), load_vector(p_bias, o_c, m_c)
+            b_weight = load_vector(p_weight, o_c, m_c) if p_weight is not None else None
+            b_bias = load_vector(p_bias, o_c, m_c) if p_bias is not None else None
             _store_norm(p_y, b_xhat, b_weight, b_bias, b_factor, o_y, o_c, m, ZERO_CENTERED)
             if p_y2 is not None:
-                b_weight2, b_bias2 = load_vector(p_weight2, o_c, m_c), load_vector(p_bias2, o_c, m_c)
+                b_weight2 = load_vector(p_weight2, o_c, m_c) if p_weight2 is not None else None
+                b_bias2 = load_vector(p_bias2, o_c, m_c) if p_bias2 is not None else None
                 _store_norm(p_y2, b_xhat, b_weight2, b_bias2, b_factor, o_y, o_c, m, ZERO_CENTERED)

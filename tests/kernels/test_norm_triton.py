@@ -148,13 +148,11 @@ def test_compiles_without_spilling_to_wide_accesses(sm: int, variant: Variant) -
     assert binary.spilled <= variant.spilled, f"{binary.spilled} bytes of stack"
     assert binary.registers <= variant.registers
     assert binary.shared <= 99 * 1024, f"{binary.shared} bytes of shared memory"
-    # Narrower ones are for the seed and what there is one of a row.
     loads, stores = binary.widths("LDG"), binary.widths("STG")
-    wide = 64 if variant.y_dtype == E4M3 else 128
     assert loads[128] >= (1 if variant.what == "partials" else 2), loads
     if variant.what != "partials":
-        assert stores[wide] >= 1, stores
-        assert sum(stores.values()) - stores[128] - stores.get(wide, 0) * (wide != 128) <= 2, stores
+        narrow = sum(stores.values()) - stores[128]
+        assert narrow <= 2, f"{stores}: mean and rstd are all that one thread stores alone"
 
 
 @pytest.mark.parametrize("name", cases.CASES)
