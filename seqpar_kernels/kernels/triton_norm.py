@@ -1,0 +1,187 @@
+"""The Triton kernels on torch tensors. Same functions, same arguments as :mod:`.reference`.
+
+On CUDA tensors; on CPU tensors too where ``TRITON_INTERPRET=1`` was set before this module was first imported.
+"""
+
+import struct
+from functools import cache, lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .spec import (
+    NormGrads,
+    NormKind,
+    NormOutputs,
+    NormSpec,
+    NormWants,
+    RowMap,
+    accumulation_dtype,
+    dropout_scale,
+    dropout_threshold,
+)
+from .triton_config import PARTIALS, backward_tile, forward_tile, shards_tile
+from .triton_norm_backward import norm_backward_chunked_kernel, norm_backward_kernel, sum_partials_kernel
+from .triton_norm_forward import norm_forward_chunked_kernel, norm_forward_kernel
+from .triton_reduce import reduce_shards_kernel
+
+_INTERPRETED = not isinstance(norm_forward_kernel, triton.runtime.JITFunction)
+_INTERPRETED_MULTIPROCESSORS = 2  # enough for partial sums to reduce, few enough to interpret
+_ACC = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.float32,
+    torch.float16: tl.float32,
+}
+
+#: Multiprocessors the backward's persistent grid leaves free for communication running beside it.
+sm_margin = 0
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why these kernels cannot run on ``device``; None when they can."""
+    if device.type == "cuda":
+        if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
+            return None
+        return "the Triton kernels need compute capability 8.0 or newer"
+    if device.type == "cpu":
+        return None if _INTERPRETED else "Triton runs on the CPU only where TRITON_INTERPRET=1 was set before import"
+    return f"there are Triton kernels for cuda, not for {device.type}"
+
+
+@lru_cache(maxsize=256)
+def _dropout(p: float) -> tuple[int, int]:
+    """Threshold, and the bits of the scale as a double (see :func:`.triton_philox.dropout`)."""
+    return dropout_threshold(p), struct.unpack("<q", struct.pack("<d", dropout_scale(p)))[0]
+
+
+def _positive_block(row_map: RowMap) -> RowMap:
+    return row_map if row_map.block > 0 else row_map._replace(block=1)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def norm_forward(
+    x: Tensor,
+    x_bias: Tensor | None,
+    row_scale: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    seed: Tensor | None,
+    spec: NormSpec,
+    *,
+    store_z: bool,
+    two_norms: bool = False,
+    y_scale: Tensor | None = None,
+) -> NormOutputs:
+    """See :func:`.reference.norm_forward`."""
+    rows, cols = x.shape
+    device = x.device
+    y = y2 = z = mean = rstd = None
+    if spec.kind != NormKind.NONE:
+        stats_dtype = accumulation_dtype(x.dtype)
+        y = torch.empty((rows, cols), dtype=spec.y_dtype, device=device)
+        rstd = torch.empty(rows, dtype=stats_dtype, device=device)
+        if spec.kind == NormKind.LAYER:
+            mean = torch.empty(rows, dtype=stats_dtype, device=device)
+        if two_norms:
+            y2 = torch.empty((rows, cols), dtype=spec.y_dtype, device=device)
+    if store_z:
+        z = torch.empty((rows, cols), dtype=spec.z_dtype, device=device)
+    if rows:
+        tile = forward_tile(cols, max(x.dtype.itemsize, spec.z_dtype.itemsize))
+        kernel = norm_forward_kernel if tile.held else norm_forward_chunked_kernel
+        with torch.cuda.device_of(x):
+            kernel[(-(-rows // tile.rows),)](
+                x, x_bias, row_scale, residual, seed, weight, bias, weight2, bias2, y_scale, z, y, y2, mean, rstd,
+                x.stride(0), _stride(residual), rows, cols, *_dropout(spec.p), *_positive_block(spec.rows),
+                int(spec.kind), spec.zero_centered, spec.eps, _ACC[x.dtype],
+                tile.rows, tile.block, tile.early, num_warps=tile.warps,
+            )  # fmt: skip
+    return NormOutputs(y, y2, z, mean, rstd)
+
+
+def norm_backward(
+    dy: Tensor | None,
+    dy2: Tensor | None,
+    dz: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    row_scale: Tensor | None,
+    weight: Tensor | None,
+    weight2: Tensor | None,
+    seed: Tensor | None,
+    spec: NormSpec,
+    wants: NormWants,
+) -> NormGrads:
+    """See :func:`.reference.norm_backward`."""
+    like = next(t for t in (dz, dy, dy2) if t is not None)
+    rows, cols = like.shape
+    device = like.device
+    dx = torch.empty((rows, cols), dtype=spec.x_dtype, device=device) if wants.dx else None
+    dresidual = torch.empty((rows, cols), dtype=spec.z_dtype, device=device) if wants.dresidual else None
+
+    # A vector gradient has sums where its source exists and there are rows; elsewhere it is zero.
+    sources = (dy, dy, dy2, dy2, like)
+    summed = [wanted and rows > 0 and source is not None for wanted, source in zip(wants[2:], sources, strict=True)]
+    vectors = [
+        (torch.empty if sums else torch.zeros)(cols, dtype=spec.w_dtype, device=device) if wanted else None
+        for wanted, sums in zip(wants[2:], summed, strict=True)
+    ]
+    if not rows:
+        return NormGrads(dx, dresidual, *vectors)
+
+    slots = [sum(summed[:i]) if sums else -1 for i, sums in enumerate(summed)]
+    count = sum(summed)
+    acc = accumulation_dtype(spec.x_dtype)
+    kind = spec.kind if dy is not None or dy2 is not None else NormKind.NONE
+    streamed = sum(t.element_size() for t in (dy, dy2, dz, z) if t is not None)
+    tile = backward_tile(cols, max(spec.x_dtype.itemsize, spec.z_dtype.itemsize), streamed, count)
+    tiles = -(-rows // tile.rows)
+    programs = min(tiles, max(_multiprocessors(device) - sm_margin, 1) * tile.programs)
+    partials = torch.empty((count, programs, cols), dtype=acc, device=device) if count else None
+    kernel = norm_backward_kernel if tile.held else norm_backward_chunked_kernel
+    with torch.cuda.device_of(like):
+        kernel[(programs,)](
+            dy, dy2, dz, z, mean, rstd, row_scale, seed, weight, weight2, dx, dresidual, partials,
+            _stride(dy), _stride(dy2), _stride(dz), _stride(z), rows, cols, *_dropout(spec.p),
+            *_positive_block(spec.rows), *slots, int(kind), spec.zero_centered, _ACC[spec.x_dtype],
+            tile.rows, tile.block, tile.early, tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+        if count:
+            out = [vector for vector, sums in zip(vectors, summed, strict=True) if sums]
+            sum_partials_kernel[(-(-cols // PARTIALS.block), count)](
+                partials, *out, *(None,) * (5 - count), programs, cols, PARTIALS.rows, PARTIALS.block,
+                num_warps=PARTIALS.warps,
+            )  # fmt: skip
+    return NormGrads(dx, dresidual, *vectors)
+
+
+def reduce_shards(parts: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """See :func:`.reference.reduce_shards`."""
+    count, rows, cols = parts.shape
+    if out is None:
+        out = torch.empty((rows, cols), dtype=parts.dtype, device=parts.device)
+    if rows:
+        tile = shards_tile(cols)
+        with torch.cuda.device_of(parts):
+            reduce_shards_kernel[(-(-rows // tile.rows) * -(-cols // tile.block),)](
+                parts, bias, out, parts.stride(0), parts.stride(1), out.stride(0), rows, cols,
+                count, _ACC[parts.dtype], tile.rows, tile.block, num_warps=tile.warps,
+            )  # fmt: skip
+    return out

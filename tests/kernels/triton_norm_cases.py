@@ -1,0 +1,374 @@
+"""Cases of the Triton kernels against the reference, run under TRITON_INTERPRET=1 in a process of their own.
+
+``python triton_norm_cases.py`` runs all of them and prints one JSON line a case: name, and the failure or null. The
+names are importable without Triton.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqpar_kernels.kernels import reference
+from seqpar_kernels.kernels.spec import NormKind, NormOutputs, NormSpec, NormWants, RowMap, dropout_scale
+
+F32, BF16, F16, F64, E4M3 = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn
+LAYER, RMS, NONE = NormKind.LAYER, NormKind.RMS, NormKind.NONE
+UNSHARDED = RowMap(1 << 40, 0, 0)
+FAR = RowMap(3, 2**33 + 7, 2**34 + 5)
+VECTORS = ("dweight", "dbias", "dweight2", "dbias2", "dx_bias")
+CASES: dict[str, Callable[[], None]] = {}
+
+
+class Problem(NamedTuple):
+    """One call. The terms named in ``on`` are there, the others None."""
+
+    rows: int
+    cols: int
+    kind: NormKind = LAYER
+    dtype: torch.dtype = F32
+    z_dtype: torch.dtype | None = None
+    w_dtype: torch.dtype | None = None
+    on: str = "residual weight bias"
+    p: float | None = None
+    row_map: RowMap = UNSHARDED
+    zero_centered: bool = False
+    store_z: bool = True
+    pad: int = 0  # unused columns between rows of every input
+    tile: tuple[int, int] | None = None  # rows and columns of a chunked tile, in place of the table's
+    y_dtype: torch.dtype | None = None
+
+
+def _poisoned(*size: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
+    """Stands in for torch.empty, so that whatever a kernel leaves unwritten shows."""
+    size = size[0] if isinstance(size[0], tuple) else size
+    return torch.full(size, float("nan"), dtype=F32, device=device).to(dtype)
+
+
+def _inputs(problem: Problem) -> dict[str, Tensor | None]:
+    """x, residual, dy, dy2, dz: [rows, cols] with padded strides; vectors [cols]; row_scale [rows]; in their dtypes."""
+    generator = torch.Generator().manual_seed(problem.rows * 131071 + problem.cols)
+    z_dtype, w_dtype = problem.z_dtype or problem.dtype, problem.w_dtype or problem.dtype
+    on = problem.on.split()
+
+    def matrix(dtype: torch.dtype) -> Tensor:
+        whole = torch.randn(problem.rows, problem.cols + problem.pad, generator=generator, dtype=F64)
+        return whole.to(dtype)[:, : problem.cols]
+
+    def vector(name: str, mean: float = 0.0) -> Tensor | None:
+        drawn = (torch.randn(problem.cols, generator=generator, dtype=F64) + mean).to(w_dtype)
+        return drawn if name in on else None
+
+    return {
+        "x": matrix(problem.dtype),
+        "residual": matrix(z_dtype) if "residual" in on else None,
+        "dy": matrix(problem.dtype) if "no_dy" not in on else None,
+        "dy2": matrix(problem.dtype) if "norm2" in on else None,
+        "dz": matrix(z_dtype) if "dz" in on or problem.kind == NONE else None,
+        "x_bias": vector("x_bias"),
+        "weight": vector("weight", 1.0),
+        "bias": vector("bias"),
+        "weight2": vector("weight2", 1.0),
+        "bias2": vector("bias2"),
+        "row_scale": torch.rand(problem.rows, generator=generator) if "row_scale" in on else None,
+        "seed": None if problem.p is None else torch.tensor(-(2**62) + 12345 * problem.cols),
+    }
+
+
+def _plain(problem: Problem, inputs: dict[str, Tensor | None], keep: Tensor | None, dtype: torch.dtype | None) -> dict:
+    """The same in plain torch and autograd: in fp64 the oracle, in the inputs' dtypes (None) what one would write."""
+    leaves = {
+        name: None if t is None else t.detach().to(dtype or t.dtype).requires_grad_(t.is_floating_point())
+        for name, t in inputs.items()
+        if name not in ("seed", "dy", "dy2", "dz")
+    }
+    z_dtype = dtype or problem.z_dtype or problem.dtype
+    z = leaves["x"]
+    if leaves["x_bias"] is not None:
+        z = z + leaves["x_bias"]
+    if keep is not None:
+        z = torch.where(keep, z * dropout_scale(problem.p or 0.0), torch.zeros_like(z))
+    if leaves["row_scale"] is not None:
+        z = z * leaves["row_scale"].to(z.dtype)[:, None]
+    z = z.to(z_dtype)
+    if leaves["residual"] is not None:
+        z = z + leaves["residual"]
+    results: dict[str, Any] = {"z": z}
+    roots, grads = [], []
+    if problem.kind != NONE:
+        compute = dtype or problem.dtype
+        centred = z - z.mean(-1, keepdim=True) if problem.kind == LAYER else z
+        xhat = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)).to(compute)
+        for suffix in ("", "2") if "norm2" in problem.on else ("",):
+            weight, bias = leaves["weight" + suffix], leaves["bias" + suffix]
+            y = xhat
+            if weight is not None:
+                y = y * (1 + weight if problem.zero_centered else weight).to(compute)
+            if bias is not None:
+                y = y + bias.to(compute)
+            results["y" + suffix] = y
+            if inputs["dy" + suffix] is not None:
+                roots.append(y)
+                grads.append(inputs["dy" + suffix].to(y.dtype))
+    if inputs["dz"] is not None:
+        roots.append(z)
+        grads.append(inputs["dz"].to(z.dtype))
+    torch.autograd.backward(roots, grads)
+    for name, leaf in leaves.items():
+        if leaf is not None and leaf.grad is not None:
+            results["d" + name] = leaf.grad
+    return {name: t.detach() for name, t in results.items()}
+
+
+def _within(name: str, ours: Tensor, plain: Tensor, oracle: Tensor) -> None:
+    """At most twice plain torch's error in the same dtypes, plus the rounding of our own store."""
+    assert ours.shape == oracle.shape, f"{name}: {tuple(ours.shape)}, expected {tuple(oracle.shape)}"
+    if not oracle.numel():
+        return
+    error = (ours.double() - oracle).abs()
+    assert not error.isnan().any(), f"{name}: {int(error.isnan().sum())} of {error.numel()} elements never written"
+    allowed = 2 * (plain.double() - oracle).abs().max() + torch.finfo(ours.dtype).eps * oracle.abs()
+    if oracle.dtype == ours.dtype:  # the oracle rounds as we do
+        allowed = allowed + 64 * torch.finfo(F64).eps * oracle.abs().max()
+    worst = (error - allowed).max()
+    assert worst <= 0, f"{name}: error {error.max():.3e}, allowed {allowed.max():.3e}"
+
+
+def _forward(problem: Problem, inputs: dict[str, Tensor | None], **extra: Any) -> tuple[NormSpec, NormOutputs]:
+    from seqpar_kernels.kernels import triton_norm
+
+    names = ("x", "x_bias", "row_scale", "residual", "weight", "bias", "weight2", "bias2", "seed")
+    z_dtype, w_dtype = problem.z_dtype or problem.dtype, problem.w_dtype or problem.dtype
+    spec = NormSpec(
+        problem.kind, problem.zero_centered, 1e-5, problem.p or 0.0, problem.row_map,
+        problem.dtype, z_dtype, problem.y_dtype or problem.dtype, w_dtype,
+    )  # fmt: skip
+    two_norms = "norm2" in problem.on.split()
+    outputs = triton_norm.norm_forward(
+        *(inputs[name] for name in names), spec, store_z=problem.store_z, two_norms=two_norms, **extra
+    )
+    return spec, outputs
+
+
+def _backward(spec: NormSpec, inputs: dict[str, Tensor | None], outputs: NormOutputs) -> dict[str, Tensor]:
+    from seqpar_kernels.kernels import triton_norm
+
+    wants = NormWants(True, inputs["residual"] is not None, *(inputs[name[1:]] is not None for name in VECTORS))
+    given = [inputs[name] for name in ("row_scale", "weight", "weight2", "seed")]
+    z = None if spec.kind == NONE else outputs.z
+    arguments = (inputs["dy"], inputs["dy2"], inputs["dz"], z, outputs.mean, outputs.rstd, *given, spec, wants)
+    grads, again = (triton_norm.norm_backward(*arguments) for _ in range(2))
+    for name, first, second in zip(grads._fields, grads, again, strict=True):
+        assert first is None or torch.equal(first.nan_to_num(), second.nan_to_num()), f"{name} differs from run to run"
+    return {name: t for name, t in grads._asdict().items() if t is not None}
+
+
+def check(problem: Problem) -> None:
+    """Forward and backward against autograd in fp64, dropping what the reference drops."""
+    from seqpar_kernels.kernels import triton_norm
+    from seqpar_kernels.kernels.triton_config import Tile
+
+    if problem.tile is not None:
+        tile = Tile(*problem.tile, warps=4, held=False, programs=1)
+        triton_norm.forward_tile = triton_norm.backward_tile = lambda *_: tile
+    inputs = _inputs(problem)
+    if problem.kind == NONE:
+        inputs["dy"] = None
+    spec, outputs = _forward(problem, inputs)
+    ours = {name: t for name, t in outputs._asdict().items() if t is not None and name not in ("mean", "rstd")}
+    ours |= _backward(spec, inputs, outputs)
+    keep = None
+    if inputs["seed"] is not None and problem.rows:
+        keep = reference.dropout_mask(problem.rows, problem.cols, spec.p, inputs["seed"], spec.rows)
+    plain, oracle = _plain(problem, inputs, keep, None), _plain(problem, inputs, keep, F64)
+    for name, t in ours.items():
+        expected = oracle.get(name)
+        if expected is None:  # a vector no gradient reaches
+            assert name in VECTORS and not t.any(), name
+        else:
+            _within(name, t, plain[name], expected)
+
+
+def case(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def register(function: Callable[[], None]) -> Callable[[], None]:
+        assert name not in CASES, name
+        CASES[name] = function
+        return function
+
+    return register
+
+
+ALL = "x_bias row_scale residual weight bias weight2 bias2 norm2 dz"
+for _name, _problem in {
+    "layer f32": Problem(13, 67),
+    "layer bf16": Problem(9, 131, dtype=BF16, p=0.1),
+    "layer f16, prime sizes, padded rows": Problem(
+        31, 257, dtype=F16, p=0.5, pad=3, on="residual weight bias x_bias dz"
+    ),
+    "layer f32, everything": Problem(7, 67, on=ALL, p=0.3, row_map=FAR, pad=5, zero_centered=True),
+    "layer bf16, everything, residual in f32": Problem(11, 96, dtype=BF16, z_dtype=F32, on=ALL, p=0.25, row_map=FAR),
+    "layer f64, everything": Problem(5, 43, dtype=F64, on=ALL, p=0.1, row_map=FAR),
+    "layer bf16, weights in f32": Problem(8, 64, dtype=BF16, w_dtype=F32, zero_centered=True),
+    "layer, no weight and no bias": Problem(3, 50, on="residual"),
+    "layer, bias alone": Problem(3, 50, on="bias", pad=14),
+    "layer, one column": Problem(5, 1, on="residual bias dz"),
+    "layer, one row": Problem(1, 2053, p=0.2),
+    "rms bf16": Problem(17, 72, RMS, BF16, on="residual weight", p=0.1, pad=8),
+    "rms f32, zero-centred": Problem(6, 129, RMS, zero_centered=True, on="residual weight dz x_bias", p=0.7),
+    "rms f16, residual in f32, two norms": Problem(6, 80, RMS, F16, F32, on="residual weight norm2 weight2 dz", p=0.1),
+    "rms f64": Problem(4, 33, RMS, F64, on="residual weight", p=0.5),
+    "second norm alone has a gradient": Problem(6, 40, on="residual weight bias norm2 weight2 bias2 no_dy"),
+    "no norm f32": Problem(10, 45, NONE, on="x_bias row_scale residual", p=0.4, row_map=FAR, pad=1),
+    "no norm bf16": Problem(10, 48, NONE, BF16, F32, on="residual", p=0.4),
+    "chunked layer f32, everything": Problem(7, 67, on=ALL, p=0.3, row_map=FAR, pad=5, tile=(2, 16)),
+    "chunked layer bf16, everything": Problem(11, 100, dtype=BF16, z_dtype=F32, on=ALL, p=0.25, tile=(4, 32)),
+    "chunked layer f64": Problem(5, 96, dtype=F64, on="residual weight bias x_bias", p=0.5, tile=(1, 32)),
+    "chunked rms f16": Problem(9, 97, RMS, F16, on="residual weight x_bias dz", p=0.1, tile=(2, 32)),
+    "chunked no norm": Problem(10, 45, NONE, on="x_bias row_scale residual", p=0.4, tile=(2, 16)),
+    "chunked second norm alone": Problem(6, 40, on="residual weight bias norm2 weight2 bias2 no_dy", tile=(4, 16)),
+    "no rows, layer": Problem(0, 24, on=ALL, p=0.1),
+    "no rows, no norm": Problem(0, 24, NONE, on="x_bias residual", p=0.1),
+}.items():
+    CASES[_name] = lambda problem=_problem: check(problem)
+
+
+@case("masks are the reference's, bit for bit")
+def _masks() -> None:
+    from seqpar_kernels.kernels import triton_norm
+    from seqpar_kernels.kernels.triton_config import Tile
+
+    table = triton_norm.forward_tile
+    seeds = (0, 1, -1, 2**63 - 1, 0x9E3779B97F4A7C15 - 2**64)
+    maps = (UNSHARDED, FAR, RowMap(1, 2**40, 2**62), RowMap(5, 12, 3), RowMap(0, 9, 2))
+    for i, (seed, row_map) in enumerate(zip(seeds, maps, strict=True)):
+        for p in (0.0, 1e-5, 0.1, 0.5, 0.99999, 1.0):
+            rows, cols = 7, (1, 8, 61, 129, 200)[i]
+            problem = Problem(rows, cols, NONE, (F32, BF16, F16, F64, F32)[i], on="", p=p, row_map=row_map)
+            inputs = dict.fromkeys(_inputs(problem)) | {"x": torch.ones(rows, cols, dtype=problem.dtype)}
+            inputs["seed"] = torch.tensor(seed)
+            keep = reference.dropout_mask(rows, cols, p, inputs["seed"], row_map)
+            for tile in (None, Tile(4, 64, 4, held=False)) if p in (0.1, 1.0) else (None,):
+                triton_norm.forward_tile = table if tile is None else lambda *_, tile=tile: tile
+                _, outputs = _forward(problem, inputs)
+                assert torch.equal(outputs.z != 0, keep), f"seed {seed}, {row_map}, p {p}, tile {tile}"
+
+
+@case("at p = 1 infinities and NaN become exact zeros")
+def _dropped() -> None:
+    problem = Problem(2, 24, NONE, BF16, on="residual", p=1.0)
+    inputs = _inputs(problem)
+    inputs["x"][:, ::2], inputs["x"][:, 1::2] = float("inf"), float("nan")
+    spec, outputs = _forward(problem, inputs)
+    assert torch.equal(outputs.z, inputs["residual"])
+    inputs["dy"], inputs["dz"] = None, inputs["x"]
+    assert not _backward(spec, inputs, outputs)["dx"].any()
+
+
+@case("statistics are those of the unrounded sum, far from zero too")
+def _statistics() -> None:
+    for tile in (None, (2, 32)):
+        problem = Problem(6, 250, dtype=F32, z_dtype=BF16, tile=tile)
+        inputs = _inputs(problem)
+        inputs["x"] += 1000
+        from seqpar_kernels.kernels import triton_norm
+        from seqpar_kernels.kernels.triton_config import Tile
+
+        if tile is not None:
+            triton_norm.forward_tile = lambda *_, tile=tile: Tile(*tile, warps=4, held=False)
+        _, outputs = _forward(problem, inputs)
+        z = inputs["x"].double() + inputs["residual"].double()
+        plain = torch.native_layer_norm(z.float(), [250], None, None, 1e-5)
+        mean, rstd = z.mean(-1), torch.rsqrt(z.var(-1, correction=0) + 1e-5)
+        _within("mean", outputs.mean, plain[1][:, 0], mean)
+        _within("rstd", outputs.rstd, plain[2][:, 0], rstd)
+
+
+@case("y alone, nothing stored beside it")
+def _no_z() -> None:
+    problem = Problem(5, 70, on="weight", store_z=False)
+    inputs = _inputs(problem)
+    _, outputs = _forward(problem, inputs)
+    assert outputs.z is None and outputs.y2 is None
+    oracle = _plain(problem, inputs, None, F64)
+    _within("y", outputs.y, _plain(problem, inputs, None, None)["y"], oracle["y"])
+
+
+@case("fp8 output, scaled")
+def _fp8() -> None:
+    for tile in (None, (2, 32)):
+        problem = Problem(6, 77, dtype=BF16, y_dtype=E4M3, tile=tile, on="residual weight bias norm2 weight2 bias2")
+        inputs = _inputs(problem)
+        _, outputs = _forward(problem, inputs, y_scale=torch.tensor([3.5]))
+        oracle = _plain(problem, inputs, None, F64)
+        for name in ("y", "y2"):
+            exact = getattr(outputs, name).double() - oracle[name] * 3.5
+            allowed = (
+                oracle[name].abs() * 3.5 * 2**-4 * 1.0001 + 2**-10
+            )  # half a step of three mantissa bits; subnormals
+            assert (exact.abs() <= allowed).all(), f"{name}: {(exact.abs() - allowed).max()}"
+
+
+@case("shards are summed in order, rounded once")
+def _shards() -> None:
+    from seqpar_kernels.kernels import triton_norm
+
+    for count, rows, cols, dtype, bias, pad in (
+        (1, 3, 17, F32, False, 0), (2, 5, 64, BF16, True, 8), (5, 7, 1031, F16, True, 1), (4, 2, 40, F64, True, 3),
+        (8, 1, 2500, BF16, False, 0), (3, 0, 16, F32, True, 0), (2, 6, 1, F32, True, 2),
+    ):  # fmt: skip
+        parts = torch.randn(count, rows + 1, cols + pad).to(dtype)[:, :rows, :cols]
+        vector = torch.randn(cols).to(F32 if dtype == BF16 else dtype) if bias else None
+        expected = reference.reduce_shards(parts, vector)
+        assert torch.equal(triton_norm.reduce_shards(parts, vector), expected), (count, rows, cols, dtype)
+        out = _poisoned(rows, cols + pad, dtype=dtype)[:, :cols]
+        assert triton_norm.reduce_shards(parts, vector, out) is out
+        assert torch.equal(out, expected)
+
+
+def _round_as_a_gpu_does() -> None:
+    """The interpreter truncates fp32 to bf16 and loses the carry into the exponent of e4m3; hardware rounds."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    as_torch = {tl.bfloat16: BF16, tl.float8e4nv: E4M3}
+    original = interpreter._convert_float
+
+    def convert(source: Any, source_type: Any, target_type: Any, mode: Any) -> Any:
+        if source_type != tl.float32 or target_type not in as_torch:
+            return original(source, source_type, target_type, mode)
+        rounded = torch.tensor(source).to(as_torch[target_type])
+        bits = torch.int16 if target_type == tl.bfloat16 else torch.int8
+        return rounded.view(bits).numpy().view(f"uint{8 * rounded.element_size()}")
+
+    interpreter._convert_float = convert
+
+
+def main() -> None:
+    assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
+    _round_as_a_gpu_does()
+    from seqpar_kernels.kernels import triton_norm
+
+    assert triton_norm.unavailable(torch.device("cpu")) is None
+    empty, tables = torch.empty, (triton_norm.forward_tile, triton_norm.backward_tile)
+    wanted = sys.argv[1:] or list(CASES)
+    for name in wanted:
+        start, failure = time.perf_counter(), None
+        try:
+            torch.empty = _poisoned
+            CASES[name]()
+        except Exception:
+            failure = traceback.format_exc()
+        finally:
+            torch.empty = empty
+            triton_norm.forward_tile, triton_norm.backward_tile = tables
+        print(json.dumps({"case": name, "failure": failure, "seconds": time.perf_counter() - start}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
