@@ -1,0 +1,181 @@
+// dropout + add + norm, forward, for rows that fit on the chip with vector accesses; seqpar.h has the formula.
+#pragma once
+
+#include "dropout.cuh"
+#include "row_group.cuh"
+
+namespace seqpar {
+namespace cuda {
+
+// 64 registers a thread: 16 columns of 16-bit rows or 8 of f32 rows, with the next row behind them.
+constexpr int kForwardThreads = 1024;
+
+// The arguments, and what follows from them. Parameters lie in constant memory, where they take no registers.
+struct ForwardParams {
+    NormForward args;
+    Geometry geometry;
+    Divider divider;
+    int rows, row_units;
+    uint32_t drop_limit;
+    float scale, inverse_cols, eps, one_if_centred;
+    bool vectors_f32, is_layer;
+};
+
+// y = values * weight + bias, where the vectors are f32 or of dtype X.
+template <class X, int kWidth>
+SEQPAR_DEVICE void affine(float (&y)[kWidth], const float (&values)[kWidth], const void* weight, const void* bias,
+                          const ForwardParams& p, int column) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) y[i] = values[i];
+    if (weight != nullptr) {
+        float w[kWidth];
+        load_vector<X>(w, weight, p.vectors_f32, column);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) y[i] *= w[i] + p.one_if_centred;
+    }
+    if (bias != nullptr) {
+        float b[kWidth];
+        load_vector<X>(b, bias, p.vectors_f32, column);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) y[i] += b[i];
+    }
+}
+
+template <class X, int kWidth>
+SEQPAR_DEVICE void store_y(void* y, int64_t index, float (&values)[kWidth], const NormForward& a) {
+    if (a.y_dtype != DType::e4m3) {
+        store(element<X>(y, index), pack<X>(values));
+        return;
+    }
+    if (a.y_scale != nullptr) {
+        const float scale = *a.y_scale;
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) values[i] *= scale;
+    }
+    store(element<e4m3>(y, index), pack<e4m3>(values));
+}
+
+template <class X, class Z, int kUnits, bool kDropout>
+__global__ void __launch_bounds__(kForwardThreads) forward_kernel(const __grid_constant__ ForwardParams p) {
+    constexpr int W = kWidth<X, Z>;
+    constexpr int kShare = kUnitsPerBlock<W>;
+    const NormForward& a = p.args;
+    RowGroup group(p.geometry, dynamic_shared());
+    const auto unit_of = [&](int u) { return group.thread + u * group.stride(); };
+    uint64_t seed = kDropout ? static_cast<uint64_t>(*a.dropout.seed) : 0;
+
+    Vec<X, W> x[kUnits];
+    Vec<Z, W> residual[kUnits];
+    const auto load_row = [&](int64_t row) {
+        const X* const x_row = element<X>(a.x, row * a.x_stride);
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            if (unit_of(u) < p.row_units) load_stream(x[u], x_row + unit_of(u) * W);
+        }
+        if (a.residual == nullptr) return;
+        const Z* const residual_row = element<Z>(a.residual, row * a.residual_stride);
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            if (unit_of(u) < p.row_units) load_stream(residual[u], residual_row + unit_of(u) * W);
+        }
+    };
+
+    int row = group.first_row();
+    if (row < p.rows) load_row(row);
+    // Rows side by side in a CTA take the same number of turns, so that whole warps meet in every shuffle
+    for (; row - group.index < p.rows; row += p.geometry.row_step) {
+        forget(row);
+        forget(group.thread);
+        forget(seed);
+        const bool valid = row < p.rows;
+        const int units = valid ? p.row_units : 0;
+        const int64_t row64 = row;
+
+        // z, unrounded. [kUnits][W] of the row's [cols]
+        float z[kUnits][W];
+        uint32_t words[kShare][W / 2];
+        float factor = p.scale;
+        if (a.row_scale != nullptr && valid) factor *= a.row_scale[row];
+        const uint64_t counter = kDropout ? global_row(a.dropout.rows, p.divider, row) : 0;
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            unpack<X>(x[u], z[u]);
+            if (a.x_bias != nullptr && unit_of(u) < units) {
+                float bias[W];
+                load_vector<X>(bias, a.x_bias, p.vectors_f32, unit_of(u) * W);
+#pragma unroll
+                for (int i = 0; i < W; ++i) z[u][i] += bias[i];
+            }
+            if constexpr (kDropout) {
+                if (u % kShare == 0) dropout_words<W>(words, seed, counter, group.thread, group.stride(), u);
+                drop(z[u], words[u % kShare], p.drop_limit);
+            }
+            float added[W] = {};
+            if (a.residual != nullptr) unpack<Z>(residual[u], added);
+#pragma unroll
+            for (int i = 0; i < W; ++i) z[u][i] = fmaf(z[u][i], factor, added[i]);
+        }
+
+        // The next row is under way while this one is reduced
+        if (row + p.geometry.row_step < p.rows) load_row(row + p.geometry.row_step);
+
+        if (a.z != nullptr) {
+            Z* const z_row = element<Z>(a.z, row64 * a.z_stride);
+#pragma unroll
+            for (int u = 0; u < kUnits; ++u) {
+                if (unit_of(u) < units) store(z_row + unit_of(u) * W, pack<Z>(z[u]));
+            }
+        }
+        if (a.norm == Norm::none) continue;
+
+        // Statistics, the variance about the mean
+        float mean = 0.0f;
+        if (p.is_layer) {
+            float sum[1] = {};
+#pragma unroll
+            for (int u = 0; u < kUnits; ++u) {
+                if (unit_of(u) >= units) continue;
+#pragma unroll
+                for (int i = 0; i < W; ++i) sum[0] += z[u][i];
+            }
+            group.sum(sum);
+            mean = sum[0] * p.inverse_cols;
+        }
+        float squares[1] = {};
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+            for (int i = 0; i < W; ++i) z[u][i] -= mean;
+            if (unit_of(u) >= units) continue;
+#pragma unroll
+            for (int i = 0; i < W; ++i) squares[0] = fmaf(z[u][i], z[u][i], squares[0]);
+        }
+        group.sum(squares);
+        const float rstd = reciprocal_sqrt(fmaf(squares[0], p.inverse_cols, p.eps));
+        if (group.thread == 0 && valid) {
+            if (p.is_layer && a.mean != nullptr) *element<float>(a.mean, row) = mean;
+            if (a.rstd != nullptr) *element<float>(a.rstd, row) = rstd;
+        }
+
+        // y
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            if (unit_of(u) >= units) continue;
+            const int column = unit_of(u) * W;
+            float y[W];
+#pragma unroll
+            for (int i = 0; i < W; ++i) z[u][i] *= rstd;
+            if (a.y != nullptr) {
+                affine<X>(y, z[u], a.weight, a.bias, p, column);
+                store_y<X>(a.y, row64 * a.y_stride + column, y, a);
+            }
+            if (a.y2 != nullptr) {
+                affine<X>(y, z[u], a.weight2, a.bias2, p, column);
+                store_y<X>(a.y2, row64 * a.y2_stride + column, y, a);
+            }
+        }
+    }
+}
+
+}  // namespace cuda
+}  // namespace seqpar

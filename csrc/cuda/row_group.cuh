@@ -1,0 +1,85 @@
+// The threads that work on one row: part of a warp, some warps of a CTA, a CTA, or a cluster of CTAs.
+#pragma once
+
+#include "geometry.h"
+#include "ptx.cuh"
+
+namespace seqpar {
+namespace cuda {
+
+class RowGroup {
+  public:
+    // scratch: scratch_bytes() of shared memory. `geometry` lies with the kernel's parameters, in constant memory: what
+    // is read from there when needed takes no register.
+    SEQPAR_DEVICE RowGroup(const Geometry& geometry, char* scratch) : geometry_(geometry), scratch_(scratch) {
+        const int rank = clustered() ? cluster_rank() : 0;
+        index = static_cast<int>(threadIdx.y);
+        thread = rank * geometry.threads + static_cast<int>(threadIdx.x);
+        if (clustered()) cluster_barrier();  // nobody writes into a CTA that has not started
+    }
+
+    int index;   // which of the rows that the CTA works on side by side
+    int thread;  // 0 .. stride() - 1 within the row
+
+    SEQPAR_DEVICE int stride() const { return geometry_.threads * geometry_.cluster; }
+    SEQPAR_DEVICE int first_row() const { return partial_row() * geometry_.rows + index; }
+    // Which of the geometry_.partials sums over rows this thread's columns go to.
+    SEQPAR_DEVICE int partial_row() const {
+        return static_cast<int>(clustered() ? blockIdx.x / geometry_.cluster : blockIdx.x);
+    }
+
+    // Sums each value over the row's threads; all get the same bits. All threads of a warp must call it together.
+    template <int kCount, class T>
+    SEQPAR_DEVICE void sum(T (&values)[kCount]) {
+        butterfly(values, geometry_.threads);
+        const int partials = stride() / 32;
+        if (partials <= 1) return;
+        const int lane = static_cast<int>(threadIdx.x) & 31, warp = thread / 32;
+        // Two buffers in turn: a thread can be one sum ahead of another, never two.
+        T* const buffer = reinterpret_cast<T*>(scratch_) + (phase_ * geometry_.rows + index) * partials * 2;
+        phase_ ^= 1;
+        if (clustered()) {
+            if constexpr (sizeof(T) == 4) {  // the only type that is ever spread over a cluster
+                if (lane < geometry_.cluster) {
+#pragma unroll
+                    for (int k = 0; k < kCount; ++k) cluster_store(buffer + warp * kCount + k, lane, values[k]);
+                }
+            }
+            cluster_barrier();
+        } else {
+            if (lane == 0) {
+#pragma unroll
+                for (int k = 0; k < kCount; ++k) buffer[warp * kCount + k] = values[k];
+            }
+            named_barrier(index, geometry_.threads);
+        }
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) values[k] = lane < partials ? buffer[lane * kCount + k] : T(0);
+        for (int i = lane + 32; i < partials; i += 32) {
+#pragma unroll
+            for (int k = 0; k < kCount; ++k) values[k] += buffer[i * kCount + k];
+        }
+        butterfly(values, 32);
+    }
+
+  private:
+    SEQPAR_DEVICE bool clustered() const { return kHasClusters && geometry_.cluster > 1; }
+
+    template <int kCount, class T>
+    SEQPAR_DEVICE static void butterfly(T (&values)[kCount], int width) {
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) {
+            if (offset < width) {
+#pragma unroll
+                for (int k = 0; k < kCount; ++k) values[k] += __shfl_xor_sync(0xFFFFFFFFu, values[k], offset);
+            }
+        }
+    }
+
+    const Geometry& geometry_;
+    char* scratch_;
+    int phase_ = 0;
+};
+
+}  // namespace cuda
+}  // namespace seqpar
