@@ -261,6 +261,18 @@ def _masks() -> None:
                 assert torch.equal(outputs.z != 0, keep), f"seed {seed}, {row_map}, p {p}, tile {tile}"
 
 
+@case("an element whose bits equal the threshold is kept")
+def _boundary() -> None:
+    seed = torch.tensor(77)
+    words = reference.philox_words(seed, torch.tensor([0]), torch.tensor([0]))
+    for column in range(8):
+        bits = int(words[column // 2]) >> 16 * (column % 2) & 0xFFFF
+        problem = Problem(2, 24, NONE, on="", p=bits / 65536)
+        inputs = dict.fromkeys(_inputs(problem)) | {"x": torch.ones(2, 24), "seed": seed}
+        _, outputs = _forward(problem, inputs)
+        assert outputs.z[0, column] != 0, f"column {column}"
+
+
 @case("at p = 1 infinities and NaN become exact zeros")
 def _dropped() -> None:
     problem = Problem(2, 24, NONE, BF16, on="residual", p=1.0)
