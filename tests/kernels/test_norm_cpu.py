@@ -285,11 +285,10 @@ def test_rows(rows):
         check(Case(rows, 1030, dtypes, NormKind.RMS, stride=3))
 
 
-@pytest.mark.parametrize("cols", [16384, 131072, 131075])
-def test_wide_rows(cols):
-    check(Case(3, cols, (BF16, F32, F32), mean=3.0))
-    check(Case(3, cols, (F32, F32, F32), mean=30.0))
-    check(Case(2, cols, (F32, F32, F32), NormKind.RMS))
+def test_wide_rows():
+    check(Case(2, 16384, (BF16, BF16, BF16), mean=3.0))
+    check(Case(1, 131072, (BF16, F32, F32), NormKind.RMS))
+    check(Case(2, 131075, (F32, F32, F32), mean=30.0, dropout=False))
 
 
 def test_many_rows():
@@ -345,8 +344,7 @@ def test_dropped_is_zero_whatever_was_there():
 
 
 def test_rounding_of_every_16_bit_value_and_its_neighbours():
-    """z = x + residual with an fp32 residual cannot be had in 16 bits, so the store itself is driven: fp32 z beside a
-    16-bit y of one column pair would be roundabout; reduce_shards adds two 16-bit numbers in fp32 and rounds once."""
+    """Sums of two 16-bit numbers, which reduce_shards takes in fp32 and rounds once: ties, carries, subnormals, NaN."""
     bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
     for dtype in (BF16, F16):
         values = bits.view(dtype)
