@@ -14,14 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from seqpar_kernels.kernels import native, reference
-from seqpar_kernels.kernels.spec import (
-    NormKind,
-    NormOutputs,
-    NormSpec,
-    NormWants,
-    RowMap,
-    dropout_scale,
-)
+from seqpar_kernels.kernels.spec import NormKind, NormOutputs, NormSpec, NormWants, RowMap, dropout_scale
 
 CPU = torch.device("cpu")
 if native.unavailable(CPU) is not None:
@@ -41,43 +34,10 @@ DTYPES = [
     (F16, F32, F32),
     (F64, F64, F64),
 ]
-SIZES = [
-    1,
-    2,
-    3,
-    7,
-    8,
-    9,
-    15,
-    16,
-    17,
-    31,
-    32,
-    33,
-    63,
-    64,
-    65,
-    127,
-    128,
-    129,
-    255,
-    1000,
-    1024,
-    1031,
-    4097,
-]
-EPS = {
-    BF16: 2.0**-8,
-    F16: 2.0**-11,
-    F32: 2.0**-24,
-    F64: 2.0**-53,
-}  # half a unit in the last place of 1
-TINY = {
-    BF16: 0.0,
-    F16: 2.0**-25,
-    F32: 0.0,
-    F64: 0.0,
-}  # half of the smallest number, where sums can get that small
+SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 1000, 1024, 1031, 4097]
+ALL_GRADS = NormWants(*[True] * 7)
+EPS = {BF16: 2.0**-8, F16: 2.0**-11, F32: 2.0**-24, F64: 2.0**-53}  # half a unit in the last place of 1
+TINY = {BF16: 0.0, F16: 2.0**-25, F32: 0.0, F64: 0.0}  # half of the smallest number, where sums can get that small
 MAPS = {
     "unsharded": lambda rows: RowMap(max(rows, 1), 0, 0),
     "sequence": lambda rows: RowMap(3, 11, 5),
@@ -113,36 +73,25 @@ def matrix(rows, cols, dtype, generator, stride=None, mean=0.0):
         row = torch.randn(1, cols, generator=generator, dtype=F64) + mean
         return row.to(dtype).expand(rows, cols)
     wide = torch.full((rows, cols + (stride or 0)), float("nan"), dtype=dtype)
-    wide[:, :cols] = (
-        torch.randn(rows, cols, generator=generator, dtype=F64) + mean
-    ).to(dtype)
+    wide[:, :cols] = (torch.randn(rows, cols, generator=generator, dtype=F64) + mean).to(dtype)
     return wide[:, :cols]
 
 
 class Case:
     """Inputs of one call, forward and backward, with every option given by name."""
 
-    def __init__(
-        self,
-        rows,
-        cols,
-        dtypes=(F32, F32, F32),
-        kind=NormKind.LAYER,
-        p=0.1,
-        row_map="unsharded",
-        **options,
-    ):
+    def __init__(self, rows, cols, dtypes=(F32, F32, F32), kind=NormKind.LAYER, p=0.1, row_map="unsharded", **options):
         self.rows, self.cols, self.kind, self.p = rows, cols, kind, p
         self.x_dtype, self.z_dtype, self.w_dtype = dtypes
-        have = dict(
-            residual=True,
-            x_bias=False,
-            row_scale=False,
-            weight=True,
-            bias=True,
-            two=False,
-            zero_centered=False,
-        )
+        have = {
+            "residual": True,
+            "x_bias": False,
+            "row_scale": False,
+            "weight": True,
+            "bias": True,
+            "two": False,
+            "zero_centered": False,
+        }
         have.update(stride=None, mean=0.0, dy=True, dy2=None, dz=True, dropout=True)
         have.update(options)
         self.two = have["two"] and kind != NormKind.NONE
@@ -160,37 +109,21 @@ class Case:
         )
 
         def full(dtype, wanted=True, mean=0.0, stride=have["stride"]):
-            return (
-                matrix(rows, cols, dtype, generator, stride, mean) if wanted else None
-            )
+            return matrix(rows, cols, dtype, generator, stride, mean) if wanted else None
 
         def vector(wanted):
-            return (
-                torch.randn(cols, generator=generator, dtype=F64).to(self.w_dtype)
-                if wanted
-                else None
-            )
+            return torch.randn(cols, generator=generator, dtype=F64).to(self.w_dtype) if wanted else None
 
         self.x = full(self.x_dtype, mean=have["mean"])
         self.residual = full(self.z_dtype, have["residual"], mean=have["mean"])
         self.x_bias = vector(have["x_bias"])
-        self.row_scale = (
-            torch.rand(rows, generator=generator) + 0.5 if have["row_scale"] else None
-        )
-        self.weight, self.bias = (
-            vector(have["weight"]),
-            vector(have["bias"] and kind == NormKind.LAYER),
-        )
-        self.weight2, self.bias2 = (
-            vector(self.two and have["weight"]),
-            vector(self.two and have["bias"]),
-        )
+        self.row_scale = torch.rand(rows, generator=generator) + 0.5 if have["row_scale"] else None
+        self.weight, self.bias = (vector(have["weight"]), vector(have["bias"] and kind == NormKind.LAYER))
+        self.weight2, self.bias2 = (vector(self.two and have["weight"]), vector(self.two and have["bias"]))
         self.seed = torch.tensor(-0x123456789ABCDEF) if have["dropout"] else None
         normed = kind != NormKind.NONE
         self.dy = full(self.x_dtype, have["dy"] and normed)
-        self.dy2 = full(
-            self.x_dtype, (self.two if have["dy2"] is None else have["dy2"]) and normed
-        )
+        self.dy2 = full(self.x_dtype, (self.two if have["dy2"] is None else have["dy2"]) and normed)
         self.dz = full(self.z_dtype, have["dz"] or not (have["dy"] and normed))
 
     def forward(self, backend, cast=None):
@@ -198,30 +131,16 @@ class Case:
             return t if cast is None or t is None else t.to(cast)
 
         tensors = map(
-            to,
-            (
-                self.x,
-                self.x_bias,
-                self.row_scale,
-                self.residual,
-                self.weight,
-                self.bias,
-                self.weight2,
-                self.bias2,
-            ),
+            to, (self.x, self.x_bias, self.row_scale, self.residual, self.weight, self.bias, self.weight2, self.bias2)
         )
-        return backend.norm_forward(
-            *tensors, self.seed, self.cast_spec(cast), store_z=True, two_norms=self.two
-        )
+        return backend.norm_forward(*tensors, self.seed, self.cast_spec(cast), store_z=True, two_norms=self.two)
 
     def cast_spec(self, cast):
         if cast is None:
             return self.spec
-        return self.spec._replace(
-            x_dtype=cast, z_dtype=cast, y_dtype=cast, w_dtype=cast
-        )
+        return self.spec._replace(x_dtype=cast, z_dtype=cast, y_dtype=cast, w_dtype=cast)
 
-    def backward(self, backend, outputs, cast=None, wants=NormWants(*[True] * 7)):
+    def backward(self, backend, outputs, cast=None, wants=ALL_GRADS):
         """Both see the z that was stored and the statistics that belong to it."""
 
         def to(t):
@@ -229,42 +148,20 @@ class Case:
 
         normed = self.kind != NormKind.NONE
         z = outputs.z if normed else None
-        tensors = (
-            self.dy,
-            self.dy2,
-            self.dz,
-            z,
-            outputs.mean,
-            outputs.rstd,
-            self.row_scale,
-            self.weight,
-            self.weight2,
-        )
-        return backend.norm_backward(
-            *map(to, tensors), self.seed, self.cast_spec(cast), wants
-        )
+        tensors = (self.dy, self.dy2, self.dz, z, outputs.mean, outputs.rstd, self.row_scale, self.weight, self.weight2)
+        return backend.norm_backward(*map(to, tensors), self.seed, self.cast_spec(cast), wants)
 
     # The same in plain operations of the input dtype, the mask being given: what an eager model computes.
 
     def plain_forward(self):
         x = self.x if self.x_bias is None else self.x + self.x_bias.to(self.x.dtype)
         if self.seed is not None:
-            keep = reference.dropout_mask(
-                self.rows, self.cols, self.p, self.seed, self.spec.rows
-            )
+            keep = reference.dropout_mask(self.rows, self.cols, self.p, self.seed, self.spec.rows)
             x = torch.where(keep, x * dropout_scale(self.p), 0)
         if self.row_scale is not None:
             x = x * self.row_scale.to(x.dtype)[:, None]
-        z = (
-            x.to(self.z_dtype)
-            if self.residual is None
-            else x.to(self.z_dtype) + self.residual
-        )
-        return (
-            z,
-            self.plain_norm(z, self.weight, self.bias),
-            self.plain_norm(z, self.weight2, self.bias2),
-        )
+        z = x.to(self.z_dtype) if self.residual is None else x.to(self.z_dtype) + self.residual
+        return (z, self.plain_norm(z, self.weight, self.bias), self.plain_norm(z, self.weight2, self.bias2))
 
     def plain_norm(self, z, weight, bias):
         if self.kind == NormKind.NONE:
@@ -275,78 +172,43 @@ class Case:
         if self.kind == NormKind.RMS:
             y = F.rms_norm(z, (self.cols,), weight, self.spec.eps)
             return y if bias is None else y + bias.to(y.dtype)
-        return F.layer_norm(
-            z,
-            (self.cols,),
-            weight,
-            None if bias is None else bias.to(z.dtype),
-            self.spec.eps,
-        )
+        return F.layer_norm(z, (self.cols,), weight, None if bias is None else bias.to(z.dtype), self.spec.eps)
 
     def statistics_of(self, z):
         """The outputs of a forward whose unrounded z is the stored one."""
         z = z.double()
         mean = z.mean(-1) if self.kind == NormKind.LAYER else None
         centred = z if mean is None else z - mean[:, None]
-        return NormOutputs(
-            None, None, z, mean, torch.rsqrt(centred.square().mean(-1) + self.spec.eps)
-        )
+        return NormOutputs(None, None, z, mean, torch.rsqrt(centred.square().mean(-1) + self.spec.eps))
 
     @property
     def spread(self):
         """The largest number that enters: what rounding errors of cancelling sums are measured by."""
-        tensors = (
-            self.x,
-            self.x_bias,
-            self.residual,
-            self.dy,
-            self.dy2,
-            self.dz,
-            self.weight,
-            self.weight2,
-        )
-        return max(
-            (float(t.abs().max()) for t in tensors if t is not None and t.numel()),
-            default=0.0,
-        )
+        tensors = (self.x, self.x_bias, self.residual, self.dy, self.dy2, self.dz, self.weight, self.weight2)
+        return max((float(t.abs().max()) for t in tensors if t is not None and t.numel()), default=0.0)
 
     def plain_backward(self, outputs):
         z = outputs.z.to(self.x_dtype).detach().requires_grad_()
         grads = {}
-        total = (
-            torch.zeros(self.rows, self.cols, dtype=self.z_dtype)
-            if self.dz is None
-            else self.dz
-        )
-        for dy, weight, suffix in (
-            (self.dy, self.weight, ""),
-            (self.dy2, self.weight2, "2"),
-        ):
+        total = torch.zeros(self.rows, self.cols, dtype=self.z_dtype) if self.dz is None else self.dz
+        for dy, weight, suffix in ((self.dy, self.weight, ""), (self.dy2, self.weight2, "2")):
             if dy is None:
                 continue
             one = torch.ones(self.cols, dtype=z.dtype)
-            scale = (
-                one
-                if weight is None
-                else weight.to(z.dtype) + (1 if self.spec.zero_centered else 0)
-            )
+            scale = one if weight is None else weight.to(z.dtype) + (1 if self.spec.zero_centered else 0)
             scale = scale.detach().requires_grad_()
             shift = torch.zeros_like(one).requires_grad_()
             if self.kind == NormKind.RMS:
                 y = F.rms_norm(z, (self.cols,), scale, self.spec.eps) + shift
             else:
                 y = F.layer_norm(z, (self.cols,), scale, shift, self.spec.eps)
-            dnorm, grads["dweight" + suffix], grads["dbias" + suffix] = (
-                torch.autograd.grad(y, (z, scale, shift), dy)
-            )
+            dnorm, grads["dweight" + suffix], grads["dbias" + suffix] = torch.autograd.grad(y, (z, scale, shift), dy)
             total = total + dnorm
         dx = total.to(self.x_dtype)
         if self.row_scale is not None:
             dx = dx * self.row_scale.to(dx.dtype)[:, None]
         if self.seed is not None:
-            keep = reference.dropout_mask(
-                self.rows, self.cols, self.p, self.seed, self.spec.rows
-            )
+            keep = reference.dropout_mask(self.rows, self.cols, self.p, self.seed, self.spec.rows)
             dx = torch.where(keep, dx * dropout_scale(self.p), 0)
         grads.update(dresidual=total, dx=dx, dx_bias=dx.sum(0))
         return grads
@@ -364,20 +226,12 @@ def within(name, got, oracle, plain_error, dtype, magnitude=0.0):
     got, oracle = got.double(), oracle.double()
     assert not got.isnan().any(), f"{name}: elements left unwritten or NaN"
     error = (got - oracle).abs()
-    arithmetic = (
-        4
-        * EPS[F64 if dtype == F64 else F32]
-        * max(float(oracle.abs().max()), magnitude)
-    )
+    arithmetic = 4 * EPS[F64 if dtype == F64 else F32] * max(float(oracle.abs().max()), magnitude)
     floor = EPS[dtype] * oracle.abs() + TINY[dtype] + arithmetic
     plain_error = torch.zeros_like(oracle) if plain_error is None else plain_error
     budget = 2 * plain_error.abs().max()
-    assert (error <= floor + budget).all(), (
-        f"{name}: error {error.max():.3g}, allowed {budget:.3g} + {floor.max():.3g}"
-    )
-    rms, allowed = (
-        t.square().mean().sqrt() for t in (error, 2 * plain_error.abs() + floor)
-    )
+    assert (error <= floor + budget).all(), f"{name}: error {error.max():.3g}, allowed {budget:.3g} + {floor.max():.3g}"
+    rms, allowed = (t.square().mean().sqrt() for t in (error, 2 * plain_error.abs() + floor))
     assert rms <= allowed, f"{name}: rms error {rms:.3g}, allowed {allowed:.3g}"
 
 
@@ -393,9 +247,7 @@ def check(case):
         assert ours.rstd.dtype == stats
     if case.kind == NormKind.LAYER:
         scale = oracle.z.abs().amax(-1)
-        assert (
-            (ours.mean.double() - oracle.mean).abs() <= 4 * EPS[stats] * scale
-        ).all()
+        assert ((ours.mean.double() - oracle.mean).abs() <= 4 * EPS[stats] * scale).all()
     if case.two:
         within("y2", ours.y2, oracle.y2, plain_y2.double() - oracle.y2, case.x_dtype)
     check_backward(case, ours)
@@ -405,49 +257,27 @@ def check_backward(case, ours):
     """Ours and its oracle start from what the forward kept; plain operations take their statistics from the stored z,
     and are measured against an oracle that does the same."""
     grads, oracle = case.backward(native, ours), case.backward(reference, ours, F64)
-    plain, plain_oracle = (
-        case.plain_backward(ours),
-        case.backward(reference, case.statistics_of(ours.z), F64),
-    )
-    magnitude = (
-        float(ours.rstd.abs().max()) * case.spread
-        if case.kind != NormKind.NONE
-        else 0.0
-    )
+    plain, plain_oracle = (case.plain_backward(ours), case.backward(reference, case.statistics_of(ours.z), F64))
+    magnitude = float(ours.rstd.abs().max()) * case.spread if case.kind != NormKind.NONE else 0.0
     for name, got, want, plain_want in zip(grads._fields, grads, oracle, plain_oracle):
         dtype = {"dx": case.x_dtype, "dresidual": case.z_dtype}.get(name, case.w_dtype)
         error = plain[name].double() - plain_want if name in plain else None
-        within(
-            name,
-            got,
-            want,
-            error,
-            dtype,
-            0.0 if name.startswith(("dweight", "dbias")) else magnitude,
-        )
+        within(name, got, want, error, dtype, 0.0 if name.startswith(("dweight", "dbias")) else magnitude)
 
 
-@pytest.mark.parametrize(
-    "dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d)
-)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
 @pytest.mark.parametrize("kind", [NormKind.LAYER, NormKind.RMS])
 def test_sizes(dtypes, kind):
     for cols in SIZES:
         check(Case(5, cols, dtypes, kind, x_bias=True))
 
 
-@pytest.mark.parametrize(
-    "dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d)
-)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
 def test_options(dtypes):
     """Every pair of options that the kernels tell apart, on a size with a tail."""
     options = list(
         itertools.product(
-            [NormKind.LAYER, NormKind.RMS, NormKind.NONE],
-            [True, False],
-            [True, False],
-            [True, False],
-            [True, False],
+            [NormKind.LAYER, NormKind.RMS, NormKind.NONE], [True, False], [True, False], [True, False], [True, False]
         )
     )
     for i, (kind, residual, x_bias, row_scale, two) in enumerate(options):
@@ -481,10 +311,7 @@ def test_no_rows():
         assert outputs.z.shape == (0, 40)
         dx, dresidual, *vectors = case.backward(native, outputs)
         assert dx.shape == dresidual.shape == (0, 40)
-        assert all(
-            v.dtype == case.w_dtype and torch.equal(v, torch.zeros_like(v))
-            for v in vectors
-        )
+        assert all(v.dtype == case.w_dtype and torch.equal(v, torch.zeros_like(v)) for v in vectors)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 66])
@@ -520,9 +347,7 @@ def test_only_what_is_wanted():
     everything = case.backward(native, outputs)
     for field in NormWants._fields:
         got = case.backward(
-            native,
-            outputs,
-            wants=NormWants(**{**dict.fromkeys(NormWants._fields, False), field: True}),
+            native, outputs, wants=NormWants(**{**dict.fromkeys(NormWants._fields, False), field: True})
         )
         assert torch.equal(getattr(got, field), getattr(everything, field))
         assert all(t is None for name, t in zip(got._fields, got) if name != field)
@@ -533,53 +358,23 @@ def test_only_what_is_wanted():
 @pytest.mark.parametrize("row_map", MAPS)
 def test_mask_is_the_reference_mask(dtype, p, row_map):
     for rows, cols in ((7, 1), (7, 129), (5, 1000), (1, 4096)):
-        spec = NormSpec(
-            NormKind.NONE,
-            False,
-            1e-5,
-            p,
-            MAPS[row_map](rows),
-            dtype,
-            dtype,
-            dtype,
-            dtype,
-        )
-        for seed in (
-            torch.tensor(0),
-            torch.tensor(-1),
-            torch.tensor(0x0123456789ABCDEF),
-        ):
+        spec = NormSpec(NormKind.NONE, False, 1e-5, p, MAPS[row_map](rows), dtype, dtype, dtype, dtype)
+        for seed in (torch.tensor(0), torch.tensor(-1), torch.tensor(0x0123456789ABCDEF)):
             ones = torch.ones(rows, cols, dtype=dtype)
             keep = reference.dropout_mask(rows, cols, p, seed, spec.rows)
             z = native.norm_forward(ones, *[None] * 7, seed, spec, store_z=True).z
             assert torch.equal(z != 0, keep)
-            dx = native.norm_backward(
-                None, None, ones, *[None] * 6, seed, spec, NormWants()
-            ).dx
+            dx = native.norm_backward(None, None, ones, *[None] * 6, seed, spec, NormWants()).dx
             assert torch.equal(dx != 0, keep)
 
 
 def test_dropped_is_zero_whatever_was_there():
     """Selected, not multiplied: infinities and NaN go too, forward and backward."""
     for dtype in (F32, BF16, F16, F64):
-        spec = NormSpec(
-            NormKind.NONE, False, 1e-5, 1.0, RowMap(4, 0, 0), dtype, dtype, dtype, dtype
-        )
-        bad = (
-            torch.tensor([float("inf"), float("nan"), -float("inf")], dtype=dtype)
-            .repeat(50)
-            .expand(4, 150)
-        )
-        assert (
-            native.norm_forward(bad, *[None] * 7, torch.tensor(3), spec, store_z=True).z
-            == 0
-        ).all()
-        assert (
-            native.norm_backward(
-                None, None, bad, *[None] * 6, torch.tensor(3), spec, NormWants()
-            ).dx
-            == 0
-        ).all()
+        spec = NormSpec(NormKind.NONE, False, 1e-5, 1.0, RowMap(4, 0, 0), dtype, dtype, dtype, dtype)
+        bad = torch.tensor([float("inf"), float("nan"), -float("inf")], dtype=dtype).repeat(50).expand(4, 150)
+        assert (native.norm_forward(bad, *[None] * 7, torch.tensor(3), spec, store_z=True).z == 0).all()
+        assert (native.norm_backward(None, None, bad, *[None] * 6, torch.tensor(3), spec, NormWants()).dx == 0).all()
         half = spec._replace(p=0.5)
         keep = reference.dropout_mask(4, 150, 0.5, torch.tensor(3), spec.rows)
         z = native.norm_forward(bad, *[None] * 7, torch.tensor(3), half, store_z=True).z
@@ -591,65 +386,32 @@ def test_rounding_of_every_16_bit_value_and_its_neighbours():
     bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
     for dtype in (BF16, F16):
         values = bits.view(dtype)
-        for other in (
-            values.flip(0),
-            values.roll(1),
-            values.roll(129),
-            torch.zeros_like(values),
-        ):
+        for other in (values.flip(0), values.roll(1), values.roll(129), torch.zeros_like(values)):
             parts = torch.stack([values, other])[:, None, :]
-            got, want = (
-                native.reduce_shards(parts, None),
-                reference.reduce_shards(parts, None),
-            )
+            got, want = (native.reduce_shards(parts, None), reference.reduce_shards(parts, None))
             assert torch.equal(got.isnan(), want.isnan())
             assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
 
 
 def test_payload_of_a_nan_survives_rounding():
     nan = torch.tensor([-1, 0x7FFFFFFF], dtype=torch.int32).view(F32).repeat(40)[None]
-    spec = NormSpec(
-        NormKind.RMS, False, 1e-5, 0.0, RowMap(1, 0, 0), BF16, F32, BF16, F32
-    )
-    out = native.norm_forward(
-        torch.zeros(1, 80, dtype=BF16),
-        *[None] * 2,
-        nan,
-        *[None] * 5,
-        spec,
-        store_z=True,
-    )
+    spec = NormSpec(NormKind.RMS, False, 1e-5, 0.0, RowMap(1, 0, 0), BF16, F32, BF16, F32)
+    out = native.norm_forward(torch.zeros(1, 80, dtype=BF16), *[None] * 2, nan, *[None] * 5, spec, store_z=True)
     assert out.y.isnan().all() and out.z.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
 def test_reduce_shards_is_exact(dtype):
     generator = torch.Generator().manual_seed(0)
-    shapes = [
-        (1, 3, 5),
-        (2, 7, 33),
-        (3, 1, 4097),
-        (8, 16, 100),
-        (4, 0, 8),
-        (5, 3, 40000),
-    ]
-    for (count, rows, cols), bias_dtype in itertools.product(
-        shapes, {dtype, F32 if dtype != F64 else F64}
-    ):
-        parts = torch.randn(count, rows, cols + 3, generator=generator).to(dtype)[
-            :, :, :cols
-        ]
+    shapes = [(1, 3, 5), (2, 7, 33), (3, 1, 4097), (8, 16, 100), (4, 0, 8), (5, 3, 40000)]
+    for (count, rows, cols), bias_dtype in itertools.product(shapes, {dtype, F32 if dtype != F64 else F64}):
+        parts = torch.randn(count, rows, cols + 3, generator=generator).to(dtype)[:, :, :cols]
         bias = torch.randn(cols, generator=generator).to(bias_dtype)
         for b in (None, bias):
-            assert torch.equal(
-                native.reduce_shards(parts, b), reference.reduce_shards(parts, b)
-            )
+            assert torch.equal(native.reduce_shards(parts, b), reference.reduce_shards(parts, b))
         out = torch.full((rows, cols + 9), 5.0, dtype=dtype)
         native.reduce_shards(parts, bias, out[:, :cols])
-        assert (
-            torch.equal(out[:, :cols], reference.reduce_shards(parts, bias))
-            and (out[:, cols:] == 5).all()
-        )
+        assert torch.equal(out[:, :cols], reference.reduce_shards(parts, bias)) and (out[:, cols:] == 5).all()
 
 
 def everything(case):
@@ -657,9 +419,7 @@ def everything(case):
     return [t for t in (*outputs, *case.backward(native, outputs)) if t is not None]
 
 
-@pytest.mark.parametrize(
-    "dtypes", [(F32, F32, F32), (BF16, BF16, BF16), (F64, F64, F64)]
-)
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, BF16), (F64, F64, F64)])
 def test_same_bits_for_any_number_of_threads_and_every_run(dtypes):
     case = Case(301, 999, dtypes, x_bias=True, two=True)
     torch.set_num_threads(1)
@@ -694,19 +454,12 @@ def test_outputs_end_where_they_should(monkeypatch):
 
 def test_what_cannot_be_done_is_refused():
     x = torch.zeros(4, 8)
-    spec = NormSpec(
-        NormKind.LAYER, False, 1e-5, 0.0, RowMap(4, 0, 0), F32, F32, F32, F32
-    )
+    spec = NormSpec(NormKind.LAYER, False, 1e-5, 0.0, RowMap(4, 0, 0), F32, F32, F32, F32)
 
     def forward(x=x, spec=spec):
         return native.norm_forward(x, *[None] * 8, spec, store_z=True)
 
-    for wrong in (
-        dict(y_dtype=torch.float8_e4m3fn),
-        dict(y_dtype=BF16),
-        dict(z_dtype=BF16),
-        dict(w_dtype=F64),
-    ):
+    for wrong in ({"y_dtype": torch.float8_e4m3fn}, {"y_dtype": BF16}, {"z_dtype": BF16}, {"w_dtype": F64}):
         with pytest.raises(ValueError, match="dtypes"):
             forward(spec=spec._replace(**wrong))
     with pytest.raises(ValueError, match="strides"):
@@ -718,28 +471,18 @@ def test_what_cannot_be_done_is_refused():
 def test_philox_known_answers():
     """kat_vectors of Random123, through the reference that every mask is compared with."""
     ones = 0xFFFFFFFF
-    answers = [
-        (0, 0, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ]
+    answers = [(0, 0, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8))]
     for seed, row, block, words in answers:
-        got = reference.philox_words(
-            torch.tensor(seed), torch.tensor(row), torch.tensor(block)
-        )
+        got = reference.philox_words(torch.tensor(seed), torch.tensor(row), torch.tensor(block))
         assert tuple(int(word) & ones for word in got) == words
 
 
 def python(code, **environment):
     root = str(Path(native.__file__).parents[2])
-    path = os.pathsep.join(
-        [root, str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    )
+    path = os.pathsep.join([root, str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, **environment}
     return subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [sys.executable, "-c", code], env=environment, capture_output=True, check=False, text=True, timeout=120
     )
 
 
@@ -766,10 +509,7 @@ t.check(t.Case(301, 257, (t.BF16, t.BF16, t.BF16), x_bias=True))
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline", "neon"])
 def test_every_instruction_set(isa):
-    probe = python(
-        "from seqpar_kernels.kernels import native; print(native._native.cpu_isa())",
-        SEQPAR_CPU_ISA=isa,
-    )
+    probe = python("from seqpar_kernels.kernels import native; print(native._native.cpu_isa())", SEQPAR_CPU_ISA=isa)
     if probe.stdout.strip() != isa:
         assert probe.stdout.startswith("invalid: SEQPAR_CPU_ISA=" + isa), probe.stderr
         pytest.skip(probe.stdout.strip())
