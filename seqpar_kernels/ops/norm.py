@@ -125,7 +125,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         x, residual, weight, _bias, weight2, _bias2, _x_bias, row_scale, seed = tensors
         assert x is not None
         out = dropout_add_norm.below_autograd(*tensors, *scalars)
-        store_z, two_norms, kind, *scalars = scalars
+        store_z, two_norms, kind, *rest = scalars
         statistics = out[{NormKind.NONE: len(out), NormKind.LAYER: -2, NormKind.RMS: -1}[NormKind(kind)] :]
         z: Any = None
         if kind != NormKind.NONE:
@@ -136,8 +136,8 @@ class _DropoutAddNorm(torch.autograd.Function):
         rstd = statistics[-1] if statistics else None
         ctx.save_for_backward(z, mean, rstd, row_scale, weight, weight2, seed)
         ctx.has_residual, ctx.store_z, ctx.two_norms = residual is not None, store_z, two_norms
-        ctx.x_dtype, ctx.shape, ctx.kind, ctx.scalars = x.dtype, x.shape, kind, scalars
-        ctx.z_dtype = x.dtype if z is x else scalars[-3]
+        ctx.x_dtype, ctx.kind, ctx.scalars = x.dtype, kind, rest
+        ctx.z_dtype = x.dtype if z is x else rest[-3]
         return tuple(out)
 
     @staticmethod
