@@ -55,7 +55,7 @@ Geometry plan_generic(const Device& device, int64_t rows, int64_t cols, int elem
 
 // Division of a row below 2^31 by a constant, in one multiplication and one shift.
 struct Divider {
-    uint32_t magic, shift;
+    uint32_t divisor, magic, shift;
 };
 
 // A divisor of 2^31 or more gives 0 for every row.

@@ -31,9 +31,16 @@ class RowGroup {
     // Sums each value over the row's threads; all get the same bits. All threads of a warp must call it together.
     template <int kCount, class T>
     SEQPAR_DEVICE void sum(T (&values)[kCount]) {
-        butterfly(values, geometry_.threads);
+        if (geometry_.threads < 32) {
+#pragma unroll
+            for (int offset = 8; offset > 0; offset /= 2) {
+                if (offset < geometry_.threads) add_across(values, offset);
+            }
+            return;
+        }
+        add_across_warp(values);
         const int partials = stride() / 32;
-        if (partials <= 1) return;
+        if (partials == 1) return;
         const int lane = static_cast<int>(threadIdx.x) & 31, warp = thread / 32;
         // Two buffers in turn: a thread can be one sum ahead of another, never two.
         T* const buffer = reinterpret_cast<T*>(scratch_) + (phase_ * geometry_.rows + index) * partials * 2;
@@ -55,25 +62,29 @@ class RowGroup {
         }
 #pragma unroll
         for (int k = 0; k < kCount; ++k) values[k] = lane < partials ? buffer[lane * kCount + k] : T(0);
-        for (int i = lane + 32; i < partials; i += 32) {
+        if (partials > 32) {
+#pragma unroll 1
+            for (int i = lane + 32; i < partials; i += 32) {
 #pragma unroll
-            for (int k = 0; k < kCount; ++k) values[k] += buffer[i * kCount + k];
+                for (int k = 0; k < kCount; ++k) values[k] += buffer[i * kCount + k];
+            }
         }
-        butterfly(values, 32);
+        add_across_warp(values);
     }
 
   private:
     SEQPAR_DEVICE bool clustered() const { return kHasClusters && geometry_.cluster > 1; }
 
     template <int kCount, class T>
-    SEQPAR_DEVICE static void butterfly(T (&values)[kCount], int width) {
+    SEQPAR_DEVICE static void add_across(T (&values)[kCount], int offset) {
 #pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) {
-            if (offset < width) {
+        for (int k = 0; k < kCount; ++k) values[k] += __shfl_xor_sync(0xFFFFFFFFu, values[k], offset);
+    }
+
+    template <int kCount, class T>
+    SEQPAR_DEVICE static void add_across_warp(T (&values)[kCount]) {
 #pragma unroll
-                for (int k = 0; k < kCount; ++k) values[k] += __shfl_xor_sync(0xFFFFFFFFu, values[k], offset);
-            }
-        }
+        for (int offset = 16; offset > 0; offset /= 2) add_across(values, offset);
     }
 
     const Geometry& geometry_;
