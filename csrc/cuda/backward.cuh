@@ -119,6 +119,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_kernel(const __g
     RowGroup group(p.geometry, dynamic_shared());
     ColumnSums<kParts> sums(dynamic_shared() + p.scratch, p.slots);
     const auto unit_of = [&](int u) { return group.thread + u * group.stride(); };
+    // Units of a thread are `apart` elements from one another: one address a row, and an addition for each more
+    const auto first = [&] { return group.thread * W; };
+    const int apart = group.stride() * W;
     const bool has_norm = a.norm != Norm::none;
     uint64_t seed = kDropout ? static_cast<uint64_t>(*a.dropout.seed) : 0;
 
@@ -130,24 +133,24 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_kernel(const __g
         if (has_norm) {
             rstd = *element<float>(a.rstd, row);
             if (p.is_layer) mean = *element<float>(a.mean, row);
-            const Z* const z_row = element<Z>(a.z, row * a.z_stride);
+            const Z* const z_row = element<Z>(a.z, row * a.z_stride + first());
 #pragma unroll
             for (int u = 0; u < kUnits; ++u) {
-                if (unit_of(u) < p.row_units) load_stream(z[u], z_row + unit_of(u) * W);
+                if (unit_of(u) < p.row_units) load_stream(z[u], z_row + u * apart);
             }
             if (a.dy != nullptr) {
-                const X* const dy_row = element<X>(a.dy, row * a.dy_stride);
+                const X* const dy_row = element<X>(a.dy, row * a.dy_stride + first());
 #pragma unroll
                 for (int u = 0; u < kUnits; ++u) {
-                    if (unit_of(u) < p.row_units) load_stream(dy[u], dy_row + unit_of(u) * W);
+                    if (unit_of(u) < p.row_units) load_stream(dy[u], dy_row + u * apart);
                 }
             }
         }
         if (a.dz == nullptr) return;
-        const Z* const dz_row = element<Z>(a.dz, row * a.dz_stride);
+        const Z* const dz_row = element<Z>(a.dz, row * a.dz_stride + first());
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
-            if (unit_of(u) < p.row_units) load_stream(dz[u], dz_row + unit_of(u) * W);
+            if (unit_of(u) < p.row_units) load_stream(dz[u], dz_row + u * apart);
         }
     };
 

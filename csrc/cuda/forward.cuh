@@ -61,6 +61,9 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
     const NormForward& a = p.args;
     RowGroup group(p.geometry, dynamic_shared());
     const auto unit_of = [&](int u) { return group.thread + u * group.stride(); };
+    // Units of a thread are `apart` elements from one another: one address a row, and an addition for each more
+    const auto first = [&] { return group.thread * W; };
+    const int apart = group.stride() * W;
 
     uint64_t seed = kDropout ? static_cast<uint64_t>(*a.dropout.seed) : 0;
 
@@ -68,16 +71,16 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
     Vec<Z, W> residual[kUnits];
     const auto load_row = [&](uint32_t local_row) {
         const int64_t row = local_row;
-        const X* const x_row = element<X>(a.x, row * a.x_stride);
+        const X* const x_row = element<X>(a.x, row * a.x_stride + first());
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
-            if (unit_of(u) < p.row_units) load_stream(x[u], x_row + unit_of(u) * W);
+            if (unit_of(u) < p.row_units) load_stream(x[u], x_row + u * apart);
         }
         if (a.residual == nullptr) return;
-        const Z* const residual_row = element<Z>(a.residual, row * a.residual_stride);
+        const Z* const residual_row = element<Z>(a.residual, row * a.residual_stride + first());
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
-            if (unit_of(u) < p.row_units) load_stream(residual[u], residual_row + unit_of(u) * W);
+            if (unit_of(u) < p.row_units) load_stream(residual[u], residual_row + u * apart);
         }
     };
 
@@ -121,10 +124,10 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
         if (row + p.geometry.row_step < p.rows) load_row(static_cast<uint32_t>(row + p.geometry.row_step));
 
         if (a.z != nullptr) {
-            Z* const z_row = element<Z>(a.z, row64 * a.z_stride);
+            Z* const z_row = element<Z>(a.z, row64 * a.z_stride + first());
 #pragma unroll
             for (int u = 0; u < kUnits; ++u) {
-                if (unit_of(u) < units) store(z_row + unit_of(u) * W, pack<Z>(z[u]));
+                if (unit_of(u) < units) store(z_row + u * apart, pack<Z>(z[u]));
             }
         }
         if (a.norm == Norm::none) continue;

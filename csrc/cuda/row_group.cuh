@@ -15,7 +15,10 @@ class RowGroup {
         const int rank = clustered() ? cluster_rank() : 0;
         index = static_cast<int>(threadIdx.y);
         thread = rank * geometry.threads + static_cast<int>(threadIdx.x);
-        if (clustered()) cluster_barrier();  // nobody writes into a CTA that has not started
+        if (clustered()) {
+            if (threadIdx.x < 2) arrivals_init(arrivals(static_cast<int>(threadIdx.x)));
+            cluster_barrier();  // nobody sends to a CTA that is not ready
+        }
     }
 
     int index;   // which of the rows that the CTA works on side by side
@@ -43,16 +46,19 @@ class RowGroup {
         if (partials == 1) return;
         const int lane = static_cast<int>(threadIdx.x) & 31, warp = thread / 32;
         // Two buffers in turn: a thread can be one sum ahead of another, never two.
-        T* const buffer = reinterpret_cast<T*>(scratch_) + (phase_ * geometry_.rows + index) * partials * 2;
-        phase_ ^= 1;
+        const int turn = sums_ & 1;
+        T* const buffer = reinterpret_cast<T*>(scratch_) + (turn * geometry_.rows + index) * partials * 2;
         if (clustered()) {
             if constexpr (sizeof(T) == 4) {  // the only type that is ever spread over a cluster
+                if (threadIdx.x == 0) arrivals_expect(arrivals(turn), partials * kCount * 4);
                 if (lane < geometry_.cluster) {
 #pragma unroll
-                    for (int k = 0; k < kCount; ++k) cluster_store(buffer + warp * kCount + k, lane, values[k]);
+                    for (int k = 0; k < kCount; ++k) {
+                        cluster_send(buffer + warp * kCount + k, arrivals(turn), lane, values[k]);
+                    }
                 }
+                arrivals_wait(arrivals(turn), sums_ >> 1 & 1);
             }
-            cluster_barrier();
         } else {
             if (lane == 0) {
 #pragma unroll
@@ -60,6 +66,7 @@ class RowGroup {
             }
             named_barrier(index, geometry_.threads);
         }
+        ++sums_;
 #pragma unroll
         for (int k = 0; k < kCount; ++k) values[k] = lane < partials ? buffer[lane * kCount + k] : T(0);
         if (partials > 32) {
@@ -73,6 +80,11 @@ class RowGroup {
     }
 
   private:
+    // The two barriers of a clustered row, behind its two buffers
+    SEQPAR_DEVICE uint64_t* arrivals(int turn) const {
+        return reinterpret_cast<uint64_t*>(scratch_ + 2 * 2 * 4 * (stride() / 32)) + turn;
+    }
+
     SEQPAR_DEVICE bool clustered() const { return kHasClusters && geometry_.cluster > 1; }
 
     template <int kCount, class T>
@@ -89,7 +101,7 @@ class RowGroup {
 
     const Geometry& geometry_;
     char* scratch_;
-    int phase_ = 0;
+    int sums_ = 0;
 };
 
 }  // namespace cuda
