@@ -54,14 +54,14 @@ def summary_table(results: Sequence["Comparison"], loss_limit: float) -> Table:
     table = Table(title="The two runs compared", title_justify="left", show_lines=True)
     table.add_column("")
     for result in results:
-        table.add_column(f"{result.model}, {result.parameters / 1e6:.1f} M parameters")
+        table.add_column(f"{result.model}, {result.parameters / 1e6:.1f} M parameters", overflow="fold")
 
     def row(what: str, cells: Sequence[str]) -> None:
         table.add_row(what, *cells)
 
     row(
         "largest loss difference\nover all steps, relative",
-        [verdict(max(result.loss_differences), loss_limit) for result in results],
+        [verdict(result.largest_loss_difference, loss_limit) for result in results],
     )
     row(
         "largest gradient difference\nat step 0, relative to its tensor",

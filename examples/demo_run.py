@@ -5,6 +5,7 @@ rank (``group=None``) that is the unsharded run, on the same kernels.
 """
 
 import copy
+import math
 import os
 import statistics
 import sys
@@ -114,14 +115,17 @@ def double_oracle(model: nn.Module) -> nn.Module:
 
 
 def relative_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest ||a - b|| / ||b|| over the tensors, and whose it is."""
+    """The largest ||a - b|| / ||b|| over the tensors, or the first nan, and whose it is."""
     if a.keys() != b.keys():
         raise RuntimeError(f"parameters differ: {sorted(a.keys() ^ b.keys())}")
     worst = (0.0, "")
     for name, theirs in b.items():
         difference = torch.linalg.vector_norm(a[name].double() - theirs.double()).item()
         norm = torch.linalg.vector_norm(theirs.double()).item()
-        worst = max(worst, (difference / max(norm, 1e-30), name))
+        found = difference / max(norm, 1e-30)
+        if math.isnan(found):
+            return found, name
+        worst = max(worst, (found, name))
     return worst
 
 

@@ -35,12 +35,11 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def on_host_cuda(host_cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_host_cuda(host_cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sends native.py's CPU tensors to the host-run CUDA kernels."""
     host_cuda.configure()
     monkeypatch.setattr(native, "_native", host_cuda.module)
     monkeypatch.setattr(native, "_place", lambda device: (True, native.sm_margin, 0))
-    yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +291,7 @@ def test_every_instance_has_run(host_cuda: HostCuda, monkeypatch: pytest.MonkeyP
     ids=str,
 )
 def test_same_bits_in_any_order(case: Case, host_cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice the same, and the same when the threads of a block take turns the other way round: no barrier is missing."""
+    """Twice the same, and the same when the threads of a block take turns the other way: no barrier is missing."""
     first = run(case, host_cuda, monkeypatch)
     for other in (case, dataclasses.replace(case, reverse=True)):
         for a, b in zip(first, run(other, host_cuda, monkeypatch), strict=True):
