@@ -21,8 +21,9 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 class Op:
     """A registered op. Calling it takes the shortest way that is right.
 
-    Under torch.compile, a dispatch mode, a functorch transform, or with tensor subclasses that is the dispatcher. In
-    plain eager mode it would cost more host time than a small kernel itself, so autograd and kernel are called directly.
+    Under torch.compile, a dispatch mode, a functorch transform, or with tensor subclasses that is the dispatcher.
+    In plain eager mode it would cost more host time than a small kernel itself, so autograd and kernel are called
+    directly.
     """
 
     def __init__(self, overload: Any, kernel: Callable[..., Any], autograd: Callable[..., Any] | None):
