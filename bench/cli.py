@@ -40,6 +40,18 @@ def add_norm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", choices=("layer", "rms"), nargs="+", default=["layer", "rms"])
 
 
+def add_linear_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", choices=("all_gather_linear", "linear_reduce_scatter"), nargs="+")
+    parser.add_argument("--ranks", type=positive, default=2, help="processes, one thread each (default: 2)")
+    parser.add_argument("--rows", type=positive, help="sequence length of all ranks together (default: 2048)")
+    parser.add_argument("--hidden", type=positive, help="features outside (default: 1024)")
+    parser.add_argument("--inner", type=positive, help="features inside, of all ranks (default: 4 x hidden)")
+    parser.add_argument("--chunks", type=positive, nargs="*", default=[1, 2, 4, 8], help="beside the planner's choice")
+    parser.add_argument(
+        "--link", nargs="+", metavar="RATE", help="1gbit, or ratio:R: the wire R times as long as the matmul"
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
@@ -59,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, parents=[measuring])
 
     add_norm_options(command("norm", "dropout + residual + norm, forward and backward"))
+    add_linear_options(command("linear", "all-gather -> matmul and matmul -> reduce-scatter on several ranks"))
     command("host", "what a small call costs the CPU, in microseconds")
     return parser
 
@@ -102,6 +115,23 @@ def run_norm(args: argparse.Namespace, session: Session) -> None:
     timing_table(found, f"norm on {session.rows[-1].machine}, {session.rows[-1].threads} threads")
 
 
+def run_linear(args: argparse.Namespace, session: Session) -> None:
+    from . import linear
+    from .linear_providers import OPS, PEERS
+    from .links import parse_link
+    from .norm import check_peers
+    from .report import timing_table
+
+    check_peers(session.peers, PEERS)
+    hidden = args.hidden or (256 if args.quick else 1024)
+    sizes = (args.rows or (512 if args.quick else 2048), hidden, args.inner or 4 * hidden)
+    links = [parse_link(text) for text in args.link] if args.link else [None]
+    plans = [linear.jobs(args.op or OPS, sizes, args.dtype or ["fp32"], args.ranks, link) for link in links]
+    for planned in plans:
+        found = linear.run(session, planned, args.chunks)
+        timing_table(found, f"linear on {found[-1].machine}, {args.ranks} ranks, one thread each")
+
+
 def run_host(args: argparse.Namespace, session: Session) -> None:
     from . import host
 
@@ -110,7 +140,7 @@ def run_host(args: argparse.Namespace, session: Session) -> None:
 
 def measure(args: argparse.Namespace) -> int:
     session = make_session(args)
-    runner: dict[str, Callable[..., None]] = {"norm": run_norm, "host": run_host}
+    runner: dict[str, Callable[..., None]] = {"norm": run_norm, "linear": run_linear, "host": run_host}
     with session.saved():
         runner[args.command](args, session)
     if session.folder is not None:

@@ -72,6 +72,10 @@ def table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]], lef
     console.print(out)
 
 
+# metric -> column
+FLOORS = {"matmul_ms": "matmul ms", "wire_ms": "wire ms", "x_floor": "x floor"}
+
+
 def number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
 
@@ -85,17 +89,17 @@ def timing_table(rows: Sequence[Row], title: str) -> None:
         ok = sorted((row for row in asked if row.p50_ms is not None), key=lambda row: row.p50_ms or 0)
         own = next((row.p50_ms for row in ok if row.provider == "ours"), None)
         for i, row in enumerate([*ok, *(row for row in asked if row.p50_ms is None)]):
-            lines.append([row.label() if i == 0 else "", row.provider, *_figures(row, own), _remark(row)])
-    header = ["what", "who", "ms", "p20..p80", "GB/s", "TFLOP/s", "% ceiling", "x ours", "remark"]
+            lines.append([row.label() if i == 0 else "", row.who(), *_figures(row, own), _remark(row)])
+    header = ["what", "who", "ms", "p20..p80", "GB/s", "TFLOP/s", "% ceiling", "x ours", *FLOORS.values(), "remark"]
     used = [i for i in range(len(header)) if i < 3 or i == len(header) - 1 or any(line[i] for line in lines)]
     table(title, [header[i] for i in used], [[line[i] for i in used] for line in lines], left=2)
-    for provider, op, reason in sorted({(row.provider, row.op, row.reason) for row in rows if row.status == "absent"}):
+    for provider, op, reason in sorted({(row.who(), row.op, row.reason) for row in rows if row.status == "absent"}):
         print(f"absent: {provider} in {op}: {reason}")
 
 
 def _figures(row: Row, own: float | None) -> list[str]:
     if row.p50_ms is None:
-        return [""] * 6
+        return [""] * (6 + len(FLOORS))
     per_second = 1e3 / row.p50_ms if row.p50_ms else 0.0
     return [
         number(row.p50_ms, 4),
@@ -104,10 +108,13 @@ def _figures(row: Row, own: float | None) -> list[str]:
         number(row.flops * per_second / 1e12) if row.flops else "",
         f"{row.percent:.0f}" if row.percent is not None else "",
         f"{row.p50_ms / own:.2f}" if own else "",
+        *(number(row.metrics.get(name)) for name in FLOORS),
     ]
 
 
 def _remark(row: Row) -> str:
     if row.status != "ok":
         return f"{row.status}: {row.reason}"
-    return ", ".join(f"{k} {number(v) if isinstance(v, float) else v}" for k, v in row.metrics.items())
+    return ", ".join(
+        f"{k} {number(v) if isinstance(v, float) else v}" for k, v in row.metrics.items() if k not in FLOORS
+    )

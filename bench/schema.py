@@ -69,9 +69,13 @@ class Row:
         """Identity across runs."""
         return (*self.question(), str(self.params.get("chunks", "")), self.provider)
 
+    def who(self) -> str:
+        """The provider, and into how many chunks it was told to cut."""
+        return self.provider + (f", {self.params['chunks']} chunks" if "chunks" in self.params else "")
+
     def label(self) -> str:
         """The question in words."""
-        params = [f"{k}={v}" for k, v in self.params.items()]
+        params = [f"{k}={v}" for k, v in self.params.items() if k != "chunks"]
         parts = [self.op, self.direction, "x".join(map(str, self.shape)), self.dtype, *params]
         if self.ranks > 1:
             parts.append(f"{self.ranks} ranks")
