@@ -72,7 +72,23 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_norm_options(command("norm", "dropout + residual + norm, forward and backward"))
     add_linear_options(command("linear", "all-gather -> matmul and matmul -> reduce-scatter on several ranks"))
+    memory = command("memory", "bytes that autograd keeps for one layer, beside the paper's formula")
+    memory.add_argument("--ranks", type=positive, default=2)
+    memory.add_argument("--rows", type=positive, help="sequence length (default: 1024)")
+    memory.add_argument("--batch", type=positive, default=1)
+    memory.add_argument("--hidden", type=positive, help="default: 1024")
+    memory.add_argument("--heads", type=positive, help="default: hidden / 64")
+    command("coverage", "which op runs on which backend in which dtype here")
     command("host", "what a small call costs the CPU, in microseconds")
+    everything = command("all", "all of the above that this machine can run, at their default sizes")
+    everything.add_argument("--ranks", type=positive, default=2)
+    plot = commands.add_parser("plot", help="pictures from saved files alone", description="Writes DIR/*.png.")
+    plot.add_argument("folder", type=Path, metavar="DIR")
+    text = "two runs side by side, noise marked"
+    compare = commands.add_parser("compare", help=text, description=text)
+    compare.add_argument("first", type=Path, metavar="A", help="a file or a folder of --save")
+    compare.add_argument("second", type=Path, metavar="B")
+    compare.add_argument("--fail", action="store_true", help="exit 1 where a difference is more than noise")
     return parser
 
 
@@ -93,12 +109,24 @@ def make_session(args: argparse.Namespace) -> Session:
     return Session(args.command, args.device, effort, args.quick, peers, args.save)
 
 
+def check_peers(session: Session) -> None:
+    """
+    Raises:
+        BenchError: a name that is nobody's.
+    """
+    from . import linear_providers, providers
+
+    known = [*providers.PEERS, *linear_providers.PEERS]
+    for name in session.peers or ():
+        if name not in known:
+            raise BenchError(f"--peers {name}: unknown; known are {', '.join(known)}, or none")
+
+
 def run_norm(args: argparse.Namespace, session: Session) -> None:
     from . import norm
-    from .providers import PEERS
     from .report import timing_table
 
-    norm.check_peers(session.peers, list(PEERS))
+    check_peers(session)
     cuda = session.device == "cuda"
     rows = args.rows or ([512, 8192] if cuda and args.quick else [256] if args.quick else [4096])
     hidden = args.hidden or (
@@ -117,12 +145,11 @@ def run_norm(args: argparse.Namespace, session: Session) -> None:
 
 def run_linear(args: argparse.Namespace, session: Session) -> None:
     from . import linear
-    from .linear_providers import OPS, PEERS
+    from .linear_providers import OPS
     from .links import parse_link
-    from .norm import check_peers
     from .report import timing_table
 
-    check_peers(session.peers, PEERS)
+    check_peers(session)
     hidden = args.hidden or (256 if args.quick else 1024)
     sizes = (args.rows or (512 if args.quick else 2048), hidden, args.inner or 4 * hidden)
     links = [parse_link(text) for text in args.link] if args.link else [None]
@@ -138,16 +165,73 @@ def run_host(args: argparse.Namespace, session: Session) -> None:
     host.show(host.run(session))
 
 
+def run_memory(args: argparse.Namespace, session: Session) -> None:
+    from . import memory
+
+    if session.device == "cuda":
+        raise BenchError("memory counts bytes, which are the same on a GPU: use --device cpu")
+    hidden = args.hidden or (128 if args.quick else 1024)
+    rows = args.rows or (64 if args.quick else 1024)
+    heads = args.heads or max(args.ranks, hidden // 64)
+    dtypes = args.dtype or ["bf16"]
+    for dtype in dtypes:
+        memory.show(memory.run(session, memory.Sizes(rows, args.batch, hidden, heads, dtype), args.ranks))
+
+
+def run_coverage(args: argparse.Namespace, session: Session) -> None:
+    from . import coverage
+
+    coverage.show(coverage.run(session, args.dtype or list(DTYPE_NAMES)))
+
+
+def run_all(args: argparse.Namespace, session: Session) -> None:
+    """Each at its default sizes. What this machine cannot run says why; the rest goes on."""
+    for name in COMMANDS:
+        given = [name, "--device", session.device]
+        given += ["--quick"] if args.quick else []
+        given += ["--dtype", *args.dtype] if args.dtype else []
+        given += ["--ranks", str(args.ranks)] if name in ("linear", "memory") else []
+        own = build_parser().parse_args(given)
+        try:
+            COMMANDS[name](own, session)
+        except BenchError as error:
+            from .schema import Row
+
+            print(f"{name}: not run: {error}")
+            session.add(Row(op=name, provider="ours", status="absent", reason=str(error)))
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Session], None]] = {
+    "coverage": run_coverage,
+    "host": run_host,
+    "memory": run_memory,
+    "norm": run_norm,
+    "linear": run_linear,
+}
+
+
 def measure(args: argparse.Namespace) -> int:
     session = make_session(args)
-    runner: dict[str, Callable[..., None]] = {"norm": run_norm, "linear": run_linear, "host": run_host}
     with session.saved():
-        runner[args.command](args, session)
+        (run_all if args.command == "all" else COMMANDS[args.command])(args, session)
     if session.folder is not None:
         print(f"saved: {session.folder / session.file_name}")
-    return (
-        1 if any(row.status in ("wrong", "failed") and row.provider.startswith("ours") for row in session.rows) else 0
-    )
+    bad = [row for row in session.rows if row.status in ("wrong", "failed") and row.provider.startswith("ours")]
+    return 1 if bad else 0
+
+
+def run_command(args: argparse.Namespace) -> int:
+    if args.command == "plot":
+        from . import plot
+
+        for path in plot.run(args.folder):
+            print(f"drawn: {path}")
+        return 0
+    if args.command == "compare":
+        from . import compare
+
+        return 1 if compare.run(args.first, args.second) and args.fail else 0
+    return measure(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(130))  # so that everything is cleaned up behind us
     try:
-        return measure(args)
+        return run_command(args)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

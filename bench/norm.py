@@ -11,7 +11,6 @@ from torch import Tensor
 
 from . import facts
 from .check import WrongResult, check_norm, run_backward
-from .errors import BenchError
 from .providers import OURS, PEERS, Absent, NormFunction
 from .schema import Row
 from .session import Session
@@ -148,16 +147,6 @@ def cases(
                 for kind in kinds:
                     for p in ps:
                         yield NormCase(kind, p, dtype, n_rows, n_hidden)
-
-
-def check_peers(names: Sequence[str] | None, known: Sequence[str]) -> None:
-    """
-    Raises:
-        BenchError: a name that is nobody's.
-    """
-    for name in names or ():
-        if name not in known:
-            raise BenchError(f"--peers {name}: unknown; known are {', '.join(known)}, or none")
 
 
 def run(session: Session, planned: Sequence[NormCase]) -> list[Row]:
