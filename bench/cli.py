@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     measuring.add_argument("--dtype", choices=DTYPE_NAMES, nargs="+", help="default: bf16 fp32")
     measuring.add_argument("--peers", nargs="+", metavar="NAME", help="only these, or none (default: all there are)")
     measuring.add_argument("--quick", action="store_true", help="small sizes and little time: a look, not a result")
-    measuring.add_argument("--seconds", type=float, help="for one provider at one shape (default: 2, quick: 0.3)")
+    measuring.add_argument("--seconds", type=float, help="for one provider at one shape (default: 1, quick: 0.3)")
     measuring.add_argument("--threads", type=positive, help="torch threads (default: torch's own choice)")
     measuring.add_argument("--save", type=Path, metavar="DIR", help="write the rows to a file in DIR")
 
@@ -138,7 +138,8 @@ def run_norm(args: argparse.Namespace, session: Session) -> None:
         if args.quick
         else [4096]
     )
-    planned = list(norm.cases(args.kind, args.p, args.dtype or ["bf16", "fp32"], rows, hidden))
+    dtypes = args.dtype or (["bf16"] if cuda and args.quick else ["bf16", "fp32"])
+    planned = list(norm.cases(args.kind, args.p, dtypes, rows, hidden))
     found = norm.run(session, planned)
     timing_table(found, f"norm on {session.rows[-1].machine}, {session.rows[-1].threads} threads")
 
@@ -237,8 +238,8 @@ def run_command(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 where ours was wrong or failed; 2 where the question was."""
     args = build_parser().parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(130))  # so that everything is cleaned up behind us
+    # As exceptions, so that namespaces and ranks are cleaned up and what was measured is saved.
+    before = {number: signal.signal(number, lambda *_: sys.exit(130)) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         return run_command(args)
     except BenchError as error:
@@ -247,3 +248,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
         return 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

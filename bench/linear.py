@@ -40,7 +40,8 @@ class LinearJob:
         """What one rank must send, and as much receive.
 
         One exchange of the activation is (t - 1) / t of it. AG -> matmul: one forward; backward a gather of x, which
-        was not kept, and a scatter of dx. Matmul -> RS: one forward; backward a gather of dy.
+        was not kept, and a scatter of dx (a peer that keeps all of x, as DTensor does, saves the gather and pays in
+        memory). Matmul -> RS: one forward; backward a gather of dy.
         """
         one = self.s * self.k * facts.DTYPES[self.dtype].itemsize * (self.ranks - 1) // self.ranks
         return one * (1 if direction == "fwd" else 3 if self.op == OPS[0] else 2)

@@ -87,7 +87,7 @@ def timing_table(rows: Sequence[Row], title: str) -> None:
     for question in dict.fromkeys(row.question() for row in present):
         asked = [row for row in present if row.question() == question]
         ok = sorted((row for row in asked if row.p50_ms is not None), key=lambda row: row.p50_ms or 0)
-        own = next((row.p50_ms for row in ok if row.provider == "ours"), None)
+        own = next((row.p50_ms for row in ok if row.who() == "ours"), None)
         for i, row in enumerate([*ok, *(row for row in asked if row.p50_ms is None)]):
             lines.append([row.label() if i == 0 else "", row.who(), *_figures(row, own), _remark(row)])
     header = ["what", "who", "ms", "p20..p80", "GB/s", "TFLOP/s", "% ceiling", "x ours", *FLOORS.values(), "remark"]

@@ -71,7 +71,7 @@ class Row:
 
     def who(self) -> str:
         """The provider, and into how many chunks it was told to cut."""
-        return self.provider + (f", {self.params['chunks']} chunks" if "chunks" in self.params else "")
+        return self.provider + (f" chunks={self.params['chunks']}" if "chunks" in self.params else "")
 
     def label(self) -> str:
         """The question in words."""

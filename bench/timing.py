@@ -18,8 +18,8 @@ Runner = Callable[[int], object]  # called with the number of the round, which p
 class Effort:
     """How long to measure one provider at one shape."""
 
-    seconds: float = 2.0
-    warmup: float = 0.3
+    seconds: float = 1.0
+    warmup: float = 0.2
     least: int = 15
     most: int = 400
 
