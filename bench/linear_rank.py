@@ -96,7 +96,8 @@ def link_runner(size: int, group: dist.ProcessGroup, device: str) -> Callable[[]
     right, left = (group.rank() + 1) % group.size(), (group.rank() - 1) % group.size()
 
     def run() -> None:
-        ops = [dist.P2POp(dist.isend, out, right, group), dist.P2POp(dist.irecv, into, left, group)]
+        # Receives first: gloo announces them on the stream that the data will fill.
+        ops = [dist.P2POp(dist.irecv, into, left, group), dist.P2POp(dist.isend, out, right, group)]
         for work in dist.batch_isend_irecv(ops):
             work.wait()
 
