@@ -82,7 +82,8 @@ def run(session: Session, dtypes: list[str]) -> list[Row]:
             except WrongResult as error:
                 row.status, row.reason = "wrong", str(error)
             except Exception as error:
-                row.status, row.reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                row.status = "absent" if isinstance(error, ValueError | NotImplementedError) else "failed"  # refused
+                row.reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     return session.rows[first:]
 
 

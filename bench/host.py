@@ -17,7 +17,7 @@ import seqpar_kernels as sp
 
 from . import facts
 from .check import WrongResult, check_norm
-from .providers import OURS, PEERS
+from .providers import OURS, PEERS, Absent
 from .report import number, table
 from .schema import Row
 from .session import Session
@@ -36,12 +36,12 @@ def norm_calls(session: Session, kind: str, p: float) -> dict[tuple[str, str], C
     calls: dict[tuple[str, str], Call] = {}
     builders = {**OURS[session.device], **({"eager": PEERS["eager"]} if session.wanted("eager") else {})}
     for name, build in builders.items():
-        fn = build(kind, p, session.device)
         try:
+            fn = build(kind, p, session.device)
             check_norm(fn, kind, p, inputs, (dy, dz))
-        except WrongResult as error:
+        except (Absent, WrongResult) as error:
             row = session.add(Row(op=f"host.norm.{kind}", provider=name, shape=[ROWS, HIDDEN], params={"p": p}))
-            row.status, row.reason = "wrong", str(error)
+            row.status, row.reason = ("absent" if isinstance(error, Absent) else "wrong"), str(error)
             continue
         calls[name, "fwd"] = lambda fn=fn: fn(*inputs, p)
         calls[name, "fwd+bwd"] = lambda fn=fn: torch.autograd.grad(fn(*inputs, p), wanted, (dy, dz))
@@ -111,6 +111,13 @@ def show(rows: list[Row]) -> None:
         for i, row in enumerate(asked):
             times = [1e3 * t for t in (row.p50_ms, row.p20_ms, row.p80_ms) if t is not None]
             figures = [number(times[0]), f"{number(times[1])}..{number(times[2])}"] if times else ["", ""]
-            lines.append([row.label() if i == 0 else "", row.provider, *figures, row.reason])
+            lines.append(
+                [
+                    row.label() if i == 0 else "",
+                    row.provider,
+                    *figures,
+                    f"{row.status}: {row.reason}" if row.reason else "",
+                ]
+            )
     title = f"CPU time of one small call on {facts.cpu_name()}"
     table(title, ["what", "who", "us", "p20..p80", "remark"], lines, left=2)

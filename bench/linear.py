@@ -138,7 +138,7 @@ def report(session: Session, job: LinearJob, answers: list[dict[str, Any]], rate
     link_text = job.link.text if job.link else ("nvlink or pcie" if session.device == "cuda" else "loopback")
     base = {"ranks": job.ranks, "dtype": job.dtype, "threads": 1}
     shaped = {} if rate is None else {"rate_mbit": round(rate / 1e6, 2), "burst": BURST, "mtu": MTU}
-    row = Row(op="ceiling.link", provider="torch", shape=[link_bytes], params={"link": link_text}, **base)
+    row = Row(op="ceiling.link", provider="torch", shape=[link_bytes], params={"link": link_text, "op": job.op}, **base)
     row.bytes, row.metrics = link_bytes, {"mbit": round(measured / 1e6, 2), **shaped}
     session.add_timed(row, link_stats)
     for direction in ("fwd", "fwd+bwd"):
@@ -165,6 +165,7 @@ def report(session: Session, job: LinearJob, answers: list[dict[str, Any]], rate
                 continue
             stats = stats_of(answers, f"{name} {direction}")
             row = new_row("ours", chunks=int(name[5:])) if name.startswith("ours/") else new_row(name)
+            row.percent, row.ceiling = 100 * max(matmul, wire) / stats.p50, "the slower of matmul and wire"
             row.metrics = {**floors, "x_floor": round(stats.p50 / max(matmul, wire), 3)}
             row.metrics["error"] = round(max(answer["errors"][name] for answer in answers), 3)
             if name == "ours":

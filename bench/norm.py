@@ -135,7 +135,7 @@ def measure(session: Session, case: NormCase) -> None:
                 row.bytes = 2 * case.tensor_bytes()
             else:
                 row.metrics["error"] = round(errors[name], 3)
-            session.add_timed(row, stats, rate="copy")
+            session.add_bandwidth(row, stats)
 
 
 def cases(
@@ -153,7 +153,7 @@ def run(session: Session, planned: Sequence[NormCase]) -> list[Row]:
     """Measure every case; returns the rows added."""
     first = len(session.rows)
     session.progress.plan(len(planned))
-    session.ceiling("copy", "")
+    session.copy_rate()
     for case in planned:
         session.progress.step(f"norm.{case.kind} {case.rows}x{case.hidden} {case.dtype} p={case.p}")
         measure(session, case)

@@ -36,7 +36,7 @@ class Session:
     folder: Path | None = None
     rows: list[Row] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
-    _ceilings: dict[str, float] = field(default_factory=dict)
+    _copy_rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -56,45 +56,34 @@ class Session:
         self.rows.append(row)
         return row
 
-    def add_timed(self, row: Row, stats: Stats, rate: str = "") -> Row:
-        """A row with its times, and its percent of the measured ceiling ``rate`` ("copy", or "matmul" of its dtype)."""
+    def add_timed(self, row: Row, stats: Stats) -> Row:
+        """A row with its times."""
         row.p20_ms, row.p50_ms, row.p80_ms, row.samples = stats.p20, stats.p50, stats.p80, stats.samples
-        if rate:
-            amount = row.bytes if rate == "copy" else row.flops
-            ceiling = self.ceiling(rate, row.dtype)
-            row.percent = 100 * (amount or 0) / (stats.p50 / 1e3) / ceiling
-            row.ceiling = f"{rate} {ceiling:.4g}/s"
         return self.add(row)
+
+    def add_bandwidth(self, row: Row, stats: Stats) -> Row:
+        """A row with its times and its percent of the measured copy bandwidth."""
+        rate = self.copy_rate()
+        row.percent = 100 * (row.bytes or 0) / (stats.p50 / 1e3) / rate
+        row.ceiling = f"copy {rate / 1e9:.4g} GB/s"
+        return self.add_timed(row, stats)
 
     def wanted(self, provider: str) -> bool:
         return self.peers is None or provider in self.peers
 
-    def ceiling(self, kind: str, dtype: str) -> float:
-        """Bytes or FLOPs a second that this machine reached in this run: from p20, so that noise flatters nobody."""
-        key = kind if kind == "copy" else f"{kind} {dtype}"
-        if key not in self._ceilings:
-            self._ceilings[key] = self._measure_copy() if kind == "copy" else self._measure_matmul(dtype)
-        return self._ceilings[key]
-
-    def _measure_copy(self) -> float:
-        size = (2**31 if self.device == "cuda" else 2**27) >> (3 if self.quick else 0)
-        count = max(2, min(8, 2 * facts.cache_bytes(self.device) // size))
-        pairs = [[torch.ones(size, dtype=torch.uint8, device=self.device) for _ in "io"] for _ in range(count)]
-        runners = {"copy": lambda i: pairs[i % count][1].copy_(pairs[i % count][0])}
-        stats = interleave(runners, self.device, self.effort)["copy"]
-        row = Row(op="ceiling.copy", provider="torch", shape=[size], dtype="uint8", bytes=2 * size)
-        row.clock = "cuda" if self.device == "cuda" else "wall"
-        self.add_timed(row, stats)
-        return 2 * size / (stats.p20 / 1e3)
-
-    def _measure_matmul(self, dtype: str) -> float:
-        n = (8192 if self.device == "cuda" else 1024) // (2 if self.quick else 1)
-        a, b = (torch.randn(n, n, device=self.device).to(facts.DTYPES[dtype]) for _ in "ab")
-        stats = interleave({"matmul": lambda i: a @ b}, self.device, self.effort)["matmul"]
-        row = Row(op="ceiling.matmul", provider="torch", shape=[n, n, n], dtype=dtype, flops=2 * n**3)
-        row.clock = "cuda" if self.device == "cuda" else "wall"
-        self.add_timed(row, stats)
-        return 2 * n**3 / (stats.p20 / 1e3)
+    def copy_rate(self) -> float:
+        """Bytes a second, read and written, of a large copy in this run: from p20, so that noise flatters nobody."""
+        if self._copy_rate is None:
+            size = (2**31 if self.device == "cuda" else 2**27) >> (3 if self.quick else 0)
+            count = max(2, min(8, 2 * facts.cache_bytes(self.device) // size))
+            pairs = [[torch.ones(size, dtype=torch.uint8, device=self.device) for _ in "io"] for _ in range(count)]
+            runners = {"copy": lambda i: pairs[i % count][1].copy_(pairs[i % count][0])}
+            stats = interleave(runners, self.device, self.effort)["copy"]
+            row = Row(op="ceiling.copy", provider="torch", shape=[size], dtype="uint8", bytes=2 * size)
+            row.clock = "cuda" if self.device == "cuda" else "wall"
+            self.add_timed(row, stats)
+            self._copy_rate = 2 * size / (stats.p20 / 1e3)
+        return self._copy_rate
 
     @contextlib.contextmanager
     def saved(self) -> Iterator[None]:
