@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INF = math.inf
+
+
+class TensorLike(Protocol):
+    """A tensor, or what is known of one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 def check_probability(name: str, p: float) -> None:
@@ -21,22 +35,24 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps: expected a positive finite number, got {eps}")
 
 
-def check_float(name: str, x: Tensor) -> None:
+def check_float(name: str, x: TensorLike) -> None:
     if x.dtype not in FLOATS:
         raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
 
 
-def check_same_device(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+def check_same_device(name: str, t: TensorLike, like_name: str, like: TensorLike) -> None:
     if t.device != like.device:
         raise ValueError(f"{name}: expected on {like.device} like {like_name}, got {t.device}")
 
 
-def check_same_shape(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+def check_same_shape(name: str, t: TensorLike, like_name: str, like: TensorLike) -> None:
     if t.shape != like.shape:
         raise ValueError(f"{name}: expected the shape of {like_name} {tuple(like.shape)}, got {tuple(t.shape)}")
 
 
-def check_vector(name: str, t: Tensor | None, size: int, like: Tensor, size_name: str = "the last size of x") -> None:
+def check_vector(
+    name: str, t: TensorLike | None, size: int, like: TensorLike, size_name: str = "the last size of x"
+) -> None:
     if t is None:
         return
     if t.shape != (size,):
@@ -45,18 +61,19 @@ def check_vector(name: str, t: Tensor | None, size: int, like: Tensor, size_name
     check_same_device(name, t, "x", like)
 
 
-def check_sequence(name: str, x: Tensor, seq_dim: int) -> int:
+def check_sequence(name: str, x: TensorLike, seq_dim: int) -> int:
     """``seq_dim`` as a non-negative index of a [..., S, ..., H] tensor.
 
     Raises:
         ValueError: fewer than two dimensions, or ``seq_dim`` out of range or the feature dimension.
     """
     check_float(name, x)
-    if x.dim() < 2:
+    ndim = len(x.shape)
+    if ndim < 2:
         raise ValueError(f"{name}: expected [..., S, ..., H] with at least two dimensions, got {tuple(x.shape)}")
-    if not -x.dim() <= seq_dim < x.dim() or seq_dim % x.dim() == x.dim() - 1:
+    if not -ndim <= seq_dim < ndim or seq_dim % ndim == ndim - 1:
         raise ValueError(f"seq_dim: expected a dimension of x {tuple(x.shape)} other than the last, got {seq_dim}")
-    return seq_dim % x.dim()
+    return seq_dim % ndim
 
 
 def check_weight(name: str, weight: Tensor, features: int, x: Tensor) -> None:

@@ -84,13 +84,12 @@ def normalize_dim(name: str, dim: int, ndim: int) -> int:
     return dim % ndim
 
 
-def shard_of(name: str, local: int, group: ProcessGroup | None, seq_len: int | None) -> SequenceShard:
-    """The shard that a tensor with ``local`` rows on this rank must be.
+def check_shard(name: str, local: int, ranks: int, rank: int, seq_len: int | None) -> SequenceShard:
+    """The shard that a tensor with ``local`` rows on ``rank`` must be.
 
     Raises:
         ValueError: ``local`` is not this rank's share of ``seq_len``.
     """
-    ranks, rank = group_size(group), group_rank(group)
     shard = SequenceShard(local * ranks if seq_len is None else seq_len, ranks, rank)
     if shard.size != local:
         raise ValueError(
@@ -98,6 +97,11 @@ def shard_of(name: str, local: int, group: ProcessGroup | None, seq_len: int | N
             f"{shard.size} (rows {shard.start}..{shard.stop}, split as torch.tensor_split does)"
         )
     return shard
+
+
+def shard_of(name: str, local: int, group: ProcessGroup | None, seq_len: int | None) -> SequenceShard:
+    """:func:`check_shard` for this process's place in ``group``."""
+    return check_shard(name, local, group_size(group), group_rank(group), seq_len)
 
 
 def row_map(shape: torch.Size, seq_dim: int, shard: SequenceShard) -> tuple[int, int, int]:

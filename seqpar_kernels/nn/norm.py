@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_eps, check_probability
-from ..functional import _dropout_add_norm
+from ..functional import run_norm
 from ..kernels import NormKind
 from ..layout import Group
 from .region import Region
@@ -45,7 +45,7 @@ class _Norm(nn.Module):
         region = self.region
         (weight, bias), summed = region.parameters(self.weight, getattr(self, "bias", None))
         eps = self.eps if self.eps is not None else torch.finfo(x.dtype).eps
-        return _dropout_add_norm(
+        return run_norm(
             self.kind,
             x,
             residual,
@@ -269,7 +269,7 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor, *, seq_len: int | None = None) -> Tensor:
         """[..., S/t, ..., H] -> the same shape."""
         region = self.region
-        y: Tensor = _dropout_add_norm(
+        y: Tensor = run_norm(
             NormKind.NONE,
             x,
             None,

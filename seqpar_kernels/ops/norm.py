@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ _SCALARS = (
 _TENSORS = 9  # leading arguments of the forward that are tensors
 
 
+@functools.lru_cache(maxsize=4096)
 def _spec(
     x_dtype: torch.dtype,
     kind: int,
