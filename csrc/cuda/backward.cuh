@@ -44,18 +44,28 @@ class ColumnSums {
         for (int i = 0; i < slots * kParts; ++i) *at(i) = float4{0.0f, 0.0f, 0.0f, 0.0f};
     }
 
+    // Adds values * factors.
     template <int kColumns>
-    SEQPAR_DEVICE void add(int slot, int first_part, const float (&values)[kColumns]) {
+    SEQPAR_DEVICE void add(int slot, int first_part, const float (&values)[kColumns],
+                           const float (&factors)[kColumns]) {
 #pragma unroll
         for (int i = 0; i < kColumns / 4; ++i) {
             float4* const entry = at(slot * kParts + first_part + i);
             float4 sum = *entry;
-            sum.x += values[4 * i];
-            sum.y += values[4 * i + 1];
-            sum.z += values[4 * i + 2];
-            sum.w += values[4 * i + 3];
+            sum.x = fmaf(values[4 * i], factors[4 * i], sum.x);
+            sum.y = fmaf(values[4 * i + 1], factors[4 * i + 1], sum.y);
+            sum.z = fmaf(values[4 * i + 2], factors[4 * i + 2], sum.z);
+            sum.w = fmaf(values[4 * i + 3], factors[4 * i + 3], sum.w);
             *entry = sum;
         }
+    }
+
+    template <int kColumns>
+    SEQPAR_DEVICE void add(int slot, int first_part, const float (&values)[kColumns]) {
+        float ones[kColumns];
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) ones[i] = 1.0f;
+        add(slot, first_part, values, ones);
     }
 
     // Sum of an entry over the rows side by side, in their order.
@@ -89,12 +99,7 @@ SEQPAR_DEVICE void through_affine(float (&dxhat)[kWidth], const float (&xhat)[kW
     float dy[kWidth];
     unpack<X>(packed, dy);
     if (dbias >= 0) sums.add(dbias, part, dy);
-    if (dweight >= 0) {
-        float product[kWidth];
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) product[i] = dy[i] * xhat[i];
-        sums.add(dweight, part, product);
-    }
+    if (dweight >= 0) sums.add(dweight, part, dy, xhat);
     if (weight == nullptr) {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) dxhat[i] += dy[i];
