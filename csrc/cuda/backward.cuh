@@ -17,6 +17,10 @@ enum { kDWeight, kDBias, kDWeight2, kDBias2, kDXBias, kVectors };
 // 128 registers a thread: with fewer, the two rows on their way and the one being reduced do not fit.
 constexpr int kBackwardThreads = 512;
 
+// A barrier that no row's group uses: there are at most kBackwardThreads / 64 groups with a barrier of their own.
+constexpr int kWholeCta = 15;
+static_assert(kBackwardThreads / 64 <= kWholeCta, "");
+
 // The next row is under way while one is reduced, but for 16 columns of f32 a thread there is no room left.
 template <class X, class Z, int kUnits>
 constexpr bool kBackwardPrefetch = kUnits * kWidth<X, Z> * static_cast<int>(sizeof(Z)) <= 32;
@@ -242,8 +246,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_kernel(const __g
         }
     }
 
-    // This CTA's share of the column sums
-    __syncthreads();
+    // This CTA's share of the column sums. Not __syncthreads: that is barrier 0, where the first row's group may still
+    // be
+    named_barrier(kWholeCta, static_cast<int>(blockDim.x * blockDim.y));
     if (threadIdx.y != 0) return;
     for (int slot = 0; slot < p.slots; ++slot) {
         float* const partial = p.partials + (static_cast<int64_t>(group.partial_row()) * p.slots + slot) * a.cols;
