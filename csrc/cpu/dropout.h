@@ -6,8 +6,9 @@
 
 namespace seqpar::cpu::SEQPAR_ISA {
 
-// A multiple of every Pack, and enough independent work to hide the latency of ten dependent rounds.
-constexpr int kDropoutColumns = 128;
+// Columns whose bits are made in one go: a multiple of every Pack, and as much independent work as the registers hold,
+// since ten rounds that wait for one another leave the multiplier idle.
+constexpr int kDropoutColumns = SEQPAR_ISA_LEVEL == 3 ? 256 : 128;
 
 struct RoundKeys {
     uint32_t k0[Philox::rounds], k1[Philox::rounds];

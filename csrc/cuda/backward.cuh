@@ -27,8 +27,8 @@ struct BackwardParams {
     Divider divider;
     int rows, row_units;
     uint32_t drop_limit;
-    float scale, inverse_cols, one_if_centred;
-    bool vectors_f32, is_layer;
+    float scale, inverse_cols;
+    bool vectors_f32, is_layer, zero_centered;
     int scratch;         // bytes of shared memory before the column sums
     int slot[kVectors];  // which column sum each gradient is, -1 where it is not wanted
     int slots;
@@ -95,59 +95,67 @@ SEQPAR_DEVICE void through_affine(float (&dxhat)[kWidth], const float (&xhat)[kW
         for (int i = 0; i < kWidth; ++i) product[i] = dy[i] * xhat[i];
         sums.add(dweight, part, product);
     }
-    float w[kWidth];
-    if (weight != nullptr) {
-        load_vector<X>(w, weight, p.vectors_f32, column);
+    if (weight == nullptr) {
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) w[i] += p.one_if_centred;
+        for (int i = 0; i < kWidth; ++i) dxhat[i] += dy[i];
+        return;
+    }
+    float w[kWidth];
+    load_vector<X>(w, weight, p.vectors_f32, column);
+    if (p.zero_centered) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) w[i] += 1.0f;
     }
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) dxhat[i] = fmaf(dy[i], weight != nullptr ? w[i] : 1.0f, dxhat[i]);
+    for (int i = 0; i < kWidth; ++i) dxhat[i] = fmaf(dy[i], w[i], dxhat[i]);
 }
 
 template <class X, class Z, int kUnits, bool kDropout>
-__global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const __grid_constant__ BackwardParams p) {
+__global__ void __launch_bounds__(kBackwardThreads, 1) backward_kernel(const __grid_constant__ BackwardParams p) {
     constexpr int W = kWidth<X, Z>;
-    constexpr int kShare = kUnitsPerBlock<W>;
     constexpr int kParts = kUnits * W / 4;
     constexpr bool kPrefetch = kBackwardPrefetch<X, Z, kUnits>;
     const NormBackward& a = p.args;
     RowGroup group(p.geometry, dynamic_shared());
     ColumnSums<kParts> sums(dynamic_shared() + p.scratch, p.slots);
     const auto unit_of = [&](int u) { return group.thread + u * group.stride(); };
+    // Units of a thread are `apart` elements from one another: one address a row, and an addition for each more
+    const auto first = [&] { return group.thread * W; };
+    const int apart = group.stride() * W;
     const bool has_norm = a.norm != Norm::none;
     uint64_t seed = kDropout ? static_cast<uint64_t>(*a.dropout.seed) : 0;
 
     Vec<X, W> dy[kUnits];
     Vec<Z, W> z[kUnits], dz[kUnits];
     float mean = 0.0f, rstd = 0.0f;
-    const auto load_row = [&](int64_t row) {
+    const auto load_row = [&](uint32_t local_row) {
+        const int64_t row = local_row;
         if (has_norm) {
             rstd = *element<float>(a.rstd, row);
             if (p.is_layer) mean = *element<float>(a.mean, row);
-            const Z* const z_row = element<Z>(a.z, row * a.z_stride);
+            const Z* const z_row = element<Z>(a.z, row * a.z_stride + first());
 #pragma unroll
             for (int u = 0; u < kUnits; ++u) {
-                if (unit_of(u) < p.row_units) load_stream(z[u], z_row + unit_of(u) * W);
+                if (unit_of(u) < p.row_units) load_stream(z[u], z_row + u * apart);
             }
             if (a.dy != nullptr) {
-                const X* const dy_row = element<X>(a.dy, row * a.dy_stride);
+                const X* const dy_row = element<X>(a.dy, row * a.dy_stride + first());
 #pragma unroll
                 for (int u = 0; u < kUnits; ++u) {
-                    if (unit_of(u) < p.row_units) load_stream(dy[u], dy_row + unit_of(u) * W);
+                    if (unit_of(u) < p.row_units) load_stream(dy[u], dy_row + u * apart);
                 }
             }
         }
         if (a.dz == nullptr) return;
-        const Z* const dz_row = element<Z>(a.dz, row * a.dz_stride);
+        const Z* const dz_row = element<Z>(a.dz, row * a.dz_stride + first());
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
-            if (unit_of(u) < p.row_units) load_stream(dz[u], dz_row + unit_of(u) * W);
+            if (unit_of(u) < p.row_units) load_stream(dz[u], dz_row + u * apart);
         }
     };
 
     int row = group.first_row();
-    if (kPrefetch && row < p.rows) load_row(row);
+    if (kPrefetch && row < p.rows) load_row(static_cast<uint32_t>(row));
     // Rows side by side in a CTA take the same number of turns, so that whole warps meet in every shuffle
     for (; row - group.index < p.rows; row += p.geometry.row_step) {
         forget(row);
@@ -155,8 +163,8 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const __grid
         forget(seed);
         const bool valid = row < p.rows;
         const int units = valid ? p.row_units : 0;
-        const int64_t row64 = row;
-        if (!kPrefetch && valid) load_row(row);
+        const int64_t row64 = static_cast<uint32_t>(row);
+        if (!kPrefetch && valid) load_row(static_cast<uint32_t>(row));
 
         // xhat and dxhat, and their sums over the row. [kUnits][W] of the row's [cols]
         float xhat[kUnits][W], dxhat[kUnits][W];
@@ -195,21 +203,21 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const __grid
         for (int u = 0; u < kUnits; ++u) row_dz[u] = dz[u];
 
         // The next row is under way while this one is reduced
-        if (kPrefetch && row + p.geometry.row_step < p.rows) load_row(row + p.geometry.row_step);
+        if (kPrefetch && row + p.geometry.row_step < p.rows) load_row(static_cast<uint32_t>(row + p.geometry.row_step));
 
         if (has_norm) group.sum(dot);
         const float along = dot[0] * p.inverse_cols, shift = p.is_layer ? dot[1] * p.inverse_cols : 0.0f;
         float factor = p.scale;
         if (a.row_scale != nullptr && valid) factor *= a.row_scale[row];
-        uint32_t words[kShare][W / 2];
-        const uint64_t counter = kDropout ? global_row(a.dropout.rows, p.divider, row) : 0;
+        uint32_t words[kUnits][W / 2];
+        if constexpr (kDropout) {
+            const uint64_t counter = global_row(a.dropout.rows, p.divider, static_cast<uint32_t>(row));
+            dropout_words<W>(words, seed, counter, group.thread, group.stride());
+        }
 
         // g, which is dresidual, and dx
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
-            if constexpr (kDropout) {
-                if (u % kShare == 0) dropout_words<W>(words, seed, counter, group.thread, group.stride(), u);
-            }
             if (unit_of(u) >= units) continue;
             const int column = unit_of(u) * W;
             float g[W] = {};
@@ -221,7 +229,7 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const __grid
                 }
             }
             if (a.dresidual != nullptr) store(element<Z>(a.dresidual, row64 * a.dresidual_stride + column), pack<Z>(g));
-            if constexpr (kDropout) drop(g, words[u % kShare], p.drop_limit);
+            if constexpr (kDropout) drop(g, words[u], p.drop_limit);
 #pragma unroll
             for (int i = 0; i < W; ++i) g[i] *= factor;
             if (a.dx != nullptr) store(element<X>(a.dx, row64 * a.dx_stride + column), pack<X>(g));

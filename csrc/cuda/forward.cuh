@@ -17,28 +17,28 @@ struct ForwardParams {
     Divider divider;
     int rows, row_units;
     uint32_t drop_limit;
-    float scale, inverse_cols, eps, one_if_centred;
-    bool vectors_f32, is_layer;
+    float scale, inverse_cols, eps;
+    bool vectors_f32, is_layer, zero_centered;
 };
 
 // y = values * weight + bias, where the vectors are f32 or of dtype X.
 template <class X, int kWidth>
 SEQPAR_DEVICE void affine(float (&y)[kWidth], const float (&values)[kWidth], const void* weight, const void* bias,
                           const ForwardParams& p, int column) {
+    float w[kWidth];
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) y[i] = values[i];
-    if (weight != nullptr) {
-        float w[kWidth];
-        load_vector<X>(w, weight, p.vectors_f32, column);
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) y[i] *= w[i] + p.one_if_centred;
+    for (int i = 0; i < kWidth; ++i) {
+        w[i] = 1.0f;
+        y[i] = 0.0f;
     }
-    if (bias != nullptr) {
-        float b[kWidth];
-        load_vector<X>(b, bias, p.vectors_f32, column);
+    if (weight != nullptr) load_vector<X>(w, weight, p.vectors_f32, column);
+    if (bias != nullptr) load_vector<X>(y, bias, p.vectors_f32, column);
+    if (p.zero_centered && weight != nullptr) {
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) y[i] += b[i];
+        for (int i = 0; i < kWidth; ++i) w[i] += 1.0f;
     }
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) y[i] = fmaf(values[i], w[i], y[i]);
 }
 
 template <class X, int kWidth>
@@ -56,32 +56,36 @@ SEQPAR_DEVICE void store_y(void* y, int64_t index, float (&values)[kWidth], cons
 }
 
 template <class X, class Z, int kUnits, bool kDropout>
-__global__ void __launch_bounds__(kForwardThreads) forward_kernel(const __grid_constant__ ForwardParams p) {
+__global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __grid_constant__ ForwardParams p) {
     constexpr int W = kWidth<X, Z>;
-    constexpr int kShare = kUnitsPerBlock<W>;
     const NormForward& a = p.args;
     RowGroup group(p.geometry, dynamic_shared());
     const auto unit_of = [&](int u) { return group.thread + u * group.stride(); };
+    // Units of a thread are `apart` elements from one another: one address a row, and an addition for each more
+    const auto first = [&] { return group.thread * W; };
+    const int apart = group.stride() * W;
+
     uint64_t seed = kDropout ? static_cast<uint64_t>(*a.dropout.seed) : 0;
 
     Vec<X, W> x[kUnits];
     Vec<Z, W> residual[kUnits];
-    const auto load_row = [&](int64_t row) {
-        const X* const x_row = element<X>(a.x, row * a.x_stride);
+    const auto load_row = [&](uint32_t local_row) {
+        const int64_t row = local_row;
+        const X* const x_row = element<X>(a.x, row * a.x_stride + first());
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
-            if (unit_of(u) < p.row_units) load_stream(x[u], x_row + unit_of(u) * W);
+            if (unit_of(u) < p.row_units) load_stream(x[u], x_row + u * apart);
         }
         if (a.residual == nullptr) return;
-        const Z* const residual_row = element<Z>(a.residual, row * a.residual_stride);
+        const Z* const residual_row = element<Z>(a.residual, row * a.residual_stride + first());
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
-            if (unit_of(u) < p.row_units) load_stream(residual[u], residual_row + unit_of(u) * W);
+            if (unit_of(u) < p.row_units) load_stream(residual[u], residual_row + u * apart);
         }
     };
 
     int row = group.first_row();
-    if (row < p.rows) load_row(row);
+    if (row < p.rows) load_row(static_cast<uint32_t>(row));
     // Rows side by side in a CTA take the same number of turns, so that whole warps meet in every shuffle
     for (; row - group.index < p.rows; row += p.geometry.row_step) {
         forget(row);
@@ -89,14 +93,17 @@ __global__ void __launch_bounds__(kForwardThreads) forward_kernel(const __grid_c
         forget(seed);
         const bool valid = row < p.rows;
         const int units = valid ? p.row_units : 0;
-        const int64_t row64 = row;
+        const int64_t row64 = static_cast<uint32_t>(row);
 
         // z, unrounded. [kUnits][W] of the row's [cols]
         float z[kUnits][W];
-        uint32_t words[kShare][W / 2];
+        uint32_t words[kUnits][W / 2];
         float factor = p.scale;
         if (a.row_scale != nullptr && valid) factor *= a.row_scale[row];
-        const uint64_t counter = kDropout ? global_row(a.dropout.rows, p.divider, row) : 0;
+        if constexpr (kDropout) {
+            const uint64_t counter = global_row(a.dropout.rows, p.divider, static_cast<uint32_t>(row));
+            dropout_words<W>(words, seed, counter, group.thread, group.stride());
+        }
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
             unpack<X>(x[u], z[u]);
@@ -106,10 +113,7 @@ __global__ void __launch_bounds__(kForwardThreads) forward_kernel(const __grid_c
 #pragma unroll
                 for (int i = 0; i < W; ++i) z[u][i] += bias[i];
             }
-            if constexpr (kDropout) {
-                if (u % kShare == 0) dropout_words<W>(words, seed, counter, group.thread, group.stride(), u);
-                drop(z[u], words[u % kShare], p.drop_limit);
-            }
+            if constexpr (kDropout) drop(z[u], words[u], p.drop_limit);
             float added[W] = {};
             if (a.residual != nullptr) unpack<Z>(residual[u], added);
 #pragma unroll
@@ -117,13 +121,13 @@ __global__ void __launch_bounds__(kForwardThreads) forward_kernel(const __grid_c
         }
 
         // The next row is under way while this one is reduced
-        if (row + p.geometry.row_step < p.rows) load_row(row + p.geometry.row_step);
+        if (row + p.geometry.row_step < p.rows) load_row(static_cast<uint32_t>(row + p.geometry.row_step));
 
         if (a.z != nullptr) {
-            Z* const z_row = element<Z>(a.z, row64 * a.z_stride);
+            Z* const z_row = element<Z>(a.z, row64 * a.z_stride + first());
 #pragma unroll
             for (int u = 0; u < kUnits; ++u) {
-                if (unit_of(u) < units) store(z_row + unit_of(u) * W, pack<Z>(z[u]));
+                if (unit_of(u) < units) store(z_row + u * apart, pack<Z>(z[u]));
             }
         }
         if (a.norm == Norm::none) continue;

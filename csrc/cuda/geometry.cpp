@@ -115,13 +115,13 @@ Geometry plan_generic(const Device& device, int64_t rows, int64_t cols, int elem
 }
 
 Divider make_divider(int64_t divisor) {
-    if (divisor >= int64_t{1} << 31) return {0, 0};
+    if (divisor >= int64_t{1} << 31) return {0, 0, 0};
     const uint64_t d = static_cast<uint64_t>(std::max<int64_t>(1, divisor));
     uint32_t shift = 0;
     while (uint64_t{1} << shift < d) ++shift;
     // ceil(2^(31 + shift) / d) < 2^32 is exact for rows below 2^31 (Granlund and Montgomery, PLDI 1994).
     const uint64_t magic = ((uint64_t{1} << (31 + shift)) + d - 1) / d;
-    return {static_cast<uint32_t>(magic), 31 + shift};
+    return {static_cast<uint32_t>(d), static_cast<uint32_t>(magic), 31 + shift};
 }
 
 }  // namespace cuda

@@ -38,10 +38,12 @@ struct KernelShape {
 constexpr int kMaxCluster = 8;                // what every device with clusters supports
 constexpr int64_t kMaxPlannedRows = 1 << 30;  // row arithmetic of the planned kernels is 32-bit
 
-// Shared memory of RowGroup: two buffers, each with up to two sums for each warp of each row.
+// Shared memory of RowGroup: two buffers, each with up to two sums for each warp of each row, and a barrier for each
+// buffer when they are filled from other CTAs.
 constexpr int scratch_bytes(int threads, int rows, int cluster, int element_size) {
     const int warps = threads * cluster / 32;
-    return (2 * 2 * element_size * (warps > 1 ? warps * rows : 0) + 15) / 16 * 16;
+    const int bytes = 2 * 2 * element_size * (warps > 1 ? warps * rows : 0) + (cluster > 1 ? 16 : 0);
+    return (bytes + 15) / 16 * 16;
 }
 
 // A persistent grid that holds each row on chip. False: no such grid, the generic kernel has to do it.
@@ -55,7 +57,7 @@ Geometry plan_generic(const Device& device, int64_t rows, int64_t cols, int elem
 
 // Division of a row below 2^31 by a constant, in one multiplication and one shift.
 struct Divider {
-    uint32_t magic, shift;
+    uint32_t divisor, magic, shift;
 };
 
 // A divisor of 2^31 or more gives 0 for every row.

@@ -90,7 +90,7 @@ Status launch_planned(const NormBackward& a, const Geometry& geometry, const Sum
     p.drop_limit = drop_limit(a.dropout);
     p.scale = dropout_scale(a.dropout);
     p.inverse_cols = 1.0f / static_cast<float>(a.cols);
-    p.one_if_centred = a.zero_centered ? 1.0f : 0.0f;
+    p.zero_centered = a.zero_centered;
     p.vectors_f32 = a.w_dtype == DType::f32;
     p.is_layer = a.norm == Norm::layer;
     p.scratch = scratch_bytes(geometry.threads, geometry.rows, geometry.cluster, 4);

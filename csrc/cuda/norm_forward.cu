@@ -62,7 +62,7 @@ bool planned(Status& status, const NormForward& a, const Device& device, int sm_
     p.scale = dropout_scale(a.dropout);
     p.inverse_cols = 1.0f / static_cast<float>(a.cols);
     p.eps = static_cast<float>(a.eps);
-    p.one_if_centred = a.zero_centered ? 1.0f : 0.0f;
+    p.zero_centered = a.zero_centered;
     p.vectors_f32 = a.w_dtype == DType::f32;
     p.is_layer = a.norm == Norm::layer;
     if constexpr (kShape<X, Z>.units[1] > 0) {

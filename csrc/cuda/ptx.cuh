@@ -230,6 +230,7 @@ SEQPAR_DEVICE int cluster_rank() {
 #endif
 }
 
+// All threads of the cluster, once, before the first of them sends.
 SEQPAR_DEVICE void cluster_barrier() {
 #if !defined(__CUDACC__)
     shim::cluster_barrier();
@@ -238,15 +239,58 @@ SEQPAR_DEVICE void cluster_barrier() {
 #endif
 }
 
-// Stores into the shared memory of CTA `rank` of the cluster, at the place that `local` has in this one.
-SEQPAR_DEVICE void cluster_store(float* local, int rank, float value) {
+// A barrier in shared memory that counts bytes: it completes a phase when one thread has said how many to expect and as
+// many have arrived from the CTAs of the cluster. Unlike the cluster's own barrier it makes nobody wait for the stores
+// and loads of device memory that are under way.
+SEQPAR_DEVICE void arrivals_init(uint64_t* barrier) {
 #if !defined(__CUDACC__)
-    *shim::in_cluster(local, rank) = value;
+    shim::arrivals_init(barrier);
 #elif __CUDA_ARCH__ >= 900
-    const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(local));
-    uint32_t there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+    const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(here) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+SEQPAR_DEVICE void arrivals_expect(uint64_t* barrier, int bytes) {
+#if !defined(__CUDACC__)
+    shim::arrivals_expect(barrier, bytes);
+#elif __CUDA_ARCH__ >= 900
+    const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(here), "r"(bytes) : "memory");
+#endif
+}
+
+// `parity` is that of the phase waited for: 0 for the first.
+SEQPAR_DEVICE void arrivals_wait(uint64_t* barrier, int parity) {
+#if !defined(__CUDACC__)
+    shim::arrivals_wait(barrier, parity);
+#elif __CUDA_ARCH__ >= 900
+    const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+    uint32_t complete;
+    do {
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, "
+            "p; }"
+            : "=r"(complete)
+            : "r"(here), "r"(parity)
+            : "memory");
+    } while (complete == 0);
+#endif
+}
+
+// Sends `value` into the shared memory of CTA `rank`, at the place that `local` has here, and 4 bytes to its barrier.
+SEQPAR_DEVICE void cluster_send(float* local, uint64_t* barrier, int rank, float value) {
+#if !defined(__CUDACC__)
+    shim::cluster_send(local, barrier, rank, value);
+#elif __CUDA_ARCH__ >= 900
+    uint32_t there = static_cast<uint32_t>(__cvta_generic_to_shared(local));
+    uint32_t its_barrier = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(there) : "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(its_barrier) : "r"(rank));
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(there),
+                 "f"(value), "r"(its_barrier)
+                 : "memory");
 #endif
 }
 

@@ -15,7 +15,10 @@ class RowGroup {
         const int rank = clustered() ? cluster_rank() : 0;
         index = static_cast<int>(threadIdx.y);
         thread = rank * geometry.threads + static_cast<int>(threadIdx.x);
-        if (clustered()) cluster_barrier();  // nobody writes into a CTA that has not started
+        if (clustered()) {
+            if (threadIdx.x < 2) arrivals_init(arrivals(static_cast<int>(threadIdx.x)));
+            cluster_barrier();  // nobody sends to a CTA that is not ready
+        }
     }
 
     int index;   // which of the rows that the CTA works on side by side
@@ -31,21 +34,31 @@ class RowGroup {
     // Sums each value over the row's threads; all get the same bits. All threads of a warp must call it together.
     template <int kCount, class T>
     SEQPAR_DEVICE void sum(T (&values)[kCount]) {
-        butterfly(values, geometry_.threads);
+        if (geometry_.threads < 32) {
+#pragma unroll
+            for (int offset = 8; offset > 0; offset /= 2) {
+                if (offset < geometry_.threads) add_across(values, offset);
+            }
+            return;
+        }
+        add_across_warp(values);
         const int partials = stride() / 32;
-        if (partials <= 1) return;
+        if (partials == 1) return;
         const int lane = static_cast<int>(threadIdx.x) & 31, warp = thread / 32;
         // Two buffers in turn: a thread can be one sum ahead of another, never two.
-        T* const buffer = reinterpret_cast<T*>(scratch_) + (phase_ * geometry_.rows + index) * partials * 2;
-        phase_ ^= 1;
+        const int turn = sums_ & 1;
+        T* const buffer = reinterpret_cast<T*>(scratch_) + (turn * geometry_.rows + index) * partials * 2;
         if (clustered()) {
             if constexpr (sizeof(T) == 4) {  // the only type that is ever spread over a cluster
+                if (threadIdx.x == 0) arrivals_expect(arrivals(turn), partials * kCount * 4);
                 if (lane < geometry_.cluster) {
 #pragma unroll
-                    for (int k = 0; k < kCount; ++k) cluster_store(buffer + warp * kCount + k, lane, values[k]);
+                    for (int k = 0; k < kCount; ++k) {
+                        cluster_send(buffer + warp * kCount + k, arrivals(turn), lane, values[k]);
+                    }
                 }
+                arrivals_wait(arrivals(turn), sums_ >> 1 & 1);
             }
-            cluster_barrier();
         } else {
             if (lane == 0) {
 #pragma unroll
@@ -53,32 +66,42 @@ class RowGroup {
             }
             named_barrier(index, geometry_.threads);
         }
+        ++sums_;
 #pragma unroll
         for (int k = 0; k < kCount; ++k) values[k] = lane < partials ? buffer[lane * kCount + k] : T(0);
-        for (int i = lane + 32; i < partials; i += 32) {
+        if (partials > 32) {
+#pragma unroll 1
+            for (int i = lane + 32; i < partials; i += 32) {
 #pragma unroll
-            for (int k = 0; k < kCount; ++k) values[k] += buffer[i * kCount + k];
+                for (int k = 0; k < kCount; ++k) values[k] += buffer[i * kCount + k];
+            }
         }
-        butterfly(values, 32);
+        add_across_warp(values);
     }
 
   private:
+    // The two barriers of a clustered row, behind its two buffers
+    SEQPAR_DEVICE uint64_t* arrivals(int turn) const {
+        return reinterpret_cast<uint64_t*>(scratch_ + 2 * 2 * 4 * (stride() / 32)) + turn;
+    }
+
     SEQPAR_DEVICE bool clustered() const { return kHasClusters && geometry_.cluster > 1; }
 
     template <int kCount, class T>
-    SEQPAR_DEVICE static void butterfly(T (&values)[kCount], int width) {
+    SEQPAR_DEVICE static void add_across(T (&values)[kCount], int offset) {
 #pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) {
-            if (offset < width) {
+        for (int k = 0; k < kCount; ++k) values[k] += __shfl_xor_sync(0xFFFFFFFFu, values[k], offset);
+    }
+
+    template <int kCount, class T>
+    SEQPAR_DEVICE static void add_across_warp(T (&values)[kCount]) {
 #pragma unroll
-                for (int k = 0; k < kCount; ++k) values[k] += __shfl_xor_sync(0xFFFFFFFFu, values[k], offset);
-            }
-        }
+        for (int offset = 16; offset > 0; offset /= 2) add_across(values, offset);
     }
 
     const Geometry& geometry_;
     char* scratch_;
-    int phase_ = 0;
+    int sums_ = 0;
 };
 
 }  // namespace cuda

@@ -55,7 +55,7 @@ def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, row_map: RowMap) 
     row = global_rows(rows, row_map, seed.device)
     words = philox_words(seed, row[:, None], torch.arange((cols + 7) // 8, device=seed.device)[None, :])
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    bits = torch.stack(halves, dim=-1).reshape(rows, -1)[:, :cols]  # [rows, cols]
+    bits = torch.stack(halves, dim=-1).flatten(-2)[:, :cols]  # [rows, cols]
     return bits >= dropout_threshold(p)
 
 

@@ -72,6 +72,19 @@ def _stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
+@cache
+def _slots(wants: NormWants, dy: bool, dy2: bool) -> tuple[tuple[int, ...], int]:
+    """Slot of each vector gradient in the partial sums, and how many slots there are.
+
+    -1 for one not wanted, -2 for one that nothing flows into, which is zero.
+    """
+    slots, count = [], 0
+    for wanted, flows in zip(wants[2:], (dy, dy, dy2, dy2, True), strict=True):
+        slots.append(count if wanted and flows else -2 if wanted else -1)
+        count += wanted and flows
+    return tuple(slots), count
+
+
 def norm_forward(
     x: Tensor,
     x_bias: Tensor | None,
@@ -135,22 +148,18 @@ def norm_backward(
     device = like.device
     dx = torch.empty((rows, cols), dtype=spec.x_dtype, device=device) if wants.dx else None
     dresidual = torch.empty((rows, cols), dtype=spec.z_dtype, device=device) if wants.dresidual else None
-
-    # A vector gradient has sums where its source exists and there are rows; elsewhere it is zero.
-    sources = (dy, dy, dy2, dy2, like)
-    summed = [wanted and rows > 0 and source is not None for wanted, source in zip(wants[2:], sources, strict=True)]
+    slots, count = _slots(wants, dy is not None, dy2 is not None)
     vectors = [
-        (torch.empty if sums else torch.zeros)(cols, dtype=spec.w_dtype, device=device) if wanted else None
-        for wanted, sums in zip(wants[2:], summed, strict=True)
+        (torch.empty if slot >= 0 and rows else torch.zeros)(cols, dtype=spec.w_dtype, device=device)
+        if slot != -1
+        else None
+        for slot in slots
     ]
     if not rows:
         return NormGrads(dx, dresidual, *vectors)
-
-    slots = [sum(summed[:i]) if sums else -1 for i, sums in enumerate(summed)]
-    count = sum(summed)
     acc = accumulation_dtype(spec.x_dtype)
     kind = spec.kind if dy is not None or dy2 is not None else NormKind.NONE
-    streamed = sum(t.element_size() for t in (dy, dy2, dz, z) if t is not None)
+    streamed = sum([t.element_size() for t in (dy, dy2, dz, z) if t is not None])
     tile = backward_tile(cols, max(spec.x_dtype.itemsize, spec.z_dtype.itemsize), streamed, count)
     tiles = -(-rows // tile.rows)
     programs = min(tiles, max(_multiprocessors(device) - sm_margin, 1) * tile.programs)
@@ -164,7 +173,7 @@ def norm_backward(
             tile.rows, tile.block, tile.early, tile.stages, num_warps=tile.warps,
         )  # fmt: skip
         if count:
-            out = [vector for vector, sums in zip(vectors, summed, strict=True) if sums]
+            out = [vector for vector, slot in zip(vectors, slots, strict=True) if slot >= 0]
             sum_partials_kernel[(-(-cols // PARTIALS.block), count)](
                 partials, *out, *(None,) * (5 - count), programs, cols, PARTIALS.rows, PARTIALS.block,
                 num_warps=PARTIALS.warps,

@@ -18,7 +18,7 @@ def reduce_shards_kernel(
     m = (o_r < rows)[:, None] & m_c[None, :]
     p = p_parts + o_r[:, None] * row_stride + o_c[None, :]
     b_sum = tl.load(p, m, other=0.0).to(ACC)
-    for _ in range(1, COUNT):
+    for _ in tl.static_range(1, COUNT):  # unrolled: the loads of all shards are under way before the first is added
         p += part_stride
         b_sum += tl.load(p, m, other=0.0).to(ACC)
     if p_bias is not None:

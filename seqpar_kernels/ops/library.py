@@ -18,33 +18,64 @@ NAMESPACE = "seqpar"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], autograd: Any) -> Callable[..., Any]:
-    """Define ``seqpar::<schema>`` and return a function that calls it.
+class Op:
+    """A registered op. Calling it takes the shortest way that is right.
 
-    ``autograd`` is a Function whose forward calls the op again, below autograd. Without one, the op refuses inputs that
-    require grad: it is itself a backward, and second derivatives are not there.
+    Under torch.compile, a dispatch mode, a functorch transform, or with tensor subclasses that is the dispatcher.
+    In plain eager mode it would cost more host time than a small kernel itself, so autograd and kernel are called
+    directly.
+    """
+
+    def __init__(self, overload: Any, kernel: Callable[..., Any], autograd: Callable[..., Any] | None):
+        self.overload = overload
+        self._kernel = kernel
+        self._autograd = autograd
+
+    def __call__(self, *args: Any) -> Any:
+        return self.differentiable(*args) if _plain(args) else self.overload(*args)
+
+    def differentiable(self, *args: Any) -> Any:
+        """What stands on the Autograd key."""
+        if torch.is_grad_enabled() and _requires_grad(args):
+            if self._autograd is None:
+                raise RuntimeError(f"{self.overload} has no derivative (second derivatives are not supported)")
+            return self._autograd(*args)
+        return self.below_autograd(*args)
+
+    def below_autograd(self, *args: Any) -> Any:
+        """The forward of an autograd.Function: the op without its Autograd kernel."""
+        if _plain(args):
+            return self._kernel(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Nothing but eager PyTorch is listening. The first tensor speaks for all."""
+    first = next((arg for arg in args if arg is not None), None)
+    return (
+        not torch.compiler.is_compiling()
+        and (type(first) is Tensor or type(first) is torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def register(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any] | None
+) -> Op:
+    """Define ``seqpar::<schema>``.
+
+    ``autograd`` takes the op's arguments and applies a Function whose forward calls :meth:`Op.below_autograd`. Without
+    one, the op refuses inputs that require grad: it is itself a backward, and second derivatives are not there.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
-
-    def differentiable(*args: Any) -> Any:
-        if torch.is_grad_enabled() and _requires_grad(args):
-            if autograd is None:
-                raise RuntimeError(f"{NAMESPACE}::{name} has no derivative (second derivatives are not supported)")
-            return autograd.apply(*args)
-        return below_autograd(op, *args)
-
-    _library.impl(name, differentiable, "Autograd")
-    return op  # type: ignore[no-any-return]
-
-
-def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
-    """Run ``op`` without entering its Autograd kernel again."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    op = Op(getattr(getattr(torch.ops, NAMESPACE), name).default, kernel, autograd)
+    _library.impl(name, op.differentiable, "Autograd")
+    return op
 
 
 def _requires_grad(args: Sequence[Any]) -> bool:

@@ -17,7 +17,7 @@ from ..layout import SequenceShard, group_rank, group_size
 from ..overlap import schedule as schedules
 from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, rows_of, run
 from ..overlap.schedule import Compute, Transfer
-from .library import below_autograd, group_named, register
+from .library import group_named, register
 
 _PLACE = "str group, int seq_dim, SymInt seq_len, int chunks, bool pipelined"
 
@@ -98,7 +98,7 @@ class _AllGatherLinear(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         ctx.count, ctx.place = count, place
         ctx.bias_dtypes = [None if b is None else b.dtype for b in biases]
-        return tuple(below_autograd(all_gather_linear, x, list(weights), list(biases), *place))
+        return tuple(all_gather_linear.below_autograd(x, list(weights), list(biases), *place))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -109,24 +109,21 @@ class _AllGatherLinear(torch.autograd.Function):
             return (None,) * len(needs)
         want_dw = [need and hit for need, hit in zip(needs[2 : 2 + count], reached, strict=True)]
         want_db = [need and hit for need, hit in zip(needs[2 + count : 2 + 2 * count], reached, strict=True)]
-        out = iter(all_gather_linear_backward(list(grads), x, list(weights), needs[0], want_dw, want_db, *ctx.place))
+        out = iter(all_gather_linear_backward(x, list(grads), list(weights), needs[0], want_dw, want_db, *ctx.place))
         dx = next(out) if needs[0] else None
         dws = [next(out) if want else None for want in want_dw]
         dbs = [next(out) if want else None for want in want_db]
         return (dx, None, *dws, *dbs, *(None,) * len(ctx.place))
 
 
-class _AllGatherLinearOp:
+def _gather_autograd(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *place: Any) -> list[Tensor]:
     """Spreads the lists: autograd sees only tensors that are arguments of their own."""
-
-    @staticmethod
-    def apply(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *place: Any) -> list[Tensor]:
-        return list(_AllGatherLinear.apply(x, len(weights), *weights, *biases, *place))
+    return list(_AllGatherLinear.apply(x, len(weights), *weights, *biases, *place))
 
 
 def _gather_backward_kernel(
-    grads: list[Tensor | None],
     x: Tensor,
+    grads: list[Tensor | None],
     weights: list[Tensor],
     want_dx: bool,
     want_dw: list[bool],
@@ -192,8 +189,8 @@ def _gather_backward_kernel(
 
 
 def _gather_backward_fake(
-    grads: list[Tensor | None],
     x: Tensor,
+    grads: list[Tensor | None],
     weights: list[Tensor],
     want_dx: bool,
     want_dw: list[bool],
@@ -263,7 +260,7 @@ class _LinearReduceScatter(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.place = place
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return below_autograd(linear_reduce_scatter, x, weight, bias, *place)  # type: ignore[no-any-return]
+        return linear_reduce_scatter.below_autograd(x, weight, bias, *place)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -345,12 +342,12 @@ all_gather_linear = register(
     f"all_gather_linear(Tensor x, Tensor[] weights, Tensor?[] biases, {_PLACE}) -> Tensor[]",
     _gather_kernel,
     _gather_fake,
-    _AllGatherLinearOp,
+    _gather_autograd,
 )
 
 #: Returns dx if wanted, then the wanted weight gradients, then the wanted bias gradients.
 all_gather_linear_backward = register(
-    "all_gather_linear_backward(Tensor?[] grads, Tensor x, Tensor[] weights, bool want_dx, bool[] want_dw, "
+    "all_gather_linear_backward(Tensor x, Tensor?[] grads, Tensor[] weights, bool want_dx, bool[] want_dw, "
     f"bool[] want_db, {_PLACE}) -> Tensor[]",
     _gather_backward_kernel,
     _gather_backward_fake,
@@ -361,7 +358,7 @@ linear_reduce_scatter = register(
     f"linear_reduce_scatter(Tensor x, Tensor weight, Tensor? bias, {_PLACE}) -> Tensor",
     _scatter_kernel,
     _scatter_fake,
-    _LinearReduceScatter,
+    _LinearReduceScatter.apply,
 )
 
 #: Returns the wanted ones among dx, dweight, dbias.

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels import select
 from ..layout import SequenceShard, group_rank, group_size
 from ..overlap import pipeline
-from .library import below_autograd, group_named, register
+from .library import group_named, register
 
 
 def _shard(group: str, length: int) -> SequenceShard:
@@ -45,7 +45,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, length: int, group: str, partial_grad: bool) -> Tensor:
         ctx.place = (dim, group, partial_grad)
-        return below_autograd(gather, x, dim, length, group, partial_grad)  # type: ignore[no-any-return]
+        return gather.below_autograd(x, dim, length, group, partial_grad)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -66,7 +66,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
         ctx.place = (dim, x.shape[dim], group)
-        return below_autograd(reduce_scatter, x, dim, group)  # type: ignore[no-any-return]
+        return reduce_scatter.below_autograd(x, dim, group)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,7 +83,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
         ctx.place = (dim, x.shape[dim], group)
-        return below_autograd(split, x, dim, group)  # type: ignore[no-any-return]
+        return split.below_autograd(x, dim, group)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,7 +116,7 @@ def _all_reduce_fake(x: Tensor, group: str) -> Tensor:
 class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        return below_autograd(all_reduce, x, group)  # type: ignore[no-any-return]
+        return all_reduce.below_autograd(x, group)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -174,17 +174,17 @@ gather = register(
     "gather(Tensor x, int dim, SymInt length, str group, bool partial_grad) -> Tensor",
     _gather_kernel,
     _gather_fake,
-    _Gather,
+    _Gather.apply,
 )
 reduce_scatter = register(
     "reduce_scatter(Tensor x, int dim, str group) -> Tensor",
     _reduce_scatter_kernel,
     _reduce_scatter_fake,
-    _ReduceScatter,
+    _ReduceScatter.apply,
 )
-split = register("split(Tensor x, int dim, str group) -> Tensor", _split_kernel, _reduce_scatter_fake, _Split)
+split = register("split(Tensor x, int dim, str group) -> Tensor", _split_kernel, _reduce_scatter_fake, _Split.apply)
 all_reduce = register(
-    "all_reduce(Tensor x, str group) -> Tensor", _all_reduce_kernel, _all_reduce_fake, _ReduceFromRegion
+    "all_reduce(Tensor x, str group) -> Tensor", _all_reduce_kernel, _all_reduce_fake, _ReduceFromRegion.apply
 )
 sum_over_ranks = register(
     "sum_over_ranks(Tensor[] tensors, str group) -> Tensor[]", _sum_over_ranks_kernel, _sum_over_ranks_fake, None

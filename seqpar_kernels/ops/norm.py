@@ -10,12 +10,15 @@ from torch import Tensor
 from ..kernels import NormKind, NormSpec, NormWants, RowMap, select
 from ..kernels.spec import accumulation_dtype
 from ..overlap.pipeline import rows_of
-from .library import below_autograd, register
+from .library import register
 
 _SCALARS = (
     "int kind, bool zero_centered, float eps, float p, SymInt block, SymInt stride, SymInt offset, "
     "ScalarType z_dtype, ScalarType w_dtype, str backend"
 )
+
+
+_TENSORS = 9  # leading arguments of the forward that are tensors
 
 
 def _spec(
@@ -118,9 +121,11 @@ class _DropoutAddNorm(torch.autograd.Function):
     """Keeps z (or x, when they are the same), the statistics and the seed; no mask, no norm output."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        x, residual, weight, _bias, weight2, _bias2, _x_bias, row_scale, seed, store_z, two_norms, kind, *scalars = args
-        out = below_autograd(dropout_add_norm, *args)
+    def forward(ctx: Any, scalars: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        x, residual, weight, _bias, weight2, _bias2, _x_bias, row_scale, seed = tensors
+        assert x is not None
+        out = dropout_add_norm.below_autograd(*tensors, *scalars)
+        store_z, two_norms, kind, *rest = scalars
         statistics = out[{NormKind.NONE: len(out), NormKind.LAYER: -2, NormKind.RMS: -1}[NormKind(kind)] :]
         z: Any = None
         if kind != NormKind.NONE:
@@ -131,8 +136,8 @@ class _DropoutAddNorm(torch.autograd.Function):
         rstd = statistics[-1] if statistics else None
         ctx.save_for_backward(z, mean, rstd, row_scale, weight, weight2, seed)
         ctx.has_residual, ctx.store_z, ctx.two_norms = residual is not None, store_z, two_norms
-        ctx.x_dtype, ctx.shape, ctx.kind, ctx.scalars = x.dtype, x.shape, kind, scalars
-        ctx.z_dtype = x.dtype if z is x else scalars[-3]
+        ctx.x_dtype, ctx.kind, ctx.scalars = x.dtype, kind, rest
+        ctx.z_dtype = x.dtype if z is x else rest[-3]
         return tuple(out)
 
     @staticmethod
@@ -142,9 +147,9 @@ class _DropoutAddNorm(torch.autograd.Function):
         dy = pending.pop(0) if ctx.kind != NormKind.NONE else None
         dy2 = pending.pop(0) if ctx.two_norms else None
         dz = pending.pop(0) if ctx.store_z else None
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[1:]
         if dy is None and dy2 is None and dz is None:
-            return (None,) * len(needs)
+            return (None,) * (1 + len(needs))
         # g and dx are one tensor where nothing stands between them: then one is computed and handed out twice.
         same = seed is None and row_scale is None and ctx.z_dtype == ctx.x_dtype
         wants_residual = ctx.has_residual and needs[1]
@@ -182,7 +187,12 @@ class _DropoutAddNorm(torch.autograd.Function):
             got[1] = got[0]
         dx, dresidual, dweight, dbias, dweight2, dbias2, dx_bias = got
         vectors = (dweight, dbias, dweight2, dbias2, dx_bias)
-        return (dx if needs[0] else None, dresidual, *vectors, *(None,) * (len(needs) - 7))
+        return (None, dx if needs[0] else None, dresidual, *vectors, None, None)
+
+
+def _forward_autograd(*args: Any) -> list[Tensor]:
+    """Scalars travel as one argument: autograd looks at every argument it is given."""
+    return list(_DropoutAddNorm.apply(args[_TENSORS:], *args[:_TENSORS]))
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -252,7 +262,7 @@ dropout_add_norm = register(
     f"Tensor? x_bias, Tensor? row_scale, Tensor? seed, bool store_z, bool two_norms, {_SCALARS}) -> Tensor[]",
     _forward_kernel,
     _forward_fake,
-    _DropoutAddNorm,
+    _forward_autograd,
 )
 
 #: Returns the wanted ones among dx, dresidual, dweight, dbias, dweight2, dbias2, dx_bias.

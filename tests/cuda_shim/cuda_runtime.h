@@ -105,12 +105,12 @@ char* dynamic_shared();
 void named_barrier(int id, int threads);
 int cluster_rank();
 void cluster_barrier();
-void* in_cluster_bytes(void* local, int rank);
 
-template <class T>
-T* in_cluster(T* local, int rank) {
-    return static_cast<T*>(in_cluster_bytes(local, rank));
-}
+// A shared-memory barrier that expects one arrival and as many bytes as that arrival announces.
+void arrivals_init(uint64_t* barrier);
+void arrivals_expect(uint64_t* barrier, int bytes);
+void arrivals_wait(uint64_t* barrier, int parity);
+void cluster_send(float* local, uint64_t* barrier, int rank, float value);
 
 // Vector accesses, which fault on a GPU when they are not aligned.
 void misaligned(const void* p, size_t bytes);

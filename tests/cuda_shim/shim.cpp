@@ -267,13 +267,57 @@ void cluster_barrier() {
     wait(cluster, static_cast<int>(fibers.size()));
 }
 
-void* in_cluster_bytes(void* local, int rank) {
+namespace {
+
+// The 8 bytes of a barrier in shared memory.
+struct Arrivals {
+    int32_t bytes;  // expected and not arrived; negative while they come before they are expected
+    uint16_t pending;
+    uint16_t phase;
+};
+
+void complete(Arrivals& barrier) {
+    ++progress;
+    if (barrier.pending != 0 || barrier.bytes != 0) return;
+    barrier.pending = 1;
+    barrier.phase ^= 1;
+}
+
+template <class T>
+T* in_cluster(T* local, int rank) {
     Block& other = blocks.at(static_cast<size_t>(rank));
     if (other.running == 0) fail("shared memory of a CTA that has ended");
-    const auto offset = static_cast<char*>(local) - dynamic_shared();
+    const auto offset = reinterpret_cast<char*>(local) - dynamic_shared();
     if (offset < 0 || static_cast<size_t>(offset) >= shared_bytes) fail("not in shared memory");
     char* const base = other.shared.get();
-    return base + (16 - reinterpret_cast<uintptr_t>(base) % 16) % 16 + offset;
+    return reinterpret_cast<T*>(base + (16 - reinterpret_cast<uintptr_t>(base) % 16) % 16 + offset);
+}
+
+}  // namespace
+
+void arrivals_init(uint64_t* barrier) {
+    *reinterpret_cast<Arrivals*>(barrier) = {0, 1, 0};
+}
+
+void arrivals_expect(uint64_t* barrier, int bytes) {
+    auto& arrivals = *reinterpret_cast<Arrivals*>(barrier);
+    if (arrivals.pending == 0) fail("a second arrival at a barrier that expects one");
+    --arrivals.pending;
+    arrivals.bytes += bytes;
+    complete(arrivals);
+}
+
+void arrivals_wait(uint64_t* barrier, int parity) {
+    const auto* const arrivals = reinterpret_cast<volatile Arrivals*>(barrier);
+    while (arrivals->phase == parity) Context::change(current->context, scheduler);
+    ++progress;
+}
+
+void cluster_send(float* local, uint64_t* barrier, int rank, float value) {
+    *in_cluster(local, rank) = value;
+    auto& arrivals = *reinterpret_cast<Arrivals*>(in_cluster(barrier, rank));
+    arrivals.bytes -= 4;
+    complete(arrivals);
 }
 
 void misaligned(const void*, size_t) {

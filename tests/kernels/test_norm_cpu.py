@@ -35,6 +35,7 @@ DTYPES = [
     (F64, F64, F64),
 ]
 SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 1000, 1024, 1031, 4097]
+ALL_GRADS = NormWants(*[True] * 7)
 EPS = {BF16: 2.0**-8, F16: 2.0**-11, F32: 2.0**-24, F64: 2.0**-53}  # half a unit in the last place of 1
 TINY = {BF16: 0.0, F16: 2.0**-25, F32: 0.0, F64: 0.0}  # half of the smallest number, where sums can get that small
 MAPS = {
@@ -82,9 +83,15 @@ class Case:
     def __init__(self, rows, cols, dtypes=(F32, F32, F32), kind=NormKind.LAYER, p=0.1, row_map="unsharded", **options):
         self.rows, self.cols, self.kind, self.p = rows, cols, kind, p
         self.x_dtype, self.z_dtype, self.w_dtype = dtypes
-        have = dict(
-            residual=True, x_bias=False, row_scale=False, weight=True, bias=True, two=False, zero_centered=False
-        )
+        have = {
+            "residual": True,
+            "x_bias": False,
+            "row_scale": False,
+            "weight": True,
+            "bias": True,
+            "two": False,
+            "zero_centered": False,
+        }
         have.update(stride=None, mean=0.0, dy=True, dy2=None, dz=True, dropout=True)
         have.update(options)
         self.two = have["two"] and kind != NormKind.NONE
@@ -111,8 +118,8 @@ class Case:
         self.residual = full(self.z_dtype, have["residual"], mean=have["mean"])
         self.x_bias = vector(have["x_bias"])
         self.row_scale = torch.rand(rows, generator=generator) + 0.5 if have["row_scale"] else None
-        self.weight, self.bias = vector(have["weight"]), vector(have["bias"] and kind == NormKind.LAYER)
-        self.weight2, self.bias2 = vector(self.two and have["weight"]), vector(self.two and have["bias"])
+        self.weight, self.bias = (vector(have["weight"]), vector(have["bias"] and kind == NormKind.LAYER))
+        self.weight2, self.bias2 = (vector(self.two and have["weight"]), vector(self.two and have["bias"]))
         self.seed = torch.tensor(-0x123456789ABCDEF) if have["dropout"] else None
         normed = kind != NormKind.NONE
         self.dy = full(self.x_dtype, have["dy"] and normed)
@@ -133,7 +140,7 @@ class Case:
             return self.spec
         return self.spec._replace(x_dtype=cast, z_dtype=cast, y_dtype=cast, w_dtype=cast)
 
-    def backward(self, backend, outputs, cast=None, wants=NormWants(*[True] * 7)):
+    def backward(self, backend, outputs, cast=None, wants=ALL_GRADS):
         """Both see the z that was stored and the statistics that belong to it."""
 
         def to(t):
@@ -154,7 +161,7 @@ class Case:
         if self.row_scale is not None:
             x = x * self.row_scale.to(x.dtype)[:, None]
         z = x.to(self.z_dtype) if self.residual is None else x.to(self.z_dtype) + self.residual
-        return z, self.plain_norm(z, self.weight, self.bias), self.plain_norm(z, self.weight2, self.bias2)
+        return (z, self.plain_norm(z, self.weight, self.bias), self.plain_norm(z, self.weight2, self.bias2))
 
     def plain_norm(self, z, weight, bias):
         if self.kind == NormKind.NONE:
@@ -250,7 +257,7 @@ def check_backward(case, ours):
     """Ours and its oracle start from what the forward kept; plain operations take their statistics from the stored z,
     and are measured against an oracle that does the same."""
     grads, oracle = case.backward(native, ours), case.backward(reference, ours, F64)
-    plain, plain_oracle = case.plain_backward(ours), case.backward(reference, case.statistics_of(ours.z), F64)
+    plain, plain_oracle = (case.plain_backward(ours), case.backward(reference, case.statistics_of(ours.z), F64))
     magnitude = float(ours.rstd.abs().max()) * case.spread if case.kind != NormKind.NONE else 0.0
     for name, got, want, plain_want in zip(grads._fields, grads, oracle, plain_oracle):
         dtype = {"dx": case.x_dtype, "dresidual": case.z_dtype}.get(name, case.w_dtype)
@@ -314,11 +321,10 @@ def test_rows(rows):
         check(Case(rows, 1030, dtypes, NormKind.RMS, stride=3))
 
 
-@pytest.mark.parametrize("cols", [16384, 131072, 131075])
-def test_wide_rows(cols):
-    check(Case(3, cols, (BF16, F32, F32), mean=3.0))
-    check(Case(3, cols, (F32, F32, F32), mean=30.0))
-    check(Case(2, cols, (F32, F32, F32), NormKind.RMS))
+def test_wide_rows():
+    check(Case(2, 16384, (BF16, BF16, BF16), mean=3.0))
+    check(Case(1, 131072, (BF16, F32, F32), NormKind.RMS))
+    check(Case(2, 131075, (F32, F32, F32), mean=30.0, dropout=False))
 
 
 def test_many_rows():
@@ -376,14 +382,13 @@ def test_dropped_is_zero_whatever_was_there():
 
 
 def test_rounding_of_every_16_bit_value_and_its_neighbours():
-    """z = x + residual with an fp32 residual cannot be had in 16 bits, so the store itself is driven: fp32 z beside a
-    16-bit y of one column pair would be roundabout; reduce_shards adds two 16-bit numbers in fp32 and rounds once."""
+    """Sums of two 16-bit numbers, which reduce_shards takes in fp32 and rounds once: ties, carries, subnormals, NaN."""
     bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
     for dtype in (BF16, F16):
         values = bits.view(dtype)
         for other in (values.flip(0), values.roll(1), values.roll(129), torch.zeros_like(values)):
             parts = torch.stack([values, other])[:, None, :]
-            got, want = native.reduce_shards(parts, None), reference.reduce_shards(parts, None)
+            got, want = (native.reduce_shards(parts, None), reference.reduce_shards(parts, None))
             assert torch.equal(got.isnan(), want.isnan())
             assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
 
@@ -454,7 +459,7 @@ def test_what_cannot_be_done_is_refused():
     def forward(x=x, spec=spec):
         return native.norm_forward(x, *[None] * 8, spec, store_z=True)
 
-    for wrong in (dict(y_dtype=torch.float8_e4m3fn), dict(y_dtype=BF16), dict(z_dtype=BF16), dict(w_dtype=F64)):
+    for wrong in ({"y_dtype": torch.float8_e4m3fn}, {"y_dtype": BF16}, {"z_dtype": BF16}, {"w_dtype": F64}):
         with pytest.raises(ValueError, match="dtypes"):
             forward(spec=spec._replace(**wrong))
     with pytest.raises(ValueError, match="strides"):
@@ -466,9 +471,7 @@ def test_what_cannot_be_done_is_refused():
 def test_philox_known_answers():
     """kat_vectors of Random123, through the reference that every mask is compared with."""
     ones = 0xFFFFFFFF
-    answers = [
-        (0, 0, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ]
+    answers = [(0, 0, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8))]
     for seed, row, block, words in answers:
         got = reference.philox_words(torch.tensor(seed), torch.tensor(row), torch.tensor(block))
         assert tuple(int(word) & ones for word in got) == words
@@ -478,7 +481,9 @@ def python(code, **environment):
     root = str(Path(native.__file__).parents[2])
     path = os.pathsep.join([root, str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, **environment}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, check=False, text=True, timeout=120
+    )
 
 
 CHECK_THIS_ISA = """

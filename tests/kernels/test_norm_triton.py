@@ -116,13 +116,12 @@ COMPILED: list[tuple[int, Variant]] = [
     (80, Variant("backward", 4096, dtype=F32, on="residual weight bias dz")),
     (100, Variant("forward", 8192, RMS, z_dtype=F32, p=None, on="residual weight", registers=80)),
     (100, Variant("backward", 8192, RMS, p=None, on="residual weight dz")),
-    (90, Variant("forward", 1024, dtype=F16, on=EVERYTHING, registers=80)),
-    (80, Variant("backward", 1024, RMS, z_dtype=F32, on="residual weight dz")),
+    (90, Variant("backward", 1024, RMS, dtype=F16, z_dtype=F32, on="residual weight dz")),
     (90, Variant("backward", 4096, on=EVERYTHING)),
     (90, Variant("forward", 32768, registers=64, spilled=16)),  # two registers short, once a row
     (100, Variant("forward", 65536, registers=128)),
     (90, Variant("backward", 16384, on="residual weight bias dz", registers=255)),
-    (90, Variant("forward", 8192, RMS, y_dtype=E4M3, on="residual weight")),
+    (90, Variant("forward", 8192, RMS, dtype=F16, y_dtype=E4M3, on="residual weight")),
     (90, Variant("partials", 4096)),
     (80, Variant("shards", 4096, registers=64)),
 ]

@@ -5,6 +5,7 @@ names are importable without Triton.
 """
 
 import json
+import mmap
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ UNSHARDED = RowMap(1 << 40, 0, 0)
 FAR = RowMap(3, 2**33 + 7, 2**34 + 5)
 VECTORS = ("dweight", "dbias", "dweight2", "dbias2", "dx_bias")
 CASES: dict[str, Callable[[], None]] = {}
+Inputs = dict[str, Any]  # tensors, or None for what is not there
 
 
 class Problem(NamedTuple):
@@ -51,7 +53,7 @@ def _poisoned(*size: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
     return torch.full(size, float("nan"), dtype=F32, device=device).to(dtype)
 
 
-def _inputs(problem: Problem) -> dict[str, Tensor | None]:
+def _inputs(problem: Problem) -> Inputs:
     """x, residual, dy, dy2, dz: [rows, cols] with padded strides; vectors [cols]; row_scale [rows]; in their dtypes."""
     generator = torch.Generator().manual_seed(problem.rows * 131071 + problem.cols)
     z_dtype, w_dtype = problem.z_dtype or problem.dtype, problem.w_dtype or problem.dtype
@@ -81,7 +83,7 @@ def _inputs(problem: Problem) -> dict[str, Tensor | None]:
     }
 
 
-def _plain(problem: Problem, inputs: dict[str, Tensor | None], keep: Tensor | None, dtype: torch.dtype | None) -> dict:
+def _plain(problem: Problem, inputs: Inputs, keep: Tensor | None, dtype: torch.dtype | None) -> dict:
     """The same in plain torch and autograd: in fp64 the oracle, in the inputs' dtypes (None) what one would write."""
     leaves = {
         name: None if t is None else t.detach().to(dtype or t.dtype).requires_grad_(t.is_floating_point())
@@ -140,7 +142,7 @@ def _within(name: str, ours: Tensor, plain: Tensor, oracle: Tensor) -> None:
     assert worst <= 0, f"{name}: error {error.max():.3e}, allowed {allowed.max():.3e}"
 
 
-def _forward(problem: Problem, inputs: dict[str, Tensor | None], **extra: Any) -> tuple[NormSpec, NormOutputs]:
+def _forward(problem: Problem, inputs: Inputs, **extra: Any) -> tuple[NormSpec, NormOutputs]:
     from seqpar_kernels.kernels import triton_norm
 
     names = ("x", "x_bias", "row_scale", "residual", "weight", "bias", "weight2", "bias2", "seed")
@@ -156,7 +158,7 @@ def _forward(problem: Problem, inputs: dict[str, Tensor | None], **extra: Any) -
     return spec, outputs
 
 
-def _backward(spec: NormSpec, inputs: dict[str, Tensor | None], outputs: NormOutputs) -> dict[str, Tensor]:
+def _backward(spec: NormSpec, inputs: Inputs, outputs: NormOutputs) -> dict[str, Tensor]:
     from seqpar_kernels.kernels import triton_norm
 
     wants = NormWants(True, inputs["residual"] is not None, *(inputs[name[1:]] is not None for name in VECTORS))
@@ -169,7 +171,7 @@ def _backward(spec: NormSpec, inputs: dict[str, Tensor | None], outputs: NormOut
     return {name: t for name, t in grads._asdict().items() if t is not None}
 
 
-def check(problem: Problem) -> None:
+def check(problem: Problem, inputs: Inputs | None = None) -> None:
     """Forward and backward against autograd in fp64, dropping what the reference drops."""
     from seqpar_kernels.kernels import triton_norm
     from seqpar_kernels.kernels.triton_config import Tile
@@ -177,7 +179,7 @@ def check(problem: Problem) -> None:
     if problem.tile is not None:
         tile = Tile(*problem.tile, warps=4, held=False, programs=1)
         triton_norm.forward_tile = triton_norm.backward_tile = lambda *_: tile
-    inputs = _inputs(problem)
+    inputs = inputs or _inputs(problem)
     if problem.kind == NONE:
         inputs["dy"] = None
     spec, outputs = _forward(problem, inputs)
@@ -259,6 +261,18 @@ def _masks() -> None:
                 assert torch.equal(outputs.z != 0, keep), f"seed {seed}, {row_map}, p {p}, tile {tile}"
 
 
+@case("an element whose bits equal the threshold is kept")
+def _boundary() -> None:
+    seed = torch.tensor(77)
+    words = reference.philox_words(seed, torch.tensor([0]), torch.tensor([0]))
+    for column in range(8):
+        bits = int(words[column // 2]) >> 16 * (column % 2) & 0xFFFF
+        problem = Problem(2, 24, NONE, on="", p=bits / 65536)
+        inputs = dict.fromkeys(_inputs(problem)) | {"x": torch.ones(2, 24), "seed": seed}
+        _, outputs = _forward(problem, inputs)
+        assert outputs.z[0, column] != 0, f"column {column}"
+
+
 @case("at p = 1 infinities and NaN become exact zeros")
 def _dropped() -> None:
     problem = Problem(2, 24, NONE, BF16, on="residual", p=1.0)
@@ -287,6 +301,19 @@ def _statistics() -> None:
         mean, rstd = z.mean(-1), torch.rsqrt(z.var(-1, correction=0) + 1e-5)
         _within("mean", outputs.mean, plain[1][:, 0], mean)
         _within("rstd", outputs.rstd, plain[2][:, 0], rstd)
+
+
+@case("rows further apart than 32-bit offsets reach")
+def _far_apart() -> None:
+    problem = Problem(4, 40, dtype=F16, on="residual weight bias dz", p=0.1)
+    inputs = _inputs(problem)
+    stride = 2**30  # four rows of two-byte elements: 6 GiB of addresses, of which four pages are touched
+    for name in ("x", "dy"):
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, unnamed before Python 3.11
+        pages = torch.frombuffer(mmap.mmap(-1, 2 * (3 * stride + 4096), flags=flags), dtype=F16)
+        far = pages.as_strided((4, 40), (stride, 1))
+        inputs[name] = far.copy_(inputs[name])
+    check(problem, inputs)
 
 
 @case("y alone, nothing stored beside it")

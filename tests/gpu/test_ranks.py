@@ -1,0 +1,67 @@
+"""Several NCCL ranks: one GPU each where there are enough, else all on one (function only, never timing)."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import seqpar_kernels as sp
+
+pytestmark = pytest.mark.gpu
+
+
+def _rank(rank: int, ranks: int, store: str) -> None:
+    devices = torch.cuda.device_count()
+    if devices < ranks:
+        os.environ["NCCL_HOSTID"] = f"virtual-host-{rank}"  # NCCL refuses two ranks of one host on one device
+    torch.cuda.set_device(rank % devices)
+    device = torch.device("cuda", rank % devices)
+    dist.init_process_group(
+        "nccl", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+    )
+    group = dist.group.WORLD
+    torch.manual_seed(0)
+    x = torch.randn(2, 64 * ranks + 1, 128).to(device).requires_grad_()
+    up, down = torch.randn(256 * ranks, 128).to(device), torch.randn(128, 256 * ranks).to(device)
+    gamma = torch.randn(128).to(device).requires_grad_()
+
+    def layer(part: torch.Tensor, g: object, cut: slice) -> torch.Tensor:
+        h = sp.all_gather_linear(part, up[cut], group=g, chunks=2, seq_len=x.shape[1] if g else None)
+        z = sp.linear_reduce_scatter(h.tanh(), down[:, cut], group=g, chunks=2)
+        y: torch.Tensor = sp.dropout_add_rms_norm(
+            z, part, gamma, p=0.1, seed=5, group=g, seq_len=x.shape[1] if g else None
+        )
+        return y
+
+    whole = layer(x, None, slice(None))
+    grad = torch.randn_like(whole)
+    expected = torch.autograd.grad(whole, (x, gamma), grad)
+    shard = sp.scatter_sequence(x, group)
+    y = layer(shard, group, slice(rank * 256, rank * 256 + 256))
+    got = torch.autograd.grad(y, (x, gamma), grad.tensor_split(ranks, 1)[rank])
+    torch.testing.assert_close(y, whole.tensor_split(ranks, 1)[rank], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.multigpu)])
+def test_a_layer_over_nccl(ranks: int) -> None:
+    if ranks > 2 and torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    context = multiprocessing.get_context("spawn")
+    store = os.path.join(tempfile.mkdtemp(), "store")
+    processes = [context.Process(target=_rank, args=(rank, ranks, store)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(180)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * ranks
