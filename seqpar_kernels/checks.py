@@ -25,13 +25,22 @@ class TensorLike(Protocol):
     def device(self) -> torch.device: ...
 
 
+def check_tensor(name: str, t: object) -> None:
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(t).__name__}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_probability(name: str, p: float) -> None:
-    if not 0.0 <= p <= 1.0:
+    if not _is_number(p) or not 0.0 <= p <= 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")
 
 
 def check_eps(eps: float) -> None:
-    if not 0.0 < eps < _INF:
+    if not _is_number(eps) or not 0.0 < eps < _INF:
         raise ValueError(f"eps: expected a positive finite number, got {eps}")
 
 
@@ -68,6 +77,8 @@ def check_sequence(name: str, x: TensorLike, seq_dim: int) -> int:
         ValueError: fewer than two dimensions, or ``seq_dim`` out of range or the feature dimension.
     """
     check_float(name, x)
+    if not isinstance(seq_dim, int):
+        raise ValueError(f"seq_dim: expected an int, got {seq_dim!r}")
     ndim = len(x.shape)
     if ndim < 2:
         raise ValueError(f"{name}: expected [..., S, ..., H] with at least two dimensions, got {tuple(x.shape)}")
@@ -78,6 +89,7 @@ def check_sequence(name: str, x: TensorLike, seq_dim: int) -> int:
 
 def check_weight(name: str, weight: Tensor, features: int, x: Tensor) -> None:
     """A linear weight [N, K] that fits x [..., K]."""
+    check_tensor(name, weight)
     if weight.dim() != 2:
         raise ValueError(f"{name}: expected [out_features, in_features], got shape {tuple(weight.shape)}")
     if weight.shape[1] != features:
@@ -87,6 +99,20 @@ def check_weight(name: str, weight: Tensor, features: int, x: Tensor) -> None:
     if weight.dtype != x.dtype:
         raise ValueError(f"{name}: expected the dtype of x, {x.dtype}, got {weight.dtype}")
     check_same_device(name, weight, "x", x)
+
+
+def check_linear_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
+    """The bias [N] of a weight [N, K]."""
+    if bias is None:
+        return
+    check_tensor(name, bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name}: expected shape ({weight.shape[0]},), the out_features of its weight, got {tuple(bias.shape)}"
+        )
+    if bias.dtype != weight.dtype:
+        raise ValueError(f"{name}: expected the dtype of its weight, {weight.dtype}, got {bias.dtype}")
+    check_same_device(name, bias, "x", weight)
 
 
 def check_divides(name: str, size: int, parts: int, what: str) -> None:

@@ -50,8 +50,7 @@ def resolve_group(group: Group) -> ProcessGroup | None:
     """``group`` as a ProcessGroup; None for None and for a group of one rank.
 
     Raises:
-        ValueError: a mesh with more than one dimension, or a group this process does not belong to.
-        TypeError: neither ProcessGroup, DeviceMesh nor None.
+        ValueError: a mesh with more than one dimension, a group this process does not belong to, or no group at all.
     """
     if group is None:
         return None
@@ -61,11 +60,13 @@ def resolve_group(group: Group) -> ProcessGroup | None:
                 f"group: expected a 1-D DeviceMesh, got one of {group.ndim} dimensions {group.mesh_dim_names}; "
                 f"pass the tensor-parallel dimension, e.g. mesh['tp']"
             )
+        if group.get_coordinate() is None:
+            raise ValueError("group: this process is not a member of the mesh")
         group = group.get_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, int):
         raise ValueError("group: this process is not a member of the group")
     if not isinstance(group, ProcessGroup):
-        raise TypeError(f"group: expected a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
+        raise ValueError(f"group: expected a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
     return group if group.size() > 1 else None
 
 

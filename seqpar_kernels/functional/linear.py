@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import ops
-from ..checks import check_chunks, check_sequence, check_vector, check_weight
+from ..checks import check_chunks, check_linear_bias, check_sequence, check_tensor, check_weight
 from ..layout import Group, SequenceShard, group_rank, group_size, resolve_group, shard_of
 from ..ops.library import group_name
 from ..overlap.agreement import checked_together
@@ -93,8 +93,9 @@ def planned_all_gather_linear(
     """:func:`all_gather_linear` and the plan it ran by."""
     pg = resolve_group(group)
     with checked_together(pg):
+        check_tensor("x", x)
         seq_dim = check_sequence("x", x, seq_dim)
-        several = not isinstance(weight, Tensor)
+        several = isinstance(weight, Iterable) and not isinstance(weight, Tensor)
         weights: list[Tensor] = list(weight) if several else [weight]  # type: ignore[list-item]
         if not weights:
             raise ValueError("weight: expected at least one weight, got an empty sequence")
@@ -111,7 +112,7 @@ def planned_all_gather_linear(
         for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
             index = f"[{i}]" if several else ""
             check_weight(f"weight{index}", w, x.shape[-1], x)
-            check_vector(f"bias{index}", b, w.shape[0], x, "the out_features of its weight")
+            check_linear_bias(f"bias{index}", b, w)
         shard = shard_of("x", x.shape[seq_dim], pg, seq_len)
         settled = _settle_plan(x, seq_dim, shard, x.shape[-1], engine, chunks)
     outs = ops.all_gather_linear(x, weights, biases, *_place(pg, seq_dim, shard, settled))
@@ -155,10 +156,11 @@ def planned_linear_reduce_scatter(
     """:func:`linear_reduce_scatter` and the plan it ran by."""
     pg = resolve_group(group)
     with checked_together(pg):
+        check_tensor("x", x)
         seq_dim = check_sequence("x", x, seq_dim)
         x, (weight,), (bias,) = _autocast(x, [weight], [bias])
         check_weight("weight", weight, x.shape[-1], x)
-        check_vector("bias", bias, weight.shape[0], x, "the out_features of weight")
+        check_linear_bias("bias", bias, weight)
         length = x.shape[seq_dim]
         shard = SequenceShard(length, group_size(pg), group_rank(pg))
         settled = _settle_plan(x, seq_dim, shard, weight.shape[0], engine, chunks)
@@ -192,4 +194,8 @@ def _autocast(
     if not torch.is_autocast_enabled(x.device.type):
         return x, weights, biases
     dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), [w.to(dtype) for w in weights], [None if b is None else b.to(dtype) for b in biases]
+
+    def cast(t: Any) -> Any:
+        return t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t
+
+    return cast(x), [cast(w) for w in weights], [cast(b) for b in biases]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .. import ops
-from ..checks import check_float, check_sequence
+from ..checks import check_float, check_sequence, check_tensor
 from ..layout import Group, normalize_dim, resolve_group, shard_of
 from ..ops.library import group_name
 from ..overlap.agreement import checked_together
@@ -16,7 +17,7 @@ def scatter_sequence(x: Tensor, group: Group, seq_dim: int = -2) -> Tensor:
 
     [..., S, ..., H] -> [..., S/t, ..., H] (Megatron: ``scatter_to_sequence_parallel_region``).
     """
-    return _split(x, group, check_sequence("x", x, seq_dim))
+    return _split(x, group, seq_dim, sequence=True)
 
 
 def gather_sequence(
@@ -38,8 +39,7 @@ def gather_sequence(
             gradient: the backward reduce-scatters. False where every rank goes on with the same computation and has
             the whole gradient: the backward splits. (Megatron's argument of the same name.)
     """
-    dim = check_sequence("x", x, seq_dim)
-    return _gather(x, group, dim, seq_len, tensor_parallel_output_grad)
+    return _gather(x, group, seq_dim, seq_len, tensor_parallel_output_grad, sequence=True)
 
 
 def reduce_scatter_sequence(x: Tensor, group: Group, seq_dim: int = -2) -> Tensor:
@@ -47,15 +47,13 @@ def reduce_scatter_sequence(x: Tensor, group: Group, seq_dim: int = -2) -> Tenso
 
     The sum is taken in rank order in fp32 (fp64 for fp64).
     """
-    dim = check_sequence("x", x, seq_dim)
-    pg = resolve_group(group)
+    pg, dim = _checked(x, group, seq_dim, sequence=True)
     return x if pg is None else ops.reduce_scatter(x, dim, group_name(pg))  # type: ignore[no-any-return]
 
 
 def scatter_tensor_parallel(x: Tensor, group: Group, dim: int = -1) -> Tensor:
     """Each rank keeps its part of dimension ``dim`` of a replicated tensor; the backward gathers."""
-    check_float("x", x)
-    return _split(x, group, normalize_dim("dim", dim, x.dim()))
+    return _split(x, group, dim)
 
 
 def gather_tensor_parallel(x: Tensor, group: Group, dim: int = -1, *, size: int | None = None) -> Tensor:
@@ -63,31 +61,41 @@ def gather_tensor_parallel(x: Tensor, group: Group, dim: int = -1, *, size: int 
 
     ``size`` is the full size of ``dim``; needed only where it is not a multiple of the number of ranks.
     """
-    check_float("x", x)
-    return _gather(x, group, normalize_dim("dim", dim, x.dim()), size, False)
+    return _gather(x, group, dim, size, False)
 
 
 def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     """Identity; the backward sums over ranks. For a replicated tensor that enters tensor-parallel computation."""
-    check_float("x", x)
-    pg = resolve_group(group)
+    pg, _ = _checked(x, group, None)
     return x if pg is None else ops.CopyToRegion.apply(x, group_name(pg))  # type: ignore[no-any-return]
 
 
 def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     """Sum over ranks, in rank order in fp32, the same bits on every rank; the backward is the identity."""
-    check_float("x", x)
-    pg = resolve_group(group)
+    pg, _ = _checked(x, group, None)
     return x if pg is None else ops.all_reduce(x, group_name(pg))  # type: ignore[no-any-return]
 
 
-def _split(x: Tensor, group: Group, dim: int) -> Tensor:
+def _checked(x: Tensor, group: Group, dim: int | None, *, sequence: bool = False) -> tuple[ProcessGroup | None, int]:
+    """The group and ``dim`` as a non-negative index; every rank hears of what is wrong."""
     pg = resolve_group(group)
+    with checked_together(pg):
+        check_tensor("x", x)
+        check_float("x", x)
+        if dim is None:
+            return pg, 0
+        return pg, check_sequence("x", x, dim) if sequence else normalize_dim("dim", dim, x.dim())
+
+
+def _split(x: Tensor, group: Group, dim: int, *, sequence: bool = False) -> Tensor:
+    pg, dim = _checked(x, group, dim, sequence=sequence)
     return x if pg is None else ops.split(x, dim, group_name(pg))  # type: ignore[no-any-return]
 
 
-def _gather(x: Tensor, group: Group, dim: int, size: int | None, partial_grad: bool) -> Tensor:
-    pg = resolve_group(group)
+def _gather(
+    x: Tensor, group: Group, dim: int, size: int | None, partial_grad: bool, *, sequence: bool = False
+) -> Tensor:
+    pg, dim = _checked(x, group, dim, sequence=sequence)
     if pg is None:
         return x
     with checked_together(pg):

@@ -18,12 +18,13 @@ from ..checks import (
     check_same_device,
     check_same_shape,
     check_sequence,
+    check_tensor,
     check_vector,
 )
 from ..kernels import BACKENDS, NormKind
 from ..layout import Group, check_shard, group_rank, group_size, resolve_group, row_map
 from ..ops.library import group_name
-from ..overlap.agreement import checked_together
+from ..overlap.agreement import agreement_of, checked_together
 from ..random import as_seed, check_seeds_alike, debug_enabled
 
 
@@ -204,14 +205,18 @@ class Settled(NamedTuple):
     """A call whose arguments fit together."""
 
     scalars: tuple[Any, ...]  # of the op, from ``kind`` on
+    length: int  # of the unsharded sequence
     same: bool  # z is x itself, nothing is added
     two_norms: bool
     residual_dtype: torch.dtype
     vector_dtype: torch.dtype | None  # what the [H] vectors must be cast to first; None: they are fine
 
 
-def _meta(t: Tensor | None) -> Meta | None:
-    return None if t is None else Meta(t.shape, t.dtype, t.device)
+def _meta(name: str, t: Tensor | None) -> Meta | None:
+    if t is None:
+        return None
+    check_tensor(name, t)
+    return Meta(t.shape, t.dtype, t.device)
 
 
 def run_norm(
@@ -240,19 +245,23 @@ def run_norm(
 ) -> Any:
     """All three public functions. ``sum_gradients=False``: the caller sums those of the vectors over the ranks."""
     pg = resolve_group(group)
-    drop = training and p > 0.0
-    settle = _settle.__wrapped__ if torch.compiler.is_compiling() else _settle
+    # Symbolic shapes cannot be looked up; there nothing is called twice anyway.
+    symbolic = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    settle = _settle.__wrapped__ if symbolic else _settle
     with checked_together(pg) if pg is not None else _ALONE:
+        check_tensor("x", x)
+        check_probability("p", p)
+        drop = training and p > 0.0
         settled = settle(
             kind,
-            _meta(x),
-            _meta(residual),
-            _meta(weight),
-            _meta(bias),
-            _meta(x_bias),
-            _meta(row_scale),
-            _meta(weight2),
-            _meta(bias2),
+            Meta(x.shape, x.dtype, x.device),
+            _meta("residual", residual),
+            _meta("weight", weight),
+            _meta("bias", bias),
+            _meta("x_bias", x_bias),
+            _meta("row_scale", row_scale),
+            _meta("weight2", weight2),
+            _meta("bias2", bias2),
             p,
             eps,
             drop,
@@ -270,9 +279,12 @@ def run_norm(
         seed_tensor = as_seed(seed, x.device) if drop or seed is not None else None
     if not drop:
         seed_tensor = None
-    elif pg is not None and debug_enabled():
-        assert seed_tensor is not None
-        check_seeds_alike(seed_tensor, pg)
+    elif pg is not None and not torch.compiler.is_compiling():
+        # Shards of different lengths would drop different rows without anybody noticing.
+        agreement_of(pg).require(f"dropout over S={settled.length} at dim {seq_dim} of {x.dim()}")
+        if debug_enabled():
+            assert seed_tensor is not None
+            check_seeds_alike(seed_tensor, pg)
     if kind == NormKind.NONE and settled.same:
         return x
     scalars = settled.scalars
@@ -342,7 +354,6 @@ def _settle(
     hidden = x.shape[-1]
     if hidden == 0:
         raise ValueError(f"x: expected a last size of at least 1, got shape {tuple(x.shape)}")
-    check_probability("p", p)
     check_eps(eps)
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {sorted(BACKENDS)} or None, got {backend!r}")
@@ -382,7 +393,7 @@ def _settle(
         backend or "",
     )
     two_norms = weight2 is not None or bias2 is not None
-    return Settled(scalars, same, two_norms, residual_dtype, None if fine else wide)
+    return Settled(scalars, shard.length, same, two_norms, residual_dtype, None if fine else wide)
 
 
 def replicated(params: Sequence[Tensor | None], group: ProcessGroup) -> list[Tensor | None]:
