@@ -1,7 +1,7 @@
 # Every target works on a fresh machine with python3 (3.10 or newer), make and a C++ compiler: it makes .venv first.
 #
 #   PYTHON=python3.12   the interpreter .venv is made from (and, for `make gpu`, the one whose torch is used)
-#   RANKS=4 STEPS=40    the demo's ranks and steps          ARGS="-k norm -x"   passed on to pytest, or to bench
+#   RANKS=4 STEPS=40    the demo's ranks and steps          ARGS="tests/ops -x"   passed on to pytest or bench
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -28,7 +28,7 @@ demo: $(DEMO_ENV)  ## train GPT-2 and Llama on 1 and on RANKS processes, compare
 	$(BIN)/python examples/demo.py --ranks $(RANKS) --steps $(STEPS) --out demo_out
 
 test: $(VENV)/dev.stamp  ## every test that needs no GPU
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/dev.stamp  ## ruff, clang-format, mypy, import-linter
 	$(BIN)/ruff check .

@@ -27,7 +27,8 @@ struct Dropout {
 };
 
 // z = row_scale * dropout(x + x_bias) + residual;  y = norm(z) * weight + bias;  y2 = norm(z) * weight2 + bias2
-// Arithmetic is fp32 (fp64 when x is f64); each output is rounded once. Statistics are those of the unrounded z.
+// Arithmetic is fp32 (fp64 when x is f64); each output is rounded once. y is the norm of z as stored: what the backward
+// reads is what the forward normalised, also where a row hardly varies and rounding z would change its statistics.
 // Norm::none stores z alone. Null pointers switch a term off.
 struct NormForward {
     int64_t rows, cols;

@@ -4,7 +4,7 @@ Fused dropout + residual + LayerNorm/RMSNorm on sequence shards, matmuls pipelin
 reduce-scatter, and ``parallelize(model, mesh)``, which turns an existing model sequence-parallel.
 """
 
-from . import nn
+from . import megatron, nn
 from .convert import ParallelPlan, explain, full_state_dict, gather_full_gradients, parallelize
 from .functional import (
     all_gather_linear,
@@ -22,11 +22,18 @@ from .functional import (
 )
 from .layout import SequenceShard
 from .memory import activation_bytes
+from .nn import ColumnParallelLinear, Dropout, DropoutAddNorm, LayerNorm, RMSNorm, RowParallelLinear
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ColumnParallelLinear",
+    "Dropout",
+    "DropoutAddNorm",
+    "LayerNorm",
     "ParallelPlan",
+    "RMSNorm",
+    "RowParallelLinear",
     "SequenceShard",
     "activation_bytes",
     "all_gather_linear",
@@ -40,6 +47,7 @@ __all__ = [
     "gather_sequence",
     "gather_tensor_parallel",
     "linear_reduce_scatter",
+    "megatron",
     "nn",
     "parallelize",
     "reduce_from_tensor_parallel",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,32 +12,56 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INF = math.inf
 
 
+class TensorLike(Protocol):
+    """A tensor, or what is known of one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+def check_tensor(name: str, t: object) -> None:
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(t).__name__}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_probability(name: str, p: float) -> None:
-    if not 0.0 <= p <= 1.0:
+    if not _is_number(p) or not 0.0 <= p <= 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")
 
 
 def check_eps(eps: float) -> None:
-    if not 0.0 < eps < _INF:
+    if not _is_number(eps) or not 0.0 < eps < _INF:
         raise ValueError(f"eps: expected a positive finite number, got {eps}")
 
 
-def check_float(name: str, x: Tensor) -> None:
+def check_float(name: str, x: TensorLike) -> None:
     if x.dtype not in FLOATS:
         raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
 
 
-def check_same_device(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+def check_same_device(name: str, t: TensorLike, like_name: str, like: TensorLike) -> None:
     if t.device != like.device:
         raise ValueError(f"{name}: expected on {like.device} like {like_name}, got {t.device}")
 
 
-def check_same_shape(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+def check_same_shape(name: str, t: TensorLike, like_name: str, like: TensorLike) -> None:
     if t.shape != like.shape:
         raise ValueError(f"{name}: expected the shape of {like_name} {tuple(like.shape)}, got {tuple(t.shape)}")
 
 
-def check_vector(name: str, t: Tensor | None, size: int, like: Tensor, size_name: str = "the last size of x") -> None:
+def check_vector(
+    name: str, t: TensorLike | None, size: int, like: TensorLike, size_name: str = "the last size of x"
+) -> None:
     if t is None:
         return
     if t.shape != (size,):
@@ -45,22 +70,26 @@ def check_vector(name: str, t: Tensor | None, size: int, like: Tensor, size_name
     check_same_device(name, t, "x", like)
 
 
-def check_sequence(name: str, x: Tensor, seq_dim: int) -> int:
+def check_sequence(name: str, x: TensorLike, seq_dim: int) -> int:
     """``seq_dim`` as a non-negative index of a [..., S, ..., H] tensor.
 
     Raises:
         ValueError: fewer than two dimensions, or ``seq_dim`` out of range or the feature dimension.
     """
     check_float(name, x)
-    if x.dim() < 2:
+    if not isinstance(seq_dim, int):
+        raise ValueError(f"seq_dim: expected an int, got {seq_dim!r}")
+    ndim = len(x.shape)
+    if ndim < 2:
         raise ValueError(f"{name}: expected [..., S, ..., H] with at least two dimensions, got {tuple(x.shape)}")
-    if not -x.dim() <= seq_dim < x.dim() or seq_dim % x.dim() == x.dim() - 1:
+    if not -ndim <= seq_dim < ndim or seq_dim % ndim == ndim - 1:
         raise ValueError(f"seq_dim: expected a dimension of x {tuple(x.shape)} other than the last, got {seq_dim}")
-    return seq_dim % x.dim()
+    return seq_dim % ndim
 
 
 def check_weight(name: str, weight: Tensor, features: int, x: Tensor) -> None:
     """A linear weight [N, K] that fits x [..., K]."""
+    check_tensor(name, weight)
     if weight.dim() != 2:
         raise ValueError(f"{name}: expected [out_features, in_features], got shape {tuple(weight.shape)}")
     if weight.shape[1] != features:
@@ -70,6 +99,20 @@ def check_weight(name: str, weight: Tensor, features: int, x: Tensor) -> None:
     if weight.dtype != x.dtype:
         raise ValueError(f"{name}: expected the dtype of x, {x.dtype}, got {weight.dtype}")
     check_same_device(name, weight, "x", x)
+
+
+def check_linear_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
+    """The bias [N] of a weight [N, K]."""
+    if bias is None:
+        return
+    check_tensor(name, bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name}: expected shape ({weight.shape[0]},), the out_features of its weight, got {tuple(bias.shape)}"
+        )
+    if bias.dtype != weight.dtype:
+        raise ValueError(f"{name}: expected the dtype of its weight, {weight.dtype}, got {bias.dtype}")
+    check_same_device(name, bias, "x", weight)
 
 
 def check_divides(name: str, size: int, parts: int, what: str) -> None:

@@ -50,8 +50,7 @@ def resolve_group(group: Group) -> ProcessGroup | None:
     """``group`` as a ProcessGroup; None for None and for a group of one rank.
 
     Raises:
-        ValueError: a mesh with more than one dimension, or a group this process does not belong to.
-        TypeError: neither ProcessGroup, DeviceMesh nor None.
+        ValueError: a mesh with more than one dimension, a group this process does not belong to, or no group at all.
     """
     if group is None:
         return None
@@ -61,11 +60,13 @@ def resolve_group(group: Group) -> ProcessGroup | None:
                 f"group: expected a 1-D DeviceMesh, got one of {group.ndim} dimensions {group.mesh_dim_names}; "
                 f"pass the tensor-parallel dimension, e.g. mesh['tp']"
             )
+        if group.get_coordinate() is None:
+            raise ValueError("group: this process is not a member of the mesh")
         group = group.get_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, int):
         raise ValueError("group: this process is not a member of the group")
     if not isinstance(group, ProcessGroup):
-        raise TypeError(f"group: expected a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
+        raise ValueError(f"group: expected a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
     return group if group.size() > 1 else None
 
 
@@ -84,13 +85,12 @@ def normalize_dim(name: str, dim: int, ndim: int) -> int:
     return dim % ndim
 
 
-def shard_of(name: str, local: int, group: ProcessGroup | None, seq_len: int | None) -> SequenceShard:
-    """The shard that a tensor with ``local`` rows on this rank must be.
+def check_shard(name: str, local: int, ranks: int, rank: int, seq_len: int | None) -> SequenceShard:
+    """The shard that a tensor with ``local`` rows on ``rank`` must be.
 
     Raises:
         ValueError: ``local`` is not this rank's share of ``seq_len``.
     """
-    ranks, rank = group_size(group), group_rank(group)
     shard = SequenceShard(local * ranks if seq_len is None else seq_len, ranks, rank)
     if shard.size != local:
         raise ValueError(
@@ -98,6 +98,11 @@ def shard_of(name: str, local: int, group: ProcessGroup | None, seq_len: int | N
             f"{shard.size} (rows {shard.start}..{shard.stop}, split as torch.tensor_split does)"
         )
     return shard
+
+
+def shard_of(name: str, local: int, group: ProcessGroup | None, seq_len: int | None) -> SequenceShard:
+    """:func:`check_shard` for this process's place in ``group``."""
+    return check_shard(name, local, group_size(group), group_rank(group), seq_len)
 
 
 def row_map(shape: torch.Size, seq_dim: int, shard: SequenceShard) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ class ActivationReport:
     """Bytes autograd keeps after one forward.
 
     Attributes:
-        total: bytes, each storage once, parameters left out.
+        total: bytes, each storage once, parameters and buffers left out.
         by_module: class name path of the module under way -> bytes first kept there.
         result: what ``fn`` returned; its graph holds the bytes.
     """
@@ -24,6 +24,18 @@ class ActivationReport:
     total: int = 0
     by_module: dict[str, int] = field(default_factory=dict)
     result: Any = None
+
+    def beside_paper(self, s: int, b: int, h: int, a: int, t: int = 1, layers: int = 1) -> str:
+        """This total a layer beside the paper's rows (:func:`paper_bytes_per_layer`), in bytes and units of sbh/t."""
+        unit = s * b * h / t
+        paper = {
+            "unsharded": paper_bytes_per_layer(s, b, h, a),
+            "TP": paper_bytes_per_layer(s, b, h, a, t),
+            "TP + SP": paper_bytes_per_layer(s, b, h, a, t, sequence_parallel=True),
+            "TP + SP + selective": paper_bytes_per_layer(s, b, h, a, t, sequence_parallel=True, selective=True),
+        }
+        rows = {"measured": self.total / layers, **{f"paper, 16 bit: {name}": size for name, size in paper.items()}}
+        return "\n".join(f"{name:<36} {size:>16,.0f} bytes {size / unit:>8.1f} sbh/t" for name, size in rows.items())
 
     def __str__(self) -> str:
         rows = sorted(self.by_module.items(), key=lambda item: -item[1])
@@ -35,14 +47,14 @@ class ActivationReport:
 def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ActivationReport:
     """Call ``fn(*args, **kwargs)`` and count the bytes autograd saved for its backward.
 
-    Every storage counts once, however many views of it are saved; parameters (and views of them) do not count, nor do
-    the tensors passed in.
+    Every storage counts once, however many views of it are saved; parameters and buffers of modules do not count.
+    Inputs that autograd keeps do.
 
     Returns:
         ActivationReport: ``total``, ``by_module``, ``result``.
     """
     report = ActivationReport()
-    seen: set[int] = {t.untyped_storage().data_ptr() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
+    seen: set[int] = set()
     keep_alive: list[Any] = []  # a freed storage's address may come back as another's
     stack: list[str] = []
 
@@ -58,7 +70,8 @@ def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Activ
         return tensor
 
     def enter(module: nn.Module, inputs: Any) -> None:
-        seen.update(p.untyped_storage().data_ptr() for p in module.parameters(recurse=False))
+        for held in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            seen.add(held.untyped_storage().data_ptr())
         name = type(module).__name__
         stack.append(f"{stack[-1]}.{name}" if stack else name)
 

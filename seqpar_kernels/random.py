@@ -1,5 +1,6 @@
 """Dropout seeds: 0-d int64 tensors drawn from PyTorch's default generators, alike on all ranks of a group."""
 
+import operator
 import os
 
 import torch
@@ -23,8 +24,7 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """``seed`` as a 0-d int64 tensor on ``device``; drawn when None.
 
     Raises:
-        ValueError: a tensor that is not 0-d int64, or an int outside [-2**63, 2**64).
-        TypeError: neither int, Tensor nor None.
+        ValueError: a tensor that is not 0-d int64, an int outside [-2**63, 2**64), or neither of them.
     """
     if seed is None:
         return draw_seed(device)
@@ -32,8 +32,9 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
         if seed.dim() != 0 or seed.dtype != torch.int64:
             raise ValueError(f"seed: expected a 0-d int64 tensor, got {tuple(seed.shape)} {seed.dtype}")
         return seed if seed.device == device else seed.to(device)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed: expected an int, a 0-d int64 tensor or None, got {type(seed).__name__}")
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise ValueError(f"seed: expected an int, a 0-d int64 tensor or None, got {type(seed).__name__}")
+    seed = operator.index(seed)  # numpy integers are integers
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected an int of 64 bits, got {seed}")
     return torch.tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)

@@ -67,6 +67,22 @@ def test_a_late_disagreement_times_out_with_both_sides_named(short_world: World)
     assert any(f"rank {1 - r} was in all_gather_linear(S=" in text for r, (_, text) in enumerate(outcomes))
 
 
+def subgroup_stalls() -> float:
+    """A subgroup's own time-out counts, not the world's."""
+    from datetime import timedelta
+
+    sub = dist.new_group([0, 1], timeout=timedelta(seconds=1.5))
+    start = time.monotonic()
+    if group().rank() == 0:
+        with pytest.raises(RuntimeError, match="rank 1 did not reach this op within the time-out of 0:00:01.5"):
+            sp.all_gather_linear(torch.randn(2, 4, 6), torch.randn(3, 6), group=sub)
+    return time.monotonic() - start
+
+
+def test_a_subgroup_waits_as_long_as_it_says(short_world: World) -> None:
+    assert short_world.run(subgroup_stalls)[0] < TIMEOUT
+
+
 def stalls() -> None:
     call()
     if group().rank() == 1:

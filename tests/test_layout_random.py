@@ -41,7 +41,7 @@ def test_shard_of_names_what_does_not_fit() -> None:
 
 def test_group_of_the_wrong_kind() -> None:
     assert resolve_group(None) is None
-    with pytest.raises(TypeError, match="group: expected a ProcessGroup, a 1-D DeviceMesh or None, got str"):
+    with pytest.raises(ValueError, match="group: expected a ProcessGroup, a 1-D DeviceMesh or None, got str"):
         resolve_group("tp")  # type: ignore[arg-type]
 
 
@@ -67,5 +67,5 @@ def test_wrong_seed_values(value: object) -> None:
 
 @pytest.mark.parametrize("value", [1.5, "1", True])
 def test_wrong_seed_types(value: object) -> None:
-    with pytest.raises(TypeError, match="seed: expected an int"):
+    with pytest.raises(ValueError, match="seed: expected an int"):
         as_seed(value, torch.device("cpu"))  # type: ignore[arg-type]

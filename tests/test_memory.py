@@ -12,8 +12,8 @@ from seqpar_kernels.memory import paper_bytes_per_layer
 def test_each_storage_counts_once_and_parameters_do_not() -> None:
     x = torch.randn(4, 8)
     linear = nn.Linear(8, 16)
-    report = sp.activation_bytes(lambda x: linear(x).exp().sum(), x)  # keeps x (passed in), exp's output
-    assert report.total == 4 * 16 * 4
+    report = sp.activation_bytes(lambda x: linear(x).exp().sum(), x)  # keeps x and exp's output
+    assert report.total == x.nbytes + 4 * 16 * 4
     report = sp.activation_bytes(lambda: (lambda h: (h * h).sum() + (h.t() * 2.0).sin().sum())(linear(x).relu()))
     assert report.total == x.nbytes + 2 * 4 * 16 * 4  # x, relu's output (kept by three), the argument of sin
 
@@ -22,9 +22,10 @@ def test_fused_norm_keeps_z_and_statistics_only() -> None:
     x, r = (torch.randn(6, 32, requires_grad=True) for _ in range(2))
     w, b = torch.ones(32, requires_grad=True), torch.zeros(32, requires_grad=True)
     report = sp.activation_bytes(sp.dropout_add_layer_norm, x, r, w, b, p=0.1)
-    assert report.total == 6 * 32 * 4 + 2 * 6 * 4 + 8  # z, mean and rstd, the seed
+    w_bytes = w.nbytes  # not a Parameter, so it counts
+    assert report.total == 6 * 32 * 4 + 2 * 6 * 4 + 8 + w_bytes  # z, mean and rstd, the seed
     report = sp.activation_bytes(sp.dropout_add_layer_norm, x, None, w, b)
-    assert report.total == 2 * 6 * 4  # x is the caller's
+    assert report.total == x.nbytes + 2 * 6 * 4 + w_bytes
 
 
 def test_by_module() -> None:
@@ -43,3 +44,12 @@ def test_paper_formula() -> None:
     assert paper_bytes_per_layer(s, b, h, a) == sbh * (34 + 5 * a * s / h)
     assert paper_bytes_per_layer(s, b, h, a, t) == sbh * (10 + 24 / t + 5 * a * s / (h * t))
     assert paper_bytes_per_layer(s, b, h, a, t, sequence_parallel=True, selective=True) == sbh * 34 / t
+
+
+def test_buffers_do_not_count_and_the_paper_stands_beside() -> None:
+    norm = nn.BatchNorm1d(8).eval()
+    x = torch.randn(4, 8, requires_grad=True)
+    plain = sp.activation_bytes(norm, x)
+    assert plain.total == x.nbytes
+    text = plain.beside_paper(4, 1, 8, 2, t=2, layers=1)
+    assert "measured" in text and "paper, 16 bit: TP + SP + selective" in text and "34.0 sbh/t" in text

@@ -45,10 +45,10 @@ inline void accumulate(A* sums, int64_t c, P value) {
 }
 
 // What the second pass has to know of a row: the norm's share of the gradient is
-// dxhat * rstd + (z - mean) * slope + shift.
+// (dxhat - mean1) * rstd + (z - mean) * slope.
 template <class A>
 struct RowSums {
-    A mean, rstd, slope, shift;
+    A mean, rstd, slope, mean1;
 };
 
 // d(xhat) of one Pack: dy * scale of both norms.
@@ -123,7 +123,7 @@ void sum_rows(const Plan& plan, int64_t r0, int64_t run, RowSums<Acc<X>>* rows) 
     for (int i = 0; i < kCount; ++i) {
         const double rstd = rows[i].rstd;
         rows[i].slope = static_cast<A>(-rstd * rstd * (sum(sum2[i]) / count));
-        rows[i].shift = static_cast<A>(-rstd * (sum(sum1[i]) / count));
+        rows[i].mean1 = static_cast<A>(sum(sum1[i]) / count);
     }
 }
 
@@ -171,7 +171,7 @@ struct BackwardKernel {
                         if (dy2[i]) dxhat = dxhat + scaled<O>(plan.term2.scale, c, dy2[i], n);
                         if (kNorm == Norm::layer) {
                             v = v - splat(rows[i].mean);
-                            g = g + splat(rows[i].shift);
+                            dxhat = dxhat - splat(rows[i].mean1);
                         }
                         g = fma(dxhat, splat(rows[i].rstd), fma(v, splat(rows[i].slope), g));
                     }

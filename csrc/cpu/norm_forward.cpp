@@ -1,5 +1,5 @@
 // Dropout + residual + norm, forward: three passes over a row, of which only the first touches memory; the other two
-// find the unrounded z in a scratch row that stays in cache.
+// find z in a scratch row that stays in cache.
 #include "dropout.h"
 #include "loops.h"
 
@@ -92,7 +92,10 @@ struct ForwardKernel {
                     if (x_bias) v = v + load_scratch(x_bias + c);
                     const P base = residual ? load<O>(residual + c, n) : zero;
                     v = kDropout ? keep_fma(keep[(c - chunk) / P::lanes], v, factors, base) : fma(v, factors, base);
-                    if (z) store<O>(z + c, v, n);
+                    if (z) {
+                        store<O>(z + c, v, n);
+                        if (sizeof(Z) < sizeof(A)) v = load<O>(z + c, n);  // the norm is that of z as stored
+                    }
                     if (kNorm != Norm::none) store_scratch(row + c, v);
                     if (kNorm == Norm::layer) partial = partial + v;
                     if (kNorm == Norm::rms) partial = fma(v, v, partial);

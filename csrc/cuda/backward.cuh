@@ -17,6 +17,10 @@ enum { kDWeight, kDBias, kDWeight2, kDBias2, kDXBias, kVectors };
 // 128 registers a thread: with fewer, the two rows on their way and the one being reduced do not fit.
 constexpr int kBackwardThreads = 512;
 
+// A barrier that no row's group uses: there are at most kBackwardThreads / 64 groups with a barrier of their own.
+constexpr int kWholeCta = 15;
+static_assert(kBackwardThreads / 64 <= kWholeCta, "");
+
 // The next row is under way while one is reduced, but for 16 columns of f32 a thread there is no room left.
 template <class X, class Z, int kUnits>
 constexpr bool kBackwardPrefetch = kUnits * kWidth<X, Z> * static_cast<int>(sizeof(Z)) <= 32;
@@ -44,18 +48,28 @@ class ColumnSums {
         for (int i = 0; i < slots * kParts; ++i) *at(i) = float4{0.0f, 0.0f, 0.0f, 0.0f};
     }
 
+    // Adds values * factors.
     template <int kColumns>
-    SEQPAR_DEVICE void add(int slot, int first_part, const float (&values)[kColumns]) {
+    SEQPAR_DEVICE void add(int slot, int first_part, const float (&values)[kColumns],
+                           const float (&factors)[kColumns]) {
 #pragma unroll
         for (int i = 0; i < kColumns / 4; ++i) {
             float4* const entry = at(slot * kParts + first_part + i);
             float4 sum = *entry;
-            sum.x += values[4 * i];
-            sum.y += values[4 * i + 1];
-            sum.z += values[4 * i + 2];
-            sum.w += values[4 * i + 3];
+            sum.x = fmaf(values[4 * i], factors[4 * i], sum.x);
+            sum.y = fmaf(values[4 * i + 1], factors[4 * i + 1], sum.y);
+            sum.z = fmaf(values[4 * i + 2], factors[4 * i + 2], sum.z);
+            sum.w = fmaf(values[4 * i + 3], factors[4 * i + 3], sum.w);
             *entry = sum;
         }
+    }
+
+    template <int kColumns>
+    SEQPAR_DEVICE void add(int slot, int first_part, const float (&values)[kColumns]) {
+        float ones[kColumns];
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) ones[i] = 1.0f;
+        add(slot, first_part, values, ones);
     }
 
     // Sum of an entry over the rows side by side, in their order.
@@ -89,12 +103,7 @@ SEQPAR_DEVICE void through_affine(float (&dxhat)[kWidth], const float (&xhat)[kW
     float dy[kWidth];
     unpack<X>(packed, dy);
     if (dbias >= 0) sums.add(dbias, part, dy);
-    if (dweight >= 0) {
-        float product[kWidth];
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) product[i] = dy[i] * xhat[i];
-        sums.add(dweight, part, product);
-    }
+    if (dweight >= 0) sums.add(dweight, part, dy, xhat);
     if (weight == nullptr) {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) dxhat[i] += dy[i];
@@ -237,8 +246,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_kernel(const __g
         }
     }
 
-    // This CTA's share of the column sums
-    __syncthreads();
+    // This CTA's share of the column sums. Not __syncthreads: that is barrier 0, where the first row's group may still
+    // be
+    named_barrier(kWholeCta, static_cast<int>(blockDim.x * blockDim.y));
     if (threadIdx.y != 0) return;
     for (int slot = 0; slot < p.slots; ++slot) {
         float* const partial = p.partials + (static_cast<int64_t>(group.partial_row()) * p.slots + slot) * a.cols;

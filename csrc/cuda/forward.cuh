@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
         const int units = valid ? p.row_units : 0;
         const int64_t row64 = static_cast<uint32_t>(row);
 
-        // z, unrounded. [kUnits][W] of the row's [cols]
+        // z [kUnits][W] of the row's [cols]
         float z[kUnits][W];
         uint32_t words[kUnits][W / 2];
         float factor = p.scale;
@@ -127,7 +127,9 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
             Z* const z_row = element<Z>(a.z, row64 * a.z_stride + first());
 #pragma unroll
             for (int u = 0; u < kUnits; ++u) {
-                if (unit_of(u) < units) store(z_row + u * apart, pack<Z>(z[u]));
+                const auto packed = pack<Z>(z[u]);
+                if (unit_of(u) < units) store(z_row + u * apart, packed);
+                unpack<Z>(packed, z[u]);  // the norm is that of z as stored
             }
         }
         if (a.norm == Norm::none) continue;

@@ -53,7 +53,7 @@ SEQPAR_DEVICE void store_block(void* base, DType dtype, int64_t index, int count
     }
 }
 
-// z of columns 8 * owner ..., unrounded
+// z of columns 8 * owner ..., as it is stored
 template <class Acc>
 SEQPAR_DEVICE void compute_z(Acc (&z)[8], const NormForward& a, uint64_t seed, int64_t row, int owner, int count) {
     const int64_t column = int64_t{owner} * 8;
@@ -73,10 +73,15 @@ SEQPAR_DEVICE void compute_z(Acc (&z)[8], const NormForward& a, uint64_t seed, i
 #pragma unroll
         for (int i = 0; i < 8; ++i) z[i] *= static_cast<Acc>(a.row_scale[row]);
     }
-    if (a.residual == nullptr) return;
-    load_block(other, a.residual, a.z_dtype, row * a.residual_stride + column, count);
+    if (a.residual != nullptr) {
+        load_block(other, a.residual, a.z_dtype, row * a.residual_stride + column, count);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) z[i] += other[i];
+        for (int i = 0; i < 8; ++i) z[i] += other[i];
+    }
+    if (a.z != nullptr) {  // stored, and read back: the norm is that of z as stored
+        store_block(a.z, a.z_dtype, row * a.z_stride + column, count, z);
+        load_block(z, a.z, a.z_dtype, row * a.z_stride + column, count);
+    }
 }
 
 template <class Acc>
@@ -162,7 +167,6 @@ __global__ void __launch_bounds__(256, 2) generic_forward_kernel(const __grid_co
         }
         for_columns([&](int owner, int count, Acc(&z)[8]) {
             const int64_t column = int64_t{owner} * 8;
-            if (a.z != nullptr) store_block(a.z, a.z_dtype, row * a.z_stride + column, count, z);
             if (a.norm == Norm::none) return;
 #pragma unroll
             for (int i = 0; i < 8; ++i) z[i] = (z[i] - mean) * rstd;

@@ -9,6 +9,11 @@ namespace {
 // Threads that keep 64 registers each: what fills a multiprocessor when a kernel is compiled to hold rows.
 constexpr int kThreadsAt64Registers = 1024;
 
+// What a layout is worth beside the share of busy threads. Estimates, to be set by measurement: a multiprocessor with a
+// single row idles while that row is summed; each doubling of a cluster makes the sums slower; the second instance has
+// fewer loads in flight for each thread.
+constexpr double kSingleRow = 0.85, kClusterDoubling = 0.95, kSecondInstance = 0.9;
+
 constexpr int64_t kGenericWorkspace = int64_t{256} << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) {
@@ -65,15 +70,14 @@ bool plan_rows(Geometry& best, const KernelShape& shape, const Device& device, i
             if (shared > device.shared_per_block) continue;
             const int per_multiprocessor = resident(device, threads * side_by_side, max_threads, shared);
 
-            // What part of the threads that could be resident have columns. A cluster costs barriers across
-            // multiprocessors, so it has to keep clearly more of them busy, or let two rows overlap.
+            // What part of the threads that could be resident have columns; with few rows, how many threads one gets
             const double lanes = static_cast<double>(row_units) / (static_cast<double>(threads) * units * cluster);
-            const int overlap = per_multiprocessor * side_by_side;
-            double score = lanes * per_multiprocessor * side_by_side * threads / max_threads;
-            if (rows < multiprocessors) score = lanes / units;  // too few rows: many threads for each
-            score *= overlap > 1 || rows < multiprocessors ? 1.0 : 0.85;
-            score *= choice == 0 ? 1.0 : 0.9;
-            for (int c = 1; c < cluster; c *= 2) score *= 0.95;
+            const int at_once = per_multiprocessor * side_by_side;
+            const bool few_rows = rows < multiprocessors;
+            double score = few_rows ? lanes / units : lanes * at_once * threads / max_threads;
+            if (at_once == 1 && !few_rows) score *= kSingleRow;
+            if (choice == 1) score *= kSecondInstance;
+            for (int c = 1; c < cluster; c *= 2) score *= kClusterDoubling;
             if (score <= best_score) continue;
             best_score = score;
             best.threads = threads;

@@ -36,6 +36,8 @@ class Conversion:
         self.sections = sections
         self.edges = edges  # module name -> subset of {"scatter_input", "whole_input", "gather_output"}
         self.shared: list[list[str]] = []
+        self.gathers: list[SharedGather] = []
+        self.trusted = False  # a built-in plan: known to miss nothing
         self.replicated: list[nn.Parameter] = []
         self.check: ShardCheck | None = None
         self.checked: set[bool] = set()  # module.training of forwards that have been followed
@@ -87,11 +89,15 @@ def parallelize(
             would be torn apart. Nothing has been changed then.
         RuntimeError: the ranks hold different models or weights.
     """
-    if loss_parallel:
-        raise ValueError("loss_parallel: expected False, a vocabulary-parallel loss is not available in this version")
-    check_engine(engine)
     region = Region(group_or_mesh, -2 if seq_dim is None else seq_dim)
+    number = 0
+    if region.group is not None:
+        agreement = agreement_of(region.group)
+        number = agreement.conversions = agreement.conversions + 1
     with checked_together(region.group):
+        if loss_parallel:
+            raise ValueError("loss_parallel: expected False, a vocabulary-parallel loss is not there in this version")
+        check_engine(engine)
         if getattr(model, "_seqpar", None) is not None:
             raise ValueError(f"model: {type(model).__name__} has been parallelized already")
         settled = plan_for(model, plan)
@@ -99,8 +105,9 @@ def parallelize(
         _check_sizes(model, settled, conversion)
         _check_ties(model, conversion)
         if region.group is not None:
-            whole = f"parallelize({type(model).__name__}, {_digest(model)})"
-            agreement_of(region.group).require(whole, remember=False)
+            signature = f"parallelize number {number} of {type(model).__name__} with {_digest(model)}"
+            agreement_of(region.group).require(signature)
+    conversion.trusted = plan is None
     for pattern, names in settled.divided.items():
         for name, module in model.named_modules():
             if matches(pattern, name):
@@ -136,6 +143,10 @@ def _resolve(model: nn.Module, plan: ParallelPlan, region: Region) -> Conversion
                     raise ValueError(f"plan[{pattern!r}]: {name} is {kind!r} here and {styles[name]!r} elsewhere")
                 else:
                     sections[name] = count
+    for name, style in styles.items():
+        inside = [other for other in styles if other.startswith(name + ".")]
+        if inside:  # gradients would be summed twice
+            raise ValueError(f"plan: {inside[0]} has the style {styles[inside[0]]!r} inside {name}, which is {style!r}")
     return Conversion(region, styles, sections, edges)
 
 
@@ -158,6 +169,9 @@ def _check_sizes(model: nn.Module, plan: ParallelPlan, conversion: Conversion) -
                         raise ValueError(f"{name}.{attribute}: expected a multiple of the {ranks} ranks, got {got}")
     for name, style in conversion.styles.items():
         module = model.get_submodule(name)
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if style not in ("sequence", "tensor_parallel") and any(getattr(module, kind) for kind in hooks):
+            raise ValueError(f"{name}: has hooks that the conversion would drop; register them after parallelize")
         if style in ("colwise", "rowwise"):
             try:
                 features_in, features_out, _ = _linear_features(module)
@@ -227,9 +241,6 @@ def _convert(model: nn.Module, name: str, style: str, conversion: Conversion, en
         _sum_gradients_of(old, region)
         return
     new.region = region
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        if getattr(old, hooks):
-            raise ValueError(f"{name}: has hooks that the conversion would drop; register them after parallelize")
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
@@ -260,6 +271,7 @@ def _share_gathers(model: nn.Module, plan: ParallelPlan, conversion: Conversion)
                 for member in members:
                     member.shared_gather = shared  # type: ignore[union-attr]
                 prefix = f"{parent_name}." if parent_name else ""
+                conversion.gathers.append(shared)
                 conversion.shared.append([prefix + child for child in family])
 
 
@@ -277,32 +289,53 @@ def _install_hooks(model: nn.Module, conversion: Conversion) -> None:
         if "whole_input" in edges:
             module.register_forward_pre_hook(_whole_hook(name, conversion), with_kwargs=True, prepend=True)
         if "gather_output" in edges:
-            module.register_forward_hook(_gather_hook(conversion))
+            module.register_forward_hook(_gather_hook(name, conversion))
     if region.group is None:
         return
 
-    def before(module: nn.Module, args: Any) -> None:
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cleanup(module)  # what an interrupted forward may have left
         region.seq_len = None
+        config = getattr(module, "config", None)
+        if kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False)):
+            raise ValueError(
+                "output_hidden_states: expected False, the hidden states of a sequence-parallel model are shards"
+            )
         if torch.is_grad_enabled():
             trained = [param for param in conversion.replicated if param.requires_grad]
             tensors = replicated(trained, region.group) if trained else []  # type: ignore[arg-type]
             region.summed = dict(zip(trained, tensors, strict=True))  # type: ignore[arg-type]
             region.summed.update((p, p) for p in conversion.replicated if not p.requires_grad)
-        if module.training not in conversion.checked and not torch.compiler.is_compiling():
-            gathers = frozenset(name for name, edges in conversion.edges.items() if "gather_output" in edges)
-            conversion.check = ShardCheck(model, conversion.styles, gathers)
-            conversion.check.start()
+        if module.training in conversion.checked:
+            return
+        if torch.compiler.is_compiling():
+            if not conversion.trusted:
+                raise RuntimeError(
+                    "a plan is checked by the first forward, which must be an eager one: call the model once before "
+                    "torch.compile"
+                )
+            return
+        gathers = frozenset(name for name, edges in conversion.edges.items() if "gather_output" in edges)
+        conversion.check = ShardCheck(model, conversion.styles, gathers)
+        conversion.check.start()
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        region.summed = {}
+    def finished(module: nn.Module, args: Any, output: Any) -> None:
+        if conversion.check is not None:
+            conversion.check.stop()
+            conversion.check.check_output(output)
+            conversion.checked.add(module.training)
+
+    def cleanup(module: nn.Module, *_: Any) -> None:
+        region.summed = {}  # seq_len stays: a recomputation in the backward needs it
+        for gather in conversion.gathers:
+            gather.clear()
         check, conversion.check = conversion.check, None
         if check is not None:
             check.stop()
-            check.check_output(output)
-            conversion.checked.add(module.training)
 
-    model.register_forward_pre_hook(before)
-    model.register_forward_hook(after, always_call=True)
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(finished)
+    model.register_forward_hook(cleanup, always_call=True)
 
 
 def _residual_stream(
@@ -328,7 +361,9 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         x, rebuilt = _residual_stream(name, args, kwargs)
         if is_shard(x) and conversion.check is not None:
             raise RuntimeError(f"{name}: 'scatter_input' was given a sequence shard: the plan scatters twice")
-        region.seq_len = x.shape[region.seq_dim]
+        length = x.shape[region.seq_dim]
+        # Only where it is needed: a recomputation during backward must not find the length of a later forward.
+        region.seq_len = length if length % region.ranks else None
         shard = scatter_sequence(x, region.group, region.seq_dim)
         if conversion.check is not None:
             mark(shard, True)
@@ -352,13 +387,18 @@ def _whole_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
     return hook
 
 
-def _gather_hook(conversion: Conversion) -> Callable[..., Any]:
+def _gather_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
     region = conversion.region
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if region.group is None:
             return None
-        first = output[0] if isinstance(output, tuple) else output
+        first = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(first, Tensor):
+            raise RuntimeError(
+                f"{name}: 'gather_output' takes a module that returns a tensor or a tuple that begins with one, "
+                f"got {type(first).__name__}"
+            )
         # What follows runs alike on every rank, so each has the whole gradient: the backward splits.
         whole = gather_sequence(
             first, region.group, region.seq_dim, seq_len=region.seq_len, tensor_parallel_output_grad=False

@@ -111,7 +111,7 @@ def plan_for(model: nn.Module, plan: ParallelPlan | Mapping[str, str] | None) ->
         return _built_in(model)
     if not isinstance(plan, ParallelPlan):
         if not isinstance(plan, Mapping):
-            raise TypeError(f"plan: expected a mapping of name patterns to styles, got {type(plan).__name__}")
+            raise ValueError(f"plan: expected a mapping of name patterns to styles, got {type(plan).__name__}")
         plan = ParallelPlan(dict(plan))
     for pattern, styles in plan.styles.items():
         for style in styles.split("+"):

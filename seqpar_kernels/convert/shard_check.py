@@ -2,8 +2,9 @@
 
 A shard that reaches a parameter outside the plan gives that parameter a partial gradient on every rank, and a forward
 that looks right: the commonest silent bug of sequence parallelism. So tensors are marked at the entrance, every torch
-function passes the mark on, and a parameter, a dropout or a model output that meets a mark where none is planned is an
-error that names it. Costs one slow forward per mode (training, evaluation); later forwards pay nothing.
+function passes the mark on, and a parameter (or what was computed from one), a dropout or a model output that meets a
+mark where none is planned is an error that names it. Costs one slow forward per mode (training, evaluation); later
+forwards pay nothing.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ EXPECTED: dict[str, tuple[bool | None, bool]] = {
 }
 
 
-def mark(value: Any, shard: bool) -> None:
-    """Say of every tensor in ``value`` that it is a shard, or that it is not."""
+def mark(value: Any, shard: bool | str) -> None:
+    """Say of every tensor in ``value`` that it is a shard, that it is not, or which parameter it was computed from."""
     for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
             setattr(leaf, _MARK, shard)
 
 
 def is_shard(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and getattr(leaf, _MARK, False) for leaf in tree_leaves(value))
+    return any(isinstance(leaf, Tensor) and getattr(leaf, _MARK, False) is True for leaf in tree_leaves(value))
 
 
 class ShardCheck(TorchFunctionMode):
@@ -80,10 +81,12 @@ class ShardCheck(TorchFunctionMode):
         self.__enter__()
 
     def stop(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.__exit__(None, None, None)
+        """Take the hooks off; may be called twice."""
+        if self._handles:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+            self.__exit__(None, None, None)
 
     def check_output(self, output: Any) -> None:
         """Raises RuntimeError where a model output is still a shard."""
@@ -128,11 +131,14 @@ class ShardCheck(TorchFunctionMode):
         if self._planned:
             return func(*args, **kwargs)
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not any(getattr(leaf, _MARK, False) for leaf in leaves):
-            return func(*args, **kwargs)
-        for leaf in leaves:
-            if id(leaf) in self._names:
-                raise RuntimeError(self._missed(self._names[id(leaf)]))
+        sources = [name for leaf in leaves if (name := self._source(leaf)) is not None]
+        if not any(getattr(leaf, _MARK, False) is True for leaf in leaves):
+            out = func(*args, **kwargs)
+            if sources and isinstance(out, (Tensor, tuple, list)):
+                mark(out, sources[0])
+            return out
+        if sources:
+            raise RuntimeError(self._missed(sources[0]))
         if func in _DROPOUTS and self._drops(args, kwargs):
             where = self._stack[-1] if self._stack else type(self._model).__name__
             raise RuntimeError(
@@ -143,6 +149,11 @@ class ShardCheck(TorchFunctionMode):
         if isinstance(out, (Tensor, tuple, list)):
             mark(out, True)  # 0-d results (a mean, say) are partial too
         return out
+
+    def _source(self, leaf: Tensor) -> str | None:
+        """The parameter that ``leaf`` is, or was computed from outside the plan."""
+        found = getattr(leaf, _MARK, None)
+        return found if isinstance(found, str) else self._names.get(id(leaf))
 
     def _missed(self, parameter: str) -> str:
         module = parameter.rpartition(".")[0] or type(self._model).__name__

@@ -3,6 +3,8 @@
 Same functions, same arguments as :mod:`.reference`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,15 @@ def _place(device: torch.device) -> tuple[bool, int, int]:
     return False, torch.get_num_threads(), 0
 
 
+def _launch(kernel: Callable[..., None], device: torch.device, *args: object) -> None:
+    """Call a kernel where its tensors are: a launch goes to the current device."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel(*_place(device), *args)
+    else:
+        kernel(*_place(device), *args)
+
+
 def _matrix(t: Tensor | None) -> tuple[int, int]:
     return (0, 0) if t is None else (t.data_ptr(), t.stride(0))
 
@@ -97,8 +108,9 @@ def norm_forward(
             y2 = torch.empty((rows, cols), dtype=spec.y_dtype, device=device)
     if store_z:
         z = torch.empty((rows, cols), dtype=spec.z_dtype, device=device)
-    _native.norm_forward(
-        *_place(device),
+    _launch(
+        _native.norm_forward,
+        device,
         rows,
         cols,
         spec.kind,
@@ -154,8 +166,9 @@ def norm_backward(
     wanted_bits = sum(1 << i for i, vector in enumerate(vectors) if vector is not None)
     size = _native.norm_backward_workspace(place[0], place[1], rows, cols, spec.kind, *codes, wanted_bits)
     workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-    _native.norm_backward(
-        *place,
+    _launch(
+        _native.norm_backward,
+        device,
         rows,
         cols,
         spec.kind,
@@ -185,8 +198,9 @@ def reduce_shards(parts: Tensor, bias: Tensor | None, out: Tensor | None = None)
     count, rows, cols = parts.shape
     if out is None:
         out = torch.empty((rows, cols), dtype=parts.dtype, device=parts.device)
-    _native.reduce_shards(
-        *_place(parts.device),
+    _launch(
+        _native.reduce_shards,
+        parts.device,
         rows,
         cols,
         count,

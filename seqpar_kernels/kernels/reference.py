@@ -84,7 +84,7 @@ def norm_forward(
 ) -> NormOutputs:
     """z = row_scale * dropout(x + x_bias) + residual; y = norm(z) * weight + bias; y2 likewise with weight2, bias2.
 
-    Statistics are those of the unrounded z. ``seed=None`` switches dropout off.
+    The norm is that of z as stored. ``seed=None`` switches dropout off.
     """
     acc = accumulation_dtype(x.dtype)
     z = x.to(acc)
@@ -98,6 +98,8 @@ def norm_forward(
     if residual is not None:
         z = z + residual.to(acc)
     stored = z.to(spec.z_dtype) if store_z else None
+    if stored is not None:
+        z = stored.to(acc)  # what the backward will read is what the forward normalises
     if spec.kind == NormKind.NONE:
         return NormOutputs(None, None, stored, None, None)
     if spec.kind == NormKind.LAYER:

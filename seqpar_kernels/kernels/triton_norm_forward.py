@@ -39,7 +39,7 @@ def _stream(
     x_stride, residual_stride, threshold, scale_bits,
     ACC: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """z = row_scale * dropout(x + x_bias) + residual, unrounded. ACC [R, BLOCK], zero outside ``m``."""
+    """z = row_scale * dropout(x + x_bias) + residual, not rounded yet. ACC [R, BLOCK], zero outside ``m``."""
     b_z = tl.load(p_x + o_r[:, None] * x_stride + o_c[None, :], m, other=0.0).to(ACC)
     if p_residual is not None:
         b_residual = tl.load(p_residual + o_r[:, None] * residual_stride + o_c[None, :], m, other=0.0)
@@ -93,7 +93,9 @@ def norm_forward_kernel(
         b_weight = load_vector(p_weight, o_c, m_c) if p_weight is not None else None
         b_bias = load_vector(p_bias, o_c, m_c) if p_bias is not None else None
     if p_z is not None:
-        tl.store(p_z + o_y + o_c[None, :], b_z.to(p_z.dtype.element_ty), m)
+        b_stored = b_z.to(p_z.dtype.element_ty)
+        tl.store(p_z + o_y + o_c[None, :], b_stored, m)
+        b_z = b_stored.to(ACC)  # the norm is that of z as stored
 
     if KIND != NONE:
         b_centred = b_z
@@ -146,7 +148,9 @@ def norm_forward_chunked_kernel(
             x_stride, residual_stride, threshold, scale_bits, ACC, R, BLOCK,
         )  # fmt: skip
         if p_z is not None:
-            tl.store(p_z + o_r[:, None] * cols + o_c[None, :], b_z.to(p_z.dtype.element_ty), m)
+            b_stored = b_z.to(p_z.dtype.element_ty)
+            tl.store(p_z + o_r[:, None] * cols + o_c[None, :], b_stored, m)
+            b_z = b_stored.to(ACC)  # the norm is that of z as stored
         if KIND == LAYER:
             b_count = tl.zeros([R], ACC) + tl.minimum(cols - i_c, BLOCK)
             b_chunk_mean = tl.sum(b_z, 1) / b_count
@@ -175,6 +179,8 @@ def norm_forward_chunked_kernel(
                 p_x, b_x_bias, b_row_scale, p_residual, i_seed, o_r, o_c, m, b_row, i_c,
                 x_stride, residual_stride, threshold, scale_bits, ACC, R, BLOCK,
             )  # fmt: skip
+            if p_z is not None:
+                b_z = b_z.to(p_z.dtype.element_ty).to(ACC)
             b_xhat = (b_z - b_mean[:, None]) * b_rstd[:, None]
             b_weight = load_vector(p_weight, o_c, m_c) if p_weight is not None else None
             b_bias = load_vector(p_bias, o_c, m_c) if p_bias is not None else None

@@ -35,6 +35,9 @@ class _ParallelLinear(nn.Module):
         transposed: bool,
     ):
         super().__init__()
+        for label, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{label}: expected a positive int, got {size!r}")
         self.in_features, self.out_features = in_features, out_features
         self.sharded = sharded
         self.region = Region(group, seq_dim)
@@ -149,10 +152,10 @@ class ColumnParallelLinear(_ParallelLinear):
     def forward(self, x: Tensor, *, seq_len: int | None = None) -> Tensor:
         """[..., S/t, ..., K] -> [..., S, ..., N/t]"""
         x = shard_behind(x)
-        if self.shared_gather is not None:
-            return self.shared_gather(self, x)
         region = self.region
         seq_len = region.seq_len if seq_len is None else seq_len
+        if self.shared_gather is not None:
+            return self.shared_gather(self, x, seq_len)
         out: Tensor
         out, self.ran = planned_all_gather_linear(
             x, self._linear_weight(), self.bias, region.group, region.seq_dim, self.chunks, self.engine, seq_len
@@ -230,35 +233,39 @@ def _take_over(new: Any, module: nn.Module) -> Any:
 class SharedGather:
     """Lets column-parallel layers that are fed the same tensor share one all-gather (q, k, v; gate, up).
 
-    The first one called computes for all; the others find their result waiting, provided they are called with the very
-    same tensor. Called with another, a layer computes on its own.
+    The first one called computes for all; the others find their result waiting, provided that nothing has changed: the
+    very same tensor, the same weights, gradients wanted or not. Else a layer computes anew.
     """
 
     def __init__(self, members: list[ColumnParallelLinear]):
         self.members = members
         self._input: Tensor | None = None
-        self._version = -1
+        self._state: tuple[Any, ...] = ()
         self._waiting: dict[int, Tensor] = {}
 
-    def __call__(self, module: ColumnParallelLinear, x: Tensor) -> Tensor:
+    def __call__(self, module: ColumnParallelLinear, x: Tensor, seq_len: int | None) -> Tensor:
         key = next(i for i, member in enumerate(self.members) if member is module)
-        if self._input is x and self._version == x._version and key in self._waiting:
-            out = self._waiting.pop(key)
-        else:
+        state = (x._version, seq_len, torch.is_grad_enabled(), *(m.weight._version for m in self.members))
+        if self._input is not x or self._state != state or key not in self._waiting:
             region = module.region
             weights = [member._linear_weight() for member in self.members]
             biases = [member.bias for member in self.members]
             outs, ran = planned_all_gather_linear(
-                x, weights, biases, region.group, region.seq_dim, module.chunks, module.engine, region.seq_len
+                x, weights, biases, region.group, region.seq_dim, module.chunks, module.engine, seq_len
             )
             for member in self.members:
                 member.ran = ran
-            self._input, self._version = x, x._version
+            self._input, self._state = x, state
             self._waiting = dict(enumerate(outs))
-            out = self._waiting.pop(key)
+        out = self._waiting.pop(key)
         if not self._waiting:
             self._input = None
         return out
+
+    def clear(self) -> None:
+        """Forget results nobody came for."""
+        self._input = None
+        self._waiting = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedGather:
         twin = SharedGather([])

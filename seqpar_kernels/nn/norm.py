@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -9,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_eps, check_probability
-from ..functional import _dropout_add_norm
+from ..functional import run_norm
 from ..kernels import NormKind
+from ..kernels.spec import accumulation_dtype
 from ..layout import Group
 from .region import Region
 
 
 def _last_size(normalized_shape: int | Sequence[int]) -> int:
     """Norms run over the last dimension only: one row of the residual stream."""
-    sizes = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
-    if len(sizes) != 1 or sizes[0] < 1:
+    sizes = list(normalized_shape) if isinstance(normalized_shape, (list, tuple)) else [normalized_shape]
+    if len(sizes) != 1 or not isinstance(sizes[0], int) or sizes[0] < 1:
         raise ValueError(f"normalized_shape: expected one positive size, that of the last dimension, got {sizes}")
     return int(sizes[0])
 
@@ -44,8 +46,8 @@ class _Norm(nn.Module):
     ) -> Any:
         region = self.region
         (weight, bias), summed = region.parameters(self.weight, getattr(self, "bias", None))
-        eps = self.eps if self.eps is not None else torch.finfo(x.dtype).eps
-        return _dropout_add_norm(
+        eps = self.eps if self.eps is not None else torch.finfo(accumulation_dtype(x.dtype)).eps
+        return run_norm(
             self.kind,
             x,
             residual,
@@ -96,7 +98,13 @@ class LayerNorm(nn.LayerNorm, _Norm):
 
     @classmethod
     def from_torch(cls, module: nn.LayerNorm, group: Group = None, *, seq_dim: int = -2) -> LayerNorm:
-        """The same norm on a shard; takes over the parameters themselves, so optimizers keep working."""
+        """The same norm on a shard; takes over the parameters themselves, so optimizers keep working.
+
+        Raises:
+            ValueError: no torch.nn.LayerNorm, or one whose forward has been overridden.
+        """
+        if not isinstance(module, nn.LayerNorm) or type(module).forward not in (nn.LayerNorm.forward, cls.forward):
+            raise ValueError(f"module: expected torch.nn.LayerNorm with its own forward, got {type(module).__name__}")
         size = _last_size(module.normalized_shape)
         new = cls(size, module.eps, False, group=group, seq_dim=seq_dim)
         new.elementwise_affine = module.elementwise_affine
@@ -136,19 +144,30 @@ class RMSNorm(nn.RMSNorm, _Norm):
     def from_torch(cls, module: nn.Module, group: Group = None, *, seq_dim: int = -2) -> RMSNorm:
         """From ``torch.nn.RMSNorm`` or any module that computes the same from ``weight`` and an epsilon.
 
-        The module is run once on random numbers to see that it does, which also tells plain from zero-centred weights.
+        A copy of the module is run on random numbers to see that it does; this also tells plain from zero-centred
+        weights.
 
         Raises:
             ValueError: it computes something else.
         """
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"module: expected a norm, got {type(module).__name__}")
+        others = [name for name, _ in module.named_parameters() if name != "weight"]
+        if others:
+            raise ValueError(f"module: expected no parameter but weight, {type(module).__name__} has {others}")
         weight = getattr(module, "weight", None)
-        eps = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
-        size = weight.numel() if isinstance(weight, nn.Parameter) else _last_size(module.normalized_shape)  # type: ignore[arg-type]
+        names = ("variance_epsilon", "eps", "epsilon")
+        eps = next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
+        known = type(module) in (nn.RMSNorm, cls)
+        if eps is None and not known:
+            raise ValueError(f"module: expected a norm with one of {names}, {type(module).__name__} has none of them")
+        size = weight.numel() if isinstance(weight, Tensor) else _last_size(getattr(module, "normalized_shape", ()))
         new = cls(size, eps, False, group=group, seq_dim=seq_dim)
         new.elementwise_affine = weight is not None
         new.weight = weight  # type: ignore[assignment]
-        if not isinstance(module, nn.RMSNorm):
-            new.zero_centered_weight = _probe_rms(module, weight, eps, size)
+        new.zero_centered_weight = module.zero_centered_weight if isinstance(module, cls) else False
+        if not known:
+            new.zero_centered_weight = _probe_rms(module, eps, size)
         return new.train(module.training)
 
     def forward(self, x: Tensor, *, seq_len: int | None = None) -> Tensor:
@@ -158,24 +177,26 @@ class RMSNorm(nn.RMSNorm, _Norm):
 
 
 @torch.no_grad()
-def _probe_rms(module: nn.Module, weight: Tensor | None, eps: float | None, size: int) -> bool:
+def _probe_rms(module: nn.Module, eps: Any, size: int) -> bool:
     """Whether a foreign RMSNorm scales by 1 + weight; ValueError when it is no RMSNorm over the last dimension."""
     name = type(module).__name__
-    if eps is None:
-        raise ValueError(f"module: expected a norm with variance_epsilon, eps or epsilon, {name} has none of them")
-    device = torch.device("cpu") if weight is None else weight.device
-    if device.type == "meta":
+    if any(p.is_meta for p in module.parameters()):
         raise ValueError(f"module: {name} is on the meta device and cannot be tried; materialise it first")
-    dtype = torch.float32 if weight is None else weight.dtype
+    probe = copy.deepcopy(module).float().cpu()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, size, generator=generator).to(device, dtype)
-    got = module(x).double()
+    for param in probe.parameters():  # a weight of all ones or zeros would not tell the kinds apart
+        param.copy_(torch.rand(param.shape, generator=generator) + 0.5)
+    # Rows of different scale and a mean far from zero, which a LayerNorm would subtract.
+    x = (torch.randn(4, size, generator=generator) + 3) * torch.tensor([0.01, 1.0, 1.0, 100.0])[:, None]
+    got = probe(x)
+    if not isinstance(got, Tensor) or got.shape != x.shape:
+        raise ValueError(f"module: {name} does not return a tensor of its input's shape")
     xhat = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + eps)
-    scale = torch.ones(size, device=device).double() if weight is None else weight.double()
-    tolerance = 16 * torch.finfo(dtype).eps * xhat.abs().amax()
+    weight = getattr(probe, "weight", None)
+    scale = torch.ones(size).double() if weight is None else weight.double()
     for zero_centered in (False, True):
         expected = xhat * (1 + scale if zero_centered else scale)
-        if (got - expected).abs().amax() <= tolerance * (1 + scale.abs().amax()):
+        if torch.allclose(got.double(), expected, rtol=1e-4, atol=1e-5):
             return zero_centered
     raise ValueError(f"module: {name} does not compute RMSNorm(x) * weight nor RMSNorm(x) * (1 + weight)")
 
@@ -199,7 +220,7 @@ class DropoutAddNorm(_Norm):
         p: float = 0.0,
         *,
         norm: Literal["layer", "rms"] = "layer",
-        eps: float = 1e-5,
+        eps: float | None = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
         prenorm: bool = True,
@@ -212,7 +233,8 @@ class DropoutAddNorm(_Norm):
     ):
         super().__init__()
         check_probability("p", p)
-        check_eps(eps)
+        if eps is not None:
+            check_eps(eps)
         if norm not in ("layer", "rms"):
             raise ValueError(f"norm: expected 'layer' or 'rms', got {norm!r}")
         self.hidden_size = _last_size(hidden_size)
@@ -235,8 +257,7 @@ class DropoutAddNorm(_Norm):
         else:
             norm = RMSNorm.from_torch(module)
         name: Literal["layer", "rms"] = "layer" if norm.kind == NormKind.LAYER else "rms"
-        eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
-        new = cls(_last_size(norm.normalized_shape), p, norm=name, eps=eps, group=group, seq_dim=seq_dim)
+        new = cls(_last_size(norm.normalized_shape), p, norm=name, eps=norm.eps, group=group, seq_dim=seq_dim)
         new.weight, new.bias = norm.weight, getattr(norm, "bias", None)
         new.zero_centered_weight = norm.zero_centered_weight
         return new.train(module.training)
@@ -269,7 +290,7 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor, *, seq_len: int | None = None) -> Tensor:
         """[..., S/t, ..., H] -> the same shape."""
         region = self.region
-        y: Tensor = _dropout_add_norm(
+        y: Tensor = run_norm(
             NormKind.NONE,
             x,
             None,

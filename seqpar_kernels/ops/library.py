@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
@@ -36,7 +38,8 @@ class Op:
 
     def differentiable(self, *args: Any) -> Any:
         """What stands on the Autograd key."""
-        if torch.is_grad_enabled() and _requires_grad(args):
+        # A Function without a forward-mode derivative says so; passing it by would drop the tangent in silence.
+        if (torch.is_grad_enabled() and _requires_grad(args)) or _has_tangent(args):
             if self._autograd is None:
                 raise RuntimeError(f"{self.overload} has no derivative (second derivatives are not supported)")
             return self._autograd(*args)
@@ -56,6 +59,7 @@ def _plain(args: tuple[Any, ...]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and (type(first) is Tensor or type(first) is torch.nn.Parameter)
+        and first.device.type != "meta"
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
@@ -86,6 +90,25 @@ def _requires_grad(args: Sequence[Any]) -> bool:
         elif isinstance(arg, (list, tuple)) and _requires_grad(arg):
             return True
     return False
+
+
+def _has_tangent(args: Sequence[Any]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args)
+
+
+def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Forward casts are made by the caller; a backward under autocast must not cast what the forward did not."""
+
+    @functools.wraps(kernel)
+    def run(x: Tensor, *args: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return kernel(x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return kernel(x, *args)
+
+    return run
 
 
 def group_name(group: ProcessGroup | None) -> str:

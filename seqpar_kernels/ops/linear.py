@@ -15,9 +15,9 @@ from torch.distributed import ProcessGroup
 
 from ..layout import SequenceShard, group_rank, group_size
 from ..overlap import schedule as schedules
-from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, rows_of, run
+from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, reshaped, rows_of, run
 from ..overlap.schedule import Compute, Transfer
-from .library import group_named, register
+from .library import group_named, register, without_autocast
 
 _PLACE = "str group, int seq_dim, SymInt seq_len, int chunks, bool pipelined"
 
@@ -41,6 +41,7 @@ def _shape_with(x: Tensor, seq_dim: int, length: int, features: int) -> list[int
 # --- all_gather_linear -----------------------------------------------------------------------------------------------
 
 
+@without_autocast
 def _gather_kernel(
     x: Tensor,
     weights: list[Tensor],
@@ -74,7 +75,7 @@ def _gather_kernel(
         target=lambda t: whole.window(t.rows.start, t.rows.stop),
         compute=matmul,
     )
-    return [out.data.view(call.shape(seq_len, out.features)) for out in outs]
+    return [reshaped(out.data, call.shape(seq_len, out.features)) for out in outs]
 
 
 def _gather_fake(
@@ -121,6 +122,7 @@ def _gather_autograd(x: Tensor, weights: list[Tensor], biases: list[Tensor | Non
     return list(_AllGatherLinear.apply(x, len(weights), *weights, *biases, *place))
 
 
+@without_autocast
 def _gather_backward_kernel(
     x: Tensor,
     grads: list[Tensor | None],
@@ -162,10 +164,10 @@ def _gather_backward_kernel(
             for position, (i, dy) in enumerate(used):
                 matmul_into(out, dy.matrices(step.start, step.stop), weights[i], add=position > 0)
         elif step.stage == "wgrad":
-            rows = rows_of(whole.data.view(-1, features))
+            rows = whole.data.reshape(-1, features)
             for i, dy in used:
                 if want_dw[i]:
-                    dws[i] = rows_of(dy.data.view(-1, dy.features)).t().mm(rows)
+                    dws[i] = dy.data.reshape(-1, dy.features).t().mm(rows)
 
     def source(transfer: Transfer) -> Tensor:
         rows = transfer.rows
@@ -184,7 +186,7 @@ def _gather_backward_kernel(
     out = [partials.reduce(None)] if partials is not None else []
     out += [dws[i] for i, want in enumerate(want_dw) if want]
     return out + [
-        _sum_rows(dys[i].data.view(-1, dys[i].features), weights[i].dtype) for i, want in enumerate(want_db) if want
+        _sum_rows(dys[i].data.reshape(-1, dys[i].features), weights[i].dtype) for i, want in enumerate(want_db) if want
     ]
 
 
@@ -205,6 +207,7 @@ def _gather_backward_fake(
 # --- linear_reduce_scatter -------------------------------------------------------------------------------------------
 
 
+@without_autocast
 def _scatter_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, group: str, seq_dim: int, seq_len: int, chunks: int, pipelined: bool
 ) -> Tensor:
@@ -270,6 +273,7 @@ class _LinearReduceScatter(torch.autograd.Function):
         return (*(next(out) if need else None for need in needs), *(None,) * len(ctx.place))
 
 
+@without_autocast
 def _scatter_backward_kernel(
     dy: Tensor,
     x: Tensor,
@@ -302,7 +306,7 @@ def _scatter_backward_kernel(
             assert dx is not None
             matmul_into(dx.matrices(step.start, step.stop), whole.matrices(step.start, step.stop), weight)
         elif step.stage == "wgrad":
-            dws.append(whole.data.view(-1, features_out).t().mm(rows_of(x)))
+            dws.append(whole.data.reshape(-1, features_out).t().mm(rows_of(x)))
 
     steps = schedules.row_backward(shard, chunks if pipelined else 1, dgrad=want_dx, wgrad=want_dw)
     run(
@@ -312,11 +316,11 @@ def _scatter_backward_kernel(
         target=lambda t: whole.window(t.rows.start, t.rows.stop),
         compute=compute,
     )
-    out = [dx.data.view(call.shape(seq_len, features_in))] if dx is not None else []
+    out = [reshaped(dx.data, call.shape(seq_len, features_in))] if dx is not None else []
     out += dws
     if want_db:
         assert bias_dtype is not None
-        out.append(_sum_rows(whole.data.view(-1, features_out), bias_dtype))
+        out.append(_sum_rows(whole.data.reshape(-1, features_out), bias_dtype))
     return out
 
 

@@ -33,8 +33,12 @@ def _with_features(x: Tensor) -> Tensor:
     return x.unsqueeze(-1)
 
 
+def _without_features(x: Tensor) -> Tensor:
+    return pipeline.reshaped(x, x.shape[:-1])
+
+
 def _gather_kernel(x: Tensor, dim: int, length: int, group: str, partial_grad: bool) -> Tensor:
-    return pipeline.gather(_with_features(x), dim, length, group_named(group)).squeeze(-1)
+    return _without_features(pipeline.gather(_with_features(x), dim, length, group_named(group)))
 
 
 def _gather_fake(x: Tensor, dim: int, length: int, group: str, partial_grad: bool) -> Tensor:
@@ -55,7 +59,7 @@ class _Gather(torch.autograd.Function):
 
 
 def _reduce_scatter_kernel(x: Tensor, dim: int, group: str) -> Tensor:
-    return pipeline.reduce_scatter(_with_features(x), dim, group_named(group)).squeeze(-1)
+    return _without_features(pipeline.reduce_scatter(_with_features(x), dim, group_named(group)))
 
 
 def _reduce_scatter_fake(x: Tensor, dim: int, group: str) -> Tensor:
@@ -95,7 +99,7 @@ def _all_reduce_kernel(x: Tensor, group: str) -> Tensor:
     """Reduce-scatter + all-gather of the flat tensor: every rank gets the same bits, summed in rank order in fp32."""
     pg = group_named(group)
     flat = x.reshape(-1, 1)
-    if pg is None:
+    if pg is None or x.numel() == 0:
         return x.clone(memory_format=torch.contiguous_format)
     if x.numel() * group_size(pg) <= _SMALL:
         parts = pipeline.gather(flat, 0, flat.shape[0] * group_size(pg), pg, "all_reduce")
@@ -103,7 +107,7 @@ def _all_reduce_kernel(x: Tensor, group: str) -> Tensor:
     else:
         total = pipeline.reduce_scatter(flat, 0, pg, "all_reduce")
         total = pipeline.gather(total, 0, flat.shape[0], pg, "all_reduce gather")
-    return total.view(x.shape)
+    return pipeline.reshaped(total, x.shape)
 
 
 _SMALL = 1 << 16  # elements: below it one round of messages beats two

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..kernels import NormKind, NormSpec, NormWants, RowMap, select
 from ..kernels.spec import accumulation_dtype
-from ..overlap.pipeline import rows_of
+from ..overlap.pipeline import reshaped, rows_of
 from .library import register
 
 _SCALARS = (
@@ -21,6 +22,7 @@ _SCALARS = (
 _TENSORS = 9  # leading arguments of the forward that are tensors
 
 
+@functools.lru_cache(maxsize=4096)
 def _spec(
     x_dtype: torch.dtype,
     kind: int,
@@ -83,7 +85,7 @@ def _forward_kernel(
         store_z=store_z,
         two_norms=two_norms,
     )
-    full = [t.view(x.shape) for t in (out.y, out.y2, out.z) if t is not None]
+    full = [reshaped(t, x.shape) for t in (out.y, out.y2, out.z) if t is not None]
     return full + [t for t in (out.mean, out.rstd) if t is not None]
 
 
@@ -229,7 +231,7 @@ def _backward_kernel(
         spec,
         NormWants(*wants),
     )
-    full = [t.view(like.shape) for t in grads[:2] if t is not None]
+    full = [reshaped(t, like.shape) for t in grads[:2] if t is not None]
     return full + [t for t in grads[2:] if t is not None]
 
 

@@ -139,6 +139,13 @@ def matmul_into(out: Tensor, x: Tensor, weight_t: Tensor, bias: Tensor | None = 
         torch.add(product, bias, out=out)
 
 
+def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """A fresh contiguous tensor in another shape, and not as a view: autograd lets results be modified in place."""
+    if t.shape == torch.Size(shape) and not t._is_view():
+        return t
+    return torch.ops.aten._unsafe_view.default(t, list(shape))  # type: ignore[no-any-return]
+
+
 def rows_of(x: Tensor) -> Tensor:
     """[..., H] as [rows, H]."""
     return x.reshape(-1, x.shape[-1])
@@ -198,7 +205,7 @@ class Partials:
             cols = cols if cols >= 64 else max(1, self.data[0].numel())
         parts = self.data.view(self.data.shape[0], -1, cols)
         total = select(None, parts.device).reduce_shards(parts, bias)
-        return total.view(self.data.shape[1:])
+        return reshaped(total, self.data.shape[1:])
 
 
 def gather(x: Tensor, seq_dim: int, length: int, group: ProcessGroup | None, name: str = "all_gather") -> Tensor:
@@ -213,7 +220,7 @@ def gather(x: Tensor, seq_dim: int, length: int, group: ProcessGroup | None, nam
         target=lambda t: whole.window(t.rows.start, t.rows.stop),
         compute=lambda step: None,
     )
-    return whole.data.view(call.shape(length, x.shape[-1]))
+    return reshaped(whole.data, call.shape(length, x.shape[-1]))
 
 
 def reduce_scatter(x: Tensor, seq_dim: int, group: ProcessGroup | None, name: str = "reduce_scatter") -> Tensor:

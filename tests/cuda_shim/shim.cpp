@@ -20,7 +20,7 @@ struct {
     int multiprocessors = 4;
     int major = 9;
     int shared_per_block = 232448, shared_per_multiprocessor = 233472;
-    bool reverse = false;  // fibers in the opposite order: the same results, unless a barrier is missing
+    bool reverse = false;  // another order of the threads: the same results, unless a barrier is missing
 } device;
 
 constexpr size_t kStackBytes = 64 * 1024;
@@ -87,7 +87,7 @@ struct Context {
 #endif
 
 struct Barrier {
-    int arrived = 0;
+    int arrived = 0, expected = 0;
     uint64_t generation = 0;
 };
 
@@ -102,7 +102,7 @@ struct Block {
     dim3 index;
     int rank = 0;
     std::unique_ptr<char[]> shared;
-    Barrier everyone, named[16];
+    Barrier named[16];  // the first is that of __syncthreads, too
     std::vector<Warp> warps;
     int running = 0;
 };
@@ -137,6 +137,8 @@ void entry_point() {
 void wait(Barrier& barrier, int count) {
     const uint64_t generation = barrier.generation;
     ++progress;
+    if (barrier.arrived > 0 && barrier.expected != count) fail("threads meet at one barrier with different counts");
+    barrier.expected = count;
     if (++barrier.arrived == count) {
         barrier.arrived = 0;
         ++barrier.generation;
@@ -191,17 +193,27 @@ void run_blocks(unsigned first, unsigned count) {
     for (size_t i = 0; i < fibers.size(); ++i) fibers[i].context.start(stacks() + i * kStackBytes, entry_point);
 
     size_t left = fibers.size();
+    const auto turn = [&](Fiber& fiber) {
+        if (fiber.done) return;
+        current = &fiber;
+        threadIdx = fiber.thread;
+        blockIdx = fiber.block->index;
+        Context::change(scheduler, fiber.context);
+        if (fiber.done) --left;
+    };
     while (left > 0) {
         const uint64_t before = progress;
-        left = 0;
-        for (size_t i = 0; i < fibers.size(); ++i) {
-            Fiber& fiber = fibers[device.reverse ? fibers.size() - 1 - i : i];
-            if (fiber.done) continue;
-            ++left;
-            current = &fiber;
-            threadIdx = fiber.thread;
-            blockIdx = fiber.block->index;
-            Context::change(scheduler, fiber.context);
+        if (device.reverse) {  // the last warp first, and each warp as far as it gets alone
+            for (size_t end = fibers.size(); end > 0;) {
+                const size_t begin = (end - 1) / 32 * 32;
+                for (uint64_t last = progress - 1; last != progress;) {
+                    last = progress;
+                    for (size_t i = end; i > begin; --i) turn(fibers[i - 1]);
+                }
+                end = begin;
+            }
+        } else {
+            for (Fiber& fiber : fibers) turn(fiber);
         }
         if (left > 0 && progress == before) fail("deadlock: threads wait for others that never come");
     }
@@ -215,7 +227,7 @@ struct {
 }  // namespace
 
 void __syncthreads() {
-    wait(current->block->everyone, current->block->running);
+    wait(current->block->named[0], current->block->running);
 }
 void __syncwarp(unsigned) {
     wait(warp_of(*current).entry, warp_of(*current).size);

@@ -56,6 +56,8 @@ def test_rms_norm_is_its_twin(eps: float | None) -> None:
     x = torch.randn(2, 5, 24)
     torch.testing.assert_close(ours(x), twin(x))
     torch.testing.assert_close(spnn.RMSNorm.from_torch(twin)(x), twin(x))
+    small = (x / 100).bfloat16()  # where epsilon decides
+    torch.testing.assert_close(ours.bfloat16()(small), twin.bfloat16()(small))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -67,11 +69,41 @@ def test_foreign_rms_norms_are_recognised_by_what_they_compute(offset: float) ->
     torch.testing.assert_close(ours(x), foreign(x))
 
 
+class MeanSubtracting(ForeignRMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+class Biased(ForeignRMSNorm):
+    def __init__(self, size: int):
+        super().__init__(size)
+        self.bias = nn.Parameter(torch.zeros(size))
+
+
+class OwnScale(nn.RMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, x.shape[-1:], 1 + self.weight, self.eps)
+
+
+class OwnForward(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
 def test_foreign_modules_that_are_no_rms_norm_are_refused() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match="MeanSubtracting does not compute RMSNorm"):
+            spnn.RMSNorm.from_torch(MeanSubtracting(16).to(dtype))
+        assert not spnn.RMSNorm.from_torch(ForeignRMSNorm(16).to(dtype)).zero_centered_weight
+    with pytest.raises(ValueError, match="expected no parameter but weight"):
+        spnn.RMSNorm.from_torch(Biased(16))
+    assert spnn.RMSNorm.from_torch(OwnScale(16, eps=1e-6)).zero_centered_weight
+    with pytest.raises(ValueError, match="expected torch.nn.LayerNorm with its own forward, got OwnForward"):
+        spnn.LayerNorm.from_torch(OwnForward(16))
     with pytest.raises(ValueError, match="ForeignRMSNorm does not compute RMSNorm"):
         spnn.RMSNorm.from_torch(ForeignRMSNorm(16, power=3))
     with pytest.raises(ValueError, match="Linear has none of them"):
-        spnn.RMSNorm.from_torch(nn.Linear(4, 4))
+        spnn.RMSNorm.from_torch(nn.Linear(4, 4, bias=False))
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
@@ -97,6 +129,9 @@ def test_dropout_add_norm(norm: str) -> None:
         (lambda: spnn.DropoutAddNorm(8, p=-0.1), "p: expected a probability"),
         (lambda: spnn.DropoutAddNorm(8, norm="batch"), "norm: expected 'layer' or 'rms'"),  # type: ignore[arg-type]
         (lambda: spnn.ColumnParallelLinear.from_torch(nn.Conv1d(1, 1, 1)), "module: expected torch.nn.Linear"),
+        (lambda: spnn.RowParallelLinear(0, 4), "in_features: expected a positive int, got 0"),
+        (lambda: spnn.LayerNorm.from_torch(nn.Linear(2, 2)), "module: expected torch.nn.LayerNorm"),  # type: ignore[arg-type]
+        (lambda: spnn.DropoutAddNorm("8"), "normalized_shape: expected one positive size"),  # type: ignore[arg-type]
         (lambda: spnn.ColumnParallelLinear(4, 8, sections=3), "out_features: expected a multiple of its 3 packed"),
     ],
 )

@@ -172,12 +172,19 @@ def test_only_what_is_needed_is_computed(world2: World) -> None:
 
 
 def autocast_case() -> None:
-    g = group()
-    x, w = torch.randn(2, 4, K), torch.randn(3, K)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = sp.all_gather_linear(x, w, group=g)
-        z = sp.linear_reduce_scatter(y, w.t().contiguous(), group=g)
-    assert y.dtype == z.dtype == torch.bfloat16
+    for g in (None, group()):
+        x, w = leaf(torch.randn(2, 4, K)), leaf(torch.randn(3, K))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = sp.all_gather_linear(x, w, group=g)
+            z = sp.linear_reduce_scatter(y, w.t(), group=g)
+        assert y.dtype == z.dtype == torch.bfloat16
+        inside, outside = (leaf(x), leaf(x))
+        y32 = sp.all_gather_linear(inside, w, group=g)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(
+                torch.autograd.grad(y32.sum(), inside),
+                torch.autograd.grad(sp.all_gather_linear(outside.double(), w.double(), group=g).sum(), outside),
+            )
 
 
 def test_autocast(world2: World) -> None:
@@ -186,6 +193,10 @@ def test_autocast(world2: World) -> None:
 
 @pytest.mark.parametrize("seq_dim", [0, 1])
 def test_gradcheck_without_a_group(seq_dim: int) -> None:
+    strided = torch.randn(2, 6, K + 2, dtype=torch.float64)[:, 1:, ::2].requires_grad_()
+    weight = torch.randn(3, strided.shape[-1], dtype=torch.float64, requires_grad=True)
+    for fn in (sp.all_gather_linear, sp.linear_reduce_scatter):
+        assert torch.autograd.gradcheck(lambda x, w, fn=fn: fn(x, w, group=None, seq_dim=seq_dim), (strided, weight))
     x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4, K), (2, K), (2,)))
     check = torch.autograd.gradcheck
     assert check(lambda x, w, b: sp.all_gather_linear(x, w, b, group=None, seq_dim=seq_dim), (x, w, b))
@@ -288,6 +299,13 @@ def bad_calls() -> dict[str, tuple[str, dict[str, Any], str]]:
         "x dims": ("ag", {"x": torch.randn(K)}, r"x: expected \[..., S, ..., H\]"),
         "x dtype": ("rs", {"x": x.long()}, "x: expected float32"),
         "rs weight": ("rs", {"weight": torch.randn(3, 5)}, "weight: expected in_features = 6"),
+        "bias dtype": (
+            "ag",
+            {"bias": torch.randn(3).double()},
+            "bias: expected the dtype of its weight, torch.float32",
+        ),
+        "no tensor": ("ag", {"x": None}, "x: expected a tensor, got NoneType"),
+        "no weight tensor": ("rs", {"weight": None}, "weight: expected a tensor, got NoneType"),
         "rs bias": ("rs", {"bias": torch.randn(1)}, "bias: expected shape"),
         "rs seq_dim": ("rs", {"seq_dim": 2}, "seq_dim: expected a dimension of x"),
     }
@@ -352,3 +370,61 @@ def test_ranks_that_disagree_all_raise_before_anything_is_sent(world2: World, wh
     else:
         assert all("rank 0: " in text and "rank 1: " in text and "nothing was sent" in text for text in texts)
     world2.run(compile_free_call)
+
+
+def in_place_case() -> None:
+    """Results are nobody's views: drop-in modules may be followed by in-place activations."""
+    for g in (None, group()):
+        x, w = leaf(torch.randn(2, 4, K)), leaf(torch.randn(K, K))
+        for y in (
+            sp.all_gather_linear(x, w, group=g),
+            sp.linear_reduce_scatter(x, w, group=g),
+            sp.dropout_add_rms_norm(x, x, None, group=g),
+            sp.dropout_add_rms_norm(x, x, None, group=g, prenorm=True)[1],
+            sp.dropout_add(x, p=0.5, group=g),
+            *(
+                [sp.gather_sequence(x, g), sp.reduce_scatter_sequence(x, g), sp.reduce_from_tensor_parallel(x, g)]
+                if g
+                else []
+            ),
+        ):
+            y.relu_().sum().backward()
+
+
+def test_results_may_be_modified_in_place(world2: World) -> None:
+    world2.run(in_place_case)
+
+
+def one_sided_case() -> None:
+    """A rank that fails alone and goes on does not spoil the group."""
+    g = group()
+    if g.rank() == 0:
+        with pytest.raises(ValueError, match="weight: expected shape"):
+            sp.dropout_add_layer_norm(torch.randn(2, 4, K), None, torch.ones(K + 1), group=g)
+    for features in (17, 18, 19):
+        sp.all_gather_linear(torch.randn(2, 4, features), torch.randn(3, features), group=g)
+
+
+def test_a_handled_error_on_one_rank_does_not_spoil_the_group(world2: World) -> None:
+    world2.run(one_sided_case)
+
+
+def uneven_dropout_case() -> None:
+    x = torch.randn(2, 7, 23).tensor_split(2, 1)[group().rank()]
+    sp.dropout_add(x, p=0.5, group=group())
+
+
+def test_uneven_dropout_without_seq_len_raises_on_every_rank(world2: World) -> None:
+    outcomes = world2.outcomes(uneven_dropout_case)
+    assert all(not ok and "the ranks disagree" in text for ok, text in outcomes), outcomes
+
+
+def refused_alone_case() -> None:
+    x = torch.ones(2, 4, 29, dtype=torch.int32 if group().rank() == 0 else torch.float32)
+    sp.gather_sequence(x, group())
+
+
+def test_a_refusal_by_one_rank_reaches_the_other(world2: World) -> None:
+    (_, first), (ok, second) = world2.outcomes(refused_alone_case)
+    assert "x: expected float32" in first
+    assert not ok and ("rank 0 refused its arguments" in second), second

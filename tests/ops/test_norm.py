@@ -304,6 +304,10 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], str]]:
         ),
         "residual dtype": ({"residual": x.half()}, "residual_dtype: expected torch.float32"),
         "p": ({"p": 1.5}, r"p: expected a probability in \[0, 1\], got 1.5"),
+        "p none": ({"p": None}, "p: expected a probability"),
+        "x none": ({"x": None}, "x: expected a tensor, got NoneType"),
+        "weight list": ({"weight": [1.0]}, "weight: expected a tensor, got list"),
+        "seq_dim none": ({"seq_dim": None}, "seq_dim: expected an int, got None"),
         "p nan": ({"p": float("nan")}, "p: expected a probability"),
         "eps": ({"eps": 0.0}, "eps: expected a positive finite number, got 0.0"),
         "eps negative": ({"eps": -1e-5}, "eps: expected a positive"),
@@ -339,3 +343,21 @@ def test_bad_input_is_named(case: str) -> None:
 def test_forced_backend_that_cannot_run_says_why() -> None:
     with pytest.raises(RuntimeError, match="backend: 'cuda' cannot run here: it runs on cuda tensors"):
         sp.dropout_add(torch.ones(2, 8), p=0.5, backend="cuda")
+
+
+def test_forward_mode_is_refused_not_dropped() -> None:
+    import torch.autograd.forward_ad as forward_ad
+
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward"):
+        sp.dropout_add_rms_norm(forward_ad.make_dual(torch.randn(2, 4), torch.randn(2, 4)), None, None)
+
+
+def test_meta_tensors_and_symbolic_tracing() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.empty(2, 3, 8, device="meta")
+    y, z = sp.dropout_add_layer_norm(x, x, torch.ones(8, device="meta"), prenorm=True)
+    assert y.shape == z.shape == x.shape and y.device.type == "meta"
+    graph = make_fx(lambda x: sp.dropout_add_rms_norm(x, x, None), tracing_mode="symbolic")(torch.randn(2, 3, 8))
+    x = torch.randn(4, 5, 8)
+    torch.testing.assert_close(graph(x), sp.dropout_add_rms_norm(x, x, None))

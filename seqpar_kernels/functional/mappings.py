@@ -1,0 +1,103 @@
+"""Region mappings: between replicated, sequence-sharded and tensor-parallel tensors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .. import ops
+from ..checks import check_float, check_sequence, check_tensor
+from ..layout import Group, normalize_dim, resolve_group, shard_of
+from ..ops.library import group_name
+from ..overlap.agreement import checked_together
+
+
+def scatter_sequence(x: Tensor, group: Group, seq_dim: int = -2) -> Tensor:
+    """Each rank keeps its rows of a replicated tensor; the backward gathers.
+
+    [..., S, ..., H] -> [..., S/t, ..., H] (Megatron: ``scatter_to_sequence_parallel_region``).
+    """
+    return _split(x, group, seq_dim, sequence=True)
+
+
+def gather_sequence(
+    x: Tensor,
+    group: Group,
+    seq_dim: int = -2,
+    *,
+    seq_len: int | None = None,
+    tensor_parallel_output_grad: bool = True,
+) -> Tensor:
+    """All rows on every rank. [..., S/t, ..., H] -> [..., S, ..., H]
+
+    Args:
+        x: this rank's shard.
+        group: ProcessGroup, 1-D DeviceMesh or None.
+        seq_dim: the sequence dimension.
+        seq_len: the unsharded length; needed only where it is not a multiple of the number of ranks.
+        tensor_parallel_output_grad: True where what follows is tensor-parallel, so that each rank has a part of the
+            gradient: the backward reduce-scatters. False where every rank goes on with the same computation and has
+            the whole gradient: the backward splits. (Megatron's argument of the same name.)
+    """
+    return _gather(x, group, seq_dim, seq_len, tensor_parallel_output_grad, sequence=True)
+
+
+def reduce_scatter_sequence(x: Tensor, group: Group, seq_dim: int = -2) -> Tensor:
+    """Sum over ranks, each keeps its rows; the backward gathers. [..., S, ..., H] -> [..., S/t, ..., H]
+
+    The sum is taken in rank order in fp32 (fp64 for fp64).
+    """
+    pg, dim = _checked(x, group, seq_dim, sequence=True)
+    return x if pg is None else ops.reduce_scatter(x, dim, group_name(pg))  # type: ignore[no-any-return]
+
+
+def scatter_tensor_parallel(x: Tensor, group: Group, dim: int = -1) -> Tensor:
+    """Each rank keeps its part of dimension ``dim`` of a replicated tensor; the backward gathers."""
+    return _split(x, group, dim)
+
+
+def gather_tensor_parallel(x: Tensor, group: Group, dim: int = -1, *, size: int | None = None) -> Tensor:
+    """All parts of dimension ``dim`` on every rank; the backward splits (every rank has the whole gradient).
+
+    ``size`` is the full size of ``dim``; needed only where it is not a multiple of the number of ranks.
+    """
+    return _gather(x, group, dim, size, False)
+
+
+def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
+    """Identity; the backward sums over ranks. For a replicated tensor that enters tensor-parallel computation."""
+    pg, _ = _checked(x, group, None)
+    return x if pg is None else ops.CopyToRegion.apply(x, group_name(pg))  # type: ignore[no-any-return]
+
+
+def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
+    """Sum over ranks, in rank order in fp32, the same bits on every rank; the backward is the identity."""
+    pg, _ = _checked(x, group, None)
+    return x if pg is None else ops.all_reduce(x, group_name(pg))  # type: ignore[no-any-return]
+
+
+def _checked(x: Tensor, group: Group, dim: int | None, *, sequence: bool = False) -> tuple[ProcessGroup | None, int]:
+    """The group and ``dim`` as a non-negative index; every rank hears of what is wrong."""
+    pg = resolve_group(group)
+    with checked_together(pg):
+        check_tensor("x", x)
+        check_float("x", x)
+        if dim is None:
+            return pg, 0
+        return pg, check_sequence("x", x, dim) if sequence else normalize_dim("dim", dim, x.dim())
+
+
+def _split(x: Tensor, group: Group, dim: int, *, sequence: bool = False) -> Tensor:
+    pg, dim = _checked(x, group, dim, sequence=sequence)
+    return x if pg is None else ops.split(x, dim, group_name(pg))  # type: ignore[no-any-return]
+
+
+def _gather(
+    x: Tensor, group: Group, dim: int, size: int | None, partial_grad: bool, *, sequence: bool = False
+) -> Tensor:
+    pg, dim = _checked(x, group, dim, sequence=sequence)
+    if pg is None:
+        return x
+    with checked_together(pg):
+        shard = shard_of("x", x.shape[dim], pg, size)
+    return ops.gather(x, dim, shard.length, group_name(pg), partial_grad)  # type: ignore[no-any-return]
