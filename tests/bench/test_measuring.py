@@ -61,6 +61,20 @@ def test_a_provider_that_is_wrong_is_found_out(fn: Callable[..., tuple[Tensor, T
         check_norm(fn, "layer", p, b.inputs, b.grads)
 
 
+def test_peers_may_sum_plainly_and_ours_may_not() -> None:
+    """A weight gradient off by a few fp32 roundings."""
+    b = norm.make_buffers(norm.NormCase("layer", 0.0, "fp32", 4096, 8), "cpu")[0]
+    b.grads[0].copy_(torch.ones_like(b.grads[0]))  # dbias is 4096 everywhere: one rounding is 5e-4
+
+    def off(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        y, z = eager("layer", p, "cpu")(x, residual, weight, bias, p)
+        return y + 4e-3 / 4096 * (bias - bias.detach()), z
+
+    with pytest.raises(WrongResult, match="dbias"):
+        check_norm(off, "layer", 0.0, b.inputs, b.grads)
+    assert check_norm(off, "layer", 0.0, b.inputs, b.grads, strict=False) > 2
+
+
 def test_bytes_are_those_of_the_tensors() -> None:
     case = norm.NormCase("rms", 0.1, "bf16", 100, 64)
     tensor = 100 * 64 * 2
