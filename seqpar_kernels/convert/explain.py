@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..kernels import choice
 from ..nn import ColumnParallelLinear, RowParallelLinear
 from .parallelize import Conversion, conversion_of
 
@@ -76,10 +77,21 @@ def _row(name: str, module: nn.Module, conversion: Conversion) -> Row:
         fused = "yes" if pipelined or conversion.region.group is None else "no"
         return Row(name, style, engine, chunks, fused, why)
     handling = conversion.styles.get(name)
+    if handling in ("norm", "dropout"):
+        backend, kernel = _kernel(conversion)
     if handling == "norm":
         why = "one kernel for the norm; the residual add and dropout before it are the model's own statements"
-        return Row(name, style, "", "", "norm only", why)
+        return Row(name, style, backend, "", "norm only", why + kernel)
     if handling == "dropout":
-        return Row(name, style, "", "", "no", "the model's forward drops and adds in statements of its own")
+        return Row(
+            name, style, backend, "", "no", "the model's forward drops and adds in statements of its own" + kernel
+        )
     why = "left as it is" if handling else "edge of the sharded residual stream"
     return Row(name, style, "", "", "", why)
+
+
+def _kernel(conversion: Conversion) -> tuple[str, str]:
+    """The kernel backend, and a remark where it is not the preferred one."""
+    backend, passed_over = choice(conversion.device)
+    remarks = "".join(f"; not {name}: {reason}" for name, reason in passed_over.items())
+    return backend or "none", remarks
