@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ..kernels import choice
@@ -50,8 +51,9 @@ def explain(model: nn.Module) -> Explanation:
         ValueError: the model has not been parallelized.
     """
     conversion = conversion_of(model)
+    device = next((param.device for param in model.parameters()), torch.device("cpu"))
     names = [name for name, _ in model.named_modules() if name in conversion.styles or name in conversion.edges]
-    rows = tuple(_row(name, model.get_submodule(name), conversion) for name in names)
+    rows = tuple(_row(name, model.get_submodule(name), conversion, device) for name in names)
     region = conversion.region
     backend = "no group" if region.group is None else f"group of {region.ranks} ranks"
     count = len(conversion.replicated)
@@ -61,7 +63,7 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(title, rows)
 
 
-def _row(name: str, module: nn.Module, conversion: Conversion) -> Row:
+def _row(name: str, module: nn.Module, conversion: Conversion, device: torch.device) -> Row:
     style = conversion.styles.get(name, "")
     if conversion.sections.get(name, 1) > 1:
         style += f":{conversion.sections[name]}"
@@ -78,7 +80,7 @@ def _row(name: str, module: nn.Module, conversion: Conversion) -> Row:
         return Row(name, style, engine, chunks, fused, why)
     handling = conversion.styles.get(name)
     if handling in ("norm", "dropout"):
-        backend, kernel = _kernel(conversion)
+        backend, kernel = _kernel(device)
     if handling == "norm":
         why = "one kernel for the norm; the residual add and dropout before it are the model's own statements"
         return Row(name, style, backend, "", "norm only", why + kernel)
@@ -90,8 +92,8 @@ def _row(name: str, module: nn.Module, conversion: Conversion) -> Row:
     return Row(name, style, "", "", "", why)
 
 
-def _kernel(conversion: Conversion) -> tuple[str, str]:
+def _kernel(device: torch.device) -> tuple[str, str]:
     """The kernel backend, and a remark where it is not the preferred one."""
-    backend, passed_over = choice(conversion.device)
+    backend, passed_over = choice(device)
     remarks = "".join(f"; not {name}: {reason}" for name, reason in passed_over.items())
     return backend or "none", remarks

@@ -39,7 +39,6 @@ class Conversion:
         self.gathers: list[SharedGather] = []
         self.trusted = False  # a built-in plan: known to miss nothing
         self.replicated: list[nn.Parameter] = []
-        self.device = torch.device("cpu")  # where the model is
         self.check: ShardCheck | None = None
         self.checked: set[bool] = set()  # module.training of forwards that have been followed
 
@@ -109,7 +108,6 @@ def parallelize(
             signature = f"parallelize number {number} of {type(model).__name__} with {_digest(model)}"
             agreement_of(region.group).require(signature)
     conversion.trusted = plan is None
-    conversion.device = next((param.device for param in model.parameters()), conversion.device)
     for pattern, names in settled.divided.items():
         for name, module in model.named_modules():
             if matches(pattern, name):
