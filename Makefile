@@ -1,7 +1,7 @@
 # Every target works on a fresh machine with python3 (3.10 or newer), make and a C++ compiler: it makes .venv first.
 #
 #   PYTHON=python3.12   the interpreter .venv is made from (and, for `make gpu`, the one whose torch is used)
-#   RANKS=4 STEPS=40    the demo's ranks and steps          ARGS="tests/ops -x"   passed on to pytest
+#   RANKS=4 STEPS=40    the demo's ranks and steps          ARGS="tests/ops -x"   passed on to pytest or bench
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -45,8 +45,9 @@ format: $(VENV)/dev.stamp  ## rewrite the sources the way lint wants them
 gpu:  ## the tests marked gpu, then the benchmarks: one results file, gpu_out/results.json
 	$(PYTHON) .ci/gpu.py $(ARGS)
 
-bench: $(DEMO_ENV)  ## the benchmarks this machine can run
-	$(BIN)/python -m bench $(ARGS)
+bench: $(DEMO_ENV)  ## all benchmarks this machine can run: tables here, rows and pictures in bench_out/
+	$(BIN)/python -m bench all --save bench_out $(ARGS)
+	$(BIN)/python -m bench plot bench_out
 
 wheel: $(VENV)/pip.stamp  ## sdist and wheel in dist/, each built in isolation
 	$(PIP) install --quiet build

@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m bench --help``. Every provider is checked before it is timed; every ceiling is measured."""

@@ -1,0 +1,253 @@
+"""The command line of ``python -m bench``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import BenchError
+
+if TYPE_CHECKING:  # torch is imported late: --help is instant
+    from .session import Session
+
+DTYPE_NAMES = ("fp32", "bf16", "fp16", "fp64")
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+def probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a probability in [0, 1), got {text!r}")
+    return value
+
+
+def add_norm_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=positive, nargs="+", help="default: 4096")
+    parser.add_argument("--hidden", type=positive, nargs="+", help="default: 4096 (cpu), 1024 to 32768 (cuda)")
+    parser.add_argument("--p", type=probability, nargs="+", default=[0.0, 0.1], help="dropout (default: 0 0.1)")
+    parser.add_argument("--kind", choices=("layer", "rms"), nargs="+", default=["layer", "rms"])
+
+
+def add_linear_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", choices=("all_gather_linear", "linear_reduce_scatter"), nargs="+")
+    parser.add_argument("--ranks", type=positive, default=2, help="processes, one thread each (default: 2)")
+    parser.add_argument("--rows", type=positive, help="sequence length of all ranks together (default: 2048)")
+    parser.add_argument("--hidden", type=positive, help="features outside (default: 1024)")
+    parser.add_argument("--inner", type=positive, help="features inside, of all ranks (default: 4 x hidden)")
+    parser.add_argument("--chunks", type=positive, nargs="*", default=[1, 2, 4, 8], help="beside the planner's choice")
+    parser.add_argument(
+        "--link", nargs="+", metavar="RATE", help="1gbit, or ratio:R: the wire R times as long as the matmul"
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measures this package beside its peers: each is checked first, ceilings are measured in the run.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    measuring = argparse.ArgumentParser(add_help=False)
+    measuring.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    measuring.add_argument("--dtype", choices=DTYPE_NAMES, nargs="+", help="default: bf16 fp32")
+    measuring.add_argument("--peers", nargs="+", metavar="NAME", help="only these, or none (default: all there are)")
+    measuring.add_argument("--quick", action="store_true", help="small sizes and little time: a look, not a result")
+    measuring.add_argument("--seconds", type=float, help="for one provider at one shape (default: 1, quick: 0.3)")
+    measuring.add_argument("--threads", type=positive, help="torch threads (default: torch's own choice)")
+    measuring.add_argument("--save", type=Path, metavar="DIR", help="write the rows to a file in DIR")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[measuring])
+
+    add_norm_options(command("norm", "dropout + residual + norm, forward and backward"))
+    add_linear_options(command("linear", "all-gather -> matmul and matmul -> reduce-scatter on several ranks"))
+    memory = command("memory", "bytes that autograd keeps for one layer, beside the paper's formula")
+    memory.add_argument("--ranks", type=positive, default=2)
+    memory.add_argument("--rows", type=positive, help="sequence length (default: 1024)")
+    memory.add_argument("--batch", type=positive, default=1)
+    memory.add_argument("--hidden", type=positive, help="default: 1024")
+    memory.add_argument("--heads", type=positive, help="default: hidden / 64")
+    command("coverage", "which op runs on which backend in which dtype here")
+    command("host", "what a small call costs the CPU, in microseconds")
+    everything = command("all", "all of the above that this machine can run, at their default sizes")
+    everything.add_argument("--ranks", type=positive, default=2)
+    plot = commands.add_parser("plot", help="pictures from saved files alone", description="Writes DIR/*.png.")
+    plot.add_argument("folder", type=Path, metavar="DIR")
+    text = "two runs side by side, noise marked"
+    compare = commands.add_parser("compare", help=text, description=text)
+    compare.add_argument("first", type=Path, metavar="A", help="a file or a folder of --save")
+    compare.add_argument("second", type=Path, metavar="B")
+    compare.add_argument("--fail", action="store_true", help="exit 1 where a difference is more than noise")
+    return parser
+
+
+def make_session(args: argparse.Namespace) -> Session:
+    import torch
+
+    from .session import Session
+    from .timing import Effort
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    effort = Effort.quick() if args.quick else Effort()
+    if args.seconds is not None:
+        if args.seconds <= 0:
+            raise BenchError(f"--seconds {args.seconds}: expected more than 0")
+        effort = Effort(seconds=args.seconds, warmup=effort.warmup, least=effort.least, most=effort.most)
+    peers = None if args.peers is None else [name for name in args.peers if name != "none"]
+    return Session(args.command, args.device, effort, args.quick, peers, args.save)
+
+
+def check_peers(session: Session) -> None:
+    """
+    Raises:
+        BenchError: a name that is nobody's.
+    """
+    from . import linear_providers, providers
+
+    known = [*providers.PEERS, *linear_providers.PEERS]
+    for name in session.peers or ():
+        if name not in known:
+            raise BenchError(f"--peers {name}: unknown; known are {', '.join(known)}, or none")
+
+
+def run_norm(args: argparse.Namespace, session: Session) -> None:
+    from . import norm
+    from .report import timing_table
+
+    check_peers(session)
+    cuda = session.device == "cuda"
+    rows = args.rows or ([512, 8192] if cuda and args.quick else [256] if args.quick else [4096])
+    hidden = args.hidden or (
+        [1024, 4096, 16384]
+        if cuda and args.quick
+        else [1024, 2048, 4096, 8192, 16384, 32768]
+        if cuda
+        else [512]
+        if args.quick
+        else [4096]
+    )
+    dtypes = args.dtype or (["bf16"] if cuda and args.quick else ["bf16", "fp32"])
+    planned = list(norm.cases(args.kind, args.p, dtypes, rows, hidden))
+    found = norm.run(session, planned)
+    timing_table(found, f"norm on {session.rows[-1].machine}, {session.rows[-1].threads} threads")
+
+
+def run_linear(args: argparse.Namespace, session: Session) -> None:
+    from . import linear
+    from .linear_providers import OPS
+    from .links import parse_link
+    from .report import timing_table
+
+    check_peers(session)
+    hidden = args.hidden or (256 if args.quick else 1024)
+    sizes = (args.rows or (512 if args.quick else 2048), hidden, args.inner or 4 * hidden)
+    links = [parse_link(text) for text in args.link] if args.link else [None]
+    plans = [linear.jobs(args.op or OPS, sizes, args.dtype or ["fp32"], args.ranks, link) for link in links]
+    for planned in plans:
+        found = linear.run(session, planned, args.chunks)
+        timing_table(found, f"linear on {found[-1].machine}, {args.ranks} ranks, one thread each")
+
+
+def run_host(args: argparse.Namespace, session: Session) -> None:
+    from . import host
+
+    host.show(host.run(session))
+
+
+def run_memory(args: argparse.Namespace, session: Session) -> None:
+    from . import memory
+
+    if session.device == "cuda":
+        raise BenchError("memory counts bytes, which are the same on a GPU: use --device cpu")
+    hidden = args.hidden or (128 if args.quick else 1024)
+    rows = args.rows or (64 if args.quick else 1024)
+    heads = args.heads or max(args.ranks, hidden // 64)
+    dtypes = args.dtype or ["bf16"]
+    for dtype in dtypes:
+        memory.show(memory.run(session, memory.Sizes(rows, args.batch, hidden, heads, dtype), args.ranks))
+
+
+def run_coverage(args: argparse.Namespace, session: Session) -> None:
+    from . import coverage
+
+    coverage.show(coverage.run(session, args.dtype or list(DTYPE_NAMES)))
+
+
+def run_all(args: argparse.Namespace, session: Session) -> None:
+    """Each at its default sizes. What this machine cannot run says why; the rest goes on."""
+    for name in COMMANDS:
+        given = [name, "--device", session.device]
+        given += ["--quick"] if args.quick else []
+        given += ["--dtype", *args.dtype] if args.dtype else []
+        given += ["--ranks", str(args.ranks)] if name in ("linear", "memory") else []
+        own = build_parser().parse_args(given)
+        try:
+            COMMANDS[name](own, session)
+        except BenchError as error:
+            from .schema import Row
+
+            print(f"{name}: not run: {error}")
+            session.add(Row(op=name, provider="ours", status="absent", reason=str(error)))
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Session], None]] = {
+    "coverage": run_coverage,
+    "host": run_host,
+    "memory": run_memory,
+    "norm": run_norm,
+    "linear": run_linear,
+}
+
+
+def measure(args: argparse.Namespace) -> int:
+    session = make_session(args)
+    with session.saved():
+        (run_all if args.command == "all" else COMMANDS[args.command])(args, session)
+    if session.folder is not None:
+        print(f"saved: {session.folder / session.file_name}")
+    bad = [row for row in session.rows if row.status in ("wrong", "failed") and row.provider.startswith("ours")]
+    return 1 if bad else 0
+
+
+def run_command(args: argparse.Namespace) -> int:
+    if args.command == "plot":
+        from . import plot
+
+        for path in plot.run(args.folder):
+            print(f"drawn: {path}")
+        return 0
+    if args.command == "compare":
+        from . import compare
+
+        return 1 if compare.run(args.first, args.second) and args.fail else 0
+    return measure(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0; 1 where ours was wrong or failed; 2 where the question was."""
+    args = build_parser().parse_args(argv)
+    # As exceptions, so that namespaces and ranks are cleaned up and what was measured is saved.
+    before = {number: signal.signal(number, lambda *_: sys.exit(130)) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        return run_command(args)
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,96 @@
+"""One run: the rows found so far, where they go, what is under way."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import facts
+from .errors import BenchError
+from .report import Progress
+from .schema import Row, check_writable, save
+from .timing import Effort, Stats, interleave
+
+
+@dataclass
+class Session:
+    """What every benchmark is handed.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        effort: how long each provider is timed.
+        peers: names of peers to time; None for all.
+        rows: everything found, peers that are absent included.
+    """
+
+    command: str
+    device: str = "cpu"
+    effort: Effort = field(default_factory=Effort)
+    quick: bool = False
+    peers: list[str] | None = None
+    folder: Path | None = None
+    rows: list[Row] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
+    _copy_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise BenchError("--device cuda: torch sees no CUDA device here: use --device cpu, or another machine")
+        if self.folder is not None:
+            check_writable(self.folder)
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        self.file_name = f"{self.command}-{self.device}-{stamp}.jsonl"
+
+    def add(self, row: Row) -> Row:
+        row.device = self.device
+        row.threads = row.threads or torch.get_num_threads()
+        row.versions = facts.versions()
+        row.machine = facts.machine(self.device)
+        row.commit = facts.commit()
+        row.time = facts.now()
+        self.rows.append(row)
+        return row
+
+    def add_timed(self, row: Row, stats: Stats) -> Row:
+        """A row with its times."""
+        row.p20_ms, row.p50_ms, row.p80_ms, row.samples = stats.p20, stats.p50, stats.p80, stats.samples
+        return self.add(row)
+
+    def add_bandwidth(self, row: Row, stats: Stats) -> Row:
+        """A row with its times and its percent of the measured copy bandwidth."""
+        rate = self.copy_rate()
+        row.percent = 100 * (row.bytes or 0) / (stats.p50 / 1e3) / rate
+        row.ceiling = f"copy {rate / 1e9:.4g} GB/s"
+        return self.add_timed(row, stats)
+
+    def wanted(self, provider: str) -> bool:
+        return self.peers is None or provider in self.peers
+
+    def copy_rate(self) -> float:
+        """Bytes a second, read and written, of a large copy in this run: from p20, so that noise flatters nobody."""
+        if self._copy_rate is None:
+            size = (2**31 if self.device == "cuda" else 2**27) >> (3 if self.quick else 0)
+            count = max(2, min(8, 2 * facts.cache_bytes(self.device) // size))
+            pairs = [[torch.ones(size, dtype=torch.uint8, device=self.device) for _ in "io"] for _ in range(count)]
+            runners = {"copy": lambda i: pairs[i % count][1].copy_(pairs[i % count][0])}
+            stats = interleave(runners, self.device, self.effort)["copy"]
+            row = Row(op="ceiling.copy", provider="torch", shape=[size], dtype="uint8", bytes=2 * size)
+            row.clock = "cuda" if self.device == "cuda" else "wall"
+            self.add_timed(row, stats)
+            self._copy_rate = 2 * size / (stats.p20 / 1e3)
+        return self._copy_rate
+
+    @contextlib.contextmanager
+    def saved(self) -> Iterator[None]:
+        """Whatever happens inside, the rows found until then are saved."""
+        try:
+            yield
+        finally:
+            self.progress.stop()
+            if self.folder is not None and self.rows:
+                save(self.folder / self.file_name, self.rows)

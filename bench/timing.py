@@ -1,0 +1,122 @@
+"""The stopwatch: warm-up by time, providers interleaved, median with p20 and p80."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Runner = Callable[[int], object]  # called with the number of the round, which picks the rotating buffers
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure one provider at one shape."""
+
+    seconds: float = 1.0
+    warmup: float = 0.2
+    least: int = 15
+    most: int = 400
+
+    @classmethod
+    def quick(cls) -> Effort:
+        return cls(seconds=0.3, warmup=0.05, least=5, most=100)
+
+    def share(self, parts: int) -> Effort:
+        """A part of the time."""
+        return dataclasses.replace(self, seconds=self.seconds / parts, warmup=self.warmup / parts)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Milliseconds."""
+
+    p20: float
+    p50: float
+    p80: float
+    samples: int
+
+    @classmethod
+    def of(cls, times_ms: list[float]) -> Stats:
+        if len(times_ms) < 2:
+            return cls(*times_ms * 3, len(times_ms))
+        tenths = statistics.quantiles(times_ms, n=10, method="inclusive")
+        return cls(tenths[1], tenths[4], tenths[7], len(times_ms))
+
+
+def interleave(runners: Mapping[str, Runner], device: str, effort: Effort) -> dict[str, Stats]:
+    """Time the runners in rounds, each once a round in shuffled order, so that drift of the machine meets all alike."""
+    host_s = {name: _warm_up(run, device, effort.warmup) for name, run in runners.items()}
+    clock = _cuda_round if device == "cuda" else _cpu_round
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    order = list(runners)
+    shuffler = random.Random(0)
+    deadline = time.perf_counter() + effort.seconds * len(runners)
+    for index in range(effort.most):
+        if index >= effort.least and time.perf_counter() > deadline:
+            break
+        shuffler.shuffle(order)
+        for name, took in clock({name: runners[name] for name in order}, index, host_s).items():
+            times[name].append(took)
+    return {name: Stats.of(found) for name, found in times.items()}
+
+
+def _warm_up(run: Runner, device: str, seconds: float) -> float:
+    """Runs until ``seconds`` have passed, twice at least; returns what one call costs the host, in seconds."""
+    run(0)
+    synchronize(device)
+    start, count = time.perf_counter(), 0
+    while count < 1 or time.perf_counter() - start < seconds:
+        begin = time.perf_counter()
+        run(count)
+        took = time.perf_counter() - begin
+        synchronize(device)
+        count += 1
+    return took
+
+
+def _cpu_round(runners: Mapping[str, Runner], index: int, host_s: Mapping[str, float]) -> dict[str, float]:
+    found = {}
+    for name, run in runners.items():
+        start = time.perf_counter_ns()
+        run(index)
+        found[name] = (time.perf_counter_ns() - start) / 1e6
+    return found
+
+
+def _cuda_round(runners: Mapping[str, Runner], index: int, host_s: Mapping[str, float]) -> dict[str, float]:
+    """Device time between events; a spin ahead of each call lets the host queue it whole, so launches do not count."""
+    events = {}
+    for name, run in runners.items():
+        torch.cuda._sleep(int(min(2 * host_s[name] + 2e-4, 0.05) * 2e9))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run(index)
+        end.record()
+        events[name] = (start, end)
+    torch.cuda.synchronize()
+    return {name: start.elapsed_time(end) for name, (start, end) in events.items()}
+
+
+def cpu_time_per_call(run: Callable[[], object], device: str, effort: Effort, batch: int = 50) -> list[float]:
+    """Milliseconds of the calling thread for one call, one figure a batch of calls."""
+    _warm_up(lambda _: run(), device, effort.warmup)
+    found: list[float] = []
+    deadline = time.perf_counter() + effort.seconds
+    while len(found) < effort.least or (time.perf_counter() < deadline and len(found) < effort.most):
+        start = time.thread_time_ns()
+        for _ in range(batch):
+            run()
+        found.append((time.thread_time_ns() - start) / batch / 1e6)
+        synchronize(device)
+    return found
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
