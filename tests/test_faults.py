@@ -74,7 +74,7 @@ def subgroup_stalls() -> float:
     sub = dist.new_group([0, 1], timeout=timedelta(seconds=1.5))
     start = time.monotonic()
     if group().rank() == 0:
-        with pytest.raises(RuntimeError, match="rank 1 did not reach this op within the time-out of 0:00:01.5"):
+        with pytest.raises(RuntimeError, match=r"rank 1 did not reach this op within the time-out of 0:00:01\.5"):
             sp.all_gather_linear(torch.randn(2, 4, 6), torch.randn(3, 6), group=sub)
     return time.monotonic() - start
 

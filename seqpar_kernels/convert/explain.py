@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from ..kernels import choice
 from ..nn import ColumnParallelLinear, RowParallelLinear
 from .parallelize import Conversion, conversion_of
 
@@ -49,8 +51,9 @@ def explain(model: nn.Module) -> Explanation:
         ValueError: the model has not been parallelized.
     """
     conversion = conversion_of(model)
+    device = next((param.device for param in model.parameters()), torch.device("cpu"))
     names = [name for name, _ in model.named_modules() if name in conversion.styles or name in conversion.edges]
-    rows = tuple(_row(name, model.get_submodule(name), conversion) for name in names)
+    rows = tuple(_row(name, model.get_submodule(name), conversion, device) for name in names)
     region = conversion.region
     backend = "no group" if region.group is None else f"group of {region.ranks} ranks"
     count = len(conversion.replicated)
@@ -60,7 +63,7 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(title, rows)
 
 
-def _row(name: str, module: nn.Module, conversion: Conversion) -> Row:
+def _row(name: str, module: nn.Module, conversion: Conversion, device: torch.device) -> Row:
     style = conversion.styles.get(name, "")
     if conversion.sections.get(name, 1) > 1:
         style += f":{conversion.sections[name]}"
@@ -76,10 +79,21 @@ def _row(name: str, module: nn.Module, conversion: Conversion) -> Row:
         fused = "yes" if pipelined or conversion.region.group is None else "no"
         return Row(name, style, engine, chunks, fused, why)
     handling = conversion.styles.get(name)
+    if handling in ("norm", "dropout"):
+        backend, kernel = _kernel(device)
     if handling == "norm":
         why = "one kernel for the norm; the residual add and dropout before it are the model's own statements"
-        return Row(name, style, "", "", "norm only", why)
+        return Row(name, style, backend, "", "norm only", why + kernel)
     if handling == "dropout":
-        return Row(name, style, "", "", "no", "the model's forward drops and adds in statements of its own")
+        return Row(
+            name, style, backend, "", "no", "the model's forward drops and adds in statements of its own" + kernel
+        )
     why = "left as it is" if handling else "edge of the sharded residual stream"
     return Row(name, style, "", "", "", why)
+
+
+def _kernel(device: torch.device) -> tuple[str, str]:
+    """The kernel backend, and a remark where it is not the preferred one."""
+    backend, passed_over = choice(device)
+    remarks = "".join(f"; not {name}: {reason}" for name, reason in passed_over.items())
+    return backend or "none", remarks

@@ -12,7 +12,18 @@ import torch
 
 from .spec import NormGrads, NormKind, NormOutputs, NormSpec, NormWants, RowMap
 
-__all__ = ["BACKENDS", "NormGrads", "NormKind", "NormOutputs", "NormSpec", "NormWants", "RowMap", "select", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "NormGrads",
+    "NormKind",
+    "NormOutputs",
+    "NormSpec",
+    "NormWants",
+    "RowMap",
+    "choice",
+    "select",
+    "why_not",
+]
 
 # name -> (module, the device type it insists on)
 BACKENDS: dict[str, tuple[str, str | None]] = {
@@ -40,6 +51,18 @@ def why_not(backend: str, device: torch.device) -> str | None:
 
 
 @functools.cache
+def choice(device: torch.device) -> tuple[str | None, dict[str, str]]:
+    """The backend that runs on ``device`` when none is forced (None: none can), and why not those preferred to it."""
+    passed_over: dict[str, str] = {}
+    for candidate in ["native", "triton"] if device.type != "cpu" else ["native"]:
+        reason = why_not(candidate, device)
+        if reason is None:
+            return candidate, passed_over
+        passed_over[candidate] = reason
+    return None, passed_over
+
+
+@functools.cache
 def _select(backend: str, device: torch.device) -> ModuleType:
     if backend:
         if backend not in BACKENDS:
@@ -48,13 +71,9 @@ def _select(backend: str, device: torch.device) -> ModuleType:
         if reason is not None:
             raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
         return importlib.import_module(f".{BACKENDS[backend][0]}", __name__)
-    candidates = ["native", "triton"] if device.type != "cpu" else ["native"]
-    reasons = {}
-    for candidate in candidates:
-        reason = why_not(candidate, device)
-        if reason is None:
-            return _select(candidate, device)
-        reasons[candidate] = reason
+    chosen, reasons = choice(device)
+    if chosen is not None:
+        return _select(chosen, device)
     raise RuntimeError(
         f"no fused kernel can run on {device}: "
         + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

@@ -56,9 +56,10 @@ class Agreement:
         self._say(_WAITING + signature)
         try:
             self._meet(signature)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(Exception):
                 self._store.delete_key(self._key(signature, self._rank))
+            self.fail(str(error))  # not waiting any more
             raise
         self._say(_RUNNING + signature)
         self._known.add(signature)

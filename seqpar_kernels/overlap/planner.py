@@ -43,7 +43,7 @@ def plan(engine: str, chunks: int | None, *, shard_bytes: int, ranks: int, devic
     floor = SIZE_FLOOR_BYTES.get(device.type, SIZE_FLOOR_BYTES["cuda"])
     least = MIN_CHUNK_BYTES.get(device.type, MIN_CHUNK_BYTES["cuda"])
     if engine == "single":
-        return Plan("single", 1, "asked for")
+        return Plan("single", 1, "asked for" if chunks in (None, 1) else f"asked for; chunks={chunks} has no effect")
     if engine == "auto" and chunks is None and shard_bytes < floor:
         return Plan("single", 1, f"shard of {shard_bytes} bytes is below the floor of {floor}")
     if chunks is None:

@@ -98,7 +98,7 @@ def test_foreign_modules_that_are_no_rms_norm_are_refused() -> None:
     with pytest.raises(ValueError, match="expected no parameter but weight"):
         spnn.RMSNorm.from_torch(Biased(16))
     assert spnn.RMSNorm.from_torch(OwnScale(16, eps=1e-6)).zero_centered_weight
-    with pytest.raises(ValueError, match="expected torch.nn.LayerNorm with its own forward, got OwnForward"):
+    with pytest.raises(ValueError, match="with its own forward, got OwnForward"):
         spnn.LayerNorm.from_torch(OwnForward(16))
     with pytest.raises(ValueError, match="ForeignRMSNorm does not compute RMSNorm"):
         spnn.RMSNorm.from_torch(ForeignRMSNorm(16, power=3))

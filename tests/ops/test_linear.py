@@ -376,18 +376,16 @@ def in_place_case() -> None:
     """Results are nobody's views: drop-in modules may be followed by in-place activations."""
     for g in (None, group()):
         x, w = leaf(torch.randn(2, 4, K)), leaf(torch.randn(K, K))
-        for y in (
+        results = [
             sp.all_gather_linear(x, w, group=g),
             sp.linear_reduce_scatter(x, w, group=g),
             sp.dropout_add_rms_norm(x, x, None, group=g),
-            sp.dropout_add_rms_norm(x, x, None, group=g, prenorm=True)[1],
             sp.dropout_add(x, p=0.5, group=g),
-            *(
-                [sp.gather_sequence(x, g), sp.reduce_scatter_sequence(x, g), sp.reduce_from_tensor_parallel(x, g)]
-                if g
-                else []
-            ),
-        ):
+        ]
+        if g is not None:
+            results += [sp.gather_sequence(x, g), sp.reduce_scatter_sequence(x, g)]
+            results.append(sp.reduce_from_tensor_parallel(x, g))
+        for y in results:
             y.relu_().sum().backward()
 
 
@@ -410,8 +408,8 @@ def test_a_handled_error_on_one_rank_does_not_spoil_the_group(world2: World) -> 
 
 
 def uneven_dropout_case() -> None:
-    x = torch.randn(2, 7, 23).tensor_split(2, 1)[group().rank()]
-    sp.dropout_add(x, p=0.5, group=group())
+    x = torch.randn(2, 7, 3, 23).tensor_split(2, 1)[group().rank()]
+    sp.dropout_add(x, p=0.5, group=group(), seq_dim=1)
 
 
 def test_uneven_dropout_without_seq_len_raises_on_every_rank(world2: World) -> None:
