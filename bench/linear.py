@@ -136,8 +136,8 @@ def report(session: Session, job: LinearJob, answers: list[dict[str, Any]], rate
     link_bytes = min(job.wire_bytes("fwd"), 2**22)
     measured = 8 * link_bytes / (link_stats.p20 / 1e3)  # bits a second
     link_text = job.link.text if job.link else ("nvlink or pcie" if session.device == "cuda" else "loopback")
-    base = {"ranks": job.ranks, "dtype": job.dtype, "threads": 1}
-    shaped = {} if rate is None else {"rate_mbit": round(rate / 1e6, 2), "burst": BURST, "mtu": MTU}
+    base: dict[str, Any] = {"ranks": job.ranks, "dtype": job.dtype, "threads": 1}
+    shaped: dict[str, Any] = {} if rate is None else {"rate_mbit": round(rate / 1e6, 2), "burst": BURST, "mtu": MTU}
     row = Row(op="ceiling.link", provider="torch", shape=[link_bytes], params={"link": link_text, "op": job.op}, **base)
     row.bytes, row.metrics = link_bytes, {"mbit": round(measured / 1e6, 2), **shaped}
     session.add_timed(row, link_stats)
