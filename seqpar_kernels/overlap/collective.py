@@ -52,8 +52,9 @@ class CollectiveSession:
     def post(self, sends: list[Message], receives: list[Message]) -> None:
         if not sends and not receives:
             return
-        ops = [dist.P2POp(dist.isend, m.buffer, None, self._group, self._tag, m.transfer.target) for m in sends]
-        ops += [dist.P2POp(dist.irecv, m.buffer, None, self._group, self._tag, m.transfer.source) for m in receives]
+        # Receives first: gloo tells the sender that it is ready, and that message must not queue behind our own data.
+        ops = [dist.P2POp(dist.irecv, m.buffer, None, self._group, self._tag, m.transfer.source) for m in receives]
+        ops += [dist.P2POp(dist.isend, m.buffer, None, self._group, self._tag, m.transfer.target) for m in sends]
         try:
             works = dist.batch_isend_irecv(ops)
         except RuntimeError as error:
@@ -61,8 +62,8 @@ class CollectiveSession:
             raise self._failure("posting", transfer, error) from error
         if len(works) != len(ops):  # coalesced: one work stands for the whole post
             works = works[:1] * len(ops)
-        self._departures += zip(sends, works, strict=False)
-        self._arrivals.update(zip((m.transfer for m in receives), works[len(sends) :], strict=True))
+        self._arrivals.update(zip((m.transfer for m in receives), works, strict=False))
+        self._departures += zip(sends, works[len(receives) :], strict=True)
 
     def wait(self, transfer: Transfer) -> None:
         try:
