@@ -124,6 +124,7 @@ def ours(case: LinearCase, group: dist.ProcessGroup, chunks: int | None) -> tupl
 
 def dtensor(case: LinearCase, group: dist.ProcessGroup) -> tuple[Forward, Tensor]:
     """PyTorch's own plan for sequence-parallel linears."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -133,7 +134,15 @@ def dtensor(case: LinearCase, group: dist.ProcessGroup) -> tuple[Forward, Tensor
     linear = nn.Linear(in_features, out_features, bias=False, device=case.x.device, dtype=case.x.dtype)
     linear.weight = nn.Parameter(case.whole_weight.clone())
     style = ColwiseParallel(input_layouts=Shard(1)) if case.op == OPS[0] else RowwiseParallel(output_layouts=Shard(1))
-    return parallelize_module(linear, mesh, style), linear.weight
+    module = parallelize_module(linear, mesh, style)
+
+    def forward(x: Tensor) -> Tensor:
+        y: Tensor = module(x)
+        if isinstance(y, AsyncCollectiveTensor):  # its reduce-scatter may still be under way
+            y.trigger_wait()
+        return y
+
+    return forward, linear.weight
 
 
 def megatron(case: LinearCase, group: dist.ProcessGroup) -> tuple[Forward, Tensor]:
