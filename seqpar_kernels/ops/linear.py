@@ -98,7 +98,6 @@ class _AllGatherLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *weights)
         ctx.count, ctx.place = count, place
-        ctx.bias_dtypes = [None if b is None else b.dtype for b in biases]
         return tuple(all_gather_linear.below_autograd(x, list(weights), list(biases), *place))
 
     @staticmethod
