@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -90,10 +90,9 @@ def parallelize(
         RuntimeError: the ranks hold different models or weights.
     """
     region = Region(group_or_mesh, -2 if seq_dim is None else seq_dim)
-    number = 0
-    if region.group is not None:
-        agreement = agreement_of(region.group)
-        number = agreement.conversions = agreement.conversions + 1
+    agreement = None if region.group is None else agreement_of(region.group)
+    if agreement is not None:
+        agreement.conversions += 1
     with checked_together(region.group):
         if loss_parallel:
             raise ValueError("loss_parallel: expected False, a vocabulary-parallel loss is not there in this version")
@@ -104,15 +103,12 @@ def parallelize(
         conversion = _resolve(model, settled, region)
         _check_sizes(model, settled, conversion)
         _check_ties(model, conversion)
-        if region.group is not None:
-            signature = f"parallelize number {number} of {type(model).__name__} with {_digest(model)}"
-            agreement_of(region.group).require(signature)
+        if agreement is not None:
+            call = f"parallelize number {agreement.conversions} of {type(model).__name__}"
+            agreement.require(f"{call} with {_digest(model)}")
     conversion.trusted = plan is None
-    for pattern, names in settled.divided.items():
-        for name, module in model.named_modules():
-            if matches(pattern, name):
-                for attribute in names:
-                    setattr(module, attribute, getattr(module, attribute) // region.ranks)
+    for _, module, attribute in _divided(model, settled):
+        setattr(module, attribute, getattr(module, attribute) // region.ranks)
     for name, style in conversion.styles.items():
         _convert(model, name, style, conversion, engine)
     _share_gathers(model, settled, conversion)
@@ -150,6 +146,14 @@ def _resolve(model: nn.Module, plan: ParallelPlan, region: Region) -> Conversion
     return Conversion(region, styles, sections, edges)
 
 
+def _divided(model: nn.Module, plan: ParallelPlan) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every attribute that counts what is cut: (module name, module, attribute)."""
+    for pattern, attributes in plan.divided.items():
+        for name, module in model.named_modules():
+            if matches(pattern, name):
+                yield from ((name, module, attribute) for attribute in attributes)
+
+
 def _check_sizes(model: nn.Module, plan: ParallelPlan, conversion: Conversion) -> None:
     """Everything that must divide does, and every module is of a kind its style can convert."""
     ranks = conversion.region.ranks
@@ -160,13 +164,10 @@ def _check_sizes(model: nn.Module, plan: ParallelPlan, conversion: Conversion) -
             raise ValueError(
                 f"model.config.{attribute}: expected a multiple of the {ranks} ranks of the group, got {count}"
             )
-    for pattern, names in plan.divided.items():
-        for name, module in model.named_modules():
-            if matches(pattern, name):
-                for attribute in names:
-                    if getattr(module, attribute) % ranks:
-                        got = getattr(module, attribute)
-                        raise ValueError(f"{name}.{attribute}: expected a multiple of the {ranks} ranks, got {got}")
+    for name, module, attribute in _divided(model, plan):
+        got = getattr(module, attribute)
+        if got % ranks:
+            raise ValueError(f"{name}.{attribute}: expected a multiple of the {ranks} ranks, got {got}")
     for name, style in conversion.styles.items():
         module = model.get_submodule(name)
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

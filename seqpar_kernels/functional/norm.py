@@ -252,6 +252,8 @@ def run_norm(
         check_tensor("x", x)
         check_probability("p", p)
         drop = training and p > 0.0
+        if pg is not None and sum_gradients:
+            weight, bias, weight2, bias2, x_bias = replicated([weight, bias, weight2, bias2, x_bias], pg)
         settled = settle(
             kind,
             Meta(x.shape, x.dtype, x.device),
@@ -287,20 +289,14 @@ def run_norm(
             check_seeds_alike(seed_tensor, pg)
     if kind == NormKind.NONE and settled.same:
         return x
-    scalars = settled.scalars
     if residual is not None and residual.dtype != settled.residual_dtype:
         residual = residual.to(settled.residual_dtype)
     if row_scale is not None:
         row_scale = row_scale.reshape(-1)
-    if settled.vector_dtype is not None or (pg is not None and sum_gradients):
-        vectors = [weight, bias, weight2, bias2, x_bias]
-        if settled.vector_dtype is not None:
-            vectors = [None if v is None else v.to(settled.vector_dtype) for v in vectors]
-        if pg is not None and sum_gradients:
-            vectors = replicated(vectors, pg)
-        weight, bias, weight2, bias2, x_bias = vectors
-        w_dtype = next((v.dtype for v in vectors if v is not None), x.dtype)
-        scalars = (*scalars[:-2], w_dtype, scalars[-1])
+    if settled.vector_dtype is not None:
+        weight, bias, weight2, bias2, x_bias = (
+            None if v is None else v.to(settled.vector_dtype) for v in (weight, bias, weight2, bias2, x_bias)
+        )
     outs = ops.dropout_add_norm(
         x,
         residual,
@@ -313,7 +309,7 @@ def run_norm(
         seed_tensor,
         not settled.same,
         settled.two_norms,
-        *scalars,
+        *settled.scalars,
     )
     if kind == NormKind.NONE:
         return outs[0]
@@ -403,13 +399,11 @@ def replicated(params: Sequence[Tensor | None], group: ProcessGroup) -> list[Ten
     """
     if not torch.is_grad_enabled():
         return list(params)
-    picked = [i for i, t in enumerate(params) if t is not None and t.requires_grad]
+    picked = [i for i, t in enumerate(params) if isinstance(t, Tensor) and t.requires_grad]
     if not picked:
         return list(params)
     out = list(params)
     wrapped = ops.SumGradients.apply(group_name(group), *(params[i] for i in picked))
     for i, tensor in zip(picked, wrapped, strict=True):
         out[i] = tensor
-    # The kernels want one dtype: a frozen 16-bit vector follows its trained neighbours into float32.
-    dtype = wrapped[0].dtype
-    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in out]
+    return out

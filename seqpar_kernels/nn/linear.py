@@ -94,6 +94,14 @@ def _linear_features(module: nn.Module) -> tuple[int, int, bool]:
     raise ValueError(f"module: expected torch.nn.Linear or transformers' Conv1D, got {type(module).__name__}")
 
 
+def _column_sharding(transposed: bool, sections: int) -> dict[str, ShardSpec]:
+    return {"weight": ShardSpec(1 if transposed else 0, sections), "bias": ShardSpec(0, sections)}
+
+
+def _row_sharding(transposed: bool) -> dict[str, ShardSpec]:
+    return {"weight": ShardSpec(0 if transposed else 1)}
+
+
 class ColumnParallelLinear(_ParallelLinear):
     """All-gathers a sequence shard and multiplies it with this rank's rows of the weight, overlapped.
 
@@ -125,7 +133,7 @@ class ColumnParallelLinear(_ParallelLinear):
         sections: int = 1,
         transposed: bool = False,
     ):
-        sharded = {"weight": ShardSpec(1 if transposed else 0, sections), "bias": ShardSpec(0, sections)}
+        sharded = _column_sharding(transposed, sections)
         super().__init__(in_features, out_features, sharded, group, seq_dim, chunks, engine, transposed)
         self.shared_gather: SharedGather | None = None
         self._initialise(bias, device, dtype)
@@ -144,7 +152,7 @@ class ColumnParallelLinear(_ParallelLinear):
         """This rank's part of an nn.Linear or a transformers Conv1D."""
         features_in, features_out, transposed = _linear_features(module)
         new = cls.__new__(cls)
-        sharded = {"weight": ShardSpec(1 if transposed else 0, sections), "bias": ShardSpec(0, sections)}
+        sharded = _column_sharding(transposed, sections)
         _ParallelLinear.__init__(new, features_in, features_out, sharded, group, seq_dim, chunks, engine, transposed)
         new.shared_gather = None
         return _take_over(new, module)
@@ -189,7 +197,7 @@ class RowParallelLinear(_ParallelLinear):
         engine: str = "auto",
         transposed: bool = False,
     ):
-        sharded = {"weight": ShardSpec(0 if transposed else 1)}
+        sharded = _row_sharding(transposed)
         super().__init__(in_features, out_features, sharded, group, seq_dim, chunks, engine, transposed)
         self._initialise(bias, device, dtype)
 
@@ -206,7 +214,7 @@ class RowParallelLinear(_ParallelLinear):
         """This rank's part of an nn.Linear or a transformers Conv1D."""
         features_in, features_out, transposed = _linear_features(module)
         new = cls.__new__(cls)
-        sharded = {"weight": ShardSpec(0 if transposed else 1)}
+        sharded = _row_sharding(transposed)
         _ParallelLinear.__init__(new, features_in, features_out, sharded, group, seq_dim, chunks, engine, transposed)
         return _take_over(new, module)
 

@@ -57,10 +57,9 @@ def _gather_kernel(
         return [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     details = _weights_signature(weights, f"chunks={chunks}", f"pipelined={pipelined}")
     call = Call("all_gather_linear", x, seq_dim, seq_len, pg, *details)
-    mine, whole = call.mine(x), call.empty_whole(x.shape[-1], x)
+    mine = call.mine(x)
+    whole = call.empty_whole(x.shape[-1], x) if pipelined else call.around(mine)
     outs = [call.empty_whole(w.shape[0], x) for w in weights]
-    if not pipelined:
-        whole.window(call.shard.start, call.shard.stop).copy_(mine.data)
 
     def matmul(step: Compute) -> None:
         own = step.start == call.shard.start and step.stop == call.shard.stop
@@ -143,10 +142,7 @@ def _gather_backward_kernel(
     # A weight whose output nobody used has no gradient and adds nothing to dx.
     used = [(i, call.whole(g.contiguous())) for i, g in enumerate(grads) if g is not None]
     mine = call.mine(x)
-    whole = mine
-    if pg is not None and any(want_dw):
-        whole = call.empty_whole(features, x)
-        whole.window(shard.start, shard.stop).copy_(mine.data)
+    whole = call.around(mine) if pg is not None and any(want_dw) else mine
     outgoing: dict[tuple[int, int], Sequence3D] = {}
     partials = Partials(call, features, x) if want_dx else None
     dws: dict[int, Tensor] = {}
@@ -293,10 +289,7 @@ def _scatter_backward_kernel(
     call = Call("linear_reduce_scatter backward", dy, seq_dim, seq_len, pg, *details)
     shard = call.shard
     mine = call.mine(dy.contiguous())
-    whole = mine
-    if pg is not None:
-        whole = call.empty_whole(features_out, dy)
-        whole.window(shard.start, shard.stop).copy_(mine.data)
+    whole = mine if pg is None else call.around(mine)
     dx = call.empty_whole(features_in, x) if want_dx else None
     dws: list[Tensor] = []
 

@@ -177,6 +177,12 @@ class Call:
     def empty_whole(self, features: int, like: Tensor) -> Sequence3D:
         return Sequence3D.empty(self.layout, 0, self.shard.length, features, like)
 
+    def around(self, mine: Sequence3D) -> Sequence3D:
+        """Room for everybody's rows, ours in their place: what a gather fills."""
+        whole = self.empty_whole(mine.features, mine.data)
+        whole.window(self.shard.start, self.shard.stop).copy_(mine.data)
+        return whole
+
     def shape(self, length: int, features: int) -> tuple[int, ...]:
         return self.layout.shape(length, features)
 
@@ -211,8 +217,8 @@ class Partials:
 def gather(x: Tensor, seq_dim: int, length: int, group: ProcessGroup | None, name: str = "all_gather") -> Tensor:
     """[..., S/t, ..., H] -> [..., S, ..., H]"""
     call = Call(name, x, seq_dim, length, group, f"H={x.shape[-1]}")
-    mine, whole = call.mine(x), call.empty_whole(x.shape[-1], x)
-    whole.window(call.shard.start, call.shard.stop).copy_(mine.data)
+    mine = call.mine(x)
+    whole = call.around(mine)
     run(
         schedules.gather_only(call.shard),
         call.exchange(),
