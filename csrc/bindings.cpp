@@ -1,4 +1,5 @@
-// The only file that knows Python. Addresses arrive as integers (torch.Tensor.data_ptr()), 0 standing for "absent".
+// The only file that knows Python. Tensors arrive as they are, None standing for "absent", and are asked for nothing
+// but data_ptr(), is_contiguous() and stride(): a question asked from Python costs several times as much.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -12,12 +13,61 @@ using namespace seqpar;
 
 namespace {
 
-using Address = uintptr_t;
+// A tensor whose elements lie side by side; or a single one.
+struct Vector {
+    char* data = nullptr;
 
-template <typename T = void>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
+    operator void*() const { return data; }
+    template <typename T>
+    operator const T*() const {
+        return reinterpret_cast<const T*>(data);
+    }
+};
+
+// A tensor [..., cols] with its rows evenly apart: a contiguous one, or [rows, cols] with contiguous columns.
+struct Matrix : Vector {
+    bool contiguous = true;
+    int64_t distance = 0;  // of two rows, where not contiguous
+
+    int64_t stride(int64_t cols) const { return contiguous ? cols : distance; }
+};
+
+py::object ask(py::handle tensor, PyObject* method) {
+    PyObject* const answer = PyObject_CallMethodNoArgs(tensor.ptr(), method);
+    if (answer == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(answer);
 }
+
+void load(Vector& vector, py::handle tensor) {
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    vector.data = static_cast<char*>(PyLong_AsVoidPtr(ask(tensor, data_ptr).ptr()));
+}
+
+void load(Matrix& matrix, py::handle tensor) {
+    static PyObject* const is_contiguous = PyUnicode_InternFromString("is_contiguous");
+    load(static_cast<Vector&>(matrix), tensor);
+    matrix.contiguous = ask(tensor, is_contiguous).ptr() == Py_True;
+    if (!matrix.contiguous) matrix.distance = tensor.attr("stride")(0).cast<int64_t>();
+}
+
+}  // namespace
+
+template <typename T>
+struct TensorCaster {
+    PYBIND11_TYPE_CASTER(T, py::detail::const_name("Tensor | None"));
+
+    bool load(py::handle tensor, bool) {
+        if (!tensor.is_none()) ::load(value, tensor);
+        return true;
+    }
+};
+
+template <>
+struct pybind11::detail::type_caster<Vector> : TensorCaster<Vector> {};
+template <>
+struct pybind11::detail::type_caster<Matrix> : TensorCaster<Matrix> {};
+
+namespace {
 
 void check(Status status, const char* kernel) {
     switch (status) {
@@ -36,7 +86,7 @@ void check(Status status, const char* kernel) {
 struct Place {
     bool is_cuda;
     int threads_or_margin;
-    Address stream;
+    void* stream;
 };
 
 #ifdef SEQPAR_WITH_CUDA
@@ -48,107 +98,123 @@ Status no_cuda() {
 #define SEQPAR_DISPATCH(on_cpu, on_cuda) (place.is_cuda ? no_cuda() : (on_cpu))
 #endif
 
-void norm_forward(bool is_cuda, int threads_or_margin, Address stream, int64_t rows, int64_t cols, int norm,
-                  bool zero_centered, double eps, int x_dtype, int z_dtype, int y_dtype, int w_dtype, Address x,
-                  int64_t x_stride, Address x_bias, Address row_scale, Address residual, int64_t residual_stride,
-                  Address seed, uint32_t threshold, double scale, int64_t block, int64_t stride, int64_t offset,
-                  Address weight, Address bias, Address weight2, Address bias2, Address z, int64_t z_stride, Address y,
-                  int64_t y_stride, Address y2, int64_t y2_stride, Address y_scale, Address mean, Address rstd) {
-    const Place place{is_cuda, threads_or_margin, stream};
-    NormForward args{};
-    args.rows = rows;
-    args.cols = cols;
-    args.norm = static_cast<Norm>(norm);
-    args.zero_centered = zero_centered;
-    args.eps = eps;
-    args.x_dtype = static_cast<DType>(x_dtype);
-    args.z_dtype = static_cast<DType>(z_dtype);
-    args.y_dtype = static_cast<DType>(y_dtype);
-    args.w_dtype = static_cast<DType>(w_dtype);
-    args.x = at(x);
-    args.x_stride = x_stride;
-    args.x_bias = at(x_bias);
-    args.row_scale = at<const float>(row_scale);
-    args.residual = at(residual);
-    args.residual_stride = residual_stride;
-    args.dropout = {at<const int64_t>(seed), threshold, scale, {block, stride, offset}};
-    args.weight = at(weight);
-    args.bias = at(bias);
-    args.weight2 = at(weight2);
-    args.bias2 = at(bias2);
-    args.z = at(z);
-    args.z_stride = z_stride;
-    args.y = at(y);
-    args.y_stride = y_stride;
-    args.y2 = at(y2);
-    args.y2_stride = y2_stride;
-    args.y_scale = at<const float>(y_scale);
-    args.mean = at(mean);
-    args.rstd = at(rstd);
+// What kernels/spec.py's NormSpec says, in the kernels' terms.
+struct NormSpec {
+    Norm norm;
+    bool zero_centered;
+    double eps;
+    DType x_dtype, z_dtype, y_dtype, w_dtype;
+    uint32_t threshold;
+    double scale;
+    RowMap rows;
+
+    NormSpec(int norm, bool zero_centered, double eps, int x_dtype, int z_dtype, int y_dtype, int w_dtype,
+             uint32_t threshold, double scale, int64_t block, int64_t stride, int64_t offset)
+        : norm(static_cast<Norm>(norm)),
+          zero_centered(zero_centered),
+          eps(eps),
+          x_dtype(static_cast<DType>(x_dtype)),
+          z_dtype(static_cast<DType>(z_dtype)),
+          y_dtype(static_cast<DType>(y_dtype)),
+          w_dtype(static_cast<DType>(w_dtype)),
+          threshold(threshold),
+          scale(scale),
+          rows{block, stride, offset} {}
+
+    // `statistics` holds mean and rstd of the rows, or rstd alone.
+    template <typename Args>
+    Args arguments(int64_t n_rows, int64_t cols, const Vector& seed, const Vector& statistics) const {
+        Args args{};
+        args.rows = n_rows;
+        args.cols = cols;
+        args.norm = norm;
+        args.zero_centered = zero_centered;
+        args.x_dtype = x_dtype;
+        args.z_dtype = z_dtype;
+        args.y_dtype = y_dtype;
+        args.w_dtype = w_dtype;
+        args.dropout = {seed, threshold, scale, rows};
+        args.mean = args.rstd = statistics;
+        if (norm == Norm::layer && statistics.data) {
+            args.rstd = statistics.data + n_rows * (x_dtype == DType::f64 ? sizeof(double) : sizeof(float));
+        }
+        return args;
+    }
+};
+
+void norm_forward(bool is_cuda, int threads_or_margin, uintptr_t stream, const NormSpec& spec, int64_t rows,
+                  int64_t cols, Matrix x, int shards, int64_t shard_stride, Vector x_bias, Vector row_scale,
+                  Matrix residual, Vector weight, Vector bias, Vector weight2, Vector bias2, Vector seed, Matrix z,
+                  Matrix y, Matrix y2, Vector y_scale, Vector statistics) {
+    const Place place{is_cuda, threads_or_margin, reinterpret_cast<void*>(stream)};
+    if (!is_cuda && spec.y_dtype == DType::e4m3) {
+        throw std::invalid_argument("y_scale: the CPU kernels store no float8; backend='reference' does");
+    }
+    NormForward args = spec.arguments<NormForward>(rows, cols, seed, statistics);
+    args.eps = spec.eps;
+    args.x = x;
+    args.x_stride = x.stride(cols);
+    args.shards = shards;
+    args.shard_stride = shard_stride;
+    args.x_bias = x_bias;
+    args.row_scale = row_scale;
+    args.residual = residual;
+    args.residual_stride = residual.stride(cols);
+    args.weight = weight;
+    args.bias = bias;
+    args.weight2 = weight2;
+    args.bias2 = bias2;
+    args.z = z;
+    args.z_stride = z.stride(cols);
+    args.y = y;
+    args.y_stride = y.stride(cols);
+    args.y2 = y2;
+    args.y2_stride = y2.stride(cols);
+    args.y_scale = y_scale;
     py::gil_scoped_release release;
     check(SEQPAR_DISPATCH(cpu::norm_forward(args, place.threads_or_margin),
-                          cuda::norm_forward(args, place.threads_or_margin, at(place.stream))),
+                          cuda::norm_forward(args, place.threads_or_margin, place.stream)),
           "norm_forward");
 }
 
-NormBackward backward_sizes(int64_t rows, int64_t cols, int norm, bool zero_centered, int x_dtype, int z_dtype,
-                            int y_dtype, int w_dtype) {
-    NormBackward args{};
-    args.rows = rows;
-    args.cols = cols;
-    args.norm = static_cast<Norm>(norm);
-    args.zero_centered = zero_centered;
-    args.x_dtype = static_cast<DType>(x_dtype);
-    args.z_dtype = static_cast<DType>(z_dtype);
-    args.y_dtype = static_cast<DType>(y_dtype);
-    args.w_dtype = static_cast<DType>(w_dtype);
-    return args;
-}
-
-void norm_backward(bool is_cuda, int threads_or_margin, Address stream, int64_t rows, int64_t cols, int norm,
-                   bool zero_centered, int x_dtype, int z_dtype, int y_dtype, int w_dtype, Address dy,
-                   int64_t dy_stride, Address dy2, int64_t dy2_stride, Address dz, int64_t dz_stride, Address z,
-                   int64_t z_stride, Address mean, Address rstd, Address row_scale, Address seed, uint32_t threshold,
-                   double scale, int64_t block, int64_t stride, int64_t offset, Address weight, Address weight2,
-                   Address dx, int64_t dx_stride, Address dresidual, int64_t dresidual_stride, Address dweight,
-                   Address dbias, Address dweight2, Address dbias2, Address dx_bias, Address workspace) {
-    const Place place{is_cuda, threads_or_margin, stream};
-    NormBackward args = backward_sizes(rows, cols, norm, zero_centered, x_dtype, z_dtype, y_dtype, w_dtype);
-    args.dy = at(dy);
-    args.dy_stride = dy_stride;
-    args.dy2 = at(dy2);
-    args.dy2_stride = dy2_stride;
-    args.dz = at(dz);
-    args.dz_stride = dz_stride;
-    args.z = at(z);
-    args.z_stride = z_stride;
-    args.mean = at(mean);
-    args.rstd = at(rstd);
-    args.row_scale = at<const float>(row_scale);
-    args.dropout = {at<const int64_t>(seed), threshold, scale, {block, stride, offset}};
-    args.weight = at(weight);
-    args.weight2 = at(weight2);
-    args.dx = at(dx);
-    args.dx_stride = dx_stride;
-    args.dresidual = at(dresidual);
-    args.dresidual_stride = dresidual_stride;
-    args.dweight = at(dweight);
-    args.dbias = at(dbias);
-    args.dweight2 = at(dweight2);
-    args.dbias2 = at(dbias2);
-    args.dx_bias = at(dx_bias);
-    args.workspace = at(workspace);
+void norm_backward(bool is_cuda, int threads_or_margin, uintptr_t stream, const NormSpec& spec, int64_t rows,
+                   int64_t cols, Matrix dy, Matrix dy2, Matrix dz, Matrix z, Vector statistics, Vector row_scale,
+                   Vector weight, Vector weight2, Vector seed, Matrix dx, Matrix dresidual, Vector dweight,
+                   Vector dbias, Vector dweight2, Vector dbias2, Vector dx_bias, Vector workspace) {
+    const Place place{is_cuda, threads_or_margin, reinterpret_cast<void*>(stream)};
+    NormBackward args = spec.arguments<NormBackward>(rows, cols, seed, statistics);
+    args.dy = dy;
+    args.dy_stride = dy.stride(cols);
+    args.dy2 = dy2;
+    args.dy2_stride = dy2.stride(cols);
+    args.dz = dz;
+    args.dz_stride = dz.stride(cols);
+    args.z = z;
+    args.z_stride = z.stride(cols);
+    args.row_scale = row_scale;
+    args.weight = weight;
+    args.weight2 = weight2;
+    args.dx = dx;
+    args.dx_stride = dx.stride(cols);
+    args.dresidual = dresidual;
+    args.dresidual_stride = dresidual.stride(cols);
+    args.dweight = dweight;
+    args.dbias = dbias;
+    args.dweight2 = dweight2;
+    args.dbias2 = dbias2;
+    args.dx_bias = dx_bias;
+    args.workspace = workspace;
     py::gil_scoped_release release;
     check(SEQPAR_DISPATCH(cpu::norm_backward(args, place.threads_or_margin),
-                          cuda::norm_backward(args, place.threads_or_margin, at(place.stream))),
+                          cuda::norm_backward(args, place.threads_or_margin, place.stream)),
           "norm_backward");
 }
 
 // Bytes of workspace norm_backward needs. `vectors` is a bit set of the [cols] gradients wanted, lowest bit first:
 // dweight, dbias, dweight2, dbias2, dx_bias.
-int64_t norm_backward_workspace(bool is_cuda, int margin, int64_t rows, int64_t cols, int norm, int x_dtype,
-                                int z_dtype, int y_dtype, int w_dtype, int vectors) {
-    NormBackward args = backward_sizes(rows, cols, norm, false, x_dtype, z_dtype, y_dtype, w_dtype);
+int64_t norm_backward_workspace(bool is_cuda, int margin, const NormSpec& spec, int64_t rows, int64_t cols,
+                                int vectors) {
+    NormBackward args = spec.arguments<NormBackward>(rows, cols, {}, {});
     static char wanted;  // only "null or not" is looked at
     void** outputs[] = {&args.dweight, &args.dbias, &args.dweight2, &args.dbias2, &args.dx_bias};
     for (int i = 0; i < 5; ++i) {
@@ -162,31 +228,23 @@ int64_t norm_backward_workspace(bool is_cuda, int margin, int64_t rows, int64_t 
     return cpu::norm_backward_workspace(args);
 }
 
-void reduce_shards(bool is_cuda, int threads, Address stream, int64_t rows, int64_t cols, int count, int dtype,
-                   int bias_dtype, Address parts, int64_t part_stride, int64_t row_stride, Address bias, Address out,
-                   int64_t out_stride) {
-    const Place place{is_cuda, threads, stream};
-    const ReduceShards args{rows,
-                            cols,
-                            count,
-                            static_cast<DType>(dtype),
-                            static_cast<DType>(bias_dtype),
-                            at(parts),
-                            part_stride,
-                            row_stride,
-                            at(bias),
-                            at(out),
-                            out_stride};
+void reduce_shards(bool is_cuda, int threads, uintptr_t stream, int64_t rows, int64_t cols, int count, int dtype,
+                   int bias_dtype, Vector parts, int64_t part_stride, int64_t row_stride, Vector bias, Matrix out) {
+    const Place place{is_cuda, threads, reinterpret_cast<void*>(stream)};
+    const ReduceShards args{
+        rows,       cols, count, static_cast<DType>(dtype), static_cast<DType>(bias_dtype), parts, part_stride,
+        row_stride, bias, out,   out.stride(cols)};
     py::gil_scoped_release release;
-    check(
-        SEQPAR_DISPATCH(cpu::reduce_shards(args, place.threads_or_margin), cuda::reduce_shards(args, at(place.stream))),
-        "reduce_shards");
+    check(SEQPAR_DISPATCH(cpu::reduce_shards(args, place.threads_or_margin), cuda::reduce_shards(args, place.stream)),
+          "reduce_shards");
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Compiled kernels of seqpar_kernels; called through seqpar_kernels.kernels.native";
+    py::class_<NormSpec>(m, "NormSpec", py::module_local())
+        .def(py::init<int, bool, double, int, int, int, int, uint32_t, double, int64_t, int64_t, int64_t>());
     m.def("norm_forward", &norm_forward);
     m.def("norm_backward", &norm_backward);
     m.def("norm_backward_workspace", &norm_backward_workspace);

@@ -30,6 +30,8 @@ struct Dropout {
 // Arithmetic is fp32 (fp64 when x is f64); each output is rounded once. y is the norm of z as stored: what the backward
 // reads is what the forward normalised, also where a row hardly varies and rounding z would change its statistics.
 // Norm::none stores z alone. Null pointers switch a term off.
+// With `shards` > 1, x is the sum of so many partial results, shard_stride elements apart, taken in their order and not
+// rounded before z is: the end of a reduce-scatter and what follows it, in one pass.
 struct NormForward {
     int64_t rows, cols;
     Norm norm;
@@ -38,6 +40,8 @@ struct NormForward {
     DType x_dtype, z_dtype, y_dtype, w_dtype;  // z_dtype: residual and z. w_dtype: every [cols] vector
     const void* x;
     int64_t x_stride;
+    int32_t shards;
+    int64_t shard_stride;
     const void* x_bias;      // [cols]
     const float* row_scale;  // [rows]
     const void* residual;
@@ -50,7 +54,7 @@ struct NormForward {
     int64_t y_stride;
     void* y2;
     int64_t y2_stride;
-    const float* y_scale;  // e4m3 outputs only: y is multiplied by it before the store
+    const float* y_scale;  // e4m3 outputs only: y is multiplied by it before the store, which saturates
     void *mean, *rstd;     // [rows] f32 (f64 when x is f64); mean is unused by rms
 };
 

@@ -5,7 +5,17 @@ reduce-scatter, and ``parallelize(model, mesh)``, which turns an existing model 
 """
 
 from . import megatron, nn
-from .convert import ParallelPlan, explain, full_state_dict, gather_full_gradients, parallelize
+from .convert import (
+    ParallelPlan,
+    explain,
+    full_state_dict,
+    gather_full_gradients,
+    load_sharded_optimizer_state_dict,
+    parallelize,
+    sharded_optimizer_state_dict,
+    sharded_state_dict,
+    unparallelize,
+)
 from .functional import (
     all_gather_linear,
     copy_to_tensor_parallel,
@@ -15,14 +25,31 @@ from .functional import (
     gather_sequence,
     gather_tensor_parallel,
     linear_reduce_scatter,
+    linear_reduce_scatter_dropout_add_norm,
     reduce_from_tensor_parallel,
     reduce_scatter_sequence,
     scatter_sequence,
     scatter_tensor_parallel,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_embedding,
+    vocab_parallel_linear_cross_entropy,
 )
 from .layout import SequenceShard
 from .memory import activation_bytes
-from .nn import ColumnParallelLinear, Dropout, DropoutAddNorm, LayerNorm, RMSNorm, RowParallelLinear
+from .nn import (
+    ColumnParallelLinear,
+    Dropout,
+    DropoutAddNorm,
+    LayerNorm,
+    RMSNorm,
+    RowParallelLinear,
+    TransformerLayer,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+)
+from .ops import inductor_fusion
+from .overlap.planner import set_max_workspace_bytes
+from .overlap.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -35,6 +62,9 @@ __all__ = [
     "RMSNorm",
     "RowParallelLinear",
     "SequenceShard",
+    "TransformerLayer",
+    "VocabParallelEmbedding",
+    "VocabParallelHead",
     "activation_bytes",
     "all_gather_linear",
     "copy_to_tensor_parallel",
@@ -46,7 +76,10 @@ __all__ = [
     "gather_full_gradients",
     "gather_sequence",
     "gather_tensor_parallel",
+    "inductor_fusion",
     "linear_reduce_scatter",
+    "linear_reduce_scatter_dropout_add_norm",
+    "load_sharded_optimizer_state_dict",
     "megatron",
     "nn",
     "parallelize",
@@ -54,4 +87,12 @@ __all__ = [
     "reduce_scatter_sequence",
     "scatter_sequence",
     "scatter_tensor_parallel",
+    "set_max_workspace_bytes",
+    "sharded_optimizer_state_dict",
+    "sharded_state_dict",
+    "tune",
+    "unparallelize",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_embedding",
+    "vocab_parallel_linear_cross_entropy",
 ]

@@ -1,5 +1,10 @@
-"""``python -m seqpar_kernels``: what was built, what is available here, and the reason for every "no"."""
+"""``python -m seqpar_kernels``: what was built, what is available here, and the reason for every "no".
 
+``torchrun --nproc-per-node 2 -m seqpar_kernels tune`` measures this machine and its links for the planner.
+"""
+
+import argparse
+import os
 import platform
 
 import torch
@@ -7,6 +12,7 @@ import torch.distributed as dist
 
 from . import __version__
 from .kernels import BACKENDS, native, why_not
+from .overlap.tuning import tune
 
 
 def report() -> str:
@@ -48,5 +54,32 @@ def _no_cuda() -> str:
     return "no CUDA device is visible (no driver, no GPU, or CUDA_VISIBLE_DEVICES hides it)"
 
 
+def tune_ranks() -> str | None:
+    """The figures as text on rank 0, None on the others.
+
+    Raises:
+        SystemExit: not started by torchrun.
+    """
+    if "RANK" not in os.environ:
+        raise SystemExit("tune: start one process a rank: torchrun --nproc-per-node 2 -m seqpar_kernels tune")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group()
+    try:
+        figures = tune()
+        lines = [f"{name:<16} {value}" for name, value in figures._asdict().items()]
+        return "\n".join(lines) if dist.get_rank() == 0 else None
+    finally:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m seqpar_kernels", description=__doc__)
+    parser.add_argument("command", nargs="?", choices=["report", "tune"], default="report")
+    text = tune_ranks() if parser.parse_args().command == "tune" else report()
+    if text is not None:
+        print(text)
+
+
 if __name__ == "__main__":
-    print(report())
+    main()

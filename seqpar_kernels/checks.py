@@ -115,6 +115,27 @@ def check_linear_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
     check_same_device(name, bias, "x", weight)
 
 
+def check_main_grad(name: str, main_grad: Tensor | None, weight: Tensor) -> None:
+    """The buffer that the gradient of a weight [N, K] is added to.
+
+    Raises:
+        ValueError: it does not fit.
+        RuntimeError: under torch.compile, which takes no op that changes an argument and returns a list of tensors.
+    """
+    if main_grad is None:
+        return
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"{name}: not possible under torch.compile, which takes no such op; run this layer eagerly")
+    check_tensor(name, main_grad)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if main_grad.shape != weight.shape or main_grad.dtype != wide or main_grad.requires_grad:
+        raise ValueError(
+            f"{name}: expected {wide} {tuple(weight.shape)} without gradient, like its weight, "
+            f"got {main_grad.dtype} {tuple(main_grad.shape)}, requires_grad={main_grad.requires_grad}"
+        )
+    check_same_device(name, main_grad, "x", weight)
+
+
 def check_divides(name: str, size: int, parts: int, what: str) -> None:
     """``size`` splits evenly over ``parts`` ranks."""
     if size % parts != 0:

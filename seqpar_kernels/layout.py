@@ -46,6 +46,15 @@ def split_point(length: int, parts: int, index: int) -> int:
     return index * (length // parts) + min(index, length % parts)
 
 
+def vocabulary_range(size: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Rows ``start..stop`` of a vocabulary of ``size`` entries that ``rank`` holds.
+
+    Cut as ``torch.chunk`` and DTensor's ``Shard`` cut: ceil(size / ranks) rows each, the last ranks fewer or none.
+    """
+    most = -(-size // ranks)
+    return min(rank * most, size), min((rank + 1) * most, size)
+
+
 def resolve_group(group: Group) -> ProcessGroup | None:
     """``group`` as a ProcessGroup; None for None and for a group of one rank.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 @dataclass
@@ -59,19 +60,21 @@ def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Activ
     stack: list[str] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
         base = tensor._base if tensor._base is not None else tensor
-        if storage.data_ptr() not in seen and not isinstance(base, nn.Parameter):
-            seen.add(storage.data_ptr())
-            keep_alive.append(storage)
-            where = stack[-1] if stack else "(outside any module)"
-            report.by_module[where] = report.by_module.get(where, 0) + storage.nbytes()
-            report.total += storage.nbytes()
+        if isinstance(base, nn.Parameter):
+            return tensor
+        for storage in _storages(tensor):
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                keep_alive.append(storage)
+                where = stack[-1] if stack else "(outside any module)"
+                report.by_module[where] = report.by_module.get(where, 0) + storage.nbytes()
+                report.total += storage.nbytes()
         return tensor
 
     def enter(module: nn.Module, inputs: Any) -> None:
         for held in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            seen.add(held.untyped_storage().data_ptr())
+            seen.update(storage.data_ptr() for storage in _storages(held))
         name = type(module).__name__
         stack.append(f"{stack[-1]}.{name}" if stack else name)
 
@@ -89,6 +92,17 @@ def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Activ
         for handle in handles:
             handle.remove()
     return report
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """Where its numbers lie: a tensor subclass such as a DTensor has them in the tensors it wraps."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for part in (getattr(tensor, name) for name in names):
+            if isinstance(part, Tensor):  # a DTensor names its mesh among them
+                yield from _storages(part)
+    else:
+        yield tensor.untyped_storage()
 
 
 def paper_bytes_per_layer(

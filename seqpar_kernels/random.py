@@ -1,7 +1,10 @@
 """Dropout seeds: 0-d int64 tensors drawn from PyTorch's default generators, alike on all ranks of a group."""
 
+import contextlib
 import operator
 import os
+import threading
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -11,13 +14,30 @@ from torch.distributed import ProcessGroup
 _SEED_LIMIT = 2**63 - 1
 
 
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def own_generator(generator: torch.Generator) -> Iterator[None]:
+    """Seeds that this thread draws for ``generator.device`` come from ``generator``: for ranks that are threads."""
+    before = getattr(_thread, "generator", None)
+    _thread.generator = generator
+    try:
+        yield
+    finally:
+        _thread.generator = before
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed from the default generator of ``device``. 0-d int64.
 
     Being an ordinary random tensor it follows ``torch.manual_seed``, is replayed by activation checkpointing, and is
     new at every replay of a CUDA graph.
     """
-    return torch.randint(_SEED_LIMIT, (), dtype=torch.int64, device=device)
+    generator = None if torch.compiler.is_compiling() else getattr(_thread, "generator", None)
+    if generator is None or generator.device.type != device.type:
+        return torch.randint(_SEED_LIMIT, (), dtype=torch.int64, device=device)
+    return torch.randint(_SEED_LIMIT, (), dtype=torch.int64, device=device, generator=generator)
 
 
 def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -59,12 +61,87 @@ def diverge() -> None:
     call(4 + 2 * group().rank())
 
 
-def test_a_late_disagreement_times_out_with_both_sides_named(short_world: World) -> None:
-    outcomes = short_world.outcomes(diverge)
+def test_a_late_disagreement_is_found_fast_and_the_group_lives(world2: World) -> None:
+    start = time.monotonic()
+    outcomes = world2.outcomes(diverge)
     assert [ok for ok, _ in outcomes] == [False, False]
-    for rank, (_, text) in enumerate(outcomes):
-        assert "all_gather_linear(S=" in text and f"between rank {rank} and rank {1 - rank}" in text, text
-    assert any(f"rank {1 - r} was in all_gather_linear(S=" in text for r, (_, text) in enumerate(outcomes))
+    for _, text in outcomes:
+        assert "the ranks disagree: rank 0: all_gather_linear(S=8" in text, text
+        assert "; rank 1: all_gather_linear(S=12" in text, text
+    assert time.monotonic() - start < 30  # the time-out of this world is twice that
+    world2.run(right_result)
+
+
+def half_known() -> None:
+    """Rank 0 meets nothing new and sends at once; rank 1 comes to something new and asks first."""
+    call(4)
+    call(4 if group().rank() == 0 else 9)
+
+
+def test_a_disagreement_that_only_one_rank_can_see_is_found_fast(world2: World) -> None:
+    start = time.monotonic()
+    outcomes = world2.outcomes(half_known)
+    for ok, text in outcomes:
+        assert not ok and "the ranks disagree: rank 0: all_gather_linear(S=8" in text, text
+    assert time.monotonic() - start < 30
+    world2.run(right_result)
+
+
+def right_result() -> None:
+    """What the ops of a sound group give, often enough that a message left over from before would be met."""
+    g = group()
+    for _ in range(3):
+        x, w = torch.arange(40.0).view(2, 4, 5), torch.ones(3, 5)
+        whole = torch.cat([x + r for r in range(g.size())], 1)
+        assert torch.equal(sp.all_gather_linear(x + g.rank(), w, group=g, chunks=2), whole @ w.t())
+        assert torch.equal(
+            sp.linear_reduce_scatter(whole, w, group=g), (g.size() * whole @ w.t()).tensor_split(g.size(), 1)[g.rank()]
+        )
+
+
+def fails_between_chunks(kind: str) -> None:
+    """One rank fails in its matmul, with its first chunks sent and its peer's on the way."""
+    from seqpar_kernels.ops import linear
+
+    x, w = torch.randn(2, 4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    y = sp.all_gather_linear(x, w, group=group(), chunks=2)
+
+    def explode(*args: object, **options: object) -> None:
+        raise ArithmeticError("boom")
+
+    healthy = linear.matmul_into
+    if group().rank() == 1:
+        linear.matmul_into = explode  # type: ignore[assignment]
+    try:
+        if kind == "forward":
+            sp.all_gather_linear(x, w, group=group(), chunks=2)
+        else:
+            y.sum().backward()
+    finally:
+        linear.matmul_into = healthy
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_an_exception_amid_an_op_reaches_the_others_and_the_group_lives(world2: World, kind: str) -> None:
+    (ok0, text0), (ok1, text1) = world2.outcomes(fails_between_chunks, kind)
+    assert not ok1 and "ArithmeticError: boom" in text1
+    name = "all_gather_linear" + " backward" * (kind == "backward")
+    if not ok0:  # all that rank 0 needs may have been sent
+        assert f"rank 1 failed in {name}(" in text0 and "boom" in text0, text0
+    if ok0:
+        heard, _ = world2.run(right_result_at_second_try)
+        assert f"rank 1 failed in {name}(" in heard, heard
+    world2.run(right_result)
+
+
+def right_result_at_second_try() -> str:
+    """A rank that had got all it needed hears of the failure at its next op."""
+    try:
+        right_result()
+    except RuntimeError as error:
+        right_result()
+        return str(error)
+    return ""
 
 
 def subgroup_stalls() -> float:
@@ -94,6 +171,82 @@ def stalls() -> None:
 def test_a_stalled_rank_is_named(short_world: World) -> None:
     (ok, text), _ = short_world.outcomes(stalls)
     assert not ok and "linear_reduce_scatter" in text and "rank 1 did not reach this op" in text
+
+
+def scatter_with(act: Callable[[], object]) -> None:
+    """A reduce-scatter in which rank 1 does ``act`` before each of its matmuls; the others wait for its sums."""
+    from seqpar_kernels.ops import linear
+
+    g, healthy = group(), linear.matmul_into
+
+    def acting(*args: Any, **options: Any) -> None:
+        act()
+        healthy(*args, **options)
+
+    x, w = torch.arange(96.0).view(2, 12, 4) + g.rank(), torch.ones(3, 4)
+    if g.rank() == 1:
+        linear.matmul_into = acting
+    try:
+        y = sp.linear_reduce_scatter(x, w, group=g, chunks=2, engine="collective")
+    finally:
+        linear.matmul_into = healthy
+    whole = sum((torch.arange(96.0).view(2, 12, 4) + r) @ w.t() for r in range(g.size()))
+    assert isinstance(whole, torch.Tensor) and torch.equal(y, whole.tensor_split(g.size(), 1)[g.rank()])
+
+
+def scatter_with_sleep(seconds: float) -> None:
+    scatter_with(lambda: time.sleep(seconds))
+
+
+def scatter_with_death() -> None:
+    scatter_with(lambda: os._exit(1))
+
+
+def scatter_with_error() -> None:
+    def explode() -> None:
+        raise ArithmeticError("boom")
+
+    scatter_with(explode)
+
+
+AMID = (
+    r"linear_reduce_scatter\(.*receiving chunk \d \(rows \d+\.\.\d+ of rank {0}, scatter\) "
+    r"failed between rank {0} and rank 1"
+)
+
+
+def test_a_straggler_is_waited_for(short_world: World) -> None:
+    """Longer than patience, shorter than the time-out: asked after, and no harm done."""
+    short_world.run(scatter_with_sleep, 0.0)
+    short_world.run(scatter_with_sleep, 0.4 * TIMEOUT)
+    short_world.run(scatter_with_sleep, 0.0)
+
+
+def test_a_rank_that_stalls_amid_an_op_is_named_with_the_chunk(short_world: World) -> None:
+    (ok0, text0), (ok1, _) = short_world.outcomes(scatter_with_sleep, 1.5 * TIMEOUT)
+    assert not ok0 and re.search(AMID.format(0), text0), text0
+    assert not ok1  # its peer has gone: no result on one side only
+
+
+def test_a_rank_that_dies_amid_an_op_is_named_with_the_chunk(short_world: World) -> None:
+    (ok, text), (_, other) = short_world.outcomes(scatter_with_death)
+    assert other == "the process died"
+    assert not ok and re.search(AMID.format(0), text), text
+
+
+def test_all_others_hear_of_an_exception_amid_an_op() -> None:
+    world = World(3)
+    try:
+        world.run(right_result)
+        outcomes = world.outcomes(scatter_with_error)
+        assert not outcomes[1][0] and "ArithmeticError: boom" in outcomes[1][1]
+        for rank in (0, 2):
+            ok, text = outcomes[rank]
+            assert not ok and "rank 1 failed in linear_reduce_scatter(" in text and "boom" in text, text
+        world.run(right_result)
+        world.run(scatter_with_sleep, 0.0)
+    finally:
+        world.close()
 
 
 class Explodes(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import seqpar_kernels as sp
 from seqpar_kernels.memory import paper_bytes_per_layer
@@ -35,6 +36,20 @@ def test_by_module() -> None:
     assert set(report.by_module) == {"Sequential.Linear", "Sequential.Tanh"}
     assert "total" in str(report)
     report.result.backward()
+
+
+def test_subclasses_count_what_they_wrap() -> None:
+    """Parameters of parallelized models are DTensors, which have no storage of their own."""
+    inner = torch.randn(4, 8)
+    wrapped = TwoTensor(inner, inner.clone())
+    module = nn.Module()
+    module.weight = nn.Parameter(wrapped)
+    module.forward = lambda x: (x * module.weight).sum()  # type: ignore[method-assign]
+    x = torch.randn(4, 8, requires_grad=True)
+    report = sp.activation_bytes(module, x)
+    assert report.total == x.nbytes  # the weight's two parts are a parameter's
+    report = sp.activation_bytes(lambda x: (x * wrapped).sum(), x)
+    assert report.total == 2 * inner.nbytes
 
 
 def test_paper_formula() -> None:

@@ -127,7 +127,7 @@ Status norm_forward(const NormForward& args, int threads) {
         return Status::bad_argument;
     }
     if (args.rows == 0) return Status::ok;
-    if (!args.x) return Status::bad_argument;
+    if (!args.x || args.shards < 1) return Status::bad_argument;
     return kernels().norm_forward(args, threads);
 }
 

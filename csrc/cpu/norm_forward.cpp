@@ -71,6 +71,8 @@ struct ForwardKernel {
     static A combine(const Plan& plan, int64_t r, A* row) {
         const NormForward& args = *plan.args;
         const X* const x = row_of<X>(args.x, r, args.x_stride);
+        const int32_t shards = args.shards;
+        const int64_t shard_stride = args.shard_stride;
         const Z* const residual = row_of<Z>(args.residual, r, args.residual_stride);
         Z* const z = row_of<Z>(args.z, r, args.z_stride);
         const A* const x_bias = plan.x_bias;
@@ -89,6 +91,7 @@ struct ForwardKernel {
                 if (kDropout) plan.dropout.keep(state, chunk, keep);
                 for_packs<P::lanes>(chunk, smaller(end, chunk + step), [&](int64_t c, auto n) SEQPAR_BODY {
                     P v = load<O>(x + c, n);
+                    for (int32_t i = 1; i < shards; ++i) v = v + load<O>(x + i * shard_stride + c, n);
                     if (x_bias) v = v + load_scratch(x_bias + c);
                     const P base = residual ? load<O>(residual + c, n) : zero;
                     v = kDropout ? keep_fma(keep[(c - chunk) / P::lanes], v, factors, base) : fma(v, factors, base);

@@ -89,6 +89,29 @@ SEQPAR_DEVICE void load_vector(float (&values)[kWidth], const void* base, bool i
     }
 }
 
+// values += parts[0] + parts[1] + ..., in that order, `stride` elements apart; kInFlight of them are loaded before the
+// first is added.
+template <int kInFlight, class T, int kWidth>
+SEQPAR_DEVICE void add_shards(float (&values)[kWidth], const T* part, int64_t stride, int count) {
+#pragma unroll 1
+    for (int first = 0; first < count; first += kInFlight) {
+        Vec<T, kWidth> packed[kInFlight];
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            if (first + i < count) load_stream(packed[i], part);
+            part += stride;
+        }
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            if (first + i >= count) continue;
+            float added[kWidth];
+            unpack<T>(packed[i], added);
+#pragma unroll
+            for (int k = 0; k < kWidth; ++k) values[k] += added[k];
+        }
+    }
+}
+
 // rsqrt to about the last bit: the instruction may miss by two.
 SEQPAR_DEVICE float reciprocal_sqrt(float v) {
     const float y = rsqrtf(v);

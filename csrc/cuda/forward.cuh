@@ -10,6 +10,10 @@ namespace cuda {
 // 64 registers a thread: 16 columns of 16-bit rows or 8 of f32 rows, with the next row behind them.
 constexpr int kForwardThreads = 1024;
 
+// Shards of x that a thread has on their way to it at once: what 64 registers hold beside its columns of z.
+template <int kColumns>
+constexpr int kShardsInFlight = kColumns > 8 ? 2 : 4;
+
 // The arguments, and what follows from them. Parameters lie in constant memory, where they take no registers.
 struct ForwardParams {
     NormForward args;
@@ -55,7 +59,7 @@ SEQPAR_DEVICE void store_y(void* y, int64_t index, float (&values)[kWidth], cons
     store(element<e4m3>(y, index), pack<e4m3>(values));
 }
 
-template <class X, class Z, int kUnits, bool kDropout>
+template <class X, class Z, int kUnits, bool kDropout, bool kShards>
 __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __grid_constant__ ForwardParams p) {
     constexpr int W = kWidth<X, Z>;
     const NormForward& a = p.args;
@@ -85,7 +89,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
     };
 
     int row = group.first_row();
-    if (row < p.rows) load_row(static_cast<uint32_t>(row));
+    if (!kShards && row < p.rows) load_row(static_cast<uint32_t>(row));
     // Rows side by side in a CTA take the same number of turns, so that whole warps meet in every shuffle
     for (; row - group.index < p.rows; row += p.geometry.row_step) {
         forget(row);
@@ -106,7 +110,20 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
         }
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
-            unpack<X>(x[u], z[u]);
+            if constexpr (kShards) {
+#pragma unroll
+                for (int i = 0; i < W; ++i) z[u][i] = 0.0f;
+                if (unit_of(u) < units) {
+                    const int64_t column = first() + u * apart;
+                    if (a.residual != nullptr) {
+                        load_stream(residual[u], element<Z>(a.residual, row64 * a.residual_stride + column));
+                    }
+                    add_shards<kShardsInFlight<kUnits * W>>(z[u], element<X>(a.x, row64 * a.x_stride + column),
+                                                            a.shard_stride, a.shards);
+                }
+            } else {
+                unpack<X>(x[u], z[u]);
+            }
             if (a.x_bias != nullptr && unit_of(u) < units) {
                 float bias[W];
                 load_vector<X>(bias, a.x_bias, p.vectors_f32, unit_of(u) * W);
@@ -120,8 +137,8 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
             for (int i = 0; i < W; ++i) z[u][i] = fmaf(z[u][i], factor, added[i]);
         }
 
-        // The next row is under way while this one is reduced
-        if (row + p.geometry.row_step < p.rows) load_row(static_cast<uint32_t>(row + p.geometry.row_step));
+        // The next row is under way while this one is reduced; of shards there are too many to hold
+        if (!kShards && row + p.geometry.row_step < p.rows) load_row(static_cast<uint32_t>(row + p.geometry.row_step));
 
         if (a.z != nullptr) {
             Z* const z_row = element<Z>(a.z, row64 * a.z_stride + first());

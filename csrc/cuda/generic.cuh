@@ -59,6 +59,11 @@ SEQPAR_DEVICE void compute_z(Acc (&z)[8], const NormForward& a, uint64_t seed, i
     const int64_t column = int64_t{owner} * 8;
     load_block(z, a.x, a.x_dtype, row * a.x_stride + column, count);
     Acc other[8];
+    for (int shard = 1; shard < a.shards; ++shard) {
+        load_block(other, a.x, a.x_dtype, shard * a.shard_stride + row * a.x_stride + column, count);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) z[i] += other[i];
+    }
     if (a.x_bias != nullptr) {
         load_block(other, a.x_bias, a.w_dtype, column, count);
 #pragma unroll

@@ -174,13 +174,13 @@ SEQPAR_DEVICE float bits_float(uint32_t bits) {
 #endif
 }
 
-// e4m3 ("fn": no infinity) in integer arithmetic: round to nearest even, NaN where the result would pass 448, which is
-// what torch.Tensor.to does.
+// e4m3 ("fn": no infinity) in integer arithmetic: round to nearest even, saturate at 448; NaN stays NaN.
 SEQPAR_DEVICE uint32_t e4m3_bits(float value) {
     const uint32_t sign = float_bits(value) >> 24 & 0x80u;
     uint32_t bits = float_bits(value) & 0x7FFFFFFFu;
-    if (bits > 0x43E80000u) return sign | 0x7Fu;  // above 464, half way from 448 to the 480 there is no code for
-    if (bits < 0x3C800000u) {                     // below 2^-6 a code counts steps of 2^-9: let a float add round it
+    if (bits > 0x7F800000u) return sign | 0x7Fu;
+    if (bits >= 0x43E00000u) return sign | 0x7Eu;
+    if (bits < 0x3C800000u) {  // below 2^-6 a code counts steps of 2^-9: let a float add round it
         const float aligned = bits_float(bits) + 16384.0f;  // one ulp of 2^14 is 2^-9
         return sign | (float_bits(aligned) & 0xFu);
     }
@@ -190,9 +190,6 @@ SEQPAR_DEVICE uint32_t e4m3_bits(float value) {
 
 SEQPAR_DEVICE uint32_t pack_e4m3(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-    // The instruction saturates; NaN stays NaN.
-    low = fabsf(low) > 464.0f ? __uint_as_float(0x7FFFFFFFu) : low;
-    high = fabsf(high) > 464.0f ? __uint_as_float(0x7FFFFFFFu) : high;
     uint16_t pair;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
     return pair;

@@ -22,24 +22,10 @@ __global__ void __launch_bounds__(kThreads) reduce_vectors_kernel(const __grid_c
     for (int64_t row = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; row < a.rows; row += row_step) {
         int64_t column = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * W;
         for (; column < a.cols; column += column_step) {
-            const T* part = parts + row * a.row_stride + column;
-            float sum[W] = {};
-            for (int first = 0; first < a.count; first += kInFlight) {
-                Vec<T, W> packed[kInFlight];
+            float sum[W];
 #pragma unroll
-                for (int i = 0; i < kInFlight; ++i) {
-                    if (first + i < a.count) load_stream(packed[i], part);
-                    part += a.part_stride;
-                }
-#pragma unroll
-                for (int i = 0; i < kInFlight; ++i) {
-                    if (first + i >= a.count) continue;
-                    float values[W];
-                    unpack<T>(packed[i], values);
-#pragma unroll
-                    for (int k = 0; k < W; ++k) sum[k] = first + i == 0 ? values[k] : sum[k] + values[k];
-                }
-            }
+            for (int k = 0; k < W; ++k) sum[k] = -0.0f;  // what a first part is added to without a change
+            add_shards<kInFlight>(sum, parts + row * a.row_stride + column, a.part_stride, a.count);
             if (a.bias != nullptr) {
                 float bias[W];
                 load_vector<T>(bias, a.bias, a.bias_dtype == DType::f32, static_cast<int>(column));

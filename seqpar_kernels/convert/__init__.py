@@ -1,17 +1,32 @@
 """Existing models made sequence-parallel, and what became of them."""
 
+from .conversion import conversion_of
+from .derive import derive_plan
 from .explain import Explanation, explain
 from .parallelize import parallelize
 from .plans import BUILT_IN, STYLES, ParallelPlan
-from .state import full_state_dict, gather_full_gradients
+from .state import (
+    full_state_dict,
+    gather_full_gradients,
+    load_sharded_optimizer_state_dict,
+    sharded_optimizer_state_dict,
+    sharded_state_dict,
+    unparallelize,
+)
 
 __all__ = [
     "BUILT_IN",
     "STYLES",
     "Explanation",
     "ParallelPlan",
+    "conversion_of",
+    "derive_plan",
     "explain",
     "full_state_dict",
     "gather_full_gradients",
+    "load_sharded_optimizer_state_dict",
     "parallelize",
+    "sharded_optimizer_state_dict",
+    "sharded_state_dict",
+    "unparallelize",
 ]

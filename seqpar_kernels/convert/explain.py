@@ -8,13 +8,21 @@ import torch
 from torch import nn
 
 from ..kernels import choice
-from ..nn import ColumnParallelLinear, RowParallelLinear
-from .parallelize import Conversion, conversion_of
+from ..nn import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
+from ..overlap.tuning import figures_of
+from .conversion import Conversion, conversion_of
+from .plans import matches
+
+_VOCABULARY = (VocabParallelEmbedding, VocabParallelHead)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One module of the table."""
+    """One module of the table.
+
+    ``wire`` is what one rank sends in one forward, ``model`` the planner's estimate of it. ``slower`` marks what runs
+    slower than this package could run it (SEQPAR_STRICT refuses it); what is best unfused is not.
+    """
 
     module: str
     style: str
@@ -22,6 +30,13 @@ class Row:
     chunks: str
     fused: str
     why: str
+    wire: str = ""
+    model: str = ""
+    slower: bool = False
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (self.module, self.style, self.engine, self.chunks, self.fused, self.wire, self.model, self.why)
 
 
 @dataclass(frozen=True)
@@ -32,27 +47,30 @@ class Explanation:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        header = Row("module", "style", "engine", "chunks", "fused", "why")
-        table = [tuple(vars(row).values()) for row in (header, *self.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(5)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[5]]) for line in table
-        ]
-        lines.insert(1, "  ".join("-" * w for w in [*widths, len(header.why)]))
+        header = Row("module", "style", "engine", "chunks", "fused", "why", "wire/forward", "model of the forward")
+        table = [row.cells for row in (header, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        widths[-1] = len(header.why)
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)) for cells in table]
+        lines.insert(1, "  ".join("-" * w for w in widths))
         return "\n".join([self.title, *(line.rstrip() for line in lines)])
 
 
 def explain(model: nn.Module) -> Explanation:
     """Style, engine, chunk count, fused or not and why, for every converted module of ``model``.
 
-    Engines and chunk counts are those of the last forward.
+    Engines, chunk counts, bytes and estimates are those of the last forward.
 
     Raises:
         ValueError: the model has not been parallelized.
     """
     conversion = conversion_of(model)
     device = next((param.device for param in model.parameters()), torch.device("cpu"))
-    names = [name for name, _ in model.named_modules() if name in conversion.styles or name in conversion.edges]
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name in conversion.styles or name in conversion.edges or isinstance(module, _VOCABULARY)
+    ]
     rows = tuple(_row(name, model.get_submodule(name), conversion, device) for name in names)
     region = conversion.region
     backend = "no group" if region.group is None else f"group of {region.ranks} ranks"
@@ -60,13 +78,16 @@ def explain(model: nn.Module) -> Explanation:
     title = f"{type(model).__name__}: {backend}, sequence at dim {region.seq_dim}; "
     title += f"gradients of {count} replicated parameters "
     title += "need no sum" if region.group is None else "are summed in one exchange a backward"
+    if region.group is not None:
+        title += f"\nplanned with {figures_of(region.group)['cpu' if device.type == 'cpu' else 'cuda'].source}"
     return Explanation(title, rows)
 
 
 def _row(name: str, module: nn.Module, conversion: Conversion, device: torch.device) -> Row:
     style = conversion.styles.get(name, "")
-    if conversion.sections.get(name, 1) > 1:
-        style += f":{conversion.sections[name]}"
+    sections = conversion.sections.get(name, 1)
+    if sections != 1:
+        style += ":" + ",".join(map(str, sections if isinstance(sections, tuple) else (sections,)))
     style = "+".join([*filter(None, [style]), *sorted(conversion.edges.get(name, ()), reverse=True)])
     if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
         ran = module.ran
@@ -77,19 +98,41 @@ def _row(name: str, module: nn.Module, conversion: Conversion, device: torch.dev
             why += "; one gather with " + ", ".join(n.rpartition(".")[2] for n in family if n != name)
         pipelined = ran is not None and ran.engine != "single"
         fused = "yes" if pipelined or conversion.region.group is None else "no"
-        return Row(name, style, engine, chunks, fused, why)
+        wire, model = ("", "") if ran is None or ran.estimate is None else (_bytes(ran.wire_bytes), str(ran.estimate))
+        if family is not None and name != family[0]:
+            wire = model = ""  # said where the gather is
+        return Row(name, style, engine, chunks, fused, why, wire, model)
+    if isinstance(module, _VOCABULARY):
+        head = isinstance(module, VocabParallelHead)
+        why = "head and loss in one, logits never exist; whole logits without labels" if head else "sum over the ranks"
+        return Row(name, "vocabulary", "", "", "yes" if head else "no", why)
     handling = conversion.styles.get(name)
     if handling in ("norm", "dropout"):
         backend, kernel = _kernel(device)
+    if getattr(module, "fused", False):
+        why = "one kernel with the sum over ranks, the residual add and what lies between"
+        return Row(name, style, backend, "", "yes", why + kernel)
+    if getattr(module, "first", False):
+        return Row(name, style, backend, "", "yes", f"one kernel for the {handling}; nothing comes before it" + kernel)
+    if handling == "dropout" and not (module.training and module.p):
+        return Row(name, style, backend, "", "", "drops nothing" + kernel)
     if handling == "norm":
         why = "one kernel for the norm; the residual add and dropout before it are the model's own statements"
-        return Row(name, style, backend, "", "norm only", why + kernel)
+        return Row(name, style, backend, "", "norm only", why + kernel, slower=True)
     if handling == "dropout":
-        return Row(
-            name, style, backend, "", "no", "the model's forward drops and adds in statements of its own" + kernel
-        )
-    why = "left as it is" if handling else "edge of the sharded residual stream"
+        why = "the model's forward drops and adds in statements of its own"
+        return Row(name, style, backend, "", "no", why + kernel, slower=True)
+    remark = next((why for pattern, why in conversion.plan.remarks.items() if matches(pattern, name)), "left as it is")
+    why = remark if handling else "edge of the sharded residual stream"
     return Row(name, style, "", "", "", why)
+
+
+def _bytes(count: int) -> str:
+    """With the unit that leaves one to four digits before the point."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
 
 
 def _kernel(device: torch.device) -> tuple[str, str]:

@@ -4,15 +4,22 @@ A plan maps name patterns (``*`` stands for one name component) to styles joined
 
 ====================  ==================================================================================================
 ``colwise``           nn.Linear / Conv1D fed by the shard: gathers it, keeps this rank's output features. ``colwise:3``
-                      cuts each of 3 packed projections (q|k|v) on its own
+                      cuts each of 3 equal packed projections (q|k|v) on its own, ``colwise:64,32,32`` of unequal ones
+``shared_heads:2``    the same for keys or values of 2 heads on more ranks than that: neighbours compute the same head
 ``rowwise``           nn.Linear / Conv1D that ends the tensor-parallel part: reduce-scatters back to the shard
-``norm``              LayerNorm or any RMSNorm on the shard: becomes the fused kernel, gradients summed over ranks
+``norm``              LayerNorm or RMSNorm of any class on the shard: becomes the fused kernel, gradients summed
+``split_norm``        RMSNorm over features that colwise has cut (q/k norms across all heads): statistics over all ranks
 ``dropout``           nn.Dropout on the shard: becomes the sharding-invariant one
 ``sequence``          any other module that treats rows one by one, left as it is: parameter gradients summed over ranks
+``own_parameters``    a block whose own parameters (not those of its children) meet the shard: gradients summed
 ``tensor_parallel``   any other module between colwise and rowwise whose parameters every rank uses for its own heads:
                       left as it is, parameter gradients summed over ranks
+``replicated``        a module that nothing can cut (linear attention, say): its input is gathered, every rank runs all
+                      of it, and keeps its rows of the output. Right, but no faster than without the other ranks
 ``whole_input``       a module that reads the shape of its input before its colwise children gather it (the attention of
                       most Hugging Face decoders): it is shown the whole shape, the children are handed the shard
+``gather_input``      a module that computes with its input beside its colwise children (latent attention): the input is
+                      gathered at its entrance; what is neither colwise nor rowwise in it is ``tensor_parallel``
 ``scatter_input``     the residual stream is cut into shards at this module's entrance
 ``gather_output``     and is put together again behind this one
 ====================  ==================================================================================================
@@ -30,17 +37,22 @@ from typing import Any
 
 from torch import nn
 
-STYLES = (
+#: Styles that say what becomes of a module; the others say what happens at its edges.
+HANDLING = (
     "colwise",
+    "shared_heads",
     "rowwise",
     "norm",
+    "split_norm",
     "dropout",
     "sequence",
+    "own_parameters",
     "tensor_parallel",
-    "whole_input",
-    "scatter_input",
-    "gather_output",
+    "replicated",
 )
+#: Names under which a module may take the residual stream, where it does not take it first.
+STREAM_NAMES = ("hidden_states", "x", "input")
+STYLES = (*HANDLING, "whole_input", "gather_input", "scatter_input", "gather_output")
 
 
 @dataclass(frozen=True)
@@ -53,12 +65,21 @@ class ParallelPlan:
             divided by the number of ranks.
         shared: groups of sibling names that are fed the same tensor and share one gather.
         heads: attributes of ``model.config`` that must be multiples of the number of ranks.
+        assigned: pattern -> {integer attribute: its value on each rank}, where that is not a division.
+        cut: pattern -> parameters of matching modules that hold an entry for each head (attention sinks); each rank
+            keeps those of its heads.
+        scattered: pattern -> arguments of matching modules that hold a row for every position and meet the shard.
+        remarks: pattern -> why a module is handled as it is, for :func:`explain`.
     """
 
     styles: Mapping[str, str]
     divided: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shared: tuple[tuple[str, ...], ...] = ()
     heads: tuple[str, ...] = ()
+    assigned: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    cut: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    scattered: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
 
 GPT2 = ParallelPlan(
@@ -78,37 +99,16 @@ GPT2 = ParallelPlan(
     heads=("num_attention_heads",),
 )
 
-LLAMA = ParallelPlan(
-    styles={
-        "model.layers.0": "scatter_input",
-        "model.layers.*.input_layernorm": "norm",
-        "model.layers.*.self_attn": "whole_input",
-        "model.layers.*.self_attn.q_proj": "colwise",
-        "model.layers.*.self_attn.k_proj": "colwise",
-        "model.layers.*.self_attn.v_proj": "colwise",
-        "model.layers.*.self_attn.o_proj": "rowwise",
-        "model.layers.*.post_attention_layernorm": "norm",
-        "model.layers.*.mlp.gate_proj": "colwise",
-        "model.layers.*.mlp.up_proj": "colwise",
-        "model.layers.*.mlp.down_proj": "rowwise",
-        "model.norm": "norm+gather_output",
-    },
-    shared=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
-    heads=("num_attention_heads", "num_key_value_heads"),
-)
-
 #: Built-in plans by the ``model_type`` of a Hugging Face config.
-BUILT_IN: dict[str, ParallelPlan] = {"gpt2": GPT2, "llama": LLAMA}
+BUILT_IN: dict[str, ParallelPlan] = {"gpt2": GPT2}
 
 
-def plan_for(model: nn.Module, plan: ParallelPlan | Mapping[str, str] | None) -> ParallelPlan:
-    """The plan given, or the built-in one for this model.
+def checked_plan(plan: ParallelPlan | Mapping[str, str]) -> ParallelPlan:
+    """The user's plan.
 
     Raises:
-        ValueError: no plan was given and none is known; an unknown style.
+        ValueError: no mapping, or an unknown style.
     """
-    if plan is None:
-        return _built_in(model)
     if not isinstance(plan, ParallelPlan):
         if not isinstance(plan, Mapping):
             raise ValueError(f"plan: expected a mapping of name patterns to styles, got {type(plan).__name__}")
@@ -119,17 +119,11 @@ def plan_for(model: nn.Module, plan: ParallelPlan | Mapping[str, str] | None) ->
     return plan
 
 
-def _built_in(model: nn.Module) -> ParallelPlan:
-    config: Any = getattr(model, "config", None)
-    kind = getattr(config, "model_type", None)
-    if kind not in BUILT_IN:
-        raise ValueError(
-            f"plan: there is no built-in plan for {type(model).__name__} (model_type {kind!r}; built in: "
-            f"{sorted(BUILT_IN)}); pass one: {{name pattern: style}}, see seqpar_kernels.convert.plans"
-        )
-    plan = BUILT_IN[kind]
-    prefix = getattr(model, "base_model_prefix", "")
-    if prefix and not hasattr(model, prefix):  # the bare backbone: the same names without the prefix
+def built_in_plan(model: nn.Module) -> ParallelPlan | None:
+    """The built-in plan for ``model.config.model_type``, if there is one."""
+    plan = BUILT_IN.get(getattr(getattr(model, "config", None), "model_type", None) or "")
+    prefix: Any = getattr(model, "base_model_prefix", "")
+    if plan is not None and prefix and not hasattr(model, prefix):  # the bare backbone: the same names without prefix
         strip = len(prefix) + 1
         plan = ParallelPlan(
             {name[strip:]: style for name, style in plan.styles.items()},
@@ -140,18 +134,22 @@ def _built_in(model: nn.Module) -> ParallelPlan:
     return plan
 
 
-def parse_style(pattern: str, style: str) -> tuple[str, int]:
-    """("colwise", 3) from "colwise:3"; other styles come with 1.
+def parse_style(pattern: str, style: str) -> tuple[str, int | tuple[int, ...]]:
+    """("colwise", 3) from "colwise:3", ("colwise", (64, 32, 32)) from "colwise:64,32,32"; other styles come with 1.
 
     Raises:
         ValueError: an unknown style.
     """
-    name, _, sections = style.strip().partition(":")
-    if name not in STYLES or (sections and (name != "colwise" or not sections.isdigit() or int(sections) < 1)):
+    name, _, counts = style.strip().partition(":")
+    sizes = tuple(int(c) if c.isdigit() else 0 for c in counts.split(",")) if counts else (1,)
+    counted = {"colwise": (True, False), "shared_heads": (True,)}.get(name, (False,))
+    if name not in STYLES or 0 in sizes or bool(counts) not in counted:
         raise ValueError(f"plan[{pattern!r}]: expected styles out of {STYLES} joined by '+', got {style!r}")
-    return name, int(sections) if sections else 1
+    return name, sizes if len(sizes) > 1 else sizes[0]
 
 
 def matches(pattern: str, name: str) -> bool:
     """Whether ``pattern`` names the module; ``*`` stands for exactly one component."""
+    if "*" not in pattern:
+        return pattern == name
     return re.fullmatch(re.escape(pattern).replace(r"\*", "[^.]+"), name) is not None

@@ -10,6 +10,7 @@ forwards pay nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
+
+from .presented import part_of
 
 _MARK = "_seqpar_shard"
 _DROPOUTS = frozenset(
@@ -32,41 +35,65 @@ _DROPOUTS = frozenset(
     }
 )
 
-#: style -> (the input must be a shard, the output is one); None: either.
-EXPECTED: dict[str, tuple[bool | None, bool]] = {
-    "colwise": (True, False),
-    "rowwise": (False, True),
-    "norm": (True, True),
-    "dropout": (True, True),
-    "sequence": (True, True),
-    "tensor_parallel": (False, False),
+
+class Kind(Enum):
+    """What a marked tensor is; tensors without a mark are whole and the same on every rank."""
+
+    SHARD = "a sequence shard"
+    PARTS = "a tensor-parallel tensor"  # this rank's heads or features, or a whole tensor used for them alone
+
+
+#: style -> (what its input is, what its output is); None: anything but a shard.
+EXPECTED: dict[str, tuple[Kind | None, Kind]] = {
+    "colwise": (Kind.SHARD, Kind.PARTS),
+    "shared_heads": (Kind.SHARD, Kind.PARTS),
+    "gathered_colwise": (Kind.PARTS, Kind.PARTS),
+    "rowwise": (None, Kind.SHARD),
+    "norm": (Kind.SHARD, Kind.SHARD),
+    "split_norm": (Kind.PARTS, Kind.PARTS),
+    "dropout": (Kind.SHARD, Kind.SHARD),
+    "sequence": (Kind.SHARD, Kind.SHARD),
+    "tensor_parallel": (None, Kind.PARTS),
+    "replicated": (None, Kind.SHARD),  # seen behind the gather
 }
 
 
-def mark(value: Any, shard: bool | str) -> None:
-    """Say of every tensor in ``value`` that it is a shard, that it is not, or which parameter it was computed from."""
+def mark(value: Any, kind: Kind | str | None) -> None:
+    """Say of every tensor in ``value`` what it is: a Kind, None for whole, or the parameter it was computed from."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-            setattr(leaf, _MARK, shard)
+            setattr(leaf, _MARK, kind)
+
+
+def _kind(value: Any) -> Kind | None:
+    found = getattr(value, _MARK, None)
+    return found if isinstance(found, Kind) else None
 
 
 def is_shard(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and getattr(leaf, _MARK, False) is True for leaf in tree_leaves(value))
+    return any(isinstance(leaf, Tensor) and _kind(leaf) is Kind.SHARD for leaf in tree_leaves(value))
+
+
+_FITTING = {
+    Kind.SHARD: "'norm', 'colwise', 'rowwise', or 'sequence' for a module that treats rows one by one",
+    Kind.PARTS: "'tensor_parallel' where every rank uses it for its own heads, or 'rowwise'",
+}
 
 
 class ShardCheck(TorchFunctionMode):
     """Active during one forward of ``model``.
 
-    ``styles`` maps module names to the style that handles their input; behind the modules in ``gathers`` the sequence
-    is whole again.
+    ``styles`` maps module names to the style that handles their input; the parameters in ``planned`` may meet marked
+    tensors outside of them; behind the modules in ``gathers`` the sequence is whole again.
     """
 
-    def __init__(self, model: nn.Module, styles: dict[str, str], gathers: frozenset[str]):
+    def __init__(self, model: nn.Module, styles: dict[str, str], planned: frozenset[str], gathers: frozenset[str]):
         super().__init__()
         self._model = model
         self._styles = styles
         self._gathers = gathers
-        self._names = {id(param): name for name, param in model.named_parameters(remove_duplicate=False)}
+        named = model.named_parameters(remove_duplicate=False)
+        self._names = {id(part_of(param)): name for name, param in named if name not in planned}
         self._stack: list[str] = []
         self._planned = 0  # depth inside modules the plan handles
         self._handles: list[RemovableHandle] = []
@@ -90,7 +117,8 @@ class ShardCheck(TorchFunctionMode):
 
     def check_output(self, output: Any) -> None:
         """Raises RuntimeError where a model output is still a shard."""
-        if is_shard(output):
+        items = output.items() if isinstance(output, dict) else [("", output)]
+        if is_shard([value for key, value in items if key != "past_key_values"]):
             raise RuntimeError(
                 f"{type(self._model).__name__} returns a sequence shard: the plan has no 'gather_output' between the "
                 "last sharded module and the output (hidden states and other by-products are shards too)"
@@ -103,13 +131,15 @@ class ShardCheck(TorchFunctionMode):
                 return
             wanted = EXPECTED[style][0]
             first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-            if not self._planned and wanted is not None and first is not None and is_shard(first) != wanted:
-                kinds = ("the whole sequence", "a sequence shard")
-                self._stack.pop()
-                raise RuntimeError(
-                    f"{name}: the plan says {style!r}, which takes {kinds[wanted]}, "
-                    f"but its input is {kinds[not wanted]}"
-                )
+            if not self._planned and first is not None:
+                got = _kind(first)
+                if got is not wanted if wanted is not None else got is Kind.SHARD:
+                    takes = "the whole sequence" if wanted is None else wanted.value
+                    self._stack.pop()
+                    raise RuntimeError(
+                        f"{name}: the plan says {style!r}, which takes {takes}, "
+                        f"but its input is {'the whole sequence' if got is None else got.value}"
+                    )
             self._planned += 1
 
         return hook
@@ -120,7 +150,7 @@ class ShardCheck(TorchFunctionMode):
                 self._stack.pop()
             if style is not None and self._planned:
                 self._planned -= 1
-                mark(output, EXPECTED[style][1] and name not in self._gathers)
+                mark(output, None if name in self._gathers else EXPECTED[style][1])
 
         return hook
 
@@ -132,22 +162,29 @@ class ShardCheck(TorchFunctionMode):
             return func(*args, **kwargs)
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         sources = [name for leaf in leaves if (name := self._source(leaf)) is not None]
-        if not any(getattr(leaf, _MARK, False) is True for leaf in leaves):
+        kinds = {kind for leaf in leaves if (kind := _kind(leaf)) is not None}
+        where = self._stack[-1] if self._stack else type(self._model).__name__
+        if not kinds:
             out = func(*args, **kwargs)
             if sources and isinstance(out, (Tensor, tuple, list)):
                 mark(out, sources[0])
             return out
+        if len(kinds) > 1:
+            raise RuntimeError(
+                f"{where}: {getattr(func, '__name__', func)} takes a sequence shard and a tensor-parallel tensor; "
+                "between the two there must be a 'colwise' or 'rowwise' module"
+            )
+        kind = kinds.pop()
         if sources:
-            raise RuntimeError(self._missed(sources[0]))
-        if func in _DROPOUTS and self._drops(args, kwargs):
-            where = self._stack[-1] if self._stack else type(self._model).__name__
+            raise RuntimeError(self._missed(sources[0], kind))
+        if kind is Kind.SHARD and func in _DROPOUTS and self._drops(args, kwargs):
             raise RuntimeError(
                 f"{where}: dropout on a sequence shard that the plan does not know: its mask would depend on how the "
                 f"sequence is cut. Give it the style 'dropout', or set its probability to 0"
             )
         out = func(*args, **kwargs)
         if isinstance(out, (Tensor, tuple, list)):
-            mark(out, True)  # 0-d results (a mean, say) are partial too
+            mark(out, kind)  # 0-d results (a mean, say) are partial too
         return out
 
     def _source(self, leaf: Tensor) -> str | None:
@@ -155,12 +192,12 @@ class ShardCheck(TorchFunctionMode):
         found = getattr(leaf, _MARK, None)
         return found if isinstance(found, str) else self._names.get(id(leaf))
 
-    def _missed(self, parameter: str) -> str:
+    def _missed(self, parameter: str, kind: Kind) -> str:
         module = parameter.rpartition(".")[0] or type(self._model).__name__
         return (
-            f"{module}: a sequence shard reaches parameter {parameter!r}, which the plan does not cover: its gradient "
+            f"{module}: {kind.value} reaches parameter {parameter!r}, which the plan does not cover: its gradient "
             f"would be a different part of the sum on every rank. Add {module!r} to the plan with a style that fits: "
-            f"'norm', 'colwise', 'rowwise', or 'sequence' for a module that treats rows one by one"
+            + _FITTING[kind]
         )
 
     @staticmethod

@@ -1,6 +1,17 @@
 """The public functions: all validation, then one op call."""
 
-from .linear import all_gather_linear, linear_reduce_scatter, planned_all_gather_linear, planned_linear_reduce_scatter
+from .attention import causal_attention
+from .linear import (
+    NormRecipe,
+    all_gather_linear,
+    linear_reduce_scatter,
+    planned_all_gather_linear,
+    planned_linear_reduce_scatter,
+)
+from .linear_norm import (
+    linear_reduce_scatter_dropout_add_norm,
+    planned_linear_reduce_scatter_dropout_add_norm,
+)
 from .mappings import (
     copy_to_tensor_parallel,
     gather_sequence,
@@ -10,10 +21,23 @@ from .mappings import (
     scatter_sequence,
     scatter_tensor_parallel,
 )
-from .norm import dropout_add, dropout_add_layer_norm, dropout_add_rms_norm, replicated, run_norm
+from .norm import (
+    NormOptions,
+    NormTensors,
+    dropout_add,
+    dropout_add_layer_norm,
+    dropout_add_rms_norm,
+    replicated,
+    run_norm,
+)
+from .vocab import vocab_parallel_cross_entropy, vocab_parallel_embedding, vocab_parallel_linear_cross_entropy
 
 __all__ = [
+    "NormOptions",
+    "NormRecipe",
+    "NormTensors",
     "all_gather_linear",
+    "causal_attention",
     "copy_to_tensor_parallel",
     "dropout_add",
     "dropout_add_layer_norm",
@@ -21,12 +45,17 @@ __all__ = [
     "gather_sequence",
     "gather_tensor_parallel",
     "linear_reduce_scatter",
+    "linear_reduce_scatter_dropout_add_norm",
     "planned_all_gather_linear",
     "planned_linear_reduce_scatter",
+    "planned_linear_reduce_scatter_dropout_add_norm",
     "reduce_from_tensor_parallel",
     "reduce_scatter_sequence",
     "replicated",
     "run_norm",
     "scatter_sequence",
     "scatter_tensor_parallel",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_embedding",
+    "vocab_parallel_linear_cross_entropy",
 ]

@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, overload
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import ops
-from ..checks import check_chunks, check_linear_bias, check_sequence, check_tensor, check_weight
+from ..checks import (
+    check_chunks,
+    check_linear_bias,
+    check_main_grad,
+    check_same_device,
+    check_same_shape,
+    check_sequence,
+    check_tensor,
+    check_weight,
+)
+from ..kernels import NormKind
 from ..layout import Group, SequenceShard, group_rank, group_size, resolve_group, shard_of
 from ..ops.library import group_name
+from ..overlap import peer, waiting
 from ..overlap.agreement import checked_together
-from ..overlap.planner import Plan, check_engine, plan
+from ..overlap.figures import Figures
+from ..overlap.planner import FUSED_WANTED, PEER_WANTED, PLAIN, Plan, Work, check_engine, plan, rather
+from ..overlap.tuning import figures_of
+
+
+class NormRecipe(NamedTuple):
+    """What a column-parallel input was made from: x = norm(z) * weight + bias. z [..., S/t, ..., H] is kept anyway."""
+
+    z: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    kind: NormKind
+    zero_centered: bool
+    eps: float
 
 
 @overload
@@ -28,6 +53,7 @@ def all_gather_linear(
     chunks: int | None = None,
     engine: str = "auto",
     seq_len: int | None = None,
+    main_grad: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -42,6 +68,7 @@ def all_gather_linear(
     chunks: int | None = None,
     engine: str = "auto",
     seq_len: int | None = None,
+    main_grad: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]: ...
 
 
@@ -55,6 +82,7 @@ def all_gather_linear(
     chunks: int | None = None,
     engine: str = "auto",
     seq_len: int | None = None,
+    main_grad: Tensor | Sequence[Tensor | None] | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """``linear(all_gather(x), weight, bias)``, the gather hidden behind the matmul (column-parallel linear).
 
@@ -67,8 +95,14 @@ def all_gather_linear(
         group: ProcessGroup or 1-D DeviceMesh of t ranks; None computes locally.
         seq_dim: the sequence dimension of ``x``.
         chunks: pieces each shard is cut into; None lets the planner choose.
-        engine: "auto", "single" (one gather, one matmul) or "collective" (pipelined over torch.distributed).
+        engine: "auto", "single" (one gather, one matmul), "collective" (pipelined over torch.distributed), "peer"
+            (pipelined over symmetric memory; "auto" takes it where the variable SEQPAR_PEER=1 asks for it) or "fused"
+            (the forward's matmul waits by itself, in one Triton launch; likewise with SEQPAR_FUSED=1).
         seq_len: the unsharded length S; needed only where it is not a multiple of t.
+        main_grad: float32 (float64 for float64) of ``weight``'s shape, or one entry for each weight. The backward adds
+            the weight's gradient to it, accumulated in that dtype, and leaves ``weight.grad`` alone (Megatron's
+            ``gradient_accumulation_fusion``). Not under torch.compile. On CPU 16-bit factors are widened for it, which
+            takes longer than their own matmul.
 
     Returns:
         [..., S, ..., N/t], or a tuple of such.
@@ -77,7 +111,7 @@ def all_gather_linear(
         ValueError: shapes, dtypes, devices or options that do not fit, by name.
         RuntimeError: ranks that disagree, a peer that failed.
     """
-    return planned_all_gather_linear(x, weight, bias, group, seq_dim, chunks, engine, seq_len)[0]
+    return planned_all_gather_linear(x, weight, bias, group, seq_dim, chunks, engine, seq_len, None, main_grad)[0]
 
 
 def planned_all_gather_linear(
@@ -89,9 +123,12 @@ def planned_all_gather_linear(
     chunks: int | None,
     engine: str,
     seq_len: int | None,
+    recipe: NormRecipe | None = None,
+    main_grad: Tensor | Sequence[Tensor | None] | None = None,
 ) -> tuple[Any, Plan]:
-    """:func:`all_gather_linear` and the plan it ran by."""
+    """:func:`all_gather_linear` and the plan it ran by. With a ``recipe`` x is not kept but made again from it."""
     pg = resolve_group(group)
+    figures = None if pg is None else figures_of(pg)
     with checked_together(pg):
         check_tensor("x", x)
         seq_dim = check_sequence("x", x, seq_dim)
@@ -99,24 +136,42 @@ def planned_all_gather_linear(
         weights: list[Tensor] = list(weight) if several else [weight]  # type: ignore[list-item]
         if not weights:
             raise ValueError("weight: expected at least one weight, got an empty sequence")
-        if several:
-            biases = [None] * len(weights) if bias is None else list(bias)
-            if isinstance(bias, Tensor) or len(biases) != len(weights):
-                got = "a single tensor" if isinstance(bias, Tensor) else f"{len(biases)} entries"
-                raise ValueError(f"bias: expected a sequence of {len(weights)} entries, one for each weight, got {got}")
-        elif bias is None or isinstance(bias, Tensor):
-            biases = [bias]
-        else:
-            raise ValueError("bias: expected a tensor or None beside a single weight, got a sequence")
-        x, weights, biases = _autocast(x, weights, biases)
-        for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        biases = _one_each("bias", bias, len(weights) if several else None)
+        main_grads = _one_each("main_grad", main_grad, len(weights) if several else None)
+        x, weights, biases = autocast(x, weights, biases)
+        for i, (w, b, m) in enumerate(zip(weights, biases, main_grads, strict=True)):
             index = f"[{i}]" if several else ""
             check_weight(f"weight{index}", w, x.shape[-1], x)
             check_linear_bias(f"bias{index}", b, w)
+            check_main_grad(f"main_grad{index}", m, w)
         shard = shard_of("x", x.shape[seq_dim], pg, seq_len)
-        settled = _settle_plan(x, seq_dim, shard, x.shape[-1], engine, chunks)
-    outs = ops.all_gather_linear(x, weights, biases, *_place(pg, seq_dim, shard, settled))
+        settled = settle_plan(
+            x, seq_dim, shard, x.shape[-1], sum(w.numel() for w in weights), engine, chunks, figures, pg
+        )
+    where = place(pg, seq_dim, shard, settled)
+    into = torch.is_grad_enabled() and any(m is not None for m in main_grads)
+    if recipe is not None:
+        z, norm_weight, norm_bias, kind, *scalars = recipe
+        args = (x, z, norm_weight, norm_bias, int(kind), *scalars, weights, biases, *where)
+        outs = ops.all_gather_linear_of_norm_into(main_grads, *args) if into else ops.all_gather_linear_of_norm(*args)
+    elif into:
+        outs = ops.all_gather_linear_into(main_grads, x, weights, biases, *where)
+    else:
+        outs = ops.all_gather_linear(x, weights, biases, *where)
     return (tuple(outs) if several else outs[0]), settled
+
+
+def _one_each(name: str, given: Tensor | Sequence[Tensor | None] | None, weights: int | None) -> list[Tensor | None]:
+    """What goes with each of several weights; ``weights=None``: with the only one."""
+    if weights is None:
+        if given is not None and not isinstance(given, Tensor):
+            raise ValueError(f"{name}: expected a tensor or None beside a single weight, got a sequence")
+        return [given]
+    entries = [None] * weights if given is None else list(given)
+    if isinstance(given, Tensor) or len(entries) != weights:
+        got = "a single tensor" if isinstance(given, Tensor) else f"{len(entries)} entries"
+        raise ValueError(f"{name}: expected a sequence of {weights} entries, one for each weight, got {got}")
+    return entries
 
 
 def linear_reduce_scatter(
@@ -128,6 +183,9 @@ def linear_reduce_scatter(
     seq_dim: int = -2,
     chunks: int | None = None,
     engine: str = "auto",
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    main_grad: Tensor | None = None,
 ) -> Tensor:
     """``reduce_scatter(linear(x, weight)) + bias``, the scatter hidden behind the matmul (row-parallel linear).
 
@@ -138,7 +196,10 @@ def linear_reduce_scatter(
         x: [..., S, ..., K/t], the whole sequence, this rank's features.
         weight: [N, K/t].
         bias: [N], the same on every rank.
-        group, seq_dim, chunks, engine: as in :func:`all_gather_linear`.
+        group, seq_dim, chunks, engine, main_grad: as in :func:`all_gather_linear`.
+        activation: "gelu", "gelu_tanh", "relu" or "silu", applied to ``x`` first. Its result is not kept for the
+            backward but made again from ``x``.
+        gate: like ``x``: the activation is the gate's, and multiplies ``x`` (SwiGLU with "silu").
 
     Returns:
         [..., S/t, ..., N], this rank's shard of the sequence.
@@ -147,47 +208,112 @@ def linear_reduce_scatter(
         ValueError: shapes, dtypes, devices or options that do not fit, by name.
         RuntimeError: ranks that disagree, a peer that failed.
     """
-    return planned_linear_reduce_scatter(x, weight, bias, group, seq_dim, chunks, engine)[0]
+    plan_by = (group, seq_dim, chunks, engine)
+    return planned_linear_reduce_scatter(x, weight, bias, *plan_by, activation, gate, main_grad)[0]
 
 
 def planned_linear_reduce_scatter(
-    x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, seq_dim: int, chunks: int | None, engine: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    group: Group,
+    seq_dim: int,
+    chunks: int | None,
+    engine: str,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Plan]:
     """:func:`linear_reduce_scatter` and the plan it ran by."""
     pg = resolve_group(group)
+    figures = None if pg is None else figures_of(pg)
     with checked_together(pg):
         check_tensor("x", x)
         seq_dim = check_sequence("x", x, seq_dim)
-        x, (weight,), (bias,) = _autocast(x, [weight], [bias])
+        check_activation(x, activation, gate)
+        x, (weight,), (bias, gate) = autocast(x, [weight], [bias, gate])
         check_weight("weight", weight, x.shape[-1], x)
         check_linear_bias("bias", bias, weight)
+        check_main_grad("main_grad", main_grad, weight)
+        check_no_activation(main_grad, activation)
         length = x.shape[seq_dim]
         shard = SequenceShard(length, group_size(pg), group_rank(pg))
-        settled = _settle_plan(x, seq_dim, shard, weight.shape[0], engine, chunks)
-    return ops.linear_reduce_scatter(x, weight, bias, *_place(pg, seq_dim, shard, settled)), settled
+        settled = settle_plan(x, seq_dim, shard, weight.shape[0], weight.numel(), engine, chunks, figures, pg)
+    where = place(pg, seq_dim, shard, settled)
+    if activation is not None:
+        return ops.activation_linear_reduce_scatter(x, gate, weight, bias, activation, *where), settled
+    if main_grad is not None and torch.is_grad_enabled():
+        return ops.linear_reduce_scatter_into(main_grad, x, weight, bias, *where), settled
+    return ops.linear_reduce_scatter(x, weight, bias, *where), settled
 
 
-def _settle_plan(x: Tensor, seq_dim: int, shard: SequenceShard, features: int, engine: str, chunks: int | None) -> Plan:
+def check_no_activation(main_grad: Tensor | None, activation: str | None) -> None:
+    if main_grad is not None and activation is not None:
+        raise ValueError(f"main_grad: expected None together with activation={activation!r}, got a tensor")
+
+
+def check_activation(x: Tensor, activation: str | None, gate: Tensor | None) -> None:
+    """The options of a row-parallel linear that is fed an activation."""
+    if activation is not None and activation not in ops.ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ops.ACTIVATIONS} or None, got {activation!r}")
+    if gate is None:
+        return
+    if activation is None:
+        raise ValueError("gate: expected None without an activation; pass activation='silu' for SwiGLU")
+    check_tensor("gate", gate)
+    check_same_shape("gate", gate, "x", x)
+    check_same_device("gate", gate, "x", x)
+    if gate.dtype != x.dtype:
+        raise ValueError(f"gate: expected the dtype of x, {x.dtype}, got {gate.dtype}")
+
+
+def settle_plan(
+    x: Tensor,
+    seq_dim: int,
+    shard: SequenceShard,
+    features: int,
+    elements: int,
+    engine: str,
+    chunks: int | None,
+    figures: Mapping[str, Figures] | None,
+    group: ProcessGroup | None,
+    *,
+    fusible: bool = True,
+) -> Plan:
+    """``features`` of each row travel; the weights of one rank have ``elements``, alike on all ranks.
+
+    ``fusible=False``: the op has no matmul that could wait by itself.
+    """
     check_engine(engine)
     check_chunks(chunks)
-    other = 1
-    for i, size in enumerate(x.shape[:-1]):
-        other *= 1 if i == seq_dim else size
-    largest = shard.of(0).size
-    return plan(
-        engine,
-        chunks,
-        shard_bytes=largest * other * features * x.element_size(),
+    if figures is None:
+        return PLAIN
+    shape, itemsize = x.shape, x.dtype.itemsize
+    outer, inner = math.prod(shape[:seq_dim]), math.prod(shape[seq_dim + 1 : -1])
+    rows = -(-shard.length // shard.ranks)  # of the largest shard
+    work = Work(
         ranks=shard.ranks,
-        device=x.device,
+        rows=rows,
+        flops=2 * outer * shard.length * inner * elements,
+        weight_bytes=elements * itemsize,
+        shard_bytes=outer * rows * inner * features * itemsize,
+        dtype=x.dtype,
+        outer=outer,
     )
+    settled = plan(engine, chunks, work, figures["cpu" if x.device.type == "cpu" else "cuda"])
+    if group is not None and (engine == "fused" or (engine == "auto" and FUSED_WANTED)):
+        obstacle = waiting.why_not(group, x, elements) if fusible else "this op has none"
+        settled = rather("fused", settled, engine, obstacle)
+    if group is not None and (engine == "peer" or (engine == "auto" and PEER_WANTED)):
+        settled = rather("peer", settled, engine, peer.why_not(group))
+    return settled
 
 
-def _place(pg: ProcessGroup | None, seq_dim: int, shard: SequenceShard, settled: Plan) -> tuple[Any, ...]:
-    return group_name(pg), seq_dim, shard.length, settled.chunks, settled.engine != "single"
+def place(pg: ProcessGroup | None, seq_dim: int, shard: SequenceShard, settled: Plan) -> tuple[Any, ...]:
+    return group_name(pg), seq_dim, shard.length, settled.chunks, settled.engine
 
 
-def _autocast(
+def autocast(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None]
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """What torch.nn.functional.linear does under torch.autocast."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from ..checks import (
     check_vector,
 )
 from ..kernels import BACKENDS, NormKind
+from ..kernels.spec import accumulation_dtype
 from ..layout import Group, check_shard, group_rank, group_size, resolve_group, row_map
 from ..ops.library import group_name
 from ..overlap.agreement import agreement_of, checked_together
@@ -49,6 +49,7 @@ def dropout_add_layer_norm(
     row_scale: Tensor | None = None,
     weight2: Tensor | None = None,
     bias2: Tensor | None = None,
+    y_scale: Tensor | None = None,
 ) -> Any:
     """``z = dropout(x + x_bias) + residual; y = layer_norm(z) * weight + bias``, in one pass.
 
@@ -71,36 +72,24 @@ def dropout_add_layer_norm(
         seq_len: unsharded length; needed only where it is not a multiple of the number of ranks.
         row_scale: float32 of ``x.shape[:-1]``; multiplies the dropout's result row by row (stochastic depth).
         weight2, bias2: [H]; a second norm of the same z (parallel attention and MLP blocks), returned after ``y``.
+        y_scale: float32, one element. Norms come out in float8_e4m3fn, multiplied by it and saturated to +-448, for a
+            matmul in 8 bits: its other factor is ``1 / y_scale``. Such an output carries no gradient.
 
     Returns:
         ``y``, or ``(y, z)`` with ``prenorm``; with a second norm ``(y, y2)`` or ``(y, y2, z)``. y has the dtype of
-        ``x``, z has ``residual_dtype``.
+        ``x`` (float8_e4m3fn with ``y_scale``), z has ``residual_dtype``.
 
     Raises:
         ValueError: an argument that does not fit, by name.
         RuntimeError: the forced backend cannot run here, with the reason.
     """
     return run_norm(
-        NormKind.LAYER,
-        x,
-        residual,
-        weight,
-        bias,
-        p,
-        eps,
-        training,
-        prenorm,
-        x_bias,
-        zero_centered_weight,
-        residual_dtype,
+        NormTensors(x, residual, weight, bias, weight2, bias2, x_bias, row_scale, y_scale),
+        NormOptions(
+            NormKind.LAYER, p, eps, training, prenorm, zero_centered_weight, residual_dtype, seq_dim, seq_len, backend
+        ),
         group,
-        seq_dim,
         seed,
-        backend,
-        seq_len,
-        row_scale,
-        weight2,
-        bias2,
     )
 
 
@@ -123,32 +112,19 @@ def dropout_add_rms_norm(
     seq_len: int | None = None,
     row_scale: Tensor | None = None,
     weight2: Tensor | None = None,
+    y_scale: Tensor | None = None,
 ) -> Any:
     """``z = dropout(x + x_bias) + residual; y = rms_norm(z) * weight``: see :func:`dropout_add_layer_norm`.
 
     RMSNorm (Zhang and Sennrich 2019) subtracts no mean and has no bias.
     """
     return run_norm(
-        NormKind.RMS,
-        x,
-        residual,
-        weight,
-        None,
-        p,
-        eps,
-        training,
-        prenorm,
-        x_bias,
-        zero_centered_weight,
-        residual_dtype,
+        NormTensors(x, residual, weight, None, weight2, None, x_bias, row_scale, y_scale),
+        NormOptions(
+            NormKind.RMS, p, eps, training, prenorm, zero_centered_weight, residual_dtype, seq_dim, seq_len, backend
+        ),
         group,
-        seq_dim,
         seed,
-        backend,
-        seq_len,
-        row_scale,
-        weight2,
-        None,
     )
 
 
@@ -168,29 +144,50 @@ def dropout_add(
     row_scale: Tensor | None = None,
 ) -> Tensor:
     """``dropout(x + x_bias) + residual`` with the mask of :func:`dropout_add_layer_norm`, and no norm after it."""
-    out: Tensor = run_norm(
+    tensors = NormTensors(x, residual, x_bias=x_bias, row_scale=row_scale)
+    options = NormOptions(
         NormKind.NONE,
-        x,
-        residual,
-        None,
-        None,
         p,
-        1.0,
-        training,
-        True,
-        x_bias,
-        False,
-        residual_dtype,
-        group,
-        seq_dim,
-        seed,
-        backend,
-        seq_len,
-        row_scale,
-        None,
-        None,
+        training=training,
+        residual_dtype=residual_dtype,
+        seq_dim=seq_dim,
+        seq_len=seq_len,
+        backend=backend,
     )
+    out: Tensor = run_norm(tensors, options, group, seed)
     return out
+
+
+class NormTensors(NamedTuple):
+    """The tensors of a call, in the order of the op's arguments."""
+
+    x: Tensor
+    residual: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    weight2: Tensor | None = None
+    bias2: Tensor | None = None
+    x_bias: Tensor | None = None
+    row_scale: Tensor | None = None
+    y_scale: Tensor | None = None
+
+
+VECTORS = ("weight", "bias", "weight2", "bias2", "x_bias")  # [H]
+
+
+class NormOptions(NamedTuple):
+    """What else decides how a call is done; hashable, since all that follows from it is worked out once."""
+
+    kind: NormKind
+    p: float = 0.0
+    eps: float = 1e-5
+    training: bool = True
+    prenorm: bool = False
+    zero_centered: bool = False
+    residual_dtype: torch.dtype | None = None
+    seq_dim: int = -2
+    seq_len: int | None = None
+    backend: str | None = None
 
 
 class Meta(NamedTuple):
@@ -199,197 +196,178 @@ class Meta(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    type: type
 
 
 class Settled(NamedTuple):
     """A call whose arguments fit together."""
 
-    scalars: tuple[Any, ...]  # of the op, from ``kind`` on
+    scalars: ops.NormScalars
+    drop: bool
+    returned: int  # how many of the op's outputs the caller gets
     length: int  # of the unsharded sequence
-    same: bool  # z is x itself, nothing is added
-    two_norms: bool
-    residual_dtype: torch.dtype
     vector_dtype: torch.dtype | None  # what the [H] vectors must be cast to first; None: they are fine
-
-
-def _meta(name: str, t: Tensor | None) -> Meta | None:
-    if t is None:
-        return None
-    check_tensor(name, t)
-    return Meta(t.shape, t.dtype, t.device)
+    converts: bool  # whether any tensor must be cast or reshaped first
 
 
 def run_norm(
-    kind: NormKind,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    p: float,
-    eps: float,
-    training: bool,
-    prenorm: bool,
-    x_bias: Tensor | None,
-    zero_centered: bool,
-    residual_dtype: torch.dtype | None,
-    group: Group,
-    seq_dim: int,
-    seed: int | Tensor | None,
-    backend: str | None,
-    seq_len: int | None,
-    row_scale: Tensor | None,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
+    tensors: NormTensors,
+    options: NormOptions,
+    group: Group = None,
+    seed: int | Tensor | None = None,
     *,
     sum_gradients: bool = True,
 ) -> Any:
     """All three public functions. ``sum_gradients=False``: the caller sums those of the vectors over the ranks."""
     pg = resolve_group(group)
-    # Symbolic shapes cannot be looked up; there nothing is called twice anyway.
-    symbolic = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    settle = _settle.__wrapped__ if symbolic else _settle
-    with checked_together(pg) if pg is not None else _ALONE:
-        check_tensor("x", x)
-        check_probability("p", p)
-        drop = training and p > 0.0
-        if pg is not None and sum_gradients:
-            weight, bias, weight2, bias2, x_bias = replicated([weight, bias, weight2, bias2, x_bias], pg)
-        settled = settle(
-            kind,
-            Meta(x.shape, x.dtype, x.device),
-            _meta("residual", residual),
-            _meta("weight", weight),
-            _meta("bias", bias),
-            _meta("x_bias", x_bias),
-            _meta("row_scale", row_scale),
-            _meta("weight2", weight2),
-            _meta("bias2", bias2),
-            p,
-            eps,
-            drop,
-            zero_centered,
-            residual_dtype,
-            group_size(pg),
-            group_rank(pg),
-            seq_dim,
-            seq_len,
-            backend,
-        )
-        if row_scale is not None and row_scale.requires_grad:
-            raise ValueError("row_scale: expected a tensor without gradient, got requires_grad=True")
-        # a wrong seed is wrong in evaluation too
-        seed_tensor = as_seed(seed, x.device) if drop or seed is not None else None
-    if not drop:
-        seed_tensor = None
-    elif pg is not None and not torch.compiler.is_compiling():
-        # Shards of different lengths would drop different rows without anybody noticing.
-        agreement_of(pg).require(f"dropout over S={settled.length} at dim {seq_dim} of {x.dim()}")
-        if debug_enabled():
-            assert seed_tensor is not None
-            check_seeds_alike(seed_tensor, pg)
-    if kind == NormKind.NONE and settled.same:
-        return x
-    if residual is not None and residual.dtype != settled.residual_dtype:
-        residual = residual.to(settled.residual_dtype)
+    if pg is None:
+        settled, seed_tensor = _checked(tensors, options, None, seed)
+    else:
+        with checked_together(pg):
+            if sum_gradients:
+                x, residual, *vectors, row_scale, y_scale = tensors
+                tensors = NormTensors(x, residual, *replicated(vectors, pg), row_scale, y_scale)  # type: ignore[call-arg]
+            settled, seed_tensor = _checked(tensors, options, pg, seed)
+        if seed_tensor is not None and not torch.compiler.is_compiling():
+            # Shards of different lengths would drop different rows without anybody noticing.
+            agreement_of(pg).require(f"dropout over S={settled.length} at dim {options.seq_dim} of {tensors.x.dim()}")
+            if debug_enabled():
+                check_seeds_alike(seed_tensor, pg)
+    scalars = settled.scalars
+    if settled.returned == 0:
+        return tensors.x  # nothing is dropped, added or normalised
+    if settled.converts:
+        tensors = _converted(tensors, settled)
+    outs = ops.dropout_add_norm(*tensors, seed_tensor, *scalars)
+    returned = outs[: settled.returned]
+    if options.prenorm and not scalars.store_z:
+        returned.append(tensors.x)
+    return returned[0] if len(returned) == 1 else tuple(returned)
+
+
+def _converted(tensors: NormTensors, settled: Settled) -> NormTensors:
+    """In the dtypes and shapes that the op takes."""
+    x, residual, *vectors, row_scale, y_scale = tensors
+    if residual is not None:
+        residual = residual.to(settled.scalars.z_dtype)
     if row_scale is not None:
         row_scale = row_scale.reshape(-1)
     if settled.vector_dtype is not None:
-        weight, bias, weight2, bias2, x_bias = (
-            None if v is None else v.to(settled.vector_dtype) for v in (weight, bias, weight2, bias2, x_bias)
-        )
-    outs = ops.dropout_add_norm(
-        x,
-        residual,
-        weight,
-        bias,
-        weight2,
-        bias2,
-        x_bias,
-        row_scale,
-        seed_tensor,
-        not settled.same,
-        settled.two_norms,
-        *settled.scalars,
-    )
-    if kind == NormKind.NONE:
-        return outs[0]
-    norms = tuple(outs[:2]) if settled.two_norms else (outs[0],)
-    if prenorm:
-        return (*norms, x if settled.same else outs[len(norms)])
-    return norms if settled.two_norms else norms[0]
+        vectors = [None if v is None else v.to(settled.vector_dtype) for v in vectors]
+    return NormTensors(x, residual, *vectors, row_scale, y_scale)  # type: ignore[call-arg]
 
 
-_ALONE = contextlib.nullcontext()
+def _checked(
+    tensors: NormTensors, options: NormOptions, pg: ProcessGroup | None, seed: int | Tensor | None
+) -> tuple[Settled, Tensor | None]:
+    """What follows from the arguments, and the dropout seed if anything is dropped."""
+    check_probability("p", options.p)
+    try:
+        metas = metas_of(tensors)
+    except AttributeError:
+        for name, t in tensors._asdict().items():
+            if t is not None:
+                check_tensor(name, t)
+        raise
+    settled = settle(options, group_size(pg), group_rank(pg), *metas)
+    if tensors.row_scale is not None and tensors.row_scale.requires_grad:
+        raise ValueError("row_scale: expected a tensor without gradient, got requires_grad=True")
+    if (
+        tensors.y_scale is not None
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
+    ):
+        raise ValueError("y_scale: a float8 output carries no gradient; call under torch.no_grad()")
+    if seed is None and not settled.drop:
+        return settled, None
+    seed = as_seed(seed, tensors.x.device)
+    return settled, seed if settled.drop else None  # a wrong seed is wrong in evaluation too
+
+
+def metas_of(tensors: Iterable[Tensor | None]) -> list[tuple[Any, ...] | None]:
+    """The :class:`Meta` of each, as bare tuples: they are keys only, mostly."""
+    return [None if t is None else (t.shape, t.dtype, t.device, type(t)) for t in tensors]
+
+
+def settle(*args: Any) -> Settled:
+    """Everything that can be wrong with a call, and what follows from its shapes; once for each kind of call."""
+    # Symbolic shapes cannot be looked up; there nothing is called twice anyway.
+    symbolic = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return (_settle.__wrapped__ if symbolic else _settle)(*args)
 
 
 @functools.lru_cache(maxsize=4096)
 def _settle(
-    kind: NormKind,
-    x: Meta,
-    residual: Meta | None,
-    weight: Meta | None,
-    bias: Meta | None,
-    x_bias: Meta | None,
-    row_scale: Meta | None,
-    weight2: Meta | None,
-    bias2: Meta | None,
-    p: float,
-    eps: float,
-    drop: bool,
-    zero_centered: bool,
-    residual_dtype: torch.dtype | None,
+    options: NormOptions,
     ranks: int,
     rank: int,
-    seq_dim: int,
-    seq_len: int | None,
-    backend: str | None,
+    *metas: tuple[Any, ...] | None,
 ) -> Settled:
     """Everything that can be wrong with a call, and what follows from its shapes; once for each kind of call."""
-    seq_dim = check_sequence("x", x, seq_dim)
-    shard = check_shard("x", x.shape[seq_dim], ranks, rank, seq_len)
+    given = {name: Meta(*meta) for name, meta in zip(NormTensors._fields, metas, strict=True) if meta is not None}
+    for name, meta in given.items():
+        if not issubclass(meta.type, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {meta.type.__name__}")
+    if "x" not in given:
+        check_tensor("x", None)
+    x, residual = given["x"], given.get("residual")
+    seq_dim = check_sequence("x", x, options.seq_dim)
+    shard = check_shard("x", x.shape[seq_dim], ranks, rank, options.seq_len)
     hidden = x.shape[-1]
     if hidden == 0:
         raise ValueError(f"x: expected a last size of at least 1, got shape {tuple(x.shape)}")
-    check_eps(eps)
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {sorted(BACKENDS)} or None, got {backend!r}")
-    vectors = {"weight": weight, "bias": bias, "x_bias": x_bias, "weight2": weight2, "bias2": bias2}
-    for name, vector in vectors.items():
-        check_vector(name, vector, hidden, x)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if residual_dtype is None:
-        residual_dtype = x.dtype if residual is None else residual.dtype
-    if residual_dtype not in (x.dtype, wide):
+    check_eps(options.eps)
+    if options.backend is not None and options.backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {sorted(BACKENDS)} or None, got {options.backend!r}")
+    vectors = [name for name in VECTORS if name in given]
+    for name in vectors:
+        check_vector(name, given[name], hidden, x)
+    wide = accumulation_dtype(x.dtype)
+    z_dtype = options.residual_dtype
+    if z_dtype is None:
+        z_dtype = x.dtype if residual is None else residual.dtype
+    if z_dtype not in (x.dtype, wide):
         wanted = f"{x.dtype}, the dtype of x" + ("" if x.dtype == wide else f", or {wide}")
-        raise ValueError(f"residual_dtype: expected {wanted}, got {residual_dtype}")
+        raise ValueError(f"residual_dtype: expected {wanted}, got {z_dtype}")
     if residual is not None:
         check_same_shape("residual", residual, "x", x)
         check_same_device("residual", residual, "x", x)
-        if residual.dtype not in (x.dtype, residual_dtype):
-            raise ValueError(f"residual: expected {x.dtype} or {residual_dtype}, got {residual.dtype}")
-    if row_scale is not None:
-        if row_scale.shape != x.shape[:-1] or row_scale.dtype != torch.float32:
-            raise ValueError(
-                f"row_scale: expected float32 {tuple(x.shape[:-1])}, got {row_scale.dtype} {tuple(row_scale.shape)}"
-            )
-        check_same_device("row_scale", row_scale, "x", x)
+        if residual.dtype not in (x.dtype, z_dtype):
+            raise ValueError(f"residual: expected {x.dtype} or {z_dtype}, got {residual.dtype}")
+    for name, shapes in (("row_scale", [tuple(x.shape[:-1])]), ("y_scale", [(), (1,)])):
+        scale = given.get(name)
+        if scale is None:
+            continue
+        if tuple(scale.shape) not in shapes or scale.dtype != torch.float32:
+            expected = " or ".join(map(str, shapes))
+            raise ValueError(f"{name}: expected float32 {expected}, got {scale.dtype} {tuple(scale.shape)}")
+        check_same_device(name, scale, "x", x)
     # The kernels take [H] vectors in one dtype, x's or the wide one; anything else is cast, and gradients flow back.
-    dtypes = {vector.dtype for vector in vectors.values() if vector is not None}
+    dtypes = {given[name].dtype for name in vectors}
     fine = len(dtypes) == 0 or (len(dtypes) == 1 and dtypes <= {x.dtype, wide})
-    w_dtype = next(iter(dtypes), x.dtype) if fine else wide
-    same = not drop and residual is None and x_bias is None and row_scale is None and residual_dtype == x.dtype
-    scalars = (
-        int(kind),
-        zero_centered,
-        float(eps),
-        float(p),
-        *row_map(x.shape, seq_dim, shard),
-        residual_dtype,
-        w_dtype,
-        backend or "",
+    drop = options.training and options.p > 0.0
+    same = not drop and z_dtype == x.dtype and not given.keys() & {"residual", "x_bias", "row_scale"}
+    two_norms = "weight2" in given or "bias2" in given
+    block, stride, offset = row_map(x.shape, seq_dim, shard)
+    scalars = ops.NormScalars(
+        store_z=not same,
+        two_norms=two_norms,
+        kind=int(options.kind),
+        zero_centered=options.zero_centered,
+        eps=float(options.eps),
+        p=float(options.p),
+        block=block,
+        stride=stride,
+        offset=offset,
+        z_dtype=z_dtype,
+        y_dtype=torch.float8_e4m3fn if "y_scale" in given else x.dtype,
+        w_dtype=next(iter(dtypes), x.dtype) if fine else wide,
+        backend=options.backend or "",
     )
-    two_norms = weight2 is not None or bias2 is not None
-    return Settled(scalars, shard.length, same, two_norms, residual_dtype, None if fine else wide)
+    norms = 0 if options.kind == NormKind.NONE else 2 if two_norms else 1
+    returned = norms + (not same and (options.prenorm or norms == 0))
+    converts = not fine or "row_scale" in given or (residual is not None and residual.dtype != z_dtype)
+    return Settled(scalars, drop, returned, shard.length, None if fine else wide, converts)
 
 
 def replicated(params: Sequence[Tensor | None], group: ProcessGroup) -> list[Tensor | None]:

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 
+from ..strict import refuse
 from .spec import NormGrads, NormKind, NormOutputs, NormSpec, NormWants, RowMap
 
 __all__ = [
@@ -73,6 +74,9 @@ def _select(backend: str, device: torch.device) -> ModuleType:
         return importlib.import_module(f".{BACKENDS[backend][0]}", __name__)
     chosen, reasons = choice(device)
     if chosen is not None:
+        if reasons:
+            missing = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items())
+            refuse(f"kernels on {device} are {chosen}'s", f"{missing}; backend={chosen!r} asks for them")
         return _select(chosen, device)
     raise RuntimeError(
         f"no fused kernel can run on {device}: "

@@ -4,6 +4,8 @@ Same functions, same arguments as :mod:`.reference`.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,8 @@ DTYPE_CODE = {
     torch.float64: 3,
     torch.float8_e4m3fn: 4,
 }
-_NO_DROPOUT = (0, 0, 1.0)
+
+_CPU = torch.device("cpu")  # comparing costs less than the name of a device's type
 
 #: CUDA multiprocessors the kernels leave free for communication running beside them.
 sm_margin = 0
@@ -50,32 +53,33 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _place(device: torch.device) -> tuple[bool, int, int]:
-    if device.type == "cuda":
-        return True, sm_margin, torch.cuda.current_stream(device).cuda_stream
-    return False, torch.get_num_threads(), 0
+    if device == _CPU:
+        return False, torch.get_num_threads(), 0
+    return True, sm_margin, torch._C._cuda_getCurrentRawStream(device.index)
 
 
-def _launch(kernel: Callable[..., None], device: torch.device, *args: object) -> None:
-    """Call a kernel where its tensors are: a launch goes to the current device."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+def _at(device: torch.device, kernel: Callable[..., None]) -> Callable[..., None]:
+    """``kernel`` where its tensors are: a launch goes to the current device."""
+    if device == _CPU or device.index == torch._C._cuda_getDevice():
+        return kernel
+
+    def elsewhere(*args: object) -> None:
         with torch.cuda.device(device):
-            kernel(*_place(device), *args)
-    else:
-        kernel(*_place(device), *args)
+            kernel(*args)
+
+    return elsewhere
 
 
-def _matrix(t: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if t is None else (t.data_ptr(), t.stride(0))
+def _new(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _vector(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _dropout(seed: Tensor | None, p: float) -> tuple[int, int, float]:
-    if seed is None:
-        return _NO_DROPOUT
-    return seed.data_ptr(), dropout_threshold(p), dropout_scale(p)
+@lru_cache(maxsize=4096)
+def _prepared(spec: NormSpec) -> Any:
+    """``spec`` as the kernels take it."""
+    codes = (DTYPE_CODE[t] for t in (spec.x_dtype, spec.z_dtype, spec.y_dtype, spec.w_dtype))
+    dropout = (dropout_threshold(spec.p), dropout_scale(spec.p))
+    return _native.NormSpec(int(spec.kind), spec.zero_centered, spec.eps, *codes, *dropout, *spec.rows)
 
 
 def norm_forward(
@@ -93,51 +97,57 @@ def norm_forward(
     store_z: bool,
     two_norms: bool = False,
     y_scale: Tensor | None = None,
+    stacked: bool = False,
 ) -> NormOutputs:
     """See :func:`.reference.norm_forward`."""
-    rows, cols = x.shape
+    shards, shard_stride = 1, 0
+    if stacked:
+        shards, shard_stride, x = x.shape[0], x.stride(0), x[0]
+    cols = x.shape[-1]
+    rows = x.numel() // max(cols, 1)  # no columns at all is for the kernels to refuse
     device = x.device
-    y = y2 = z = mean = rstd = None
+    y = y2 = z = statistics = None
     if spec.kind != NormKind.NONE:
-        stats_dtype = accumulation_dtype(x.dtype)
-        y = torch.empty((rows, cols), dtype=spec.y_dtype, device=device)
-        rstd = torch.empty(rows, dtype=stats_dtype, device=device)
-        if spec.kind == NormKind.LAYER:
-            mean = torch.empty(rows, dtype=stats_dtype, device=device)
+        y = _new(x, spec.y_dtype)
+        count = 2 if spec.kind == NormKind.LAYER else 1
+        statistics = torch.empty(count, rows, dtype=accumulation_dtype(x.dtype), device=device)
         if two_norms:
-            y2 = torch.empty((rows, cols), dtype=spec.y_dtype, device=device)
+            y2 = _new(x, spec.y_dtype)
     if store_z:
-        z = torch.empty((rows, cols), dtype=spec.z_dtype, device=device)
-    _launch(
-        _native.norm_forward,
-        device,
+        z = _new(x, spec.z_dtype)
+    _at(device, _native.norm_forward)(
+        *_place(device),
+        _prepared(spec),
         rows,
         cols,
-        spec.kind,
-        spec.zero_centered,
-        spec.eps,
-        DTYPE_CODE[x.dtype],
-        DTYPE_CODE[spec.z_dtype],
-        DTYPE_CODE[spec.y_dtype],
-        DTYPE_CODE[spec.w_dtype],
-        *_matrix(x),
-        _vector(x_bias),
-        _vector(row_scale),
-        *_matrix(residual),
-        *_dropout(seed, spec.p),
-        *spec.rows,
-        _vector(weight),
-        _vector(bias),
-        _vector(weight2),
-        _vector(bias2),
-        *_matrix(z),
-        *_matrix(y),
-        *_matrix(y2),
-        _vector(y_scale),
-        _vector(mean),
-        _vector(rstd),
+        x,
+        shards,
+        shard_stride,
+        x_bias,
+        row_scale,
+        residual,
+        weight,
+        bias,
+        weight2,
+        bias2,
+        seed,
+        z,
+        y,
+        y2,
+        y_scale,
+        statistics,
     )
-    return NormOutputs(y, y2, z, mean, rstd)
+    return NormOutputs(y, y2, z, statistics)
+
+
+@lru_cache(maxsize=4096)
+def _workspace_size(
+    is_cuda: bool, threads_or_margin: int, spec: NormSpec, rows: int, cols: int, wants: NormWants
+) -> int:
+    """Bytes for the partial sums of the vectors' gradients."""
+    vectors = sum(1 << i for i, wanted in enumerate(wants[2:]) if wanted)
+    size: int = _native.norm_backward_workspace(is_cuda, threads_or_margin, _prepared(spec), rows, cols, vectors)
+    return size
 
 
 def norm_backward(
@@ -145,8 +155,7 @@ def norm_backward(
     dy2: Tensor | None,
     dz: Tensor | None,
     z: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
+    statistics: Tensor | None,
     row_scale: Tensor | None,
     weight: Tensor | None,
     weight2: Tensor | None,
@@ -155,40 +164,35 @@ def norm_backward(
     wants: NormWants,
 ) -> NormGrads:
     """See :func:`.reference.norm_backward`."""
-    like = next(t for t in (dz, dy, dy2) if t is not None)
-    rows, cols = like.shape
+    like = dz if dz is not None else dy if dy is not None else dy2
+    assert like is not None
+    cols = like.shape[-1]
+    rows = like.shape[:-1].numel()
     device = like.device
-    dx = torch.empty((rows, cols), dtype=spec.x_dtype, device=device) if wants.dx else None
-    dresidual = torch.empty((rows, cols), dtype=spec.z_dtype, device=device) if wants.dresidual else None
+    dx = _new(like, spec.x_dtype) if wants.dx else None
+    dresidual = _new(like, spec.z_dtype) if wants.dresidual else None
     vectors = [torch.empty(cols, dtype=spec.w_dtype, device=device) if wanted else None for wanted in wants[2:]]
-    codes = tuple(DTYPE_CODE[t] for t in (spec.x_dtype, spec.z_dtype, spec.y_dtype, spec.w_dtype))
     place = _place(device)
-    wanted_bits = sum(1 << i for i, vector in enumerate(vectors) if vector is not None)
-    size = _native.norm_backward_workspace(place[0], place[1], rows, cols, spec.kind, *codes, wanted_bits)
+    size = _workspace_size(*place[:2], spec, rows, cols, wants)
     workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-    _launch(
-        _native.norm_backward,
-        device,
+    _at(device, _native.norm_backward)(
+        *place,
+        _prepared(spec),
         rows,
         cols,
-        spec.kind,
-        spec.zero_centered,
-        *codes,
-        *_matrix(dy),
-        *_matrix(dy2),
-        *_matrix(dz),
-        *_matrix(z),
-        _vector(mean),
-        _vector(rstd),
-        _vector(row_scale),
-        *_dropout(seed, spec.p),
-        *spec.rows,
-        _vector(weight),
-        _vector(weight2),
-        *_matrix(dx),
-        *_matrix(dresidual),
-        *(_vector(vector) for vector in vectors),
-        _vector(workspace),
+        dy,
+        dy2,
+        dz,
+        z,
+        statistics,
+        row_scale,
+        weight,
+        weight2,
+        seed,
+        dx,
+        dresidual,
+        *vectors,
+        workspace,
     )
     return NormGrads(dx, dresidual, *vectors)
 
@@ -198,18 +202,17 @@ def reduce_shards(parts: Tensor, bias: Tensor | None, out: Tensor | None = None)
     count, rows, cols = parts.shape
     if out is None:
         out = torch.empty((rows, cols), dtype=parts.dtype, device=parts.device)
-    _launch(
-        _native.reduce_shards,
-        parts.device,
+    _at(parts.device, _native.reduce_shards)(
+        *_place(parts.device),
         rows,
         cols,
         count,
         DTYPE_CODE[parts.dtype],
         DTYPE_CODE[parts.dtype if bias is None else bias.dtype],
-        parts.data_ptr(),
+        parts,
         parts.stride(0),
         parts.stride(1),
-        _vector(bias),
-        *_matrix(out),
+        bias,
+        out,
     )
     return out

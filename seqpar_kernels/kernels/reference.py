@@ -1,8 +1,10 @@
 """The specification of every kernel, in plain torch: slow, on any device, exact in fp64.
 
-All tensors are [rows, cols] with contiguous columns, vectors are [cols] or [rows]. The other backends are held to these
-functions, and these functions to nothing but the paper and ``csrc/seqpar.h``.
+Tensors are [..., cols] contiguous, or [rows, cols] with contiguous columns; vectors are [cols] or [rows]. The other
+backends are held to these functions, and these functions to nothing but the paper and ``csrc/seqpar.h``.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from .spec import (
     accumulation_dtype,
     dropout_scale,
     dropout_threshold,
+    on_matrices,
 )
 
 _MASK32 = 0xFFFFFFFF
@@ -26,17 +29,18 @@ def philox_words(seed: Tensor, rows: Tensor, column_blocks: Tensor) -> list[Tens
     """Philox-4x32-10 of counters (column block, row low, row high, 0) under key (seed low, seed high).
 
     ``rows`` and ``column_blocks`` are int64 and broadcast; returns the four 32-bit output words as int64.
-    int64 products wrap, which leaves both 32-bit halves of the unsigned product intact.
+    Multipliers are taken less 2**32, so that no int64 product overflows, which compilers take for undefined: the low
+    half of a product stays what it is, the high one lacks the other factor.
     """
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     rows, column_blocks = torch.broadcast_tensors(rows, column_blocks)
     c0, c1, c2, c3 = column_blocks, rows & _MASK32, (rows >> 32) & _MASK32, torch.zeros_like(rows)
     for _ in range(10):
-        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        p0, p1 = (0xD2511F53 - 2**32) * c0, (0xCD9E8D57 - 2**32) * c2
         c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK32) ^ c1 ^ k0,
+            ((p1 >> 32) + c2 & _MASK32) ^ c1 ^ k0,
             p1 & _MASK32,
-            ((p0 >> 32) & _MASK32) ^ c3 ^ k1,
+            ((p0 >> 32) + c0 & _MASK32) ^ c3 ^ k1,
             p0 & _MASK32,
         )
         k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
@@ -59,6 +63,9 @@ def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, row_map: RowMap) 
     return bits >= dropout_threshold(p)
 
 
+Mask = Callable[[int, int, float, Tensor, RowMap], Tensor]
+
+
 def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None, zero_centered: bool) -> Tensor:
     if weight is not None:
         weight = weight.to(xhat.dtype)
@@ -66,6 +73,25 @@ def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None, zero_cente
     return xhat if bias is None else xhat + bias.to(xhat.dtype)
 
 
+def _stored(y: Tensor, y_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """One rounding; what float8 cannot hold saturates, NaN stays NaN."""
+    if y_scale is not None:
+        y = y * y_scale.to(y.dtype)
+    if dtype == torch.float8_e4m3fn:
+        y = y.clamp(-448.0, 448.0)
+    return y.to(dtype)
+
+
+def _sum_of_shards(parts: Tensor) -> Tensor:
+    """[count, rows, cols] summed over dim 0 in index order, in fp32 (fp64)."""
+    acc = accumulation_dtype(parts.dtype)
+    total = parts[0].to(acc)
+    for part in parts[1:]:
+        total = total + part.to(acc)
+    return total
+
+
+@on_matrices
 def norm_forward(
     x: Tensor,
     x_bias: Tensor | None,
@@ -81,17 +107,19 @@ def norm_forward(
     store_z: bool,
     two_norms: bool = False,
     y_scale: Tensor | None = None,
+    mask: Mask = dropout_mask,
 ) -> NormOutputs:
     """z = row_scale * dropout(x + x_bias) + residual; y = norm(z) * weight + bias; y2 likewise with weight2, bias2.
 
-    The norm is that of z as stored. ``seed=None`` switches dropout off.
+    The norm is that of z as stored. ``seed=None`` switches dropout off. With ``stacked=True`` x is a stack
+    [shards, rows, cols] of partial results and stands for their sum in index order; only z is rounded then.
     """
     acc = accumulation_dtype(x.dtype)
-    z = x.to(acc)
+    z = _sum_of_shards(x if x.dim() == 3 else x[None])
     if x_bias is not None:
         z = z + x_bias.to(acc)
     if seed is not None:
-        keep = dropout_mask(x.shape[0], x.shape[1], spec.p, seed, spec.rows)
+        keep = mask(z.shape[0], z.shape[1], spec.p, seed, spec.rows)
         z = torch.where(keep, z * dropout_scale(spec.p), 0)
     if row_scale is not None:
         z = z * row_scale.to(acc)[:, None]
@@ -101,41 +129,43 @@ def norm_forward(
     if stored is not None:
         z = stored.to(acc)  # what the backward will read is what the forward normalises
     if spec.kind == NormKind.NONE:
-        return NormOutputs(None, None, stored, None, None)
+        return NormOutputs(None, None, stored, None)
     if spec.kind == NormKind.LAYER:
-        mean = z.mean(-1)
-        centred = z - mean[:, None]
+        mean = [z.mean(-1)]
+        centred = z - mean[0][:, None]
     else:
-        mean, centred = None, z
+        mean, centred = [], z
     rstd = torch.rsqrt(centred.square().mean(-1) + spec.eps)
     xhat = centred * rstd[:, None]
-    factor = 1 if y_scale is None else y_scale.to(acc)
-    y = (_affine(xhat, weight, bias, spec.zero_centered) * factor).to(spec.y_dtype)
-    y2 = (_affine(xhat, weight2, bias2, spec.zero_centered) * factor).to(spec.y_dtype) if two_norms else None
-    return NormOutputs(y, y2, stored, mean, rstd)
+    y = _stored(_affine(xhat, weight, bias, spec.zero_centered), y_scale, spec.y_dtype)
+    y2 = _stored(_affine(xhat, weight2, bias2, spec.zero_centered), y_scale, spec.y_dtype) if two_norms else None
+    return NormOutputs(y, y2, stored, torch.stack([*mean, rstd]))
 
 
+@on_matrices
 def norm_backward(
     dy: Tensor | None,
     dy2: Tensor | None,
     dz: Tensor | None,
     z: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
+    statistics: Tensor | None,
     row_scale: Tensor | None,
     weight: Tensor | None,
     weight2: Tensor | None,
     seed: Tensor | None,
     spec: NormSpec,
     wants: NormWants,
+    *,
+    mask: Mask = dropout_mask,
 ) -> NormGrads:
     """Gradients of :func:`norm_forward`. ``dz`` is the gradient that reached the returned ``z``, if any."""
     acc = accumulation_dtype(spec.x_dtype)
     grads: dict[str, Tensor | None] = {}
     total: Tensor | None = None if dz is None else dz.to(acc)
     if spec.kind != NormKind.NONE:
-        assert z is not None and rstd is not None
-        centred = z.to(acc) if mean is None else z.to(acc) - mean[:, None]
+        assert z is not None and statistics is not None
+        *mean, rstd = statistics
+        centred = z.to(acc) - mean[0][:, None] if mean else z.to(acc)
         xhat = centred * rstd[:, None]
         dxhat = torch.zeros_like(xhat)
         for grad, scale, suffix in ((dy, weight, ""), (dy2, weight2, "2")):
@@ -155,7 +185,7 @@ def norm_backward(
     if row_scale is not None:
         dx = dx * row_scale.to(acc)[:, None]
     if seed is not None:
-        keep = dropout_mask(total.shape[0], total.shape[1], spec.p, seed, spec.rows)
+        keep = mask(total.shape[0], total.shape[1], spec.p, seed, spec.rows)
         dx = torch.where(keep, dx * dropout_scale(spec.p), 0)
     grads["dx_bias"] = dx.sum(0)
     zeros = torch.zeros(total.shape[1], dtype=acc, device=total.device)
@@ -177,11 +207,8 @@ def norm_backward(
 
 def reduce_shards(parts: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """``parts`` [count, rows, cols] summed over dim 0 in index order in fp32 (fp64), plus ``bias``, rounded once."""
-    acc = accumulation_dtype(parts.dtype)
-    total = parts[0].to(acc)
-    for part in parts[1:]:
-        total = total + part.to(acc)
+    total = _sum_of_shards(parts)
     if bias is not None:
-        total = total + bias.to(acc)
+        total = total + bias.to(total.dtype)
     total = total.to(parts.dtype)
     return total if out is None else out.copy_(total)

@@ -1,7 +1,9 @@
 """What a kernel is asked to do, in one value that every backend takes."""
 
+import functools
+from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,13 +40,15 @@ class NormSpec(NamedTuple):
 
 
 class NormOutputs(NamedTuple):
-    """``y``, ``y2``, ``z``: [rows, cols] or None where not asked for. ``mean``, ``rstd``: [rows]."""
+    """``y``, ``y2``, ``z``: [rows, cols] or as x came; None where not asked for.
+
+    ``statistics``: [2, rows], mean and rstd, of a LayerNorm; [1, rows], rstd, of an RMSNorm.
+    """
 
     y: Tensor | None
     y2: Tensor | None
     z: Tensor | None
-    mean: Tensor | None
-    rstd: Tensor | None
+    statistics: Tensor | None
 
 
 class NormWants(NamedTuple):
@@ -60,7 +64,7 @@ class NormWants(NamedTuple):
 
 
 class NormGrads(NamedTuple):
-    """dx, dresidual: [rows, cols]; the rest: [cols]. None where not wanted."""
+    """dx, dresidual: [rows, cols] or as the gradients came; the rest: [cols]. None where not wanted."""
 
     dx: Tensor | None
     dresidual: Tensor | None
@@ -69,6 +73,19 @@ class NormGrads(NamedTuple):
     dweight2: Tensor | None
     dbias2: Tensor | None
     dx_bias: Tensor | None
+
+
+def on_matrices(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """For a backend that thinks in [rows, cols]: contiguous [..., cols] reach it as views; a stack as it is."""
+
+    @functools.wraps(kernel)
+    def run(first: Tensor | None, *args: Any, stacked: bool = False, **options: Any) -> Any:
+        flat = [t.view(-1, t.shape[-1]) if isinstance(t, Tensor) and t.dim() > 2 else t for t in (first, *args)]
+        if stacked:
+            flat[0] = first
+        return kernel(*flat, **options)
+
+    return run
 
 
 def dropout_threshold(p: float) -> int:

@@ -21,6 +21,7 @@ from .spec import (
     accumulation_dtype,
     dropout_scale,
     dropout_threshold,
+    on_matrices,
 )
 from .triton_config import PARTIALS, backward_tile, forward_tile, shards_tile
 from .triton_norm_backward import norm_backward_chunked_kernel, norm_backward_kernel, sum_partials_kernel
@@ -85,6 +86,13 @@ def _slots(wants: NormWants, dy: bool, dy2: bool) -> tuple[tuple[int, ...], int]
     return tuple(slots), count
 
 
+def _mean_and_rstd(statistics: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if statistics is None:
+        return None, None
+    return statistics[0] if len(statistics) == 2 else None, statistics[-1]
+
+
+@on_matrices
 def norm_forward(
     x: Tensor,
     x_bias: Tensor | None,
@@ -102,15 +110,15 @@ def norm_forward(
     y_scale: Tensor | None = None,
 ) -> NormOutputs:
     """See :func:`.reference.norm_forward`."""
-    rows, cols = x.shape
+    rows, cols = x.shape[-2:]
+    shards, shard_stride = (x.shape[0], x.stride(0)) if x.dim() == 3 else (1, 0)
     device = x.device
-    y = y2 = z = mean = rstd = None
+    y = y2 = z = statistics = mean = rstd = None
     if spec.kind != NormKind.NONE:
         stats_dtype = accumulation_dtype(x.dtype)
         y = torch.empty((rows, cols), dtype=spec.y_dtype, device=device)
-        rstd = torch.empty(rows, dtype=stats_dtype, device=device)
-        if spec.kind == NormKind.LAYER:
-            mean = torch.empty(rows, dtype=stats_dtype, device=device)
+        statistics = torch.empty((1 + (spec.kind == NormKind.LAYER), rows), dtype=stats_dtype, device=device)
+        mean, rstd = _mean_and_rstd(statistics)
         if two_norms:
             y2 = torch.empty((rows, cols), dtype=spec.y_dtype, device=device)
     if store_z:
@@ -121,20 +129,20 @@ def norm_forward(
         with torch.cuda.device_of(x):
             kernel[(-(-rows // tile.rows),)](
                 x, x_bias, row_scale, residual, seed, weight, bias, weight2, bias2, y_scale, z, y, y2, mean, rstd,
-                x.stride(0), _stride(residual), rows, cols, *_dropout(spec.p), *_positive_block(spec.rows),
-                int(spec.kind), spec.zero_centered, spec.eps, _ACC[x.dtype],
+                x.stride(-2), shard_stride, _stride(residual), rows, cols, *_dropout(spec.p),
+                *_positive_block(spec.rows), int(spec.kind), spec.zero_centered, spec.eps, _ACC[x.dtype], shards,
                 tile.rows, tile.block, tile.early, num_warps=tile.warps,
             )  # fmt: skip
-    return NormOutputs(y, y2, z, mean, rstd)
+    return NormOutputs(y, y2, z, statistics)
 
 
+@on_matrices
 def norm_backward(
     dy: Tensor | None,
     dy2: Tensor | None,
     dz: Tensor | None,
     z: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
+    statistics: Tensor | None,
     row_scale: Tensor | None,
     weight: Tensor | None,
     weight2: Tensor | None,
@@ -144,6 +152,7 @@ def norm_backward(
 ) -> NormGrads:
     """See :func:`.reference.norm_backward`."""
     like = next(t for t in (dz, dy, dy2) if t is not None)
+    mean, rstd = _mean_and_rstd(statistics)
     rows, cols = like.shape
     device = like.device
     dx = torch.empty((rows, cols), dtype=spec.x_dtype, device=device) if wants.dx else None

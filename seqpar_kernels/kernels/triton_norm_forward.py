@@ -36,11 +36,18 @@ def times_weight(b_x, b_weight, ZERO_CENTERED: tl.constexpr):
 @triton.jit
 def _stream(
     p_x, b_x_bias, b_row_scale, p_residual, i_seed, o_r, o_c, m, b_row, i_column,
-    x_stride, residual_stride, threshold, scale_bits,
-    ACC: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+    x_stride, shard_stride, residual_stride, threshold, scale_bits,
+    ACC: tl.constexpr, SHARDS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """z = row_scale * dropout(x + x_bias) + residual, not rounded yet. ACC [R, BLOCK], zero outside ``m``."""
-    b_z = tl.load(p_x + o_r[:, None] * x_stride + o_c[None, :], m, other=0.0).to(ACC)
+    """z = row_scale * dropout(x + x_bias) + residual, not rounded yet, x being the sum of its shards. ACC [R, BLOCK].
+
+    Zero outside ``m``.
+    """
+    p = p_x + o_r[:, None] * x_stride + o_c[None, :]
+    b_z = tl.load(p, m, other=0.0).to(ACC)
+    for _ in tl.static_range(1, SHARDS):  # unrolled: all shards are under way before the first is added
+        p += shard_stride
+        b_z += tl.load(p, m, other=0.0).to(ACC)
     if p_residual is not None:
         b_residual = tl.load(p_residual + o_r[:, None] * residual_stride + o_c[None, :], m, other=0.0)
     if b_x_bias is not None:
@@ -62,6 +69,8 @@ def _store_norm(p_y, b_xhat, b_weight, b_bias, b_factor, o_y, o_c, m, ZERO_CENTE
         b_y += b_bias.to(b_y.dtype)
     if b_factor is not None:
         b_y *= b_factor.to(b_y.dtype)
+    if p_y.dtype.element_ty == tl.float8e4nv:  # saturates; NaN stays NaN
+        b_y = tl.where(b_y > 448.0, 448.0, tl.where(b_y < -448.0, -448.0, b_y))
     tl.store(p_y + o_y + o_c[None, :], b_y.to(p_y.dtype.element_ty), m)
 
 
@@ -69,10 +78,10 @@ def _store_norm(p_y, b_xhat, b_weight, b_bias, b_factor, o_y, o_c, m, ZERO_CENTE
 def norm_forward_kernel(
     p_x, p_x_bias, p_row_scale, p_residual, p_seed, p_weight, p_bias, p_weight2, p_bias2, p_y_scale,
     p_z, p_y, p_y2, p_mean, p_rstd,
-    x_stride, residual_stride, rows, cols, threshold, scale_bits: tl.int64,
+    x_stride, shard_stride, residual_stride, rows, cols, threshold, scale_bits: tl.int64,
     map_block: tl.int64, map_stride: tl.int64, map_offset: tl.int64,
     KIND: tl.constexpr, ZERO_CENTERED: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    SHARDS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """R whole rows a program, read once and held: BLOCK >= cols."""
     o_r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -87,7 +96,7 @@ def norm_forward_kernel(
     b_x_bias = load_vector(p_x_bias, o_c, m_c) if p_x_bias is not None else None
     b_z = _stream(
         p_x, b_x_bias, b_row_scale, p_residual, i_seed, o_r, o_c, m, b_row, 0,
-        x_stride, residual_stride, threshold, scale_bits, ACC, R, BLOCK,
+        x_stride, shard_stride, residual_stride, threshold, scale_bits, ACC, SHARDS, R, BLOCK,
     )  # fmt: skip
     if EARLY:  # in flight while the statistics wait for the whole row, where there are registers to wait in
         b_weight = load_vector(p_weight, o_c, m_c) if p_weight is not None else None
@@ -121,10 +130,10 @@ def norm_forward_kernel(
 def norm_forward_chunked_kernel(
     p_x, p_x_bias, p_row_scale, p_residual, p_seed, p_weight, p_bias, p_weight2, p_bias2, p_y_scale,
     p_z, p_y, p_y2, p_mean, p_rstd,
-    x_stride, residual_stride, rows, cols, threshold, scale_bits: tl.int64,
+    x_stride, shard_stride, residual_stride, rows, cols, threshold, scale_bits: tl.int64,
     map_block: tl.int64, map_stride: tl.int64, map_offset: tl.int64,
     KIND: tl.constexpr, ZERO_CENTERED: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    SHARDS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """R rows a program, too long to hold: one walk for the statistics, one that makes z again and stores y.
 
@@ -145,7 +154,7 @@ def norm_forward_chunked_kernel(
         b_x_bias = load_vector(p_x_bias, o_c, m_c) if p_x_bias is not None else None
         b_z = _stream(
             p_x, b_x_bias, b_row_scale, p_residual, i_seed, o_r, o_c, m, b_row, i_c,
-            x_stride, residual_stride, threshold, scale_bits, ACC, R, BLOCK,
+            x_stride, shard_stride, residual_stride, threshold, scale_bits, ACC, SHARDS, R, BLOCK,
         )  # fmt: skip
         if p_z is not None:
             b_stored = b_z.to(p_z.dtype.element_ty)
@@ -177,7 +186,7 @@ def norm_forward_chunked_kernel(
             b_x_bias = load_vector(p_x_bias, o_c, m_c) if p_x_bias is not None else None
             b_z = _stream(
                 p_x, b_x_bias, b_row_scale, p_residual, i_seed, o_r, o_c, m, b_row, i_c,
-                x_stride, residual_stride, threshold, scale_bits, ACC, R, BLOCK,
+                x_stride, shard_stride, residual_stride, threshold, scale_bits, ACC, SHARDS, R, BLOCK,
             )  # fmt: skip
             if p_z is not None:
                 b_z = b_z.to(p_z.dtype.element_ty).to(ACC)

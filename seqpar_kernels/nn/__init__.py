@@ -1,9 +1,12 @@
 """Modules. Where torch.nn has a twin: its constructor arguments, parameter names and state_dict."""
 
-from .linear import ColumnParallelLinear, RowParallelLinear, SharedGather
+from .embedding import VocabParallelEmbedding, VocabParallelHead
+from .linear import ColumnParallelLinear, RowParallelLinear, SharedGather, SharedHeadsLinear
 from .norm import Dropout, DropoutAddNorm, LayerNorm, RMSNorm
 from .region import Region
 from .sharding import ShardSpec, full_tensor, local_part
+from .split_norm import SplitRMSNorm
+from .transformer import TransformerLayer
 
 __all__ = [
     "ColumnParallelLinear",
@@ -15,6 +18,11 @@ __all__ = [
     "RowParallelLinear",
     "ShardSpec",
     "SharedGather",
+    "SharedHeadsLinear",
+    "SplitRMSNorm",
+    "TransformerLayer",
+    "VocabParallelEmbedding",
+    "VocabParallelHead",
     "full_tensor",
     "local_part",
 ]

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_divides
 from ..functional import planned_all_gather_linear, planned_linear_reduce_scatter
 from ..layout import Group
+from ..ops import announced
 from ..overlap.planner import Plan
+from ..strict import refuse
+from .pending import PendingSum, settled, version_of
 from .region import Region, shard_behind
 from .sharding import ShardSpec, check_shardable, local_part
 
@@ -42,9 +46,11 @@ class _ParallelLinear(nn.Module):
         self.sharded = sharded
         self.region = Region(group, seq_dim)
         self.chunks, self.engine, self.transposed = chunks, engine, transposed
+        self.accumulate_into_main_grad = False
         self.ran: Plan | None = None  # how the last forward ran
         label, size = ("in_features", in_features) if self._cut_input else ("out_features", out_features)
-        check_shardable(label, size, sharded["weight"], self.region.ranks)
+        if "weight" in sharded:
+            check_shardable(label, size, sharded["weight"], self.region.ranks)
 
     def _full_shape(self) -> tuple[int, int]:
         return (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
@@ -70,7 +76,24 @@ class _ParallelLinear(nn.Module):
 
     def _linear_weight(self) -> Tensor:
         """[out, in], whatever the parameter's layout."""
-        return self.weight.t() if self.transposed else self.weight
+        weight = announced(self.weight) if self.accumulate_into_main_grad else self.weight
+        return weight.t() if self.transposed else weight
+
+    def _main_grad(self) -> Tensor | None:
+        """Where the weight's gradient goes, laid out like :meth:`_linear_weight`; None: to the weight.
+
+        Raises:
+            ValueError: it was asked for, and the weight has none.
+        """
+        if not self.accumulate_into_main_grad or not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return None
+        main_grad: Tensor | None = getattr(self.weight, "main_grad", None)
+        if main_grad is None:
+            raise ValueError(
+                f"accumulate_into_main_grad: expected weight.main_grad, a float32 tensor {tuple(self.weight.shape)}, "
+                f"found none; allocate it before the first forward"
+            )
+        return main_grad.t() if self.transposed else main_grad
 
     def extra_repr(self) -> str:
         local = tuple(self.weight.shape)
@@ -81,20 +104,25 @@ class _ParallelLinear(nn.Module):
 
 
 def _linear_features(module: nn.Module) -> tuple[int, int, bool]:
-    """(in_features, out_features, transposed) of nn.Linear or Hugging Face's Conv1D.
+    """(in_features, out_features, transposed) of nn.Linear, Hugging Face's Conv1D, or one of ours on one rank.
 
     Raises:
-        ValueError: neither.
+        ValueError: none of them.
     """
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features, False
+    if isinstance(module, _ParallelLinear) and module.region.ranks == 1:
+        return module.in_features, module.out_features, module.transposed
     weight = getattr(module, "weight", None)
     if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
         return weight.shape[0], weight.shape[1], True
     raise ValueError(f"module: expected torch.nn.Linear or transformers' Conv1D, got {type(module).__name__}")
 
 
-def _column_sharding(transposed: bool, sections: int) -> dict[str, ShardSpec]:
+Sections = int | tuple[int, ...]
+
+
+def _column_sharding(transposed: bool, sections: Sections) -> dict[str, ShardSpec]:
     return {"weight": ShardSpec(1 if transposed else 0, sections), "bias": ShardSpec(0, sections)}
 
 
@@ -111,8 +139,12 @@ class ColumnParallelLinear(_ParallelLinear):
         bias: whether there is one; it is cut like the output.
         group, seq_dim: where the sequence is sharded.
         chunks, engine: see :func:`seqpar_kernels.all_gather_linear`.
-        sections: how many equal projections are packed in the output (3 for q|k|v); each is cut on its own.
+        sections: how many equal projections are packed in the output (3 for q|k|v), or their sizes; each is cut on
+            its own.
         transposed: keep the weight as [K, N/t].
+        accumulate_into_main_grad: the weight's gradient is added to ``weight.main_grad`` (float32, allocated by whoever
+            reduces gradients, as Megatron's DDP does) and not to ``weight.grad``. Where the weight has an attribute
+            ``grad_added_to_main_grad`` it becomes True, and ``weight.grad`` a placeholder for hooks to find.
 
     Raises:
         ValueError: N is not a multiple of sections * t.
@@ -130,12 +162,14 @@ class ColumnParallelLinear(_ParallelLinear):
         seq_dim: int = -2,
         chunks: int | None = None,
         engine: str = "auto",
-        sections: int = 1,
+        sections: Sections = 1,
         transposed: bool = False,
+        accumulate_into_main_grad: bool = False,
     ):
         sharded = _column_sharding(transposed, sections)
         super().__init__(in_features, out_features, sharded, group, seq_dim, chunks, engine, transposed)
-        self.shared_gather: SharedGather | None = None
+        self._alone()
+        self.accumulate_into_main_grad = accumulate_into_main_grad
         self._initialise(bias, device, dtype)
 
     @classmethod
@@ -147,28 +181,86 @@ class ColumnParallelLinear(_ParallelLinear):
         seq_dim: int = -2,
         chunks: int | None = None,
         engine: str = "auto",
-        sections: int = 1,
+        sections: Sections = 1,
     ) -> ColumnParallelLinear:
         """This rank's part of an nn.Linear or a transformers Conv1D."""
         features_in, features_out, transposed = _linear_features(module)
         new = cls.__new__(cls)
         sharded = _column_sharding(transposed, sections)
         _ParallelLinear.__init__(new, features_in, features_out, sharded, group, seq_dim, chunks, engine, transposed)
-        new.shared_gather = None
+        new._alone()
         return _take_over(new, module)
+
+    def _alone(self) -> None:
+        self.shared_gather: SharedGather | None = None
+        self.input_is_whole = False  # the sequence has been gathered where it entered the module around this one
+
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """This rank's weight [N/t, K] and bias [N/t]."""
+        return self._linear_weight(), self.bias
 
     def forward(self, x: Tensor, *, seq_len: int | None = None) -> Tensor:
         """[..., S/t, ..., K] -> [..., S, ..., N/t]"""
-        x = shard_behind(x)
+        x = settled(shard_behind(x))
         region = self.region
         seq_len = region.seq_len if seq_len is None else seq_len
         if self.shared_gather is not None:
             return self.shared_gather(self, x, seq_len)
+        group = None if self.input_is_whole else region.group
         out: Tensor
-        out, self.ran = planned_all_gather_linear(
-            x, self._linear_weight(), self.bias, region.group, region.seq_dim, self.chunks, self.engine, seq_len
-        )
+        plan_by = (group, region.seq_dim, self.chunks, self.engine, None if group is None else seq_len)
+        weight, bias = self.operands()
+        out, self.ran = planned_all_gather_linear(x, weight, bias, *plan_by, main_grad=self._main_grad())
         return out
+
+
+class SharedHeadsLinear(ColumnParallelLinear):
+    """The key or value projection of fewer heads than ranks: neighbouring ranks compute the same head.
+
+    The weight is whole on every rank; a rank uses the rows of its head alone, and the gradients are summed over ranks.
+
+    Raises:
+        ValueError: the number of ranks is not a multiple of ``heads``, or N is not.
+    """
+
+    @classmethod
+    def from_torch(  # type: ignore[override]
+        cls, module: nn.Module, group: Group = None, *, heads: int, seq_dim: int = -2, engine: str = "auto"
+    ) -> SharedHeadsLinear:
+        """From the whole projection, whose parameters it takes over."""
+        features_in, features_out, transposed = _linear_features(module)
+        new = cls.__new__(cls)
+        _ParallelLinear.__init__(new, features_in, features_out, {}, group, seq_dim, None, engine, transposed)
+        check_divides("heads", new.region.ranks, heads, "the number of ranks")
+        check_divides("out_features", features_out, heads, "its size")
+        new._alone()
+        new.heads = heads
+        for name in ("weight", "bias"):
+            new.register_parameter(name, getattr(module, name, None))
+        return new.train(module.training)
+
+    heads: int
+
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """[N/heads, K], [N/heads]"""
+        region, size = self.region, self.out_features // self.heads
+        weight, bias = region.summing(self.weight, self.bias)
+        assert weight is not None
+        start = region.rank * self.heads // region.ranks * size
+        weight = (weight.t() if self.transposed else weight).narrow(0, start, size)
+        return weight, None if bias is None else bias.narrow(0, start, size)
+
+    def _main_grad(self) -> Tensor | None:
+        """
+        Raises:
+            ValueError: it was asked for.
+        """
+        if self.accumulate_into_main_grad:
+            raise ValueError(
+                "accumulate_into_main_grad: expected False for heads shared by ranks, whose gradients are summed over "
+                "the ranks before anything is added to them"
+            )
+        return None
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -196,9 +288,11 @@ class RowParallelLinear(_ParallelLinear):
         chunks: int | None = None,
         engine: str = "auto",
         transposed: bool = False,
+        accumulate_into_main_grad: bool = False,
     ):
         sharded = _row_sharding(transposed)
         super().__init__(in_features, out_features, sharded, group, seq_dim, chunks, engine, transposed)
+        self.accumulate_into_main_grad = accumulate_into_main_grad
         self._initialise(bias, device, dtype)
 
     @classmethod
@@ -220,9 +314,14 @@ class RowParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., S, ..., K/t] -> [..., S/t, ..., N]"""
+        return PendingSum(self, x) if self.region.defers(x) else self.summed(x)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The output, never pending."""
         region = self.region
+        plan_by = (region.group, region.seq_dim, self.chunks, self.engine)
         out, self.ran = planned_linear_reduce_scatter(
-            x, self._linear_weight(), self.bias, region.group, region.seq_dim, self.chunks, self.engine
+            x, self._linear_weight(), self.bias, *plan_by, main_grad=self._main_grad()
         )
         return out
 
@@ -253,14 +352,20 @@ class SharedGather:
 
     def __call__(self, module: ColumnParallelLinear, x: Tensor, seq_len: int | None) -> Tensor:
         key = next(i for i, member in enumerate(self.members) if member is module)
-        state = (x._version, seq_len, torch.is_grad_enabled(), *(m.weight._version for m in self.members))
+        versions = [version_of(t) for t in (x, *(member.weight for member in self.members))]
+        state = (*versions, seq_len, torch.is_grad_enabled())
         if self._input is not x or self._state != state or key not in self._waiting:
+            if self._waiting:
+                refuse(
+                    f"all_gather_linear on {tuple(x.shape)}",
+                    "gathered again for a layer that was to share the gather with its siblings: "
+                    + ("its input is another tensor" if self._input is not x else "something changed in between"),
+                )
             region = module.region
-            weights = [member._linear_weight() for member in self.members]
-            biases = [member.bias for member in self.members]
-            outs, ran = planned_all_gather_linear(
-                x, weights, biases, region.group, region.seq_dim, module.chunks, module.engine, seq_len
-            )
+            weights, biases = zip(*(member.operands() for member in self.members), strict=True)
+            plan_by = (region.group, region.seq_dim, module.chunks, module.engine, seq_len)
+            main_grads = [member._main_grad() for member in self.members]
+            outs, ran = planned_all_gather_linear(x, weights, biases, *plan_by, main_grad=main_grads)
             for member in self.members:
                 member.ran = ran
             self._input, self._state = x, state

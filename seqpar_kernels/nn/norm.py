@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_eps, check_probability
-from ..functional import run_norm
+from ..functional import NormOptions, NormRecipe, NormTensors, run_norm
 from ..kernels import NormKind
 from ..kernels.spec import accumulation_dtype
 from ..layout import Group
-from .region import Region
+from .pending import PendingSum, settled
+from .probe import norm_form
+from .region import Region, is_entrance, mark_entrance
 
 
 def _last_size(normalized_shape: int | Sequence[int]) -> int:
@@ -25,6 +26,12 @@ def _last_size(normalized_shape: int | Sequence[int]) -> int:
     return int(sizes[0])
 
 
+def _size_of(module: nn.Module) -> int:
+    """Of the last dimension; a foreign norm without parameters may not know it, and 1 stands for any."""
+    weight = getattr(module, "weight", None)
+    return weight.numel() if isinstance(weight, Tensor) else _last_size(getattr(module, "normalized_shape", 1))
+
+
 class _Norm(nn.Module):
     """Forward of LayerNorm and RMSNorm."""
 
@@ -33,6 +40,18 @@ class _Norm(nn.Module):
     weight: Any  # a Parameter or None, and eps a float or None: LayerNorm and RMSNorm declare them differently
     eps: Any
     zero_centered_weight: bool = False
+    fused = False  # whether the last forward was one kernel with the row-parallel output before it
+    first = False  # whether nothing came before it on the shard
+
+    def _normalize(self, x: Tensor, seq_len: int | None) -> Tensor:
+        if not torch.compiler.is_compiling():  # nothing waits there
+            self.fused, self.first = False, is_entrance(x)
+            if isinstance(x, PendingSum):
+                y = x.normalized(self)  # type: ignore[arg-type]
+                if y is not None:
+                    return y
+        out: Tensor = self._run(settled(x), None, 0.0, False, seq_len)
+        return out
 
     def _run(
         self,
@@ -43,33 +62,39 @@ class _Norm(nn.Module):
         seq_len: int | None,
         x_bias: Tensor | None = None,
         residual_dtype: torch.dtype | None = None,
+        vectors: Sequence[Tensor | None] | None = None,
     ) -> Any:
+        """``vectors`` stand for weight and bias where the caller sums their gradients over the ranks."""
         region = self.region
-        (weight, bias), summed = region.parameters(self.weight, getattr(self, "bias", None))
-        eps = self.eps if self.eps is not None else torch.finfo(accumulation_dtype(x.dtype)).eps
+        if vectors is None:
+            vectors, summed = region.parameters(self.weight, getattr(self, "bias", None))
+        else:
+            summed = True
+        weight, bias = vectors
         return run_norm(
-            self.kind,
-            x,
-            residual,
-            weight,
-            bias,
-            p,
-            eps,
-            self.training,
-            prenorm,
-            x_bias,
-            self.zero_centered_weight,
-            residual_dtype,
+            NormTensors(x, residual, weight, bias, x_bias=x_bias),
+            NormOptions(
+                self.kind,
+                p,
+                self._epsilon(x.dtype),
+                self.training,
+                prenorm,
+                self.zero_centered_weight,
+                residual_dtype,
+                region.seq_dim,
+                region.seq_len if seq_len is None else seq_len,
+            ),
             region.group,
-            region.seq_dim,
-            None,
-            None,
-            region.seq_len if seq_len is None else seq_len,
-            None,
-            None,
-            None,
             sum_gradients=not summed,
         )
+
+    def _epsilon(self, dtype: torch.dtype) -> float:
+        return float(self.eps) if self.eps is not None else torch.finfo(accumulation_dtype(dtype)).eps
+
+    def recipe(self, z: Tensor) -> NormRecipe:
+        """How this norm's result is made again from the row it was made from."""
+        bias = getattr(self, "bias", None)
+        return NormRecipe(z, self.weight, bias, self.kind, self.zero_centered_weight, self._epsilon(z.dtype))
 
 
 class LayerNorm(nn.LayerNorm, _Norm):
@@ -97,24 +122,35 @@ class LayerNorm(nn.LayerNorm, _Norm):
         self.region = Region(group, seq_dim)
 
     @classmethod
-    def from_torch(cls, module: nn.LayerNorm, group: Group = None, *, seq_dim: int = -2) -> LayerNorm:
+    def from_torch(cls, module: nn.Module, group: Group = None, *, seq_dim: int = -2) -> LayerNorm:
         """The same norm on a shard; takes over the parameters themselves, so optimizers keep working.
 
+        From ``torch.nn.LayerNorm`` or any module that is found to compute the same (:func:`.probe.norm_form`).
+
         Raises:
-            ValueError: no torch.nn.LayerNorm, or one whose forward has been overridden.
+            ValueError: it computes something else, or scales by 1 + weight.
         """
         if not isinstance(module, nn.LayerNorm) or type(module).forward not in (nn.LayerNorm.forward, cls.forward):
-            raise ValueError(f"module: expected torch.nn.LayerNorm with its own forward, got {type(module).__name__}")
+            return cls._from_foreign(module, group, seq_dim)
         size = _last_size(module.normalized_shape)
         new = cls(size, module.eps, False, group=group, seq_dim=seq_dim)
         new.elementwise_affine = module.elementwise_affine
         new.weight, new.bias = module.weight, module.bias
         return new.train(module.training)
 
+    @classmethod
+    def _from_foreign(cls, module: nn.Module, group: Group, seq_dim: int) -> LayerNorm:
+        form, size = norm_form(module), _size_of(module)
+        if form.kind != NormKind.LAYER or form.zero_centered:
+            raise ValueError(f"module: expected a LayerNorm, {type(module).__name__} computes {form}")
+        new = cls(size, form.eps, False, group=group, seq_dim=seq_dim)
+        new.weight, new.bias = getattr(module, "weight", None), getattr(module, "bias", None)  # type: ignore[assignment]
+        new.elementwise_affine = new.weight is not None
+        return new.train(module.training)
+
     def forward(self, x: Tensor, *, seq_len: int | None = None) -> Tensor:
         """[..., S/t, ..., H] -> the same shape."""
-        y: Tensor = self._run(x, None, 0.0, False, seq_len)
-        return y
+        return self._normalize(x, seq_len)
 
 
 class RMSNorm(nn.RMSNorm, _Norm):
@@ -144,61 +180,28 @@ class RMSNorm(nn.RMSNorm, _Norm):
     def from_torch(cls, module: nn.Module, group: Group = None, *, seq_dim: int = -2) -> RMSNorm:
         """From ``torch.nn.RMSNorm`` or any module that computes the same from ``weight`` and an epsilon.
 
-        A copy of the module is run on random numbers to see that it does; this also tells plain from zero-centred
-        weights.
+        A copy of the module is tried (:func:`.probe.norm_form`); this also tells plain from zero-centred weights.
 
         Raises:
             ValueError: it computes something else.
         """
-        if not isinstance(module, nn.Module):
-            raise ValueError(f"module: expected a norm, got {type(module).__name__}")
-        others = [name for name, _ in module.named_parameters() if name != "weight"]
-        if others:
-            raise ValueError(f"module: expected no parameter but weight, {type(module).__name__} has {others}")
-        weight = getattr(module, "weight", None)
-        names = ("variance_epsilon", "eps", "epsilon")
-        eps = next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
-        known = type(module) in (nn.RMSNorm, cls)
-        if eps is None and not known:
-            raise ValueError(f"module: expected a norm with one of {names}, {type(module).__name__} has none of them")
-        size = weight.numel() if isinstance(weight, Tensor) else _last_size(getattr(module, "normalized_shape", ()))
-        new = cls(size, eps, False, group=group, seq_dim=seq_dim)
-        new.elementwise_affine = weight is not None
-        new.weight = weight  # type: ignore[assignment]
-        new.zero_centered_weight = module.zero_centered_weight if isinstance(module, cls) else False
-        if not known:
-            new.zero_centered_weight = _probe_rms(module, eps, size)
+        if type(module) in (nn.RMSNorm, cls):
+            size = _last_size(module.normalized_shape)  # type: ignore[arg-type]
+            eps: Any = module.eps
+            zero_centered = module.zero_centered_weight if isinstance(module, cls) else False
+        else:
+            form = norm_form(module)
+            if form.kind != NormKind.RMS:
+                raise ValueError(f"module: {type(module).__name__} does not compute RMSNorm but {form}")
+            size, eps, zero_centered = _size_of(module), form.eps, form.zero_centered
+        new = cls(size, eps, False, zero_centered_weight=zero_centered, group=group, seq_dim=seq_dim)  # type: ignore[arg-type]
+        new.weight = getattr(module, "weight", None)  # type: ignore[assignment]
+        new.elementwise_affine = new.weight is not None
         return new.train(module.training)
 
     def forward(self, x: Tensor, *, seq_len: int | None = None) -> Tensor:
         """[..., S/t, ..., H] -> the same shape."""
-        y: Tensor = self._run(x, None, 0.0, False, seq_len)
-        return y
-
-
-@torch.no_grad()
-def _probe_rms(module: nn.Module, eps: Any, size: int) -> bool:
-    """Whether a foreign RMSNorm scales by 1 + weight; ValueError when it is no RMSNorm over the last dimension."""
-    name = type(module).__name__
-    if any(p.is_meta for p in module.parameters()):
-        raise ValueError(f"module: {name} is on the meta device and cannot be tried; materialise it first")
-    probe = copy.deepcopy(module).float().cpu()
-    generator = torch.Generator().manual_seed(0)
-    for param in probe.parameters():  # a weight of all ones or zeros would not tell the kinds apart
-        param.copy_(torch.rand(param.shape, generator=generator) + 0.5)
-    # Rows of different scale and a mean far from zero, which a LayerNorm would subtract.
-    x = (torch.randn(4, size, generator=generator) + 3) * torch.tensor([0.01, 1.0, 1.0, 100.0])[:, None]
-    got = probe(x)
-    if not isinstance(got, Tensor) or got.shape != x.shape:
-        raise ValueError(f"module: {name} does not return a tensor of its input's shape")
-    xhat = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + eps)
-    weight = getattr(probe, "weight", None)
-    scale = torch.ones(size).double() if weight is None else weight.double()
-    for zero_centered in (False, True):
-        expected = xhat * (1 + scale if zero_centered else scale)
-        if torch.allclose(got.double(), expected, rtol=1e-4, atol=1e-5):
-            return zero_centered
-    raise ValueError(f"module: {name} does not compute RMSNorm(x) * weight nor RMSNorm(x) * (1 + weight)")
+        return self._normalize(x, seq_len)
 
 
 class DropoutAddNorm(_Norm):
@@ -281,6 +284,8 @@ class Dropout(nn.Dropout):
     def __init__(self, p: float = 0.5, inplace: bool = False, *, group: Group = None, seq_dim: int = -2):
         super().__init__(p, False)
         self.region = Region(group, seq_dim)
+        self.fused = False  # whether the last forward was one kernel with the linear before and the norm behind it
+        self.first = False  # whether nothing came before it on the shard
 
     @classmethod
     def from_torch(cls, module: nn.Dropout, group: Group = None, *, seq_dim: int = -2) -> Dropout:
@@ -289,27 +294,19 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor, *, seq_len: int | None = None) -> Tensor:
         """[..., S/t, ..., H] -> the same shape."""
+        if not torch.compiler.is_compiling():
+            self.fused, self.first = False, is_entrance(x)
+            if isinstance(x, PendingSum) and (waiting := x.dropped(self)) is not None:
+                return waiting
+        y = self.dropped(settled(x), None, seq_len)
+        if not torch.compiler.is_compiling() and self.first:
+            mark_entrance(y)  # still nothing added up for the norm behind it
+        return y
+
+    def dropped(self, x: Tensor, seed: Tensor | None, seq_len: int | None = None) -> Tensor:
+        """The same with a seed that has been drawn already, never pending."""
         region = self.region
-        y: Tensor = run_norm(
-            NormKind.NONE,
-            x,
-            None,
-            None,
-            None,
-            self.p,
-            1.0,
-            self.training,
-            True,
-            None,
-            False,
-            None,
-            region.group,
-            region.seq_dim,
-            None,
-            None,
-            region.seq_len if seq_len is None else seq_len,
-            None,
-            None,
-            None,
-        )
+        seq_len = region.seq_len if seq_len is None else seq_len
+        options = NormOptions(NormKind.NONE, self.p, training=self.training, seq_dim=region.seq_dim, seq_len=seq_len)
+        y: Tensor = run_norm(NormTensors(x), options, region.group, seed)
         return y

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
+from ..functional import replicated
 from ..layout import Group, group_rank, group_size, resolve_group
 
 
@@ -20,6 +21,9 @@ class Region:
 
     ``summed`` maps replicated parameters to the tensors that stand for them during one forward of a converted model:
     their gradients leave through one node and are summed over the ranks in one exchange (:meth:`parameter`).
+
+    ``deferring`` is the grad mode of a forward in which row-parallel outputs wait for the norm behind them
+    (:class:`.pending.PendingSum`); None: they do not wait.
     """
 
     def __init__(self, group: Group = None, seq_dim: int = -2):
@@ -27,6 +31,8 @@ class Region:
         self.seq_dim = seq_dim
         self.seq_len: int | None = None
         self.summed: dict[Parameter, Tensor] = {}
+        self.kept: dict[Parameter, Tensor] = {}  # those of the last forward, for its recomputation
+        self.deferring: bool | None = None
 
     @property
     def ranks(self) -> int:
@@ -38,14 +44,32 @@ class Region:
 
     def parameters(self, *params: Parameter | None) -> tuple[list[Tensor | None], bool]:
         """The tensors to compute with, and whether their gradients are summed over the ranks already."""
-        if self.summed and all(p is None or p in self.summed for p in params):
-            return [None if p is None else self.summed[p] for p in params], True
+        summed = self.summed
+        if not summed and self.kept and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            summed = self.kept  # recomputed in the backward: the very operations of the forward
+        if summed and all(p is None or p in summed for p in params):
+            return [None if p is None else summed[p] for p in params], True
         return list(params), False
+
+    def summing(self, *params: Parameter | None) -> list[Tensor | None]:
+        """The same for code that sums no gradients itself: in the parameters' own dtypes, gradients always summed."""
+        tensors, summed = self.parameters(*params)
+        if not summed and self.group is not None:
+            tensors = replicated(params, self.group)
+        return [None if p is None else t.to(p.dtype) for p, t in zip(params, tensors, strict=True)]  # type: ignore[union-attr]
+
+    def defers(self, x: Tensor) -> bool:
+        """Whether the row-parallel output of ``x`` may wait. Not inside a part that runs without gradients: they differ
+        from its recomputation."""
+        if torch.compiler.is_compiling() or self.deferring is None or torch.is_autocast_enabled(x.device.type):
+            return False
+        return torch.is_grad_enabled() == self.deferring
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         """A copied model lives on the same ranks: process groups cannot be copied."""
         copy = Region.__new__(Region)
-        copy.group, copy.seq_dim, copy.seq_len, copy.summed = self.group, self.seq_dim, None, {}
+        copy.group, copy.seq_dim, copy.seq_len, copy.summed, copy.kept = self.group, self.seq_dim, None, {}, {}
+        copy.deferring = None
         memo[id(self)] = copy
         return copy
 
@@ -73,3 +97,15 @@ def shard_behind(x: Tensor) -> Tensor:
     """The shard that ``x`` stands for; ``x`` itself where it stands for nothing else."""
     found: Tensor = getattr(x, _SHARD, x)
     return found
+
+
+_ENTRANCE = "_seqpar_entrance"
+
+
+def mark_entrance(shard: Tensor) -> None:
+    """Say that the sharded region begins with this tensor."""
+    setattr(shard, _ENTRANCE, True)
+
+
+def is_entrance(x: Tensor) -> bool:
+    return getattr(x, _ENTRANCE, False)

@@ -9,24 +9,39 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..checks import check_divides
-from ..layout import group_rank, group_size
+from ..layout import group_rank, group_size, vocabulary_range
 from ..ops import gather
 from ..ops.library import group_name
 
 
 class ShardSpec(NamedTuple):
-    """Dimension ``dim`` is cut into ``sections`` equal sections (q|k|v of a packed projection), each over all ranks."""
+    """Dimension ``dim`` is cut into sections (q|k|v of a packed projection), each of them over all ranks.
+
+    ``sections`` is their number where they are equal, else their sizes. ``size`` is that of the whole dimension where
+    it need not be a multiple of the ranks (a vocabulary): the last ranks then hold less, as ``torch.chunk`` cuts.
+    """
 
     dim: int
-    sections: int = 1
+    sections: int | tuple[int, ...] = 1
+    size: int | None = None
+
+    def sizes(self, size: int) -> list[int]:
+        """Of the sections of a dimension of ``size``."""
+        if isinstance(self.sections, tuple):
+            return list(self.sections)
+        return [size // self.sections] * self.sections
 
 
 def check_shardable(name: str, size: int, spec: ShardSpec, ranks: int) -> None:
     """Raises ValueError where ``size`` cannot be cut as ``spec`` says."""
-    if size % spec.sections:
+    sizes = spec.sizes(size)
+    if sum(sizes) != size:
+        if isinstance(spec.sections, tuple):
+            raise ValueError(f"{name}: expected {sum(sizes)}, the sum of its sections {spec.sections}, got {size}")
         raise ValueError(f"{name}: expected a multiple of its {spec.sections} packed sections, got {size}")
-    what = f"each of its {spec.sections} sections" if spec.sections > 1 else "its size"
-    check_divides(name, size // spec.sections, ranks, what)
+    what = f"each of its {len(sizes)} sections" if len(sizes) > 1 else "its size"
+    for section in dict.fromkeys(sizes):
+        check_divides(name, section, ranks, what)
 
 
 def local_part(full: Tensor, spec: ShardSpec, group: ProcessGroup | None) -> Tensor:
@@ -34,8 +49,11 @@ def local_part(full: Tensor, spec: ShardSpec, group: ProcessGroup | None) -> Ten
     ranks, rank = group_size(group), group_rank(group)
     if ranks == 1:
         return full.detach().clone(memory_format=torch.contiguous_format)
-    parts = [section.chunk(ranks, spec.dim)[rank] for section in full.detach().chunk(spec.sections, spec.dim)]
-    return torch.cat(parts, spec.dim).contiguous()
+    if spec.size is not None:
+        start, stop = vocabulary_range(spec.size, ranks, rank)
+        return full.detach().narrow(spec.dim, start, stop - start).clone(memory_format=torch.contiguous_format)
+    sections = full.detach().split(spec.sizes(full.shape[spec.dim]), spec.dim)
+    return torch.cat([section.chunk(ranks, spec.dim)[rank] for section in sections], spec.dim).contiguous()
 
 
 def full_tensor(local: Tensor, spec: ShardSpec, group: ProcessGroup | None) -> Tensor:
@@ -43,8 +61,18 @@ def full_tensor(local: Tensor, spec: ShardSpec, group: ProcessGroup | None) -> T
     ranks = group_size(group)
     if ranks == 1:
         return local.detach().clone()
-    # [ranks * sections * part] along dim, rank-major -> section-major
-    whole = gather(local.detach().contiguous(), spec.dim, local.shape[spec.dim] * ranks, group_name(group), False)
-    pieces = whole.chunk(ranks * spec.sections, spec.dim)
-    order = [rank * spec.sections + section for section in range(spec.sections) for rank in range(ranks)]
+    local = local.detach()
+    if spec.size is not None:
+        most = -(-spec.size // ranks)
+        missing = list(local.shape)
+        missing[spec.dim] = most - local.shape[spec.dim]
+        padded = torch.cat([local, local.new_zeros(missing)], spec.dim)
+        whole = gather(padded, spec.dim, most * ranks, group_name(group), False)
+        return whole.narrow(spec.dim, 0, spec.size).contiguous()
+    size = local.shape[spec.dim] * ranks
+    # ranks x sections x part along dim, rank-major -> section-major
+    whole = gather(local.contiguous(), spec.dim, size, group_name(group), False)
+    parts = [section // ranks for section in spec.sizes(size)]
+    pieces = whole.split(parts * ranks, spec.dim)
+    order = [rank * len(parts) + section for section in range(len(parts)) for rank in range(ranks)]
     return torch.cat([pieces[i] for i in order], spec.dim)

@@ -1,17 +1,52 @@
 """Registered ops, ``torch.ops.seqpar.*``: what torch.compile sees. Validation happens one floor up."""
 
-from .linear import all_gather_linear, linear_reduce_scatter
+from .attention import dropout_attention, rotary
+from .decompositions import decompositions, inductor_fusion
+from .linear import (
+    all_gather_linear,
+    all_gather_linear_into,
+    linear_reduce_scatter,
+    linear_reduce_scatter_into,
+)
+from .linear_norm import linear_reduce_scatter_dropout_add_norm, linear_reduce_scatter_dropout_add_norm_into
+from .main_grad import announced
 from .mappings import CopyToRegion, SumGradients, all_reduce, gather, reduce_scatter, split
-from .norm import dropout_add_norm
+from .norm import NormScalars, dropout_add_norm
+from .recompute import (
+    ACTIVATIONS,
+    activate,
+    activation_linear_reduce_scatter,
+    all_gather_linear_of_norm,
+    all_gather_linear_of_norm_into,
+)
+from .vocab import linear_cross_entropy, vocab_cross_entropy, vocab_embedding
 
 __all__ = [
+    "ACTIVATIONS",
     "CopyToRegion",
+    "NormScalars",
     "SumGradients",
+    "activate",
+    "activation_linear_reduce_scatter",
     "all_gather_linear",
+    "all_gather_linear_into",
+    "all_gather_linear_of_norm",
+    "all_gather_linear_of_norm_into",
     "all_reduce",
+    "announced",
+    "decompositions",
     "dropout_add_norm",
+    "dropout_attention",
     "gather",
+    "inductor_fusion",
+    "linear_cross_entropy",
     "linear_reduce_scatter",
+    "linear_reduce_scatter_dropout_add_norm",
+    "linear_reduce_scatter_dropout_add_norm_into",
+    "linear_reduce_scatter_into",
     "reduce_scatter",
+    "rotary",
     "split",
+    "vocab_cross_entropy",
+    "vocab_embedding",
 ]

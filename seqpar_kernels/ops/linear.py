@@ -15,11 +15,14 @@ from torch.distributed import ProcessGroup
 
 from ..layout import SequenceShard, group_rank, group_size
 from ..overlap import schedule as schedules
+from ..overlap import waiting
 from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, reshaped, rows_of, run
 from ..overlap.schedule import Compute, Transfer
 from .library import group_named, register, without_autocast
+from .main_grad import add_weight_gradient
 
-_PLACE = "str group, int seq_dim, SymInt seq_len, int chunks, bool pipelined"
+#: Where an op runs, in every schema.
+PLACE = "str group, int seq_dim, SymInt seq_len, int chunks, str engine"
 
 
 def _sum_rows(dy: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,28 +53,46 @@ def _gather_kernel(
     seq_dim: int,
     seq_len: int,
     chunks: int,
-    pipelined: bool,
+    engine: str,
 ) -> list[Tensor]:
     pg = group_named(group)
     if pg is None:
         return [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
-    details = _weights_signature(weights, f"chunks={chunks}", f"pipelined={pipelined}")
+    pipelined = engine != "single"
+    details = _weights_signature(weights, f"chunks={chunks}", f"engine={engine}")
     call = Call("all_gather_linear", x, seq_dim, seq_len, pg, *details)
     mine = call.mine(x)
-    whole = call.empty_whole(x.shape[-1], x) if pipelined else call.around(mine)
     outs = [call.empty_whole(w.shape[0], x) for w in weights]
+    exchange = call.exchange(x.shape[-1], x, engine)
+    if engine == "fused":
+        waiting.gather_matmul(call, exchange, chunks, mine, weights, biases, outs)
+        return [reshaped(out.data, call.shape(seq_len, out.features)) for out in outs]
+    window = call.window(chunks, x.shape[-1], x) if pipelined else None
+    arrived: dict[int, Sequence3D] = {}  # within a window a chunk lives until it has been multiplied
+    if window is None:
+        whole = call.empty_whole(x.shape[-1], x) if pipelined else call.around(mine)
 
     def matmul(step: Compute) -> None:
-        own = step.start == call.shard.start and step.stop == call.shard.stop
-        rows = (mine if own else whole).matrices(step.start, step.stop)
+        if step.start == call.shard.start and step.stop == call.shard.stop:
+            source = mine
+        else:
+            source = whole if window is None else arrived.pop(step.start)
+        rows = source.matrices(step.start, step.stop)
         for out, weight, bias in zip(outs, weights, biases, strict=True):
             matmul_into(out.matrices(step.start, step.stop), rows, weight.t(), bias)
 
+    def target(transfer: Transfer) -> Tensor:
+        start, stop = transfer.rows.start, transfer.rows.stop
+        if window is None:
+            return whole.window(start, stop)
+        arrived[start] = chunk = Sequence3D.empty(call.layout, start, stop, x.shape[-1], x)
+        return chunk.data
+
     run(
-        schedules.gather_matmul(call.shard, chunks, pipelined=pipelined),
-        call.exchange(),
+        schedules.gather_matmul(call.shard, chunks, pipelined=pipelined, window=window),
+        exchange,
         source=lambda t: mine.window(t.rows.start, t.rows.stop),
-        target=lambda t: whole.window(t.rows.start, t.rows.stop),
+        target=target,
         compute=matmul,
     )
     return [reshaped(out.data, call.shape(seq_len, out.features)) for out in outs]
@@ -85,39 +106,61 @@ def _gather_fake(
     seq_dim: int,
     seq_len: int,
     chunks: int,
-    pipelined: bool,
+    engine: str,
 ) -> list[Tensor]:
     return [x.new_empty(_shape_with(x, seq_dim, seq_len, w.shape[0])) for w in weights]
 
 
 class _AllGatherLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, *args: Any) -> tuple[Tensor, ...]:
-        weights, biases, place = args[:count], args[count : 2 * count], args[2 * count :]
+    def forward(
+        ctx: Any, x: Tensor, main_grads: list[Tensor | None], place: tuple[Any, ...], *args: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        count = len(main_grads)
+        weights, biases = list(args[:count]), list(args[count:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *weights)
-        ctx.count, ctx.place = count, place
-        return tuple(all_gather_linear.below_autograd(x, list(weights), list(biases), *place))
+        ctx.main_grads, ctx.place = main_grads, place  # not saved: other micro-batches may add to them first
+        return tuple(all_gather_linear.below_autograd(x, weights, biases, *place))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        count, needs = ctx.count, ctx.needs_input_grad
+        main_grads, needs = ctx.main_grads, ctx.needs_input_grad
+        count = len(main_grads)
         reached = [grad is not None for grad in grads]
         if not any(reached):
             return (None,) * len(needs)
-        want_dw = [need and hit for need, hit in zip(needs[2 : 2 + count], reached, strict=True)]
-        want_db = [need and hit for need, hit in zip(needs[2 + count : 2 + 2 * count], reached, strict=True)]
-        out = iter(all_gather_linear_backward(x, list(grads), list(weights), needs[0], want_dw, want_db, *ctx.place))
+        want_dw = [need and hit for need, hit in zip(needs[3 : 3 + count], reached, strict=True)]
+        want_db = [need and hit for need, hit in zip(needs[3 + count :], reached, strict=True)]
+        args = (x, list(grads), weights, needs[0], want_dw, want_db, *ctx.place)
+        if any(main_grad is not None for main_grad in main_grads):
+            out = iter(all_gather_linear_backward_into(*args, main_grads))
+        else:
+            out = iter(all_gather_linear_backward(*args))
         dx = next(out) if needs[0] else None
-        dws = [next(out) if want else None for want in want_dw]
+        dws = [next(out) if want else None for want in returned(want_dw, main_grads)]
         dbs = [next(out) if want else None for want in want_db]
-        return (dx, None, *dws, *dbs, *(None,) * len(ctx.place))
+        return (dx, None, None, *dws, *dbs)
+
+
+def returned(want_dw: list[bool], main_grads: list[Tensor | None] | None) -> list[bool]:
+    """Which weight gradients come back: the others are added to their main_grad."""
+    if main_grads is None:
+        return want_dw
+    return [want and main_grad is None for want, main_grad in zip(want_dw, main_grads, strict=True)]
 
 
 def _gather_autograd(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *place: Any) -> list[Tensor]:
-    """Spreads the lists: autograd sees only tensors that are arguments of their own."""
-    return list(_AllGatherLinear.apply(x, len(weights), *weights, *biases, *place))
+    return all_gather_linear_into([None] * len(weights), x, weights, biases, *place)
+
+
+def all_gather_linear_into(
+    main_grads: list[Tensor | None], x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *place: Any
+) -> list[Tensor]:
+    """all_gather_linear with gradients of weights added to ``main_grads``; not traceable where there are any."""
+    # Spreads the lists: autograd sees only tensors that are arguments of their own.
+    return list(_AllGatherLinear.apply(x, main_grads, place, *weights, *biases))
 
 
 @without_autocast
@@ -132,7 +175,8 @@ def _gather_backward_kernel(
     seq_dim: int,
     seq_len: int,
     chunks: int,
-    pipelined: bool,
+    engine: str,
+    main_grads: list[Tensor | None] | None = None,
 ) -> list[Tensor]:
     pg = group_named(group)
     wants = f"dx={want_dx} dw={want_dw}"
@@ -143,7 +187,8 @@ def _gather_backward_kernel(
     used = [(i, call.whole(g.contiguous())) for i, g in enumerate(grads) if g is not None]
     mine = call.mine(x)
     whole = call.around(mine) if pg is not None and any(want_dw) else mine
-    outgoing: dict[tuple[int, int], Sequence3D] = {}
+    outgoing: dict[int, Sequence3D] = {}
+    exchange = call.exchange(features, x, engine)
     partials = Partials(call, features, x) if want_dx else None
     dws: dict[int, Tensor] = {}
 
@@ -153,20 +198,26 @@ def _gather_backward_kernel(
             if (step.start, step.stop) == (shard.start, shard.stop):
                 out = partials.own_matrices(step.start, step.stop)
             else:
-                buffer = Sequence3D.empty(call.layout, step.start, step.stop, features, x)
-                outgoing[step.start, step.stop] = buffer
+                buffer = outgoing[step.start] = exchange.empty(step.start, step.stop, features, x)
                 out = buffer.matrices(step.start, step.stop)
             for position, (i, dy) in enumerate(used):
                 matmul_into(out, dy.matrices(step.start, step.stop), weights[i], add=position > 0)
         elif step.stage == "wgrad":
             rows = whole.data.reshape(-1, features)
             for i, dy in used:
-                if want_dw[i]:
-                    dws[i] = dy.data.reshape(-1, dy.features).t().mm(rows)
+                if not want_dw[i]:
+                    continue
+                dy_rows, main_grad = dy.data.reshape(-1, dy.features), main_grads[i] if main_grads else None
+                if main_grad is None:
+                    dws[i] = dy_rows.t().mm(rows)
+                else:
+                    add_weight_gradient(main_grad, dy_rows, rows)
 
     def source(transfer: Transfer) -> Tensor:
         rows = transfer.rows
-        return mine.window(rows.start, rows.stop) if transfer.kind == "gather" else outgoing[rows.start, rows.stop].data
+        if transfer.kind == "gather":
+            return mine.window(rows.start, rows.stop)
+        return outgoing.pop(rows.start).data  # the session keeps it until it has left
 
     def target(transfer: Transfer) -> Tensor:
         rows = transfer.rows
@@ -175,11 +226,13 @@ def _gather_backward_kernel(
         assert partials is not None
         return partials.window(transfer.source, rows.start, rows.stop)
 
-    steps = schedules.column_backward(shard, chunks if pipelined else 1, dgrad=want_dx, wgrad=any(want_dw))
-    run(steps, call.exchange(), source, target, compute)
+    chunks = chunks if engine != "single" else 1
+    window = call.window(chunks, features, x)
+    steps = schedules.column_backward(shard, chunks, dgrad=want_dx, wgrad=any(want_dw), window=window)
+    run(steps, exchange, source, target, compute)
     dys = dict(used)
     out = [partials.reduce(None)] if partials is not None else []
-    out += [dws[i] for i, want in enumerate(want_dw) if want]
+    out += [dws[i] for i, want in enumerate(returned(want_dw, main_grads)) if want]
     return out + [
         _sum_rows(dys[i].data.reshape(-1, dys[i].features), weights[i].dtype) for i, want in enumerate(want_db) if want
     ]
@@ -192,10 +245,15 @@ def _gather_backward_fake(
     want_dx: bool,
     want_dw: list[bool],
     want_db: list[bool],
-    *place: Any,
+    group: str,
+    seq_dim: int,
+    seq_len: int,
+    chunks: int,
+    engine: str,
+    main_grads: list[Tensor | None] | None = None,
 ) -> list[Tensor]:
     out = [x.new_empty(x.shape)] if want_dx else []
-    out += [w.new_empty(w.shape) for w, want in zip(weights, want_dw, strict=True) if want]
+    out += [w.new_empty(w.shape) for w, want in zip(weights, returned(want_dw, main_grads), strict=True) if want]
     return out + [w.new_empty(w.shape[0]) for w, want in zip(weights, want_db, strict=True) if want]
 
 
@@ -204,17 +262,30 @@ def _gather_backward_fake(
 
 @without_autocast
 def _scatter_kernel(
-    x: Tensor, weight: Tensor, bias: Tensor | None, group: str, seq_dim: int, seq_len: int, chunks: int, pipelined: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, group: str, seq_dim: int, seq_len: int, chunks: int, engine: str
 ) -> Tensor:
     pg = group_named(group)
     if pg is None:
         return torch.nn.functional.linear(x, weight, bias)
-    details = _weights_signature([weight], f"bias={bias is not None}", f"chunks={chunks}", f"pipelined={pipelined}")
-    call = Call("linear_reduce_scatter", x, seq_dim, seq_len, pg, *details)
+    return partial_results("linear_reduce_scatter", x, weight, pg, seq_dim, chunks, engine).reduce(bias)
+
+
+def partial_results(
+    name: str, x: Tensor, weight: Tensor, group: ProcessGroup, seq_dim: int, chunks: int, engine: str
+) -> Partials:
+    """What every rank's part of ``linear(x, weight)`` is for our rows, the exchange hidden behind the matmul."""
+    seq_len = x.shape[seq_dim]
+    pipelined = engine != "single"
+    details = _weights_signature([weight], f"chunks={chunks}", f"engine={engine}")
+    call = Call(name, x, seq_dim, seq_len, group, *details)
     shard, features = call.shard, weight.shape[0]
     whole = call.whole(x)
     outgoing: dict[int, Sequence3D] = {}
+    exchange = call.exchange(features, x, engine)
     partials = Partials(call, features, x)
+    if engine == "fused":
+        waiting.matmul_scatter(call, exchange, chunks, whole, weight, partials)
+        return partials
 
     def compute(step: Compute) -> None:
         if step.stage != "matmul":
@@ -227,36 +298,47 @@ def _scatter_kernel(
         if (step.start, step.stop) == (shard.start, shard.stop):
             out = partials.own_matrices(step.start, step.stop)
         else:
-            buffer = outgoing[step.start] = Sequence3D.empty(call.layout, step.start, step.stop, features, x)
+            buffer = outgoing[step.start] = exchange.empty(step.start, step.stop, features, x)
             out = buffer.matrices(step.start, step.stop)
         matmul_into(out, whole.matrices(step.start, step.stop), weight.t())
 
+    def source(transfer: Transfer) -> Tensor:
+        rows = transfer.rows
+        if not pipelined:
+            return outgoing[0].window(rows.start, rows.stop)
+        return outgoing.pop(rows.start).data  # the session keeps it until it has left
+
+    window = call.window(chunks, features, x) if pipelined else None
     run(
-        schedules.matmul_scatter(shard, chunks, pipelined=pipelined),
-        call.exchange(),
-        source=lambda t: outgoing[t.rows.start if pipelined else 0].window(t.rows.start, t.rows.stop),
+        schedules.matmul_scatter(shard, chunks, pipelined=pipelined, window=window),
+        exchange,
+        source=source,
         target=lambda t: partials.window(t.source, t.rows.start, t.rows.stop),
         compute=compute,
     )
-    return partials.reduce(bias)
-
-
-def _shard_size(group: str, seq_len: int) -> int:
-    pg: ProcessGroup | None = group_named(group)
-    return SequenceShard(seq_len, group_size(pg), group_rank(pg)).size
+    return partials
 
 
 def _scatter_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, group: str, seq_dim: int, seq_len: int, chunks: int, pipelined: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, group: str, seq_dim: int, seq_len: int, chunks: int, engine: str
 ) -> Tensor:
-    return x.new_empty(_shape_with(x, seq_dim, _shard_size(group, seq_len), weight.shape[0]))
+    return x.new_empty(scattered_shape(x, weight, group, seq_dim, seq_len))
+
+
+def scattered_shape(x: Tensor, weight: Tensor, group: str, seq_dim: int, seq_len: int) -> list[int]:
+    """[..., S/t, ..., N], our shard of ``linear(x, weight)``."""
+    pg = group_named(group)
+    size = SequenceShard(seq_len, group_size(pg), group_rank(pg)).size
+    return _shape_with(x, seq_dim, size, weight.shape[0])
 
 
 class _LinearReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, place: tuple[Any, ...]
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.place = place
+        ctx.main_grad, ctx.place = main_grad, place  # not saved: other micro-batches may add to it first
         ctx.bias_dtype = None if bias is None else bias.dtype
         return linear_reduce_scatter.below_autograd(x, weight, bias, *place)  # type: ignore[no-any-return]
 
@@ -264,8 +346,40 @@ class _LinearReduceScatter(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        out = iter(linear_reduce_scatter_backward(dy, x, weight, ctx.bias_dtype, *needs, *ctx.place))
-        return (*(next(out) if need else None for need in needs), *(None,) * len(ctx.place))
+        dx, dweight, dbias = scatter_gradients(ctx.main_grad, dy, x, weight, ctx.bias_dtype, *needs, *ctx.place)
+        return dx, dweight, dbias, None, None
+
+
+def scatter_gradients(
+    main_grad: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_dtype: torch.dtype | None,
+    want_dx: bool,
+    want_dw: bool,
+    want_db: bool,
+    *place: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight (None where it goes to ``main_grad``), dbias: those wanted."""
+    args = (dy, x, weight, bias_dtype, want_dx, want_dw, want_db, *place)
+    if main_grad is not None and want_dw:
+        out = iter(linear_reduce_scatter_backward_into(*args, main_grad))
+    else:
+        out = iter(linear_reduce_scatter_backward(*args))
+    dx, dw, db = (next(out) if want else None for want in (want_dx, want_dw and main_grad is None, want_db))
+    return dx, dw, db
+
+
+def _scatter_autograd(x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any) -> Tensor:
+    return linear_reduce_scatter_into(None, x, weight, bias, *place)
+
+
+def linear_reduce_scatter_into(
+    main_grad: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any
+) -> Tensor:
+    """linear_reduce_scatter with the gradient of its weight added to ``main_grad``; not traceable if there is one."""
+    return _LinearReduceScatter.apply(x, weight, bias, main_grad, place)  # type: ignore[no-any-return]
 
 
 @without_autocast
@@ -281,7 +395,8 @@ def _scatter_backward_kernel(
     seq_dim: int,
     seq_len: int,
     chunks: int,
-    pipelined: bool,
+    engine: str,
+    main_grad: Tensor | None = None,
 ) -> list[Tensor]:
     pg = group_named(group)
     features_out, features_in = weight.shape
@@ -298,12 +413,18 @@ def _scatter_backward_kernel(
             assert dx is not None
             matmul_into(dx.matrices(step.start, step.stop), whole.matrices(step.start, step.stop), weight)
         elif step.stage == "wgrad":
-            dws.append(whole.data.reshape(-1, features_out).t().mm(rows_of(x)))
+            dy_rows = whole.data.reshape(-1, features_out)
+            if main_grad is None:
+                dws.append(dy_rows.t().mm(rows_of(x)))
+            else:
+                add_weight_gradient(main_grad, dy_rows, rows_of(x))
 
-    steps = schedules.row_backward(shard, chunks if pipelined else 1, dgrad=want_dx, wgrad=want_dw)
+    chunks = chunks if engine != "single" else 1
+    window = call.window(chunks, features_out, dy)
+    steps = schedules.row_backward(shard, chunks, dgrad=want_dx, wgrad=want_dw, window=window)
     run(
         steps,
-        call.exchange(),
+        call.exchange(features_out, dy, engine),
         source=lambda t: mine.window(t.rows.start, t.rows.stop),
         target=lambda t: whole.window(t.rows.start, t.rows.stop),
         compute=compute,
@@ -324,10 +445,15 @@ def _scatter_backward_fake(
     want_dx: bool,
     want_dw: bool,
     want_db: bool,
-    *place: Any,
+    group: str,
+    seq_dim: int,
+    seq_len: int,
+    chunks: int,
+    engine: str,
+    main_grad: Tensor | None = None,
 ) -> list[Tensor]:
     out = [x.new_empty(x.shape)] if want_dx else []
-    if want_dw:
+    if want_dw and main_grad is None:
         out.append(weight.new_empty(weight.shape))
     if want_db:
         out.append(weight.new_empty(weight.shape[0], dtype=bias_dtype))
@@ -335,32 +461,50 @@ def _scatter_backward_fake(
 
 
 all_gather_linear = register(
-    f"all_gather_linear(Tensor x, Tensor[] weights, Tensor?[] biases, {_PLACE}) -> Tensor[]",
+    f"all_gather_linear(Tensor x, Tensor[] weights, Tensor?[] biases, {PLACE}) -> Tensor[]",
     _gather_kernel,
     _gather_fake,
     _gather_autograd,
 )
 
+_GATHER_BACKWARD = f"Tensor x, Tensor?[] grads, Tensor[] weights, bool want_dx, bool[] want_dw, bool[] want_db, {PLACE}"
+
 #: Returns dx if wanted, then the wanted weight gradients, then the wanted bias gradients.
 all_gather_linear_backward = register(
-    "all_gather_linear_backward(Tensor x, Tensor?[] grads, Tensor[] weights, bool want_dx, bool[] want_dw, "
-    f"bool[] want_db, {_PLACE}) -> Tensor[]",
+    f"all_gather_linear_backward({_GATHER_BACKWARD}) -> Tensor[]", _gather_backward_kernel, _gather_backward_fake, None
+)
+
+#: The same, but a weight gradient that has a main_grad is added to it and not returned. An op of its own, since
+#: torch.compile takes no op that both changes an argument and returns a list.
+all_gather_linear_backward_into = register(
+    f"all_gather_linear_backward_into({_GATHER_BACKWARD}, Tensor(a!)?[] main_grads) -> Tensor[]",
     _gather_backward_kernel,
     _gather_backward_fake,
     None,
 )
 
 linear_reduce_scatter = register(
-    f"linear_reduce_scatter(Tensor x, Tensor weight, Tensor? bias, {_PLACE}) -> Tensor",
+    f"linear_reduce_scatter(Tensor x, Tensor weight, Tensor? bias, {PLACE}) -> Tensor",
     _scatter_kernel,
     _scatter_fake,
-    _LinearReduceScatter.apply,
+    _scatter_autograd,
+)
+
+_SCATTER_BACKWARD = (
+    "Tensor dy, Tensor x, Tensor weight, ScalarType? bias_dtype, bool want_dx, bool want_dw, bool want_db, " + PLACE
 )
 
 #: Returns the wanted ones among dx, dweight, dbias.
 linear_reduce_scatter_backward = register(
-    "linear_reduce_scatter_backward(Tensor dy, Tensor x, Tensor weight, ScalarType? bias_dtype, bool want_dx, "
-    f"bool want_dw, bool want_db, {_PLACE}) -> Tensor[]",
+    f"linear_reduce_scatter_backward({_SCATTER_BACKWARD}) -> Tensor[]",
+    _scatter_backward_kernel,
+    _scatter_backward_fake,
+    None,
+)
+
+#: The same with dweight, if wanted, added to main_grad.
+linear_reduce_scatter_backward_into = register(
+    f"linear_reduce_scatter_backward_into({_SCATTER_BACKWARD}, Tensor(a!) main_grad) -> Tensor[]",
     _scatter_backward_kernel,
     _scatter_backward_fake,
     None,

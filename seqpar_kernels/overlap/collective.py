@@ -6,14 +6,18 @@ With NCCL the send and the receive of one post are one coalesced group, in the s
 
 from __future__ import annotations
 
-import zlib
+import time
+from collections.abc import Sequence
+from typing import Literal
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .agreement import agreement_of
+from .agreement import Ticket, agreement_of, failure
 from .schedule import Transfer
-from .transport import Message
+from .transport import Message, Room
+from .watch import Blocked, Watch, watch_of
 
 
 class CollectiveTransport:
@@ -22,68 +26,84 @@ class CollectiveTransport:
     def __init__(self, group: ProcessGroup):
         self._group = group
 
-    @property
-    def rank(self) -> int:
-        return self._group.rank()
-
-    @property
-    def ranks(self) -> int:
-        return self._group.size()
-
-    def session(self, signature: str) -> CollectiveSession:
-        agreement_of(self._group).require(signature)
-        return CollectiveSession(self._group, signature)
+    def session(self, signature: str, room: Room) -> CollectiveSession:
+        return CollectiveSession(self._group, agreement_of(self._group).begin(signature))
 
 
 class CollectiveSession:
     """One op's works, by transfer.
 
-    The tag is a digest of the op's signature: where tags are matched (gloo), messages of ops that do not fit together
-    never meet, so that a mismatch ends in a time-out with a message, not in an abort of the process.
+    The tag is a digest of the op's signature and place: where tags are matched (gloo), messages of ops that do not
+    belong together never meet, so that a mismatch ends in an error on both sides, not in an abort of the process or in
+    a wrong result.
     """
 
-    def __init__(self, group: ProcessGroup, signature: str):
+    def __init__(self, group: ProcessGroup, ticket: Ticket):
         self._group = group
-        self._signature = signature
-        self._tag = zlib.crc32(signature.encode()) & 0x7FFFFFFF
-        self._arrivals: dict[Transfer, dist.Work] = {}
+        self._ticket = ticket
+        self._watch: Watch | None = None
+        self._arrivals: dict[Transfer, tuple[Message, dist.Work]] = {}
         self._departures: list[tuple[Message, dist.Work]] = []  # a buffer must outlive its send
+
+    def empty(self, transfer: Transfer, shape: Sequence[int], like: Tensor) -> Tensor:
+        return like.new_empty(shape)
 
     def post(self, sends: list[Message], receives: list[Message]) -> None:
         if not sends and not receives:
             return
         # Receives first: gloo tells the sender that it is ready, and that message must not queue behind our own data.
-        ops = [dist.P2POp(dist.irecv, m.buffer, None, self._group, self._tag, m.transfer.source) for m in receives]
-        ops += [dist.P2POp(dist.isend, m.buffer, None, self._group, self._tag, m.transfer.target) for m in sends]
+        group, tag = self._group, self._ticket.tag
+        ops = [dist.P2POp(dist.irecv, m.buffer, None, group, tag, m.transfer.source) for m in receives]
+        ops += [dist.P2POp(dist.isend, m.buffer, None, group, tag, m.transfer.target) for m in sends]
         try:
             works = dist.batch_isend_irecv(ops)
         except RuntimeError as error:
             transfer = (sends or receives)[0].transfer
             raise self._failure("posting", transfer, error) from error
+        if (sends or receives)[0].buffer.device.type == "cpu":
+            self._watch = watch_of(group)
         if len(works) != len(ops):  # coalesced: one work stands for the whole post
             works = works[:1] * len(ops)
-        self._arrivals.update(zip((m.transfer for m in receives), works, strict=False))
+        self._arrivals.update((m.transfer, (m, work)) for m, work in zip(receives, works, strict=False))
         self._departures += zip(sends, works[len(receives) :], strict=True)
 
     def wait(self, transfer: Transfer) -> None:
-        try:
-            self._arrivals.pop(transfer).wait()
-        except RuntimeError as error:
-            raise self._failure("receiving", transfer, error) from error
+        self._wait(*self._arrivals[transfer], "receiving")
+        del self._arrivals[transfer]
 
-    def finish(self) -> None:
+    def drain(self) -> None:
         for message, work in self._departures:
+            self._wait(message, work, "sending")
+        self._departures.clear()
+
+    def abort(self, error: BaseException) -> None:
+        if self._watch is not None:  # the backend may still read and write what lies in unfinished works
+            self._watch.abandoned += [*self._arrivals.values(), *self._departures]
+        agreement_of(self._group).give_up(self._ticket, error)
+
+    def _wait(self, message: Message, work: dist.Work, doing: Literal["receiving", "sending"]) -> None:
+        """On CPU until the bytes have moved; on CUDA until the current stream will wait for them."""
+        transfer, watch = message.transfer, self._watch
+        peer = transfer.source if doing == "receiving" else transfer.target
+        try:
+            if watch is None:
+                work.wait()
+                return
+            watch.blocked = Blocked(self._ticket, doing, peer, message.buffer.nbytes, time.monotonic())
             try:
                 work.wait()
-            except RuntimeError as error:
-                raise self._failure("sending", message.transfer, error) from error
-        self._departures.clear()
+            finally:
+                watch.blocked = None
+        except RuntimeError as error:
+            raise self._failure(doing, transfer, error) from error
+        verdict = watch.verdict(self._ticket)
+        if verdict is not None:
+            raise failure(self._group.rank(), self._ticket, doing, transfer, verdict)
+
+    def finish(self) -> None:
+        self.drain()
 
     def _failure(self, doing: str, transfer: Transfer, error: RuntimeError) -> RuntimeError:
         peer = transfer.source if doing == "receiving" else transfer.target
-        rows = transfer.rows
-        return RuntimeError(
-            f"{self._signature}: {doing} chunk {rows.index} (rows {rows.start}..{rows.stop} of rank {rows.owner}, "
-            f"{transfer.kind}) failed between rank {self._group.rank()} and rank {peer}; "
-            f"{agreement_of(self._group).diagnose(peer)}. {type(error).__name__}: {error}"
-        )
+        cause = f"{agreement_of(self._group).diagnose(peer)}. {type(error).__name__}: {error}"
+        return failure(self._group.rank(), self._ticket, doing, transfer, cause)

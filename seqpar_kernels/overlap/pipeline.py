@@ -1,8 +1,8 @@
 """Runs a schedule over a transport with matmuls: the tensors behind :mod:`.schedule`.
 
 Sequences are handled as [outer, S, inner * H] views of whatever layout came: [B, S, H] has outer = B and inner = 1,
-[S, B, H] has outer = 1 and inner = B. With outer = 1 a chunk of rows is one block of memory and is sent, received and
-multiplied in place; otherwise messages are packed.
+[S, B, H] has outer = 1 and inner = B. A chunk of rows is ``outer`` blocks of memory, and each is sent, received and
+multiplied in place; small ones are packed into one message.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from torch.distributed import ProcessGroup
 
 from ..kernels import select
 from ..layout import SequenceShard, group_rank, group_size
+from . import peer, planner
 from . import schedule as schedules
 from .collective import CollectiveTransport
-from .schedule import Compute, Post, Step, Transfer, Wait
-from .transport import Message, Session
+from .labels import span, traced
+from .loopback import LoopbackGroup, LoopbackTransport
+from .schedule import Compute, Drain, Post, Step, Transfer, Wait
+from .transport import Message, Room, Session, Transport, in_blocks
 
 # A matmul of fewer rows than this per outer index wastes the machine: rather one matmul and a copy into place.
 _MIN_ROWS_IN_PLACE = 128
@@ -70,34 +73,80 @@ class Sequence3D:
 class Exchange:
     """Posts and waits of one op: which buffer each transfer reads or fills."""
 
-    def __init__(self, session: Session | None):
-        self._session = session
+    def __init__(self, call: Call, transport: Transport | None, row_bytes: int):
+        self.name = call.name
+        self._call, self._transport, self._row_bytes = call, transport, row_bytes
+        self._session: Session | None = None
         self._staged: dict[Transfer, tuple[Tensor, Tensor]] = {}
+        self._outgoing: dict[int, Transfer] = {}
+
+    def open(self, steps: Sequence[Step]) -> Exchange:
+        """All ranks are about to run ``steps``."""
+        if self._transport is not None:
+            sends = [t for step in steps if isinstance(step, Post) for t in step.sends]
+            self._outgoing = {t.rows.start: t for t in sends if t.kind == "scatter"}
+            shard = self._call.shard
+            room = Room.of(steps, shard.length, shard.ranks, self._call.layout.outer, self._row_bytes)
+            self._session = self._transport.session(self._call.signature, room)
+        return self
+
+    def empty(self, start: int, stop: int, features: int, like: Tensor) -> Sequence3D:
+        """Room for partial results of rows that another rank owns, where they can be sent from."""
+        assert self._session is not None
+        layout = self._call.layout
+        data = self._session.empty(self._outgoing[start], layout.shape(stop - start, features), like)
+        return Sequence3D(data, layout, start, stop)
 
     def post(self, step: Post, source: Callable[[Transfer], Tensor], target: Callable[[Transfer], Tensor]) -> None:
         assert self._session is not None
-        sends = [Message(t, source(t).contiguous()) for t in step.sends]
+        sends = [message for t in step.sends for message in self._messages(t, source(t))]
         receives = []
         for transfer in step.receives:
             window = target(transfer)
-            buffer = (
-                window if window.is_contiguous() else torch.empty_like(window, memory_format=torch.contiguous_format)
-            )
-            if buffer is not window:
+            if not self._in_blocks(transfer) and not window.is_contiguous():
+                buffer = torch.empty_like(window, memory_format=torch.contiguous_format)
                 self._staged[transfer] = (window, buffer)
-            receives.append(Message(transfer, buffer))
+                window = buffer
+            receives += self._messages(transfer, window)
         self._session.post(sends, receives)
+
+    def _messages(self, transfer: Transfer, window: Tensor) -> list[Message]:
+        """``window`` [outer, rows, ...] as one message, or each of its blocks as one, where it lies."""
+        if not self._in_blocks(transfer):
+            return [Message(transfer, window.contiguous())]
+        return [Message(transfer._replace(part=part), block) for part, block in enumerate(window)]
+
+    def _in_blocks(self, transfer: Transfer) -> bool:
+        outer = self._call.layout.outer
+        return in_blocks(outer, (transfer.rows.stop - transfer.rows.start) * self._row_bytes // max(1, outer))
 
     def wait(self, transfer: Transfer) -> None:
         assert self._session is not None
-        self._session.wait(transfer)
+        for part in range(self._call.layout.outer if self._in_blocks(transfer) else 1):
+            self._session.wait(transfer._replace(part=part))
         if transfer in self._staged:
             window, buffer = self._staged.pop(transfer)
             window.copy_(buffer)
 
-    def finish(self) -> None:
-        if self._session is not None:
-            self._session.finish()
+    def drain(self) -> None:
+        assert self._session is not None
+        self._session.drain()
+
+    def __enter__(self) -> None:
+        """From here on the op is finished, or aborted where anything raises."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._session is None:
+            return
+        try:
+            if error is None:
+                self._session.finish()
+        except BaseException as failed:
+            error = failed
+            raise
+        finally:
+            if error is not None:
+                self._session.abort(error)
 
 
 def run(
@@ -108,15 +157,17 @@ def run(
     compute: Callable[[Compute], None],
 ) -> None:
     """Execute a schedule. ``source``/``target`` give the [outer, rows, ...] window of a transfer at either end."""
-    for step in steps:
-        match step:
-            case Post():
-                exchange.post(step, source, target)
-            case Wait(transfer):
-                exchange.wait(transfer)
-            case Compute():
-                compute(step)
-    exchange.finish()
+    with exchange.open(steps):
+        for step in traced(exchange.name, steps):
+            match step:
+                case Post():
+                    exchange.post(step, source, target)
+                case Wait(transfer):
+                    exchange.wait(transfer)
+                case Drain():
+                    exchange.drain()
+                case Compute():
+                    compute(step)
 
 
 def matmul_into(out: Tensor, x: Tensor, weight_t: Tensor, bias: Tensor | None = None, *, add: bool = False) -> None:
@@ -151,20 +202,32 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def transport_of(group: ProcessGroup, engine: str) -> Transport:
+    """Who moves the chunks of ``group``."""
+    if isinstance(group, LoopbackGroup) and engine != "peer":
+        return LoopbackTransport(group)
+    return peer.transport_over(group) if engine in ("peer", "fused") else CollectiveTransport(group)
+
+
 class Call:
     """One op on one rank: the group, how the sequence lies, and what the ranks agree on."""
 
     def __init__(self, name: str, x: Tensor, seq_dim: int, length: int, group: ProcessGroup | None, *details: object):
-        self.group = group
+        self.group, self.name = group, name
         self.shard = SequenceShard(length, group_size(group), group_rank(group))
         self.layout = layout_of(x, seq_dim)
-        self._signature = (
+        bound = planner.max_workspace_bytes()
+        if bound is not None:  # what waits for what, and where chunks are cut, depends on it
+            details = (*details, f"max_workspace_bytes={bound}")
+        self.signature = (
             f"{name}(S={length} at dim {seq_dim}, other sizes {(*self.layout.lead, *self.layout.tail)}, "
             f"{x.dtype}, {x.device.type}, {', '.join(map(str, details))})"
         )
 
-    def exchange(self) -> Exchange:
-        return Exchange(None if self.group is None else CollectiveTransport(self.group).session(self._signature))
+    def exchange(self, features: int, like: Tensor, engine: str = "collective") -> Exchange:
+        """Messages are rows of ``features`` elements like those of ``like``."""
+        row_bytes = self.layout.outer * self.layout.inner * features * like.element_size()
+        return Exchange(self, None if self.group is None else transport_of(self.group, engine), row_bytes)
 
     def mine(self, x: Tensor) -> Sequence3D:
         """The local shard."""
@@ -186,6 +249,13 @@ class Call:
     def shape(self, length: int, features: int) -> tuple[int, ...]:
         return self.layout.shape(length, features)
 
+    def window(self, chunks: int, features: int, like: Tensor) -> int | None:
+        """How many chunks of a shard with ``features`` may be under way at once; None: any number."""
+        rows = -(-self.shard.of(0).size // chunks)
+        outer, block_row = self.layout.outer, self.layout.inner * features * like.element_size()
+        smallest = self.shard.length // self.shard.ranks // chunks
+        return planner.window(rows * outer * block_row, outer > 1 and not in_blocks(outer, smallest * block_row))
+
 
 class Partials:
     """What the ranks have to say about our rows: [ranks, outer, S/t, inner * features], summed in rank order."""
@@ -203,6 +273,10 @@ class Partials:
     def own_matrices(self, start: int, stop: int) -> Tensor:
         return self._views[self._call.shard.rank].matrices(start, stop)
 
+    def matrices(self) -> Tensor:
+        """Row by row, for kernels that sum by themselves. [ranks, rows, features]"""
+        return self.data.view(self.data.shape[0], -1, self._features)
+
     def reduce(self, bias: Tensor | None) -> Tensor:
         """Sum over ranks in fp32 in rank order, plus bias. [..., S/t, ..., features]"""
         cols = self._features
@@ -210,7 +284,8 @@ class Partials:
             cols *= self._call.layout.inner
             cols = cols if cols >= 64 else max(1, self.data[0].numel())
         parts = self.data.view(self.data.shape[0], -1, cols)
-        total = select(None, parts.device).reduce_shards(parts, bias)
+        with span(self._call.name, f"sum {parts.shape[0]} partial results"):
+            total = select(None, parts.device).reduce_shards(parts, bias)
         return reshaped(total, self.data.shape[1:])
 
 
@@ -221,7 +296,7 @@ def gather(x: Tensor, seq_dim: int, length: int, group: ProcessGroup | None, nam
     whole = call.around(mine)
     run(
         schedules.gather_only(call.shard),
-        call.exchange(),
+        call.exchange(x.shape[-1], x),
         source=lambda t: mine.window(t.rows.start, t.rows.stop),
         target=lambda t: whole.window(t.rows.start, t.rows.stop),
         compute=lambda step: None,
@@ -238,7 +313,7 @@ def reduce_scatter(x: Tensor, seq_dim: int, group: ProcessGroup | None, name: st
     partials.window(shard.rank, shard.start, shard.stop).copy_(whole.window(shard.start, shard.stop))
     run(
         schedules.scatter_only(shard),
-        call.exchange(),
+        call.exchange(x.shape[-1], x),
         source=lambda t: whole.window(t.rows.start, t.rows.stop),
         target=lambda t: partials.window(t.source, t.rows.start, t.rows.stop),
         compute=lambda step: None,

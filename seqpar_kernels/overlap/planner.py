@@ -1,22 +1,78 @@
 """Which engine runs a call and into how many chunks it is cut.
 
-"single" gathers (or scatters) everything at once around one matmul; "collective" pipelines chunks over
-torch.distributed. A chunk must be large enough that its message is not all latency and its matmul not all overhead.
+"single" moves everything at once around one matmul; "collective" pipelines chunks over torch.distributed; "peer" does
+over symmetric memory, and "fused" around a matmul that waits by itself, where they were asked for (:func:`rather`). The
+choice between one matmul and a pipelined one is that of a small cost model. With m the seconds of the whole matmul and
+w those of the wire, an unpipelined call takes m + w. A pipelined one takes max(m, w) plus the smallest piece of the
+matmul (the first that leaves, or the last to arrive), and each piece costs a message and a matmul call that reads the
+weight again; where the processor that multiplies also moves the bytes (gloo), that adds to m. Where cutting does not
+pay, nothing is cut: that is the size floor.
+
+All that enters is alike on all ranks: sizes are those of the largest shard, figures those that the group has agreed on
+(:mod:`.tuning`), so all come to the same plan.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import NamedTuple
 
 import torch
 
-ENGINES = ("auto", "single", "collective")
+from .figures import Figures
+from .schedule import chunk_weights
+from .transport import in_blocks
 
-# Below this many bytes a rank a call is one matmul and one exchange.
-SIZE_FLOOR_BYTES = {"cpu": 64 * 1024, "cuda": 1024 * 1024}
-# No chunk smaller than this: per-message cost stays a small part of the wire time.
-MIN_CHUNK_BYTES = {"cpu": 256 * 1024, "cuda": 4 * 1024 * 1024}
-MAX_CHUNKS = 4
+ENGINES = ("auto", "single", "collective", "peer", "fused")
+
+_MAX_CHUNKS = 16
+# Cut only where the model promises this much: what it leaves out must not make a small call slower than uncut.
+_WORTH_CUTTING = 0.95
+_BELOW_FLOOR = "below the size floor: cutting saves less than 5 %"
+# Message buffers alive at once with one post in flight: one leaving, one being computed; a message of several small
+# blocks of memory is packed at both ends, and a backward moves two kinds.
+_STAGED, _STAGED_PACKED = 2, 5
+
+
+class Work(NamedTuple):
+    """What one call computes and sends, alike on every rank."""
+
+    ranks: int
+    rows: int  # of the sequence in the largest shard: what can be cut
+    flops: int  # of one rank's whole matmul
+    weight_bytes: int
+    shard_bytes: int  # of the largest shard of what travels
+    dtype: torch.dtype
+    outer: int  # blocks of memory in a message
+
+    @property
+    def wire_bytes(self) -> int:
+        """What one rank sends, and as much receives."""
+        return (self.ranks - 1) * self.shard_bytes
+
+    def packed(self, chunks: int) -> bool:
+        """Whether any message of so many chunks is copied into one block of memory, and out of it again."""
+        block_row = self.shard_bytes // max(1, self.rows * self.outer)
+        return self.outer > 1 and not in_blocks(self.outer, (self.rows - 1) // chunks * block_row)
+
+
+class Estimate(NamedTuple):
+    """The model's seconds for one forward."""
+
+    matmul: float
+    wire: float
+    total: float
+
+    @property
+    def hidden(self) -> float:
+        """The part of the shorter of matmul and wire that runs beside the longer one."""
+        shorter = min(self.matmul, self.wire)
+        return max(0.0, min(1.0, (self.matmul + self.wire - self.total) / shorter)) if shorter else 0.0
+
+    def __str__(self) -> str:
+        times = (f"{1e3 * seconds:.3g}" for seconds in (self.matmul, self.wire, self.total))
+        return "matmul {}, wire {}, together {} ms, {:.0%} hidden".format(*times, self.hidden)
 
 
 class Plan(NamedTuple):
@@ -25,6 +81,12 @@ class Plan(NamedTuple):
     engine: str
     chunks: int
     reason: str
+    wire_bytes: int = 0  # sent by one rank in one forward
+    estimate: Estimate | None = None
+
+
+#: Without a group.
+PLAIN = Plan("single", 1, "one rank: plain matmul, no communication")
 
 
 def check_engine(engine: str) -> None:
@@ -33,20 +95,196 @@ def check_engine(engine: str) -> None:
         raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
 
 
-def plan(engine: str, chunks: int | None, *, shard_bytes: int, ranks: int, device: torch.device) -> Plan:
-    """Settle ``engine="auto"`` and ``chunks=None`` for a shard of ``shard_bytes`` bytes.
-
-    Sizes enter as those of the largest shard, so that every rank of a group comes to the same plan.
-    """
-    if ranks == 1:
-        return Plan("single", 1, "one rank: plain matmul, no communication")
-    floor = SIZE_FLOOR_BYTES.get(device.type, SIZE_FLOOR_BYTES["cuda"])
-    least = MIN_CHUNK_BYTES.get(device.type, MIN_CHUNK_BYTES["cuda"])
-    if engine == "single":
-        return Plan("single", 1, "asked for" if chunks in (None, 1) else f"asked for; chunks={chunks} has no effect")
-    if engine == "auto" and chunks is None and shard_bytes < floor:
-        return Plan("single", 1, f"shard of {shard_bytes} bytes is below the floor of {floor}")
+def estimate(chunks: int | None, work: Work, figures: Figures) -> Estimate:
+    """The cost model; ``chunks=None`` is the unpipelined call."""
+    peers = work.ranks - 1
+    matmul = work.flops / figures.flops(work.dtype) + figures.call_seconds
+    wire = work.wire_bytes / figures.link_bytes + peers * figures.message_seconds
     if chunks is None:
-        chunks = max(1, min(MAX_CHUNKS, shard_bytes // least))
-        return Plan("collective", chunks, f"{shard_bytes} bytes a shard, at least {least} a chunk")
-    return Plan("collective", chunks, "chunks given")
+        return Estimate(matmul, wire, matmul + wire)
+    pieces = peers * chunks
+    call = figures.call_seconds + work.weight_bytes / figures.memory_bytes
+    busy = matmul + pieces * (call + figures.message_seconds) + work.wire_bytes * figures.busy_seconds
+    travelling = work.wire_bytes / figures.link_bytes + pieces * figures.message_seconds
+    return Estimate(matmul, wire, max(busy, travelling) + matmul / work.ranks * _edge(chunks, work.ranks) + call)
+
+
+def _edge(chunks: int, ranks: int) -> float:
+    """The part of a shard that nothing hides: on two ranks the smallest chunk; else the last chunk of every peer."""
+    if ranks > 2:
+        return (ranks - 1) / chunks
+    weights = chunk_weights(chunks, "rising")
+    return weights[0] / sum(weights)
+
+
+def plan(engine: str, chunks: int | None, work: Work, figures: Figures) -> Plan:
+    """Settle ``engine="auto"`` and ``chunks=None`` on two ranks or more.
+
+    Raises:
+        ValueError: the call cannot be cut finely enough for the workspace bound.
+    """
+    settle = _plan if torch.compiler.is_compiling() else _remembered_plan
+    return settle(engine, chunks, work, figures, max_workspace_bytes())
+
+
+def _plan(engine: str, chunks: int | None, work: Work, figures: Figures, bound: int | None) -> Plan:
+    needed, bounded = 1, ""
+    if bound is not None and bound < work.ranks * work.shard_bytes * (
+        3 if work.packed(1) else 1
+    ):  # too little for uncut
+        needed = _chunks_within(bound, work, 1)
+        bounded = f"; max_workspace_bytes={bound} wants {needed} or more"
+
+    def within(count: int) -> int:
+        return _chunks_within(bound, work, count) if bound is not None and bounded else count
+
+    def made(engine: str, chunks: int, reason: str) -> Plan:
+        foreseen = estimate(None if engine == "single" else chunks, work, figures)
+        return Plan(engine, chunks, reason, work.wire_bytes, foreseen)
+
+    if engine == "single":
+        if bounded:
+            raise ValueError(f"engine: 'single' moves everything at once, expected another with {bounded[2:]} chunks")
+        return made("single", 1, "asked for" if chunks in (None, 1) else f"asked for; chunks={chunks} has no effect")
+    if chunks is not None:
+        return made("collective", within(chunks), f"chunks={chunks} given{bounded}")
+    count = within(_best_count(work, figures))
+    if engine == "auto" and not bounded:
+        cut, uncut = estimate(count, work, figures).total, estimate(None, work, figures).total
+        if cut > _WORTH_CUTTING * uncut:
+            return made("single", 1, _BELOW_FLOOR)
+    return made("collective", count, f"the model's best{bounded}")
+
+
+def _best_count(work: Work, figures: Figures) -> int:
+    """The power of two beyond which twice as many pieces would cost more than they save."""
+    call = figures.call_seconds + work.weight_bytes / figures.memory_bytes
+    per_count = (work.ranks - 1) * (call + figures.message_seconds)
+    own = work.flops / figures.flops(work.dtype) / work.ranks
+    count = 1
+    while 2 * count <= min(work.rows, _MAX_CHUNKS):
+        if count * per_count >= own * (_edge(count, work.ranks) - _edge(2 * count, work.ranks)):
+            break
+        count *= 2
+    return count
+
+
+class _Special(NamedTuple):
+    variable: str  # asks for it under ``engine="auto"``
+    means: str
+
+
+_SPECIAL = {
+    "peer": _Special("SEQPAR_PEER", "symmetric memory"),
+    "fused": _Special("SEQPAR_FUSED", "a matmul that waits by itself"),
+}
+
+
+def wanted(engine: str) -> bool:
+    """Whether ``engine="auto"`` is to take ``engine`` where it can; it stays with what has known figures otherwise."""
+    return os.environ.get(_SPECIAL[engine].variable, "0") not in ("", "0")
+
+
+#: Read once, when the package is imported.
+PEER_WANTED, FUSED_WANTED = wanted("peer"), wanted("fused")
+
+
+def rather(special: str, settled: Plan, engine: str, obstacle: str) -> Plan:
+    """``settled`` by the engine ``special``, where it is pipelined, asked for and nothing stands against it.
+
+    Args:
+        special: "peer" or "fused".
+        settled: what :func:`plan` says.
+        engine: what the caller asked for.
+        obstacle: why ``special`` cannot run; "" where it can.
+
+    Raises:
+        RuntimeError: ``special`` was asked for by name and cannot be.
+    """
+    variable, means = _SPECIAL[special]
+    if engine == special and obstacle:
+        raise RuntimeError(f"engine: {special!r} cannot run here: {obstacle}")
+    if settled.engine != "collective" or engine not in ("auto", special):
+        return settled
+    if obstacle:
+        return settled._replace(
+            reason=f"{settled.reason}; {variable} is set, but no {means.removeprefix('a ')}: {obstacle}"
+        )
+    asked = "asked for" if engine == special else f"{variable} is set"
+    return settled._replace(engine=special, reason=f"{settled.reason}; by {means}: {asked}")
+
+
+_remembered_plan = functools.lru_cache(4096)(_plan)
+
+
+# --- the workspace bound ---------------------------------------------------------------------------------------------
+
+_ENVIRONMENT = "SEQPAR_MAX_WORKSPACE_BYTES"
+_bound: int | None = None
+
+
+def set_max_workspace_bytes(limit: int | None) -> None:
+    """From now on, bound the staging buffers of each all_gather_linear and linear_reduce_scatter, forward and backward.
+
+    Staging is what holds messages and nothing else: chunks on their way in before they are multiplied, partial sums on
+    their way out, messages packed of several small blocks of memory. It lowers the chunk size, and chunks wait
+    for buffers of earlier ones. Not counted: results, the partial sums of this rank's own rows, and in a backward the
+    gathered operand of the weight gradient. Initially that of the variable SEQPAR_MAX_WORKSPACE_BYTES, else no bound.
+
+    Args:
+        limit: bytes on each rank, alike on all ranks of a group; None takes the bound away.
+
+    Raises:
+        ValueError: not a positive int or None. A call whose smallest chunk, one row of the sequence, does not fit
+            raises one too.
+    """
+    global _bound
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise ValueError(f"limit: expected a positive int or None, got {limit!r}")
+    _bound = limit
+
+
+def max_workspace_bytes() -> int | None:
+    """The bound that :func:`set_max_workspace_bytes` has set."""
+    return _bound
+
+
+def window(message_bytes: int, packed: bool) -> int | None:
+    """How many posts may be under way at once within the bound; None: any number."""
+    if _bound is None or message_bytes == 0:
+        return None
+    per_post = _STAGED_PACKED - 1 if packed else _STAGED - 1
+    return max(1, (_bound // message_bytes - 1) // per_post)
+
+
+def _chunks_within(bound: int, work: Work, count: int) -> int:
+    """The least number of chunks, ``count`` or more, whose messages stay within the bound, one post under way."""
+    if not work.shard_bytes:
+        return count
+    count = max(count, _chunks_of(bound, work, _STAGED))
+    return max(count, _chunks_of(bound, work, _STAGED_PACKED)) if work.packed(count) else count
+
+
+def _chunks_of(bound: int, work: Work, alive: int) -> int:
+    """The least number of chunks of which ``alive`` stay within the bound."""
+    row_bytes = work.shard_bytes // work.rows
+    rows = bound // (alive * row_bytes)
+    if rows < 1:
+        raise ValueError(
+            f"max_workspace_bytes: expected at least {alive * row_bytes}, room for {alive} messages of one row of the "
+            f"sequence, got {bound}"
+        )
+    return -(-work.rows // rows)
+
+
+def _initial_bound() -> None:
+    text = os.environ.get(_ENVIRONMENT)
+    if text is None:
+        return
+    try:
+        set_max_workspace_bytes(int(text))
+    except ValueError:
+        raise ValueError(f"{_ENVIRONMENT}: expected a positive number of bytes, got {text!r}") from None
+
+
+_initial_bound()

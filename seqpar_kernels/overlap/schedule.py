@@ -4,6 +4,9 @@ A schedule is the program of one rank: a list of steps that :mod:`.pipeline` run
 transfers and returns at once; ``Wait`` blocks on one arrival; ``Compute`` works on rows of the unsharded sequence. What
 is posted before a ``Compute`` travels while it runs: that is all there is to overlap.
 
+With a ``window`` no more than so many posts are under way at once: a schedule then waits for earlier messages before it
+posts, so that their buffers serve again.
+
 Ranks are visited in rotated order, so that at any moment each link carries one chunk each way. All ranks run the same
 program shifted by their rank: in step k a rank gathers from ``rank + k`` while it sends to ``rank - k`` (scatters to
 ``rank + k``, receives from ``rank - k``), hence every send meets its receive in the same step and nothing can deadlock.
@@ -14,10 +17,15 @@ Sources: Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2, for where th
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from ..layout import SequenceShard, split_point
+
+# Building one takes longer than a small matmul, and layers ask for the same few: nobody changes what comes back.
+_remembered = functools.lru_cache(1024)
 
 Stage = Literal["matmul", "dgrad", "wgrad", "reduce"]
 
@@ -36,12 +44,15 @@ class Transfer(NamedTuple):
 
     "gather": the owner's input rows, to somebody who computes with them.
     "scatter": somebody's partial result for those rows, to their owner, who sums.
+
+    Schedules know nothing of ``part``: where rows are several blocks of memory, which one.
     """
 
     kind: Literal["gather", "scatter"]
     rows: Rows
     source: int
     target: int
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,11 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class Drain:
+    """Block until the buffers of all sends posted so far may be used again."""
+
+
+@dataclass(frozen=True)
 class Compute:
     """Run ``stage`` over rows ``start..stop`` of the unsharded sequence."""
 
@@ -68,122 +84,236 @@ class Compute:
     stop: int
 
 
-Step = Post | Wait | Compute
+Step = Post | Wait | Drain | Compute
 
 
-def chunks_of(shard: SequenceShard, chunks: int) -> list[Rows]:
-    """The shard in ``chunks`` nearly equal pieces; empty ones are left out."""
-    cuts = [shard.start + split_point(shard.size, chunks, i) for i in range(chunks + 1)]
+Taper = Literal["none", "rising", "falling"]
+_TAPER_DEPTH = 3
+
+
+def chunk_weights(chunks: int, taper: Taper) -> list[int]:
+    """How the rows of a shard are shared out among its chunks.
+
+    Nothing hides the matmul of the first chunk that leaves, nor of the last one to arrive, so these are small: 1, 2, 4,
+    8, 8, ... rising, or falling the same way. On two ranks with matmul and wire in balance each chunk then takes as
+    long to multiply as the next one to travel.
+    """
+    if taper == "none":
+        return [1] * chunks
+    rising = [2 ** min(i, _TAPER_DEPTH) for i in range(chunks)]
+    return rising if taper == "rising" else rising[::-1]
+
+
+def chunks_of(shard: SequenceShard, chunks: int, taper: Taper = "none") -> list[Rows]:
+    """The shard in ``chunks`` pieces; empty ones are left out."""
+    weights = chunk_weights(chunks, taper)
+    if taper == "none":
+        sizes = [split_point(shard.size, chunks, i) for i in range(chunks + 1)]
+    else:
+        sizes = [shard.size * total // sum(weights) for total in itertools.accumulate(weights, initial=0)]
+    cuts = [shard.start + size for size in sizes]
     return [Rows(shard.rank, i, cuts[i], cuts[i + 1]) for i in range(chunks) if cuts[i] < cuts[i + 1]]
 
 
-def _gather(shard: SequenceShard, chunks: int) -> list[Post]:
-    """Own chunks to every peer, every peer's chunks here."""
+def _gather_from(shard: SequenceShard, k: int, chunks: int, tapered: bool) -> list[Post]:
+    """The chunks of ``rank + k`` here, own ones to ``rank - k``."""
+    source, target = (shard.rank + k) % shard.ranks, (shard.rank - k) % shard.ranks
+    taper: Taper = "falling" if tapered and shard.ranks == 2 else "none"
+    sends = [Transfer("gather", rows, shard.rank, target) for rows in chunks_of(shard, chunks, taper)]
+    receives = [Transfer("gather", rows, source, shard.rank) for rows in chunks_of(shard.of(source), chunks, taper)]
+    return _paired(sends, receives, chunks)
+
+
+def _gather(shard: SequenceShard, chunks: int, tapered: bool = False) -> list[Post]:
+    """Own chunks to every peer, every peer's chunks here.
+
+    The first chunks of all peers come before any second one: connections may share the link evenly (TCP), and then the
+    last chunk of the first peer arrives no sooner than those of the others.
+    """
+    posts = [post for k in range(1, shard.ranks) for post in _gather_from(shard, k, chunks, tapered)]
+    return sorted(posts, key=_index)
+
+
+def _scatter_to(shard: SequenceShard, k: int, chunks: int, tapered: bool = False) -> list[Post]:
+    """Partial results for the chunks of ``rank + k``; what ``rank - k`` has for ours."""
+    source, target = (shard.rank - k) % shard.ranks, (shard.rank + k) % shard.ranks
+    taper: Taper = "rising" if tapered and k == 1 else "none"
+    sends = [Transfer("scatter", rows, shard.rank, target) for rows in chunks_of(shard.of(target), chunks, taper)]
+    receives = [Transfer("scatter", rows, source, shard.rank) for rows in chunks_of(shard, chunks, taper)]
+    return _paired(sends, receives, chunks)
+
+
+def _paired(sends: list[Transfer], receives: list[Transfer], chunks: int) -> list[Post]:
+    """One post per chunk index. Shards differ by a row at most, so one side may have no such chunk."""
     posts = []
-    for k in range(1, shard.ranks):
-        source, target = (shard.rank + k) % shard.ranks, (shard.rank - k) % shard.ranks
-        sends = [Transfer("gather", rows, shard.rank, target) for rows in chunks_of(shard, chunks)]
-        receives = [Transfer("gather", rows, source, shard.rank) for rows in chunks_of(shard.of(source), chunks)]
-        posts += _paired(sends, receives)
+    for i in range(chunks):
+        pair = tuple(tuple(t for t in side if t.rows.index == i) for side in (sends, receives))
+        if any(pair):
+            posts.append(Post(*pair))
     return posts
 
 
-def _scatter_to(shard: SequenceShard, k: int, chunks: int) -> list[Post]:
-    """Partial results for the chunks of ``rank + k``; what ``rank - k`` has for ours."""
-    source, target = (shard.rank - k) % shard.ranks, (shard.rank + k) % shard.ranks
-    sends = [Transfer("scatter", rows, shard.rank, target) for rows in chunks_of(shard.of(target), chunks)]
-    receives = [Transfer("scatter", rows, source, shard.rank) for rows in chunks_of(shard, chunks)]
-    return _paired(sends, receives)
+def _index(post: Post) -> int:
+    return (post.sends or post.receives)[0].rows.index
 
 
-def _paired(sends: list[Transfer], receives: list[Transfer]) -> list[Post]:
-    """One post per chunk index. Shards differ by a row at most, so one side may have a chunk less."""
-    count = max(len(sends), len(receives))
-    return [Post(tuple(sends[i : i + 1]), tuple(receives[i : i + 1])) for i in range(count)]
+_NOTHING = Post((), ())
+
+
+def _together(first: list[Post], second: list[Post]) -> list[Post]:
+    """One post per chunk index of two exchanges."""
+    pairs = itertools.zip_longest(first, second, fillvalue=_NOTHING)
+    return [Post(a.sends + b.sends, a.receives + b.receives) for a, b in pairs]
 
 
 def _arrivals(posts: list[Post]) -> list[Transfer]:
     return [transfer for post in posts for transfer in post.receives]
 
 
-def _scatter_phase(shard: SequenceShard, chunks: int, stage: Stage) -> tuple[list[Step], list[Transfer]]:
-    """Compute for the others and send as each chunk is ready, then for ourselves; and what will arrive meanwhile."""
-    steps: list[Step] = []
-    arrivals: list[Transfer] = []
+def _gather_phase(shard: SequenceShard, chunks: int, stage: Stage | None, window: int | None) -> list[Step]:
+    """Compute on the own shard while the first chunks travel, then on each peer's chunk as it arrives."""
+    posts = _gather(shard, chunks, tapered=window is None and stage is not None)
+    ahead = len(posts) if window is None else window
+    steps: list[Step] = [*posts[:ahead]]
+    if stage is not None:
+        steps.append(Compute(stage, shard.start, shard.stop))
+    for i, post in enumerate(posts):
+        for transfer in post.receives:
+            steps.append(Wait(transfer))
+            if stage is not None:
+                steps.append(Compute(stage, transfer.rows.start, transfer.rows.stop))
+        if i + ahead < len(posts):
+            steps += [Drain(), posts[i + ahead]]
+    return steps
+
+
+def _scatter_phase(
+    shard: SequenceShard, chunks: int, stage: Stage, window: int | None, *, gather: bool = False
+) -> tuple[list[Step], list[Transfer]]:
+    """Compute for the others and send as each chunk is ready, then for ourselves; and what has yet to arrive then.
+
+    With ``gather`` an all-gather travels beside: posted first, so that it never waits behind partial sums; or, with a
+    window, a chunk of it with each chunk that leaves.
+    """
+    steps: list[Step] = list(_gather(shard, chunks)) if gather and window is None else []
+    under_way = [step for step in steps if isinstance(step, Post)]
     for k in range(1, shard.ranks):
-        for post in _scatter_to(shard, k, chunks):
-            steps += [Compute(stage, t.rows.start, t.rows.stop) for t in post.sends]
+        posts = _scatter_to(shard, k, chunks, tapered=window is None)
+        if gather and window is not None:
+            posts = _together(_gather_from(shard, k, chunks, tapered=False), posts)
+        for post in posts:
+            leaving = [t.rows for t in post.sends if t.kind == "scatter"]
+            steps += [Compute(stage, rows.start, rows.stop) for rows in leaving]
+            if window is not None and len(under_way) == window:
+                steps += [*(Wait(t) for t in _arrivals(under_way)), Drain()]
+                under_way = []
             steps.append(post)
-            arrivals += post.receives
+            under_way.append(post)
     steps.append(Compute(stage, shard.start, shard.stop))
-    return steps, arrivals
+    return steps, _arrivals(under_way)
 
 
+@_remembered
 def gather_only(shard: SequenceShard) -> list[Step]:
     """All-gather, nothing to compute."""
     posts = _gather(shard, 1)
     return [*posts, *(Wait(t) for t in _arrivals(posts))]
 
 
+@_remembered
 def scatter_only(shard: SequenceShard) -> list[Step]:
     """Reduce-scatter of something that exists already."""
     posts = [post for k in range(1, shard.ranks) for post in _scatter_to(shard, k, 1)]
     return [*posts, *(Wait(t) for t in _arrivals(posts)), Compute("reduce", shard.start, shard.stop)]
 
 
-def gather_matmul(shard: SequenceShard, chunks: int, *, pipelined: bool = True) -> list[Step]:
+@_remembered
+def gather_matmul(
+    shard: SequenceShard, chunks: int, *, pipelined: bool = True, window: int | None = None
+) -> list[Step]:
     """All-gather -> matmul: own shard while the first chunks travel, then each peer's chunk as it arrives.
 
     ``pipelined=False`` waits for everything and runs one matmul: the plan for sizes too small to cut.
     """
+    if pipelined:
+        return _gather_phase(shard, chunks, "matmul", window)
     posts = _gather(shard, chunks)
-    arrivals = _arrivals(posts)
-    if not pipelined:
-        return [*posts, *(Wait(t) for t in arrivals), Compute("matmul", 0, shard.length)]
-    steps: list[Step] = [*posts, Compute("matmul", shard.start, shard.stop)]
-    for transfer in arrivals:
-        steps += [Wait(transfer), Compute("matmul", transfer.rows.start, transfer.rows.stop)]
-    return steps
+    return [*posts, *(Wait(t) for t in _arrivals(posts)), Compute("matmul", 0, shard.length)]
 
 
-def matmul_scatter(shard: SequenceShard, chunks: int, *, pipelined: bool = True) -> list[Step]:
+@_remembered
+def matmul_scatter(
+    shard: SequenceShard, chunks: int, *, pipelined: bool = True, window: int | None = None
+) -> list[Step]:
     """Matmul -> reduce-scatter: the peers' rows first, each chunk sent as it is ready; own rows last; then the sum."""
     if not pipelined:
         return [Compute("matmul", 0, shard.length), *scatter_only(shard)]
-    steps, arrivals = _scatter_phase(shard, chunks, "matmul")
-    return [*steps, *(Wait(t) for t in arrivals), Compute("reduce", shard.start, shard.stop)]
+    steps, pending = _scatter_phase(shard, chunks, "matmul", window)
+    return [*steps, *(Wait(t) for t in pending), Compute("reduce", shard.start, shard.stop)]
 
 
-def column_backward(shard: SequenceShard, chunks: int, *, dgrad: bool, wgrad: bool) -> list[Step]:
-    """Backward of gather_matmul: x is gathered again under dgrad, dx is scattered under wgrad.
+@_remembered
+def gather_matmul_scatter(
+    shard: SequenceShard, chunks: int, *, scatter: bool = True, window: int | None = None
+) -> list[Step]:
+    """Rows come from their owner, are worked on here, and the partial result goes back to them, chunk by chunk.
 
-    The gather is posted first, so that it never waits behind the partial sums of dx.
+    Own rows first, while the peers' travel here; their results travel back under the next chunk's work. With a window
+    one chunk is ahead of the one that is worked on, and travels here beside a result.
+    ``scatter=False``: nothing goes back.
     """
-    gathers = _gather(shard, chunks) if wgrad else []
-    steps: list[Step] = [*gathers]
-    scattered: list[Transfer] = []
+    if not scatter:
+        return _gather_phase(shard, chunks, "dgrad", window)
+    # Counted alike on all ranks, also where a shard has no such chunk, so that messages are posted in one order.
+    turns = list(itertools.product(range(1, shard.ranks), range(chunks)))
+    gathers = {(k, _index(p)): p for k in range(1, shard.ranks) for p in _gather_from(shard, k, chunks, tapered=False)}
+    scatters = {(k, _index(p)): p for k in range(1, shard.ranks) for p in _scatter_to(shard, k, chunks)}
+    arriving = {transfer.rows: transfer for transfer in _arrivals(list(gathers.values()))}
+    first = _gather(shard, chunks) if window is None else [gathers[turn] for turn in turns[:1] if turn in gathers]
+    steps: list[Step] = [*first, Compute("dgrad", shard.start, shard.stop)]
+    under_way = [Post(post.sends, ()) for post in first]  # what they bring is waited for where it is needed
+    for turn, next_turn in itertools.zip_longest(turns, turns[1:]):
+        post = scatters.get(turn, _NOTHING)
+        ahead = _NOTHING if window is None else gathers.get(next_turn, _NOTHING)
+        if post is _NOTHING and ahead is _NOTHING:
+            continue
+        for transfer in post.sends:
+            rows = transfer.rows
+            steps += [Wait(arriving[rows]), Compute("dgrad", rows.start, rows.stop)]
+        if window is not None and len(under_way) >= window:
+            steps += [*(Wait(t) for t in _arrivals(under_way)), Drain()]
+            under_way = []
+        steps += _together([ahead], [post])
+        under_way.append(Post(ahead.sends + post.sends, post.receives))
+    return [*steps, *(Wait(t) for t in _arrivals(under_way)), Compute("reduce", shard.start, shard.stop)]
+
+
+@_remembered
+def column_backward(
+    shard: SequenceShard, chunks: int, *, dgrad: bool, wgrad: bool, window: int | None = None
+) -> list[Step]:
+    """Backward of gather_matmul: x is gathered again under dgrad, dx is scattered under wgrad."""
+    steps: list[Step] = []
+    pending: list[Transfer] = []
     if dgrad:
-        phase, scattered = _scatter_phase(shard, chunks, "dgrad")
-        steps += phase
+        steps, pending = _scatter_phase(shard, chunks, "dgrad", window, gather=wgrad)
+    elif wgrad:
+        steps = _gather_phase(shard, chunks, None, window)
     if wgrad:
-        steps += [Wait(t) for t in _arrivals(gathers)]
+        steps += [Wait(t) for t in pending if t.kind == "gather"]
         steps.append(Compute("wgrad", 0, shard.length))
-    steps += [Wait(t) for t in scattered]
+    steps += [Wait(t) for t in pending if t.kind == "scatter"]
     if dgrad:
         steps.append(Compute("reduce", shard.start, shard.stop))
     return steps
 
 
-def row_backward(shard: SequenceShard, chunks: int, *, dgrad: bool, wgrad: bool) -> list[Step]:
+@_remembered
+def row_backward(
+    shard: SequenceShard, chunks: int, *, dgrad: bool, wgrad: bool, window: int | None = None
+) -> list[Step]:
     """Backward of matmul_scatter: dy is gathered under dgrad; wgrad runs once, when the last chunk is in."""
-    posts = _gather(shard, chunks)
-    steps: list[Step] = [*posts]
-    if dgrad:
-        steps.append(Compute("dgrad", shard.start, shard.stop))
-    for transfer in _arrivals(posts):
-        steps.append(Wait(transfer))
-        if dgrad:
-            steps.append(Compute("dgrad", transfer.rows.start, transfer.rows.stop))
+    steps = _gather_phase(shard, chunks, "dgrad" if dgrad else None, window)
     if wgrad:
         steps.append(Compute("wgrad", 0, shard.length))
     return steps

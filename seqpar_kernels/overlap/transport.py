@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from .schedule import Transfer
+from ..layout import split_point
+from .schedule import Post, Step, Transfer
 
 
 class Message(NamedTuple):
@@ -16,29 +18,81 @@ class Message(NamedTuple):
     buffer: Tensor
 
 
+class Room(NamedTuple):
+    """Where the messages of one op lie among what a rank sends.
+
+    A message lies where its rows do within its shard: ranks that cut shards differently, into tapered chunks or not,
+    agree on it all the same.
+    """
+
+    length: int  # of the sequence
+    ranks: int
+    outer: int  # parts of a message that goes in parts
+    row_bytes: int
+    gathers: bool
+    scatters: bool
+
+    @staticmethod
+    def of(steps: Sequence[Step], length: int, ranks: int, outer: int, row_bytes: int) -> Room:
+        """``steps`` of any rank name the kinds of transfers there are: it receives the others' or sends its own."""
+        kinds = {t.kind for step in steps if isinstance(step, Post) for t in (*step.sends, *step.receives)}
+        return Room(length, ranks, outer, row_bytes, "gather" in kinds, "scatter" in kinds)
+
+    def nbytes(self) -> int:
+        """What a rank sends, a chunk that goes to several peers once."""
+        return self._shard_bytes() * (self.gathers + self.scatters * (self.ranks - 1))
+
+    def offset(self, transfer: Transfer) -> int:
+        """Where in the sender's :meth:`nbytes` the message of ``transfer`` lies."""
+        shard = 0 if transfer.kind == "gather" else self.gathers + (transfer.target - transfer.source) % self.ranks - 1
+        row = transfer.rows.start - split_point(self.length, self.ranks, transfer.rows.owner)
+        part = transfer.part * (transfer.rows.stop - transfer.rows.start) * self.row_bytes // max(1, self.outer)
+        return shard * self._shard_bytes() + row * self.row_bytes + part
+
+    def _shard_bytes(self) -> int:
+        """Of the largest one."""
+        nbytes = -(-self.length // self.ranks) * self.row_bytes
+        return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+_ALIGNMENT = 256
+_BLOCK_BYTES = 1 << 16
+
+
+def in_blocks(outer: int, block_bytes: int) -> bool:
+    """Whether a message of ``outer`` blocks of memory goes block by block, from and to where they lie.
+
+    Small ones are packed into one: a copy costs less than messages do. Both ends ask, and must get the same answer.
+    """
+    return outer > 1 and block_bytes >= _BLOCK_BYTES
+
+
 class Session(Protocol):
     """The communication of one op, from first post to last wait."""
 
+    def empty(self, transfer: Transfer, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Where the message of ``transfer`` is best computed, so that it need not be copied before it is sent."""
+
     def post(self, sends: list[Message], receives: list[Message]) -> None:
-        """Start moving; buffers of sends must stay as they are until :meth:`finish`."""
+        """Start moving; buffers of sends must stay as they are until :meth:`drain` or :meth:`finish`."""
 
     def wait(self, transfer: Transfer) -> None:
         """Return when ``transfer`` has arrived (on CUDA: when the current stream may use it)."""
 
+    def drain(self) -> None:
+        """Return when the buffers of all sends so far may be used again; more posts may follow."""
+
     def finish(self) -> None:
-        """Return when the buffers of all sends may be used again."""
+        """The last :meth:`drain`."""
+
+    def abort(self, error: BaseException) -> None:
+        """The op failed on this rank with ``error``: tell the peers; nothing of this op may reach a later one."""
 
 
 class Transport(Protocol):
     """Moves chunks between the ranks of one group."""
 
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def ranks(self) -> int: ...
-
-    def session(self, signature: str) -> Session:
+    def session(self, signature: str, room: Room) -> Session:
         """Begin an op. ``signature`` describes it (name, shapes, dtype) and must be the same on every rank.
 
         Raises:

@@ -16,7 +16,7 @@ import seqpar_kernels as sp
 pytestmark = pytest.mark.gpu
 
 
-def _rank(rank: int, ranks: int, store: str) -> None:
+def _rank(rank: int, ranks: int, store: str, fused: bool) -> None:
     devices = torch.cuda.device_count()
     if devices < ranks:
         os.environ["NCCL_HOSTID"] = f"virtual-host-{rank}"  # NCCL refuses two ranks of one host on one device
@@ -32,11 +32,15 @@ def _rank(rank: int, ranks: int, store: str) -> None:
     gamma = torch.randn(128).to(device).requires_grad_()
 
     def layer(part: torch.Tensor, g: object, cut: slice) -> torch.Tensor:
-        h = sp.all_gather_linear(part, up[cut], group=g, chunks=2, seq_len=x.shape[1] if g else None)
-        z = sp.linear_reduce_scatter(h.tanh(), down[:, cut], group=g, chunks=2)
-        y: torch.Tensor = sp.dropout_add_rms_norm(
-            z, part, gamma, p=0.1, seed=5, group=g, seq_len=x.shape[1] if g else None
-        )
+        length = x.shape[1] if g else None
+        h = sp.all_gather_linear(part, up[cut], group=g, chunks=2, seq_len=length)
+        options = {"p": 0.1, "seed": 5, "group": g}
+        if fused:
+            last = sp.linear_reduce_scatter_dropout_add_norm
+            y, _ = last(h.tanh(), down[:, cut], residual=part, norm="rms", norm_weight=gamma, chunks=2, **options)
+        else:
+            z = sp.linear_reduce_scatter(h.tanh(), down[:, cut], group=g, chunks=2)
+            y = sp.dropout_add_rms_norm(z, part, gamma, seq_len=length, **options)
         return y
 
     whole = layer(x, None, slice(None))
@@ -51,12 +55,13 @@ def _rank(rank: int, ranks: int, store: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.multigpu)])
-def test_a_layer_over_nccl(ranks: int) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_layer_over_nccl(ranks: int, fused: bool) -> None:
     if ranks > 2 and torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
     context = multiprocessing.get_context("spawn")
     store = os.path.join(tempfile.mkdtemp(), "store")
-    processes = [context.Process(target=_rank, args=(rank, ranks, store)) for rank in range(ranks)]
+    processes = [context.Process(target=_rank, args=(rank, ranks, store, fused)) for rank in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -93,8 +94,12 @@ class HostCuda:
     def configure(self, multiprocessors: int = 4, major: int = 9, reverse: bool = False) -> None:
         self._library.shim_configure(multiprocessors, major, int(reverse))
 
+    def forget_kernels(self) -> None:
+        """None has run."""
+        self._library.shim_forget_kernels()
+
     def kernels_run(self) -> set[int]:
-        """Which template instances have run in this process: addresses within the module."""
+        """Which template instances have run since they were forgotten: addresses within the module."""
         addresses = (ctypes.c_uint64 * 1024)()
         return set(addresses[: self._library.shim_kernels_run(addresses, 1024)])
 
@@ -110,7 +115,7 @@ class HostCuda:
 
 
 class PoisonedTorch:
-    """Stands in for ``torch`` in native.py: ``empty`` gives poisoned memory with guards, matrices with padded rows."""
+    """Stands in for ``torch`` in native.py: poisoned memory between guards, matrices with padded rows."""
 
     def __init__(self, padding: int = 0, shift: int = 0) -> None:
         self.padding, self.shift = padding, shift  # elements
@@ -121,16 +126,21 @@ class PoisonedTorch:
 
     def empty(self, *shape: Any, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
         sizes = shape[0] if isinstance(shape[0], tuple) else shape
+        return self._guarded(1, math.prod(sizes), 0, 0, dtype).view(sizes)
+
+    def empty_like(self, like: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+        return self.matrix(*like.shape, dtype)
+
+    def matrix(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        return self._guarded(rows, cols, self.padding, self.shift, dtype)
+
+    def _guarded(self, rows: int, cols: int, padding: int, shift: int, dtype: torch.dtype) -> Tensor:
         itemsize = torch.empty(0, dtype=dtype).element_size()
-        rows, cols = sizes if len(sizes) == 2 else (1, sizes[0])
-        matrix = len(sizes) == 2
-        stride = cols + (self.padding if matrix else 0)
-        shift = self.shift if matrix else 0
-        count = rows * stride + shift
+        count = rows * (cols + padding) + shift
         memory = torch.full((2 * GUARD + count * itemsize,), POISON, dtype=torch.uint8)
         offset = (-memory.data_ptr()) % GUARD // itemsize * itemsize  # 0 with torch's allocator
         body = memory[offset + GUARD if offset else GUARD :][: count * itemsize].view(dtype)[shift:]
-        view = body.as_strided((rows, cols), (stride, 1)) if matrix else body
+        view = body.as_strided((rows, cols), (cols + padding, 1))
         self._made.append((memory, view))
         return view
 

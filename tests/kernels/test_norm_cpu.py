@@ -50,13 +50,13 @@ MAPS = {
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Memory handed to a kernel is full of NaN: whatever is left unwritten shows."""
-    empty = torch.empty
+    for make in (torch.empty, torch.empty_like):
 
-    def poisoned(*size, **options):
-        t = empty(*size, **options)
-        return t.fill_(float("nan")) if t.is_floating_point() else t.fill_(-1)
+        def poisoned(*args, make=make, **options):
+            t = make(*args, **options)
+            return t.fill_(float("nan")) if t.is_floating_point() else t.fill_(-1)
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        monkeypatch.setattr(torch, make.__name__, poisoned)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ class Case:
             "two": False,
             "zero_centered": False,
         }
-        have.update(stride=None, mean=0.0, dy=True, dy2=None, dz=True, dropout=True)
+        have.update(stride=None, mean=0.0, dy=True, dy2=None, dz=True, dropout=True, shards=1)
         have.update(options)
         self.two = have["two"] and kind != NormKind.NONE
         generator = torch.Generator().manual_seed(rows * 131 + cols)
@@ -115,6 +115,9 @@ class Case:
             return torch.randn(cols, generator=generator, dtype=F64).to(self.w_dtype) if wanted else None
 
         self.x = full(self.x_dtype, mean=have["mean"])
+        if have["shards"] > 1:
+            wide = matrix(have["shards"] * rows, cols, self.x_dtype, generator, have["stride"], have["mean"])
+            self.x = wide.unflatten(0, (have["shards"], rows))
         self.residual = full(self.z_dtype, have["residual"], mean=have["mean"])
         self.x_bias = vector(have["x_bias"])
         self.row_scale = torch.rand(rows, generator=generator) + 0.5 if have["row_scale"] else None
@@ -133,7 +136,9 @@ class Case:
         tensors = map(
             to, (self.x, self.x_bias, self.row_scale, self.residual, self.weight, self.bias, self.weight2, self.bias2)
         )
-        return backend.norm_forward(*tensors, self.seed, self.cast_spec(cast), store_z=True, two_norms=self.two)
+        return backend.norm_forward(
+            *tensors, self.seed, self.cast_spec(cast), store_z=True, two_norms=self.two, stacked=self.x.dim() == 3
+        )
 
     def cast_spec(self, cast):
         if cast is None:
@@ -148,13 +153,14 @@ class Case:
 
         normed = self.kind != NormKind.NONE
         z = outputs.z if normed else None
-        tensors = (self.dy, self.dy2, self.dz, z, outputs.mean, outputs.rstd, self.row_scale, self.weight, self.weight2)
+        tensors = (self.dy, self.dy2, self.dz, z, outputs.statistics, self.row_scale, self.weight, self.weight2)
         return backend.norm_backward(*map(to, tensors), self.seed, self.cast_spec(cast), wants)
 
     # The same in plain operations of the input dtype, the mask being given: what an eager model computes.
 
     def plain_forward(self):
-        x = self.x if self.x_bias is None else self.x + self.x_bias.to(self.x.dtype)
+        x = self.x if self.x.dim() == 2 else reference.reduce_shards(self.x, None)
+        x = x if self.x_bias is None else x + self.x_bias.to(self.x.dtype)
         if self.seed is not None:
             keep = reference.dropout_mask(self.rows, self.cols, self.p, self.seed, self.spec.rows)
             x = torch.where(keep, x * dropout_scale(self.p), 0)
@@ -177,9 +183,10 @@ class Case:
     def statistics_of(self, z):
         """The outputs of a forward that stored ``z``."""
         z = z.double()
-        mean = z.mean(-1) if self.kind == NormKind.LAYER else None
-        centred = z if mean is None else z - mean[:, None]
-        return NormOutputs(None, None, z, mean, torch.rsqrt(centred.square().mean(-1) + self.spec.eps))
+        mean = [z.mean(-1)] if self.kind == NormKind.LAYER else []
+        centred = z - mean[0][:, None] if mean else z
+        rstd = torch.rsqrt(centred.square().mean(-1) + self.spec.eps)
+        return NormOutputs(None, None, z, torch.stack([*mean, rstd]))
 
     @property
     def spread(self):
@@ -244,11 +251,11 @@ def check(case):
     if case.kind != NormKind.NONE:
         within("y", ours.y, oracle.y, plain_y.double() - oracle.y, case.x_dtype)
         kept = case.statistics_of(ours.z)
-        torch.testing.assert_close(ours.rstd.double(), kept.rstd, rtol=4e-6, atol=0)
-        assert ours.rstd.dtype == stats
+        torch.testing.assert_close(ours.statistics[-1].double(), kept.statistics[-1], rtol=4e-6, atol=0)
+        assert ours.statistics.dtype == stats
     if case.kind == NormKind.LAYER:
         scale = oracle.z.abs().amax(-1)
-        assert ((ours.mean.double() - kept.mean).abs() <= 4 * EPS[stats] * scale).all()
+        assert ((ours.statistics[0].double() - kept.statistics[0]).abs() <= 4 * EPS[stats] * scale).all()
     if case.two:
         within("y2", ours.y2, oracle.y2, plain_y2.double() - oracle.y2, case.x_dtype)
     check_backward(case, ours)
@@ -259,7 +266,7 @@ def check_backward(case, ours):
     and are measured against an oracle that does the same."""
     grads, oracle = case.backward(native, ours), case.backward(reference, ours, F64)
     plain, plain_oracle = (case.plain_backward(ours), case.backward(reference, case.statistics_of(ours.z), F64))
-    magnitude = float(ours.rstd.abs().max()) * case.spread if case.kind != NormKind.NONE else 0.0
+    magnitude = float(ours.statistics[-1].abs().max()) * case.spread if case.kind != NormKind.NONE else 0.0
     for name, got, want, plain_want in zip(grads._fields, grads, oracle, plain_oracle):
         dtype = {"dx": case.x_dtype, "dresidual": case.z_dtype}.get(name, case.w_dtype)
         error = plain[name].double() - plain_want if name in plain else None
@@ -302,6 +309,24 @@ def test_options(dtypes):
                 dz=i % 4 != 1,
             )
         )
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
+def test_sum_of_shards(dtypes):
+    """x as a stack of partial results: the end of a reduce-scatter in the same pass."""
+    for i, (shards, cols) in enumerate([(2, 1), (3, 33), (4, 75), (8, 257), (17, 1031)]):
+        kind = NormKind((i + DTYPES.index(dtypes)) % 3)
+        check(Case(5, cols, dtypes, kind, shards=shards, x_bias=i % 2 == 0, stride=[None, 5][i % 2], two=i == 3))
+    check(Case(9, 130, dtypes, shards=4, dropout=False, residual=False, weight=False, bias=False))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
+def test_sum_of_shards_is_the_reduction(dtype):
+    """Taken in the order of the shards and rounded once: the bits of reduce_shards, where nothing else is added."""
+    parts = torch.randn(7, 6, 1031, generator=torch.Generator().manual_seed(0)).to(dtype)
+    spec = NormSpec(NormKind.NONE, False, 1e-5, 0.0, RowMap(6, 0, 0), dtype, dtype, dtype, dtype)
+    z = native.norm_forward(parts, *[None] * 8, spec, store_z=True, stacked=True).z
+    assert torch.equal(z, native.reduce_shards(parts, None))
 
 
 def test_no_rows():
@@ -365,7 +390,7 @@ def test_mask_is_the_reference_mask(dtype, p, row_map):
             keep = reference.dropout_mask(rows, cols, p, seed, spec.rows)
             z = native.norm_forward(ones, *[None] * 7, seed, spec, store_z=True).z
             assert torch.equal(z != 0, keep)
-            dx = native.norm_backward(None, None, ones, *[None] * 6, seed, spec, NormWants()).dx
+            dx = native.norm_backward(None, None, ones, *[None] * 5, seed, spec, NormWants()).dx
             assert torch.equal(dx != 0, keep)
 
 
@@ -375,7 +400,7 @@ def test_dropped_is_zero_whatever_was_there():
         spec = NormSpec(NormKind.NONE, False, 1e-5, 1.0, RowMap(4, 0, 0), dtype, dtype, dtype, dtype)
         bad = torch.tensor([float("inf"), float("nan"), -float("inf")], dtype=dtype).repeat(50).expand(4, 150)
         assert (native.norm_forward(bad, *[None] * 7, torch.tensor(3), spec, store_z=True).z == 0).all()
-        assert (native.norm_backward(None, None, bad, *[None] * 6, torch.tensor(3), spec, NormWants()).dx == 0).all()
+        assert (native.norm_backward(None, None, bad, *[None] * 5, torch.tensor(3), spec, NormWants()).dx == 0).all()
         half = spec._replace(p=0.5)
         keep = reference.dropout_mask(4, 150, 0.5, torch.tensor(3), spec.rows)
         z = native.norm_forward(bad, *[None] * 7, torch.tensor(3), half, store_z=True).z
@@ -448,6 +473,7 @@ def test_outputs_end_where_they_should(monkeypatch):
         case = Case(3, cols, dtypes, x_bias=True, two=True)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", windowed)
+            patch.setattr(torch, "empty_like", lambda like, dtype, memory_format: windowed(*like.shape, dtype=dtype))
             everything(case)
         assert all((b[:64] == 77).all() and (b[-64:] == 77).all() for b in buffers)
         buffers.clear()
@@ -460,9 +486,13 @@ def test_what_cannot_be_done_is_refused():
     def forward(x=x, spec=spec):
         return native.norm_forward(x, *[None] * 8, spec, store_z=True)
 
-    for wrong in ({"y_dtype": torch.float8_e4m3fn}, {"y_dtype": BF16}, {"z_dtype": BF16}, {"w_dtype": F64}):
+    with pytest.raises(ValueError, match="y_scale: the CPU kernels store no float8"):
+        forward(spec=spec._replace(y_dtype=torch.float8_e4m3fn))
+    for wrong in ({"y_dtype": BF16}, {"z_dtype": BF16}, {"w_dtype": F64}):
         with pytest.raises(ValueError, match="dtypes"):
             forward(spec=spec._replace(**wrong))
+    with pytest.raises(IndexError):
+        native.norm_forward(torch.zeros(0, 4, 8), *[None] * 8, spec, store_z=True, stacked=True)
     with pytest.raises(ValueError, match="strides"):
         forward(torch.zeros(40).as_strided((4, 8), (4, 1)))
     with pytest.raises(ValueError, match="sizes"):
@@ -497,6 +527,7 @@ for i, dtypes in enumerate(t.DTYPES):
         t.check(t.Case(6, cols, dtypes, list(t.NormKind)[(cols + i) % 2 + 1], x_bias=True, stride=2))
     t.check(t.Case(5, 200, dtypes, t.NormKind.RMS, p=0.5, two=True, row_map="far", zero_centered=True))
     t.check(t.Case(5, 45, dtypes, t.NormKind.NONE, p=1.0, row_scale=True))
+    t.test_sum_of_shards(dtypes)
     t.test_reduce_shards_is_exact(dtypes[0])
 for dtype in (t.F32, t.BF16, t.F16, t.F64):
     t.test_mask_is_the_reference_mask(dtype, 0.1, "far")

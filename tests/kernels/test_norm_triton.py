@@ -1,8 +1,6 @@
 """The Triton kernels without a GPU: interpreted against the oracle, and compiled for the GPUs they are meant for."""
 
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,41 +15,19 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import triton_norm_cases as cases  # noqa: E402
+from interpreted import Interpreted  # noqa: E402
 
 from seqpar_kernels.kernels.spec import NormKind, NormSpec, NormWants, RowMap  # noqa: E402
 
 F32, BF16, F16, E4M3 = torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn
-SECONDS = 300
-
-
-class Interpreted:
-    """The cases, running in a process of their own: TRITON_INTERPRET has to be set before Triton is imported."""
-
-    def __init__(self, folder: Path) -> None:
-        self.log = folder / "cases.jsonl"
-        path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", str(HERE / "triton_norm_cases.py")],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
-            )
-
-    def failure(self, name: str) -> str | None:
-        self.process.wait(SECONDS)
-        lines = self.log.read_text().splitlines()
-        results = {r["case"]: r["failure"] for r in (json.loads(line) for line in lines if line.startswith("{"))}
-        return results[name] if name in results else "never ran:\n" + "\n".join(lines[-20:])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreted]:
     """Started before the first test here, so that the cases run while the compiler does."""
-    runner = Interpreted(tmp_path_factory.mktemp("interpreted"))
+    runner = Interpreted("triton_norm_cases.py", tmp_path_factory.mktemp("interpreted"))
     yield runner
-    runner.process.kill()
-    runner.process.wait()
+    runner.end()
 
 
 class Variant(NamedTuple):
@@ -65,6 +41,7 @@ class Variant(NamedTuple):
     p: float | None = 0.1
     on: str = "residual weight bias"
     y_dtype: torch.dtype | None = None
+    shards: int = 1
     registers: int = 128  # at most, for the resident warps the table counts on
     spilled: int = 0
 
@@ -93,14 +70,15 @@ def _launch(variant: Variant) -> Any:
     if variant.what == "forward":
         return record(
             triton_norm.norm_forward,
-            matrix(dtype), vector("x_bias"), None, matrix(z_dtype, "residual" in on), vector("weight"), vector("bias"),
+            torch.empty(variant.shards, rows, cols, dtype=dtype) if variant.shards > 1 else matrix(dtype),
+            vector("x_bias"), None, matrix(z_dtype, "residual" in on), vector("weight"), vector("bias"),
             vector("weight2"), vector("bias2"), seed, spec, store_z=True, two_norms="norm2" in on,
-            y_scale=torch.ones(1) if variant.y_dtype == E4M3 else None,
+            y_scale=torch.ones(1) if variant.y_dtype == E4M3 else None, stacked=variant.shards > 1,
         )[0]  # fmt: skip
     launches = record(
         triton_norm.norm_backward,
-        matrix(dtype), matrix(dtype, "norm2" in on), matrix(z_dtype, "dz" in on), matrix(z_dtype), torch.empty(rows),
-        torch.empty(rows), None, vector("weight"), vector("weight2"), seed, spec,
+        matrix(dtype), matrix(dtype, "norm2" in on), matrix(z_dtype, "dz" in on), matrix(z_dtype),
+        torch.empty(1 + (variant.kind == NormKind.LAYER), rows), None, vector("weight"), vector("weight2"), seed, spec,
         NormWants(True, "residual" in on, *(name[1:] in on for name in cases.VECTORS)),
     )  # fmt: skip
     return launches[0 if variant.what == "backward" else 1]
@@ -122,6 +100,8 @@ COMPILED: list[tuple[int, Variant]] = [
     (100, Variant("forward", 65536, registers=128)),
     (90, Variant("backward", 16384, on="residual weight bias dz", registers=255)),
     (90, Variant("forward", 8192, RMS, dtype=F16, y_dtype=E4M3, on="residual weight")),
+    *((sm, Variant("forward", 4096, on="x_bias residual weight bias", shards=4)) for sm in SMS),
+    (90, Variant("forward", 8192, RMS, z_dtype=F32, on="residual weight", shards=8)),
     (90, Variant("partials", 4096)),
     (80, Variant("shards", 4096, registers=64)),
 ]
@@ -131,6 +111,7 @@ def _name(variant: Variant) -> str:
     dtypes = [str(t).removeprefix("torch.") for t in (variant.dtype, variant.z_dtype, variant.y_dtype) if t is not None]
     extras = "" if variant.on == Variant._field_defaults["on"] else "-" + variant.on.replace(" ", "+")
     dropout = "" if variant.p is None else "-dropout"
+    extras += f"-{variant.shards}shards" if variant.shards > 1 else ""
     return f"{variant.what}-{variant.kind.name.lower()}-{variant.cols}-{'-'.join(dtypes)}{dropout}{extras}"
 
 

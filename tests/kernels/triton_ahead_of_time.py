@@ -5,6 +5,7 @@ The launch is recorded from the host function itself, so that tile, warps and sp
 
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from seqpar_kernels.kernels import triton_norm
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -22,9 +22,9 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.float64: "*fp64",
     torch.int64: "*i64",
+    torch.int32: "*i32",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
-_KERNELS = [name for name, value in vars(triton_norm).items() if isinstance(value, triton.runtime.JITFunction)]
 
 
 class Launch(NamedTuple):
@@ -70,14 +70,15 @@ class _Recorder:
 def record(function: Any, *args: Any, **kwargs: Any) -> list[Launch]:
     """The launches of ``function(*args, **kwargs)``, none of which is carried out."""
     launches: list[Launch] = []
-    kernels = {name: getattr(triton_norm, name) for name in _KERNELS}
+    module = sys.modules[function.__module__]
+    kernels = {name: value for name, value in vars(module).items() if isinstance(value, triton.runtime.JITFunction)}
     try:
         for name, kernel in kernels.items():
-            setattr(triton_norm, name, _Recorder(kernel, launches))
+            setattr(module, name, _Recorder(kernel, launches))
         function(*args, **kwargs)
     finally:
         for name, kernel in kernels.items():
-            setattr(triton_norm, name, kernel)
+            setattr(module, name, kernel)
     return launches
 
 
@@ -93,6 +94,8 @@ def compile_launch(launch: Launch, arch: int) -> Binary:
             or (isinstance(value, int) and value == 1 and not param.do_not_specialize)
         ):
             signature[param.name], constants[i,] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[param.name] = f"tensordesc<{_TYPES[value.base.dtype][1:]}{value.block_shape}>"
         elif isinstance(value, torch.Tensor):
             signature[param.name] = _TYPES[value.dtype]
             if value.data_ptr() % 16 == 0:

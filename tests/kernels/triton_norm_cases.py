@@ -4,17 +4,19 @@
 names are importable without Triton.
 """
 
-import json
 import mmap
 import os
 import sys
-import time
-import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from interpreted import main, round_as_a_gpu_does
 
 from seqpar_kernels.kernels import reference
 from seqpar_kernels.kernels.spec import NormKind, NormOutputs, NormSpec, NormWants, RowMap, dropout_scale
@@ -42,6 +44,7 @@ class Problem(NamedTuple):
     row_map: RowMap = UNSHARDED
     zero_centered: bool = False
     store_z: bool = True
+    shards: int = 1  # x is the sum of so many
     pad: int = 0  # unused columns between rows of every input
     tile: tuple[int, int] | None = None  # rows and columns of a chunked tile, in place of the table's
     y_dtype: torch.dtype | None = None
@@ -67,8 +70,11 @@ def _inputs(problem: Problem) -> Inputs:
         drawn = (torch.randn(problem.cols, generator=generator, dtype=F64) + mean).to(w_dtype)
         return drawn if name in on else None
 
+    x = matrix(problem.dtype)
+    if problem.shards > 1:
+        x = torch.stack([x, *(matrix(problem.dtype) for _ in range(problem.shards - 1))])
     return {
-        "x": matrix(problem.dtype),
+        "x": x,
         "residual": matrix(z_dtype) if "residual" in on else None,
         "dy": matrix(problem.dtype) if "no_dy" not in on else None,
         "dy2": matrix(problem.dtype) if "norm2" in on else None,
@@ -91,7 +97,7 @@ def _plain(problem: Problem, inputs: Inputs, keep: Tensor | None, dtype: torch.d
         if name not in ("seed", "dy", "dy2", "dz")
     }
     z_dtype = dtype or problem.z_dtype or problem.dtype
-    z = leaves["x"]
+    z = leaves["x"] if problem.shards == 1 else leaves["x"].sum(0)
     if leaves["x_bias"] is not None:
         z = z + leaves["x_bias"]
     if keep is not None:
@@ -124,7 +130,7 @@ def _plain(problem: Problem, inputs: Inputs, keep: Tensor | None, dtype: torch.d
     torch.autograd.backward(roots, grads)
     for name, leaf in leaves.items():
         if leaf is not None and leaf.grad is not None:
-            results["d" + name] = leaf.grad
+            results["d" + name] = leaf.grad if name != "x" or problem.shards == 1 else leaf.grad[0]
     return {name: t.detach() for name, t in results.items()}
 
 
@@ -153,7 +159,12 @@ def _forward(problem: Problem, inputs: Inputs, **extra: Any) -> tuple[NormSpec, 
     )  # fmt: skip
     two_norms = "norm2" in problem.on.split()
     outputs = triton_norm.norm_forward(
-        *(inputs[name] for name in names), spec, store_z=problem.store_z, two_norms=two_norms, **extra
+        *(inputs[name] for name in names),
+        spec,
+        store_z=problem.store_z,
+        two_norms=two_norms,
+        stacked=problem.shards > 1,
+        **extra,
     )
     return spec, outputs
 
@@ -164,7 +175,7 @@ def _backward(spec: NormSpec, inputs: Inputs, outputs: NormOutputs) -> dict[str,
     wants = NormWants(True, inputs["residual"] is not None, *(inputs[name[1:]] is not None for name in VECTORS))
     given = [inputs[name] for name in ("row_scale", "weight", "weight2", "seed")]
     z = None if spec.kind == NONE else outputs.z
-    arguments = (inputs["dy"], inputs["dy2"], inputs["dz"], z, outputs.mean, outputs.rstd, *given, spec, wants)
+    arguments = (inputs["dy"], inputs["dy2"], inputs["dz"], z, outputs.statistics, *given, spec, wants)
     grads, again = (triton_norm.norm_backward(*arguments) for _ in range(2))
     for name, first, second in zip(grads._fields, grads, again, strict=True):
         assert first is None or torch.equal(first.nan_to_num(), second.nan_to_num()), f"{name} differs from run to run"
@@ -183,7 +194,7 @@ def check(problem: Problem, inputs: Inputs | None = None) -> None:
     if problem.kind == NONE:
         inputs["dy"] = None
     spec, outputs = _forward(problem, inputs)
-    ours = {name: t for name, t in outputs._asdict().items() if t is not None and name not in ("mean", "rstd")}
+    ours = {name: t for name, t in outputs._asdict().items() if t is not None and name != "statistics"}
     ours |= _backward(spec, inputs, outputs)
     keep = None
     if inputs["seed"] is not None and problem.rows:
@@ -234,6 +245,11 @@ for _name, _problem in {
     "chunked rms f16": Problem(9, 97, RMS, F16, on="residual weight x_bias dz", p=0.1, tile=(2, 32)),
     "chunked no norm": Problem(10, 45, NONE, on="x_bias row_scale residual", p=0.4, tile=(2, 16)),
     "chunked second norm alone": Problem(6, 40, on="residual weight bias norm2 weight2 bias2 no_dy", tile=(4, 16)),
+    "sum of shards, layer f32, everything": Problem(7, 67, on=ALL, p=0.3, row_map=FAR, shards=3),
+    "sum of shards, rms bf16": Problem(9, 72, RMS, BF16, F32, on="residual weight x_bias dz", p=0.1, shards=8),
+    "sum of shards, no norm f16": Problem(5, 45, NONE, F16, on="x_bias", shards=4),
+    "sum of shards, layer f64": Problem(4, 33, dtype=F64, on="residual weight bias", p=0.5, shards=2),
+    "chunked sum of shards, layer bf16": Problem(6, 100, dtype=BF16, on=ALL, p=0.25, shards=4, tile=(2, 32)),
     "no rows, layer": Problem(0, 24, on=ALL, p=0.1),
     "no rows, no norm": Problem(0, 24, NONE, on="x_bias residual", p=0.1),
 }.items():
@@ -300,8 +316,8 @@ def _statistics() -> None:
         z = outputs.z.double()
         plain = torch.native_layer_norm(z.float(), [250], None, None, 1e-5)
         mean, rstd = z.mean(-1), torch.rsqrt(z.var(-1, correction=0) + 1e-5)
-        _within("mean", outputs.mean, plain[1][:, 0], mean)
-        _within("rstd", outputs.rstd, plain[2][:, 0], rstd)
+        _within("mean", outputs.statistics[0], plain[1][:, 0], mean)
+        _within("rstd", outputs.statistics[1], plain[2][:, 0], rstd)
 
 
 @case("rows further apart than 32-bit offsets reach")
@@ -343,6 +359,22 @@ def _fp8() -> None:
             assert (exact.abs() <= allowed).all(), f"{name}: {(exact.abs() - allowed).max()}"
 
 
+@case("fp8 output saturates, NaN stays NaN")
+def _fp8_range() -> None:
+    from seqpar_kernels.kernels import triton_norm
+
+    x = torch.randn(4, 48)
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    spec = NormSpec(RMS, False, 1e-5, 0.0, RowMap(4, 0, 0), F32, F32, E4M3, F32)
+    for scale in (1.0, 200.0, 1e4, 1e38):
+        tensors = (x, *[None] * 8, spec)
+        options = {"store_z": False, "y_scale": torch.tensor(scale)}
+        ours, expected = (m.norm_forward(*tensors, **options).y.float() for m in (triton_norm, reference))
+        torch.testing.assert_close(ours, expected, rtol=2**-3, atol=0, equal_nan=True)  # a step apart at most
+        assert ours[1].isnan().all() and ours[2, 7].isnan() and (ours.nan_to_num().abs() <= 448).all()
+    assert (ours[0].abs() == 448).all()
+
+
 @case("shards are summed in order, rounded once")
 def _shards() -> None:
     from seqpar_kernels.kernels import triton_norm
@@ -360,44 +392,27 @@ def _shards() -> None:
         assert torch.equal(out, expected)
 
 
-def _round_as_a_gpu_does() -> None:
-    """The interpreter truncates fp32 to bf16 and loses the carry into the exponent of e4m3; hardware rounds."""
-    import triton.language as tl
-    from triton.runtime import interpreter
+def _poisoning(run: Callable[[], None]) -> Callable[[], None]:
+    """With torch.empty poisoned, and the tables put back afterwards."""
 
-    as_torch = {tl.bfloat16: BF16, tl.float8e4nv: E4M3}
-    original = interpreter._convert_float
+    def poisoned() -> None:
+        from seqpar_kernels.kernels import triton_norm
 
-    def convert(source: Any, source_type: Any, target_type: Any, mode: Any) -> Any:
-        if source_type != tl.float32 or target_type not in as_torch:
-            return original(source, source_type, target_type, mode)
-        rounded = torch.tensor(source).to(as_torch[target_type])
-        bits = torch.int16 if target_type == tl.bfloat16 else torch.int8
-        return rounded.view(bits).numpy().view(f"uint{8 * rounded.element_size()}")
-
-    interpreter._convert_float = convert
-
-
-def main() -> None:
-    assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
-    _round_as_a_gpu_does()
-    from seqpar_kernels.kernels import triton_norm
-
-    assert triton_norm.unavailable(torch.device("cpu")) is None
-    empty, tables = torch.empty, (triton_norm.forward_tile, triton_norm.backward_tile)
-    wanted = sys.argv[1:] or list(CASES)
-    for name in wanted:
-        start, failure = time.perf_counter(), None
+        empty, tables = torch.empty, (triton_norm.forward_tile, triton_norm.backward_tile)
         try:
             torch.empty = _poisoned
-            CASES[name]()
-        except Exception:
-            failure = traceback.format_exc()
+            run()
         finally:
             torch.empty = empty
             triton_norm.forward_tile, triton_norm.backward_tile = tables
-        print(json.dumps({"case": name, "failure": failure, "seconds": time.perf_counter() - start}), flush=True)
+
+    return poisoned
 
 
 if __name__ == "__main__":
-    main()
+    assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
+    round_as_a_gpu_does()
+    from seqpar_kernels.kernels import triton_norm
+
+    assert triton_norm.unavailable(torch.device("cpu")) is None
+    main({name: _poisoning(run) for name, run in CASES.items()})

@@ -255,9 +255,9 @@ def opcheck_case() -> None:
     ops, check = torch.ops.seqpar, torch.library.opcheck
     x, w, b = (torch.randn(s, requires_grad=True) for s in ((2, 4, K), (3, K), (3,)))
     wide = torch.randn(2, 4 * t, K)
-    place = (name, 1, 4 * t, 2, True)
+    place = (name, 1, 4 * t, 2, "collective")
     check(ops.all_gather_linear.default, (x, [w, w], [b, None], *place))
-    check(ops.all_gather_linear.default, (x, [w], [None], "", 1, 4, 1, False))
+    check(ops.all_gather_linear.default, (x, [w], [None], "", 1, 4, 1, "single"))
     dy = torch.randn(2, 4 * t, 3)
     check(ops.all_gather_linear_backward.default, (x.detach(), [dy], [w.detach()], True, [True], [True], *place))
     check(ops.linear_reduce_scatter.default, (wide.requires_grad_(), w, b, *place))

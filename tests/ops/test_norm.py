@@ -1,7 +1,9 @@
-"""The fused norm as users call it: numbers, gradients, masks, torch.compile, opcheck."""
+"""The fused norm as users call it: numbers, gradients, masks, torch.compile, opcheck; on a GPU too with `make gpu`."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +19,17 @@ from ..oracle import assert_within_budget
 
 NORMS = {"layer": sp.dropout_add_layer_norm, "rms": sp.dropout_add_rms_norm}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # float64 has gradcheck
+ON_CPU_ALONE = pytest.mark.parametrize("device", ["cpu"], indirect=True)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where a test makes its tensors."""
+    found = torch.device(request.param)
+    if found.type != "cpu":
+        torch.set_default_device(found)
+    yield found
+    torch.set_default_device(None)
 
 
 def plain(
@@ -199,13 +212,13 @@ def test_no_rows(shape: tuple[int, ...]) -> None:
 
 
 def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = torch.empty
+    for make in (torch.empty, torch.empty_like):
 
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        out = real(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(255)
+        def poisoned(*args: Any, make: Any = make, **kwargs: Any) -> Any:
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(255)
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        monkeypatch.setattr(torch, make.__name__, poisoned)
     for kind in NORMS:
         t = tensors((3, 5, 33), torch.float32, kind)
         y, z = run(kind, t, p=0.2, seed=1)
@@ -266,13 +279,13 @@ def test_opcheck(dynamic: str) -> None:
     x, r = (torch.randn(2, 5, 16, requires_grad=True) for _ in range(2))
     w, b = (torch.randn(16, requires_grad=True) for _ in range(2))
     seed = torch.tensor(5)
-    rest = (1, False, 1e-5, 0.3, 10, 0, 0, torch.float32, torch.float32, "")
+    rest = (1, False, 1e-5, 0.3, 10, 0, 0, *[torch.float32] * 3, "")
     if dynamic == "x":
-        args: tuple[Any, ...] = (x, None, w, None, None, None, None, None, None, False, False, *rest)
+        args: tuple[Any, ...] = (x, None, w, *[None] * 7, False, False, *rest)
     else:
-        args = (x, r, w, b, w, b, b, torch.ones(10), seed, True, True, *rest)
+        args = (x, r, w, b, w, b, b, torch.ones(10), None, seed, True, True, *rest)
     torch.library.opcheck(torch.ops.seqpar.dropout_add_norm.default, args)
-    dy, stats = torch.randn(2, 5, 16), torch.rand(10)
+    dy, stats = torch.randn(2, 5, 16), torch.rand(2, 10)
     torch.library.opcheck(
         torch.ops.seqpar.dropout_add_norm_backward.default,
         (
@@ -280,7 +293,6 @@ def test_opcheck(dynamic: str) -> None:
             None,
             dy,
             r.detach(),
-            stats,
             stats,
             None,
             w.detach(),
@@ -322,8 +334,12 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], str]]:
         "seed": ({"seed": torch.tensor([1]), "p": 0.1}, "seed: expected a 0-d int64 tensor"),
         "seq_len": ({"seq_len": 4}, "x: rank 0 of 1 holds 3 rows, but its shard of seq_len=4"),
         "empty": ({"x": torch.ones(2, 3, 0)}, "x: expected a last size of at least 1"),
+        "y_scale": ({"y_scale": torch.ones(2)}, r"y_scale: expected float32 \(\) or \(1,\), got torch.float32 \(2,\)"),
         "row_scale": ({"row_scale": torch.ones(6)}, r"row_scale: expected float32 \(2, 3\)"),
-        "weight device": ({"weight": torch.ones(8, device="meta")}, "weight: expected on cpu like x, got meta"),
+        "weight device": (
+            {"weight": torch.ones(8, device="meta")},
+            r"weight: expected on (cpu|cuda:\d) like x, got meta",
+        ),
     }
 
 
@@ -340,6 +356,7 @@ def test_bad_input_is_named(case: str) -> None:
         sp.dropout_add_layer_norm(**{**arguments, **changed})
 
 
+@ON_CPU_ALONE
 def test_forced_backend_that_cannot_run_says_why() -> None:
     with pytest.raises(RuntimeError, match="backend: 'cuda' cannot run here: it runs on cuda tensors"):
         sp.dropout_add(torch.ones(2, 8), p=0.5, backend="cuda")
@@ -350,6 +367,90 @@ def test_forward_mode_is_refused_not_dropped() -> None:
 
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward"):
         sp.dropout_add_rms_norm(forward_ad.make_dual(torch.randn(2, 4), torch.randn(2, 4)), None, None)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("kind", NORMS)
+def test_decomposition(kind: str, p: float) -> None:
+    """Through AOTAutograd: of our ops the random bits alone are left, and the bits are those of the fused op."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen: list[str] = []
+
+    def compiler(gm: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(str(node.target) for node in gm.graph.nodes)
+        return gm.forward
+
+    t = tensors((2, 5, 37), torch.float32, kind)
+    leaves = [v for v in t.values() if v is not None]
+    fn = lambda: run(kind, t, p=p, seed=9)  # noqa: E731
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, decompositions=sp.ops.decompositions)
+    expected, got = fn(), torch.compile(fn, fullgraph=True, backend=backend)()
+    torch.testing.assert_close(got, expected)
+    grads = [torch.randn_like(e) for e in expected]
+    torch.testing.assert_close(torch.autograd.grad(got, leaves, grads), torch.autograd.grad(expected, leaves, grads))
+    ours = [target for target in seen if "seqpar" in target]
+    assert seen and ours == (["seqpar.dropout_kept.default"] * 2 if p else [])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_inductor_fuses_the_norm_with_its_neighbours(p: float) -> None:
+    """gelu, residual add, RMSNorm and what follows: forward and backward are inductor's, the elements dropped ours."""
+    from torch._inductor.utils import run_and_get_code
+
+    x, residual = (torch.randn(4, 6, 96, requires_grad=True) for _ in range(2))
+    w = torch.randn(96, requires_grad=True)
+
+    def fn(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y, z = sp.dropout_add_rms_norm(F.gelu(x), residual, w, p=p, seed=11, prenorm=True)
+        return y.sin(), z
+
+    def both(fn: Any) -> tuple[Tensor, ...]:
+        y, z = fn(x, residual, w)
+        return (y, z, *torch.autograd.grad((y.sum() + (z * z).sum()), (x, residual, w)))
+
+    compiled = torch.compile(fn, fullgraph=True, backend=sp.inductor_fusion)
+    got, code = run_and_get_code(lambda: both(compiled))
+    torch.testing.assert_close(got, both(fn), rtol=1e-4, atol=1e-4)
+    calls = re.findall(r"torch\.ops\.seqpar\.(\w+)\.default\(", "".join(code))
+    assert len(code) == 2 and calls == (["dropout_kept"] * 2 if p else [])
+
+
+def test_opcheck_of_the_random_bits() -> None:
+    args = (torch.tensor(5), 6, 40, 0.3, 3, 100, 7, "", False)
+    torch.library.opcheck(torch.ops.seqpar.dropout_kept.default, args)
+    kept = torch.ops.seqpar.dropout_kept.default(*args)
+    assert torch.equal(kept != 0, dropout_mask(6, 40, 0.3, torch.tensor(5), RowMap(3, 100, 7)))
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_float8_output(kind: str) -> None:
+    """y = e4m3(norm * y_scale), saturated; z as ever; two norms share the scale."""
+    x, residual, w = torch.randn(3, 5, 40), torch.randn(3, 5, 40), torch.randn(40)
+    options: dict[str, Any] = {"prenorm": True, "backend": "reference", "p": 0.2, "seed": 3, "weight2": 2 * w}
+    y, y2, z = NORMS[kind](x, residual, w, y_scale=torch.tensor([300.0]), **options)
+    plain, plain2, plain_z = NORMS[kind](x, residual, w, **options)
+    assert (y.dtype, y2.dtype) == (torch.float8_e4m3fn,) * 2 and torch.equal(z, plain_z)
+    for got, expected in ((y, plain), (y2, plain2)):
+        assert torch.equal(got.float(), (expected * 300).clamp(-448, 448).to(torch.float8_e4m3fn).float())
+        assert (got.float().abs() == 448).any()
+
+
+def test_float8_output_has_no_gradient_and_says_so() -> None:
+    x, w, scale = torch.randn(4, 16), torch.ones(16, requires_grad=True), torch.tensor(2.0)
+
+    def fn(x: Tensor) -> Any:
+        return sp.dropout_add_rms_norm(x, None, w, y_scale=scale, backend="reference")
+
+    with pytest.raises(ValueError, match="y_scale: a float8 output carries no gradient"):
+        fn(x)
+    with torch.no_grad():
+        expected = fn(x)
+        assert torch.equal(torch.compile(fn, fullgraph=True, backend="aot_eager")(x).float(), expected.float())
+        if x.device.type == "cuda":
+            return
+        with pytest.raises(ValueError, match="y_scale: the CPU kernels store no float8"):
+            sp.dropout_add_rms_norm(x, None, w, y_scale=scale)
 
 
 def test_meta_tensors_and_symbolic_tracing() -> None:

@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from seqpar_kernels.layout import SequenceShard
 from seqpar_kernels.overlap.schedule import (
     Compute,
+    Drain,
     Post,
     Step,
+    Taper,
     Transfer,
     Wait,
     chunks_of,
     column_backward,
     gather_matmul,
+    gather_matmul_scatter,
     gather_only,
     matmul_scatter,
     row_backward,
@@ -37,8 +40,19 @@ PROGRAMS: dict[str, Callable[[int], Program]] = {
     "column_backward": lambda c: lambda s: column_backward(s, c, dgrad=True, wgrad=True),
     "column_backward_dgrad": lambda c: lambda s: column_backward(s, c, dgrad=True, wgrad=False),
     "column_backward_wgrad": lambda c: lambda s: column_backward(s, c, dgrad=False, wgrad=True),
+    "gather_matmul_scatter": lambda c: lambda s: gather_matmul_scatter(s, c),
+    "gather_matmul_scatter_nothing": lambda c: lambda s: gather_matmul_scatter(s, c, scatter=False),
     "row_backward": lambda c: lambda s: row_backward(s, c, dgrad=True, wgrad=True),
     "row_backward_wgrad": lambda c: lambda s: row_backward(s, c, dgrad=False, wgrad=True),
+}
+PROGRAMS |= {
+    "gather_matmul_window": lambda c: lambda s: gather_matmul(s, c, window=1),
+    "matmul_scatter_window": lambda c: lambda s: matmul_scatter(s, c, window=2),
+    "column_backward_window": lambda c: lambda s: column_backward(s, c, dgrad=True, wgrad=True, window=1),
+    "column_backward_wgrad_window": lambda c: lambda s: column_backward(s, c, dgrad=False, wgrad=True, window=1),
+    "gather_matmul_scatter_window": lambda c: lambda s: gather_matmul_scatter(s, c, window=1),
+    "gather_matmul_scatter_wider_window": lambda c: lambda s: gather_matmul_scatter(s, c, window=2),
+    "row_backward_window": lambda c: lambda s: row_backward(s, c, dgrad=True, wgrad=True, window=2),
 }
 
 sizes = given(st.integers(0, 23), st.integers(1, 6), st.integers(1, 5))
@@ -69,6 +83,10 @@ def simulate(program: Program, length: int, ranks: int) -> dict[int, list[Step]]
                     if len(wires.get(wire, [])) <= position:
                         break  # not sent yet: let the others run
                     assert wires[wire][position] == step.transfer, "first-in first-out pairs the wrong messages"
+                elif isinstance(step, Drain) and any(
+                    len(sent) > len(expected.get(wire, [])) for wire, sent in wires.items() if wire[0] == rank
+                ):
+                    break  # a message may need its receive before it leaves
                 done[rank].append(steps[rank].popleft())
                 progress = True
     assert not any(steps.values()), f"deadlock: {steps}"
@@ -95,8 +113,17 @@ def covered(steps: list[Step], stage: str) -> list[int]:
         ("matmul_scatter_single", "matmul"),
         ("column_backward", "dgrad"),
         ("column_backward", "wgrad"),
+        ("gather_matmul_scatter", "dgrad"),
+        ("gather_matmul_scatter_nothing", "dgrad"),
         ("row_backward", "dgrad"),
         ("row_backward", "wgrad"),
+        ("gather_matmul_window", "matmul"),
+        ("matmul_scatter_window", "matmul"),
+        ("column_backward_window", "dgrad"),
+        ("column_backward_window", "wgrad"),
+        ("gather_matmul_scatter_window", "dgrad"),
+        ("gather_matmul_scatter_wider_window", "dgrad"),
+        ("row_backward_window", "dgrad"),
     ],
 )
 @sizes
@@ -109,35 +136,68 @@ def test_every_row_is_computed_once(name: str, stage: str, length: int, ranks: i
 def test_gathered_rows_are_waited_for_before_use(length: int, ranks: int, chunks: int) -> None:
     for rank in range(ranks):
         shard = SequenceShard(length, ranks, rank)
-        for steps in (gather_matmul(shard, chunks), row_backward(shard, chunks, dgrad=True, wgrad=True)):
+        programs = (
+            gather_matmul(shard, chunks),
+            gather_matmul_scatter(shard, chunks),
+            gather_matmul_scatter(shard, chunks, window=1),
+            row_backward(shard, chunks, dgrad=True, wgrad=True),
+        )
+        for steps in programs:
             here = set(range(shard.start, shard.stop))
             for step in steps:
-                if isinstance(step, Wait):
+                if isinstance(step, Wait) and step.transfer.kind == "gather":
                     here |= set(range(step.transfer.rows.start, step.transfer.rows.stop))
-                elif isinstance(step, Compute):
+                elif isinstance(step, Compute) and step.stage != "reduce":
                     assert here >= set(range(step.start, step.stop))
 
 
+@pytest.mark.parametrize("name", ["matmul_scatter", "gather_matmul_scatter", "gather_matmul_scatter_wider_window"])
 @sizes
 def test_scattered_rows_are_computed_before_they_leave_and_summed_after_all_came(
-    length: int, ranks: int, chunks: int
+    name: str, length: int, ranks: int, chunks: int
 ) -> None:
     for rank in range(ranks):
         shard = SequenceShard(length, ranks, rank)
         computed: set[int] = set()
         arrived: list[Transfer] = []
-        for step in matmul_scatter(shard, chunks):
+        for step in PROGRAMS[name](chunks)(shard):
             if isinstance(step, Post):
                 for t in step.sends:
+                    if t.kind == "gather":
+                        continue
                     assert computed >= set(range(t.rows.start, t.rows.stop))
             elif isinstance(step, Wait):
-                arrived.append(step.transfer)
-            elif step.stage == "matmul":
+                arrived += [step.transfer] if step.transfer.kind == "scatter" else []
+            elif isinstance(step, Compute) and step.stage != "reduce":
                 computed |= set(range(step.start, step.stop))
-            else:
+            elif isinstance(step, Compute):
                 rows = sorted((t.source, r) for t in arrived for r in range(t.rows.start, t.rows.stop))
                 others = [source for source in range(ranks) if source != rank]
                 assert rows == [(source, r) for source in others for r in range(shard.start, shard.stop)]
+
+
+WINDOWED = ["gather_matmul_window", "matmul_scatter_window", "column_backward_window", "gather_matmul_scatter_window"]
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+@sizes
+def test_a_window_bounds_the_messages_under_way(name: str, length: int, ranks: int, chunks: int) -> None:
+    """A message counts from its post to its wait where it arrives, to the next drain where it leaves."""
+    window = 2 if name == "matmul_scatter_window" else 1
+    kinds = 2 if name in ("column_backward_window", "gather_matmul_scatter_window") else 1
+    for steps in simulate(PROGRAMS[name](chunks), length, ranks).values():
+        leaving, coming = 0, set[Transfer]()
+        for step in steps:
+            if isinstance(step, Post):
+                leaving += len(step.sends)
+                coming |= set(step.receives)
+                assert leaving <= kinds * window
+                assert len(coming) <= kinds * window
+            elif isinstance(step, Wait):
+                coming.remove(step.transfer)
+            elif isinstance(step, Drain):
+                leaving = 0
+        assert not coming
 
 
 def test_own_shard_comes_first_in_a_gather_and_last_in_a_scatter() -> None:
@@ -145,9 +205,9 @@ def test_own_shard_comes_first_in_a_gather_and_last_in_a_scatter() -> None:
     gather = [s for s in gather_matmul(shard, 2) if isinstance(s, Compute)]
     scatter = [s for s in matmul_scatter(shard, 2) if isinstance(s, Compute) and s.stage == "matmul"]
     assert (gather[0].start, gather[0].stop) == (4, 8)
-    assert [s.start for s in gather[1:]] == [8, 10, 12, 14, 0, 2]  # rotated: rank 2, 3, 0
+    assert [s.start for s in gather[1:]] == [8, 12, 0, 10, 14, 2]  # rotated: rank 2, 3, 0; first chunks first
     assert (scatter[-1].start, scatter[-1].stop) == (4, 8)
-    assert [s.start for s in scatter[:-1]] == [8, 10, 12, 14, 0, 2]
+    assert [s.start for s in scatter[:-1]] == [8, 9, 12, 14, 0, 2]  # the first chunk that leaves is small
 
 
 def test_backward_overlaps_what_it_says() -> None:
@@ -162,10 +222,27 @@ def test_backward_overlaps_what_it_says() -> None:
     assert kinds[-1] == "reduce"
 
 
-@given(st.integers(0, 50), st.integers(1, 5), st.integers(1, 9))
-def test_chunks_cover_the_shard_and_none_is_empty(length: int, ranks: int, chunks: int) -> None:
+def test_chunks_are_small_where_nothing_hides_them() -> None:
+    """On two ranks with matmul and wire alike, every chunk arrives when the one before has been multiplied."""
+    shard = SequenceShard(300, 2, 0)
+    gather = [s for s in gather_matmul(shard, 4) if isinstance(s, Compute)]
+    scatter = [s for s in matmul_scatter(shard, 4) if isinstance(s, Compute) and s.stage == "matmul"]
+    assert [s.stop - s.start for s in gather] == [150, 80, 40, 20, 10]
+    assert [s.stop - s.start for s in scatter] == [10, 20, 40, 80, 150]
+    # the wire takes two units a row of the shard, the matmul one
+    arrived = done = 0
+    for step in gather[1:]:
+        arrived += 2 * (step.stop - step.start)
+        done = max(done or 150, arrived) + step.stop - step.start
+    assert done == 310  # beside 300 of matmul and 300 of wire
+    bounded = [s for s in matmul_scatter(shard, 4, window=1) if isinstance(s, Compute) and s.stage == "matmul"]
+    assert max(s.stop - s.start for s in bounded[:-1]) == 38  # within a bound the largest counts
+
+
+@given(st.integers(0, 50), st.integers(1, 5), st.integers(1, 9), st.sampled_from(["none", "rising", "falling"]))
+def test_chunks_cover_the_shard_and_none_is_empty(length: int, ranks: int, chunks: int, taper: Taper) -> None:
     for rank in range(ranks):
         shard = SequenceShard(length, ranks, rank)
-        pieces = chunks_of(shard, chunks)
+        pieces = chunks_of(shard, chunks, taper)
         assert [r for piece in pieces for r in range(piece.start, piece.stop)] == list(range(shard.start, shard.stop))
         assert all(piece.start < piece.stop for piece in pieces)

@@ -1,0 +1,77 @@
+"""What ``parallelize`` did to a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..nn import Region, SharedGather
+from .loss import LossParallel
+from .plans import ParallelPlan
+from .presented import Cut
+from .shard_check import ShardCheck
+from .snapshot import Snapshot
+
+
+class Conversion:
+    """What :func:`parallelize` did to a model; ``model._seqpar``."""
+
+    def __init__(self, region: Region, plan: ParallelPlan):
+        self.region = region
+        self.plan = plan
+        self.styles: dict[str, str] = {}  # module name -> handling style
+        self.sections: dict[str, int | tuple[int, ...]] = {}
+        self.edges: dict[str, set[str]] = {}  # module name -> subset of the styles that are no handling
+        self.shared: list[list[str]] = []
+        self.gathers: list[SharedGather] = []
+        self.loss: LossParallel | None = None
+        self.cuts: dict[str, Cut] = {}  # by name in the state_dict
+        self.snapshot: Snapshot | None = None
+        self.trusted = False  # no plan of the user's: known to miss nothing
+        self.crossing = False  # pending sums may leave their block
+        self.replicated: list[nn.Parameter] = []
+        self.check: ShardCheck | None = None
+        self.checked: set[bool] = set()  # module.training of forwards that have been followed
+
+    def release(self, param: nn.Parameter) -> None:
+        """Forget a parameter that fully_shard has replaced: its module sums the gradients of what came instead."""
+        self.replicated = [other for other in self.replicated if other is not param]
+
+    def inside_gathered(self, name: str) -> bool:
+        """Whether the sequence has been gathered at the entrance of a module around ``name``."""
+        gathered = (other for other, edges in self.edges.items() if "gather_input" in edges)
+        return any(name.startswith(other + ".") for other in gathered)
+
+    def followed(self) -> dict[str, str]:
+        """Module name -> what :class:`ShardCheck` expects there."""
+        inner = {"colwise": "gathered_colwise", "shared_heads": "gathered_colwise"}
+        found = {name: style for name, style in self.styles.items() if style != "own_parameters"}
+        return {n: inner.get(s, s) if self.inside_gathered(n) else s for n, s in found.items()}
+
+    def gathered(self) -> frozenset[str]:
+        """Modules behind which the sequence is whole."""
+        return frozenset(name for name, edges in self.edges.items() if "gather_output" in edges)
+
+    def planned_parameters(self, model: nn.Module) -> frozenset[str]:
+        """Names of parameters that meet shards or heads inside modules with an entry of no other style."""
+        names = [f"{name}.{p}" for name, module in model.named_modules() for p in getattr(module, "sharded", {})]
+        for name, style in self.styles.items():
+            if style == "own_parameters":
+                names += [f"{name}.{p}" for p, _ in model.get_submodule(name).named_parameters(recurse=False)]
+        return frozenset(names)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
+        raise RuntimeError("a parallelized model cannot be deep-copied; copy the model first, then parallelize")
+
+
+def conversion_of(model: nn.Module) -> Conversion:
+    """The record of a parallelized model.
+
+    Raises:
+        ValueError: the model has not been parallelized.
+    """
+    found = getattr(model, "_seqpar", None)
+    if not isinstance(found, Conversion):
+        raise ValueError(f"model: {type(model).__name__} has not been parallelized")
+    return found

@@ -1,0 +1,342 @@
+"""A sequence-parallel plan from the tensor-parallel plan that a Hugging Face decoder carries.
+
+Transformers' configurations say how tensor parallelism cuts each linear layer of a block (``base_model_tp_plan``). The
+rest follows from the model itself: the residual stream is a shard from the entrance of the first block to the final
+norm, so every norm, dropout and parameter a block applies to it works on the shard; what lies between a colwise and a
+rowwise layer works on this rank's heads. Norms are told by what they compute, never by their names. What follows from
+nothing is refused with the reason, or runs whole on every rank (style ``replicated``) where that is right.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..nn.linear import _linear_features
+from .modules import converted_norm
+from .plans import STREAM_NAMES, ParallelPlan
+
+#: Architectures (model_type) for which ``python -m bench coverage --models`` finds everything right (docs/models.md).
+PROVEN = frozenset({
+    "apertus", "arcee", "cohere", "cohere2", "cohere_compass_text", "cwm", "doge", "ernie4_5", "exaone4", "gemma",
+    "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "gpt2", "gpt_neox", "granite",
+    "granite_swa", "helium", "hrm_text", "hyperclovax", "jais2", "llama", "minicpm3", "ministral", "ministral3",
+    "mistral", "nanochat", "olmo", "olmo2", "olmo3", "olmo_hybrid", "phi", "phi3", "phi4_multimodal", "qwen2",
+    "qwen3", "qwen3_5_text", "seed_oss", "smollm3", "starcoder2", "vaultgemma", "youtu",
+})  # fmt: skip
+
+_COLWISE = ("colwise", "colwise_gather_output", "colwise_rep")
+_ROWWISE = ("rowwise", "rowwise_split_input", "rowwise_rep")
+_PARTIAL = ("replicated_with_grad_allreduce", "mla_kv_a_proj")  # whole on every rank, gradients summed
+_EXPERTS = ("experts", "router", "shared_experts", "shared_expert")
+#: Attributes by which attention code counts its heads.
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads", "n_head")
+#: Arguments of blocks, besides the residual stream, that hold a row for every position.
+_ROW_ARGUMENTS = ("per_layer_input",)
+
+
+def derive_plan(model: nn.Module, ranks: int) -> ParallelPlan:
+    """The plan for ``model`` on ``ranks`` ranks.
+
+    Raises:
+        ValueError: the model carries no tensor-parallel plan, or one from which no right plan follows; says why.
+    """
+    return _Derivation(model, ranks).plan()
+
+
+class _WholeOnly(Exception):
+    """Why a module can only run whole on every rank."""
+
+
+class _Derivation:
+    def __init__(self, model: nn.Module, ranks: int):
+        self.model, self.ranks = model, ranks
+        self.carried: dict[str, str] = dict(getattr(model, "_tp_plan", None) or {})
+        if not self.carried:
+            raise ValueError(
+                f"plan: there is no built-in plan for {type(model).__name__} and it carries no tensor-parallel plan; "
+                "pass one: {name pattern: style}, see seqpar_kernels.convert.plans"
+            )
+        self.styles: dict[str, str] = {}
+        self.edges: dict[str, list[str]] = {}
+        self.divided: dict[str, tuple[str, ...]] = {}
+        self.assigned: dict[str, dict[str, int]] = {}
+        self.cut: dict[str, tuple[str, ...]] = {}
+        self.scattered: dict[str, tuple[str, ...]] = {}
+        self.shared: set[tuple[str, ...]] = set()
+        self.remarks: dict[str, str] = {}
+
+    def plan(self) -> ParallelPlan:
+        stacks = list(self._stacks())
+        if not stacks:
+            raise ValueError(
+                f"plan: the tensor-parallel plan of {type(self.model).__name__} names no layer of its blocks; pass one"
+            )
+        for name, blocks in stacks:
+            for block, module in blocks.named_children():
+                self._block(f"{name}.{block}", module)
+            self._ends(name, blocks)
+        modules = Counter(_pattern(name) for name, _ in self.model.named_modules())
+        styles = _collapsed(self.styles, modules)
+        for pattern, kinds in _collapsed({n: "+".join(kinds) for n, kinds in self.edges.items()}, modules).items():
+            styles[pattern] = "+".join(filter(None, [styles.get(pattern), kinds]))
+        families = tuple(sorted(self.shared, key=lambda family: (-len(family), family)))
+        return ParallelPlan(
+            styles,
+            _collapsed(self.divided, modules),
+            families,
+            assigned=_collapsed(self.assigned, modules),
+            cut=_collapsed(self.cut, modules),
+            scattered=_collapsed(self.scattered, modules),
+            remarks=_collapsed(self.remarks, modules),
+        )
+
+    def _carried_style(self, name: str) -> str | None:
+        return self.carried.get(_pattern(name))
+
+    def _stacks(self) -> Iterator[tuple[str, nn.ModuleList]]:
+        """The lists of blocks of the text decoder."""
+        decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model  # type: ignore[operator]
+        inside = {id(module) for module in decoder.modules()}
+        found: list[str] = []
+        for name, module in self.model.named_modules():
+            if not isinstance(module, nn.ModuleList) or id(module) not in inside:
+                continue
+            planned = any(pattern.startswith(_pattern(name) + ".*.") for pattern in self.carried)
+            if planned and not any(name.startswith(other + ".") for other in found):
+                found.append(name)
+                yield name, module
+
+    def _ends(self, name: str, blocks: nn.ModuleList) -> None:
+        """Where the residual stream of a stack is cut, and where it is put together again."""
+        self._edge(f"{name}.0", "scatter_input")
+        owner_name, _, own = name.rpartition(".")
+        siblings = list(self.model.get_submodule(owner_name).named_children())
+        behind = siblings[[child for child, _ in siblings].index(own) + 1 :]
+        norms = [child for child, module in behind if any(True for _ in module.parameters()) and _is_norm(module)]
+        if len(norms) == 1:
+            final = f"{owner_name}.{norms[0]}" if owner_name else norms[0]
+            self.styles[final] = "norm"
+            self._edge(final, "gather_output")
+        else:  # a norm without parameters is as right on the whole sequence, wherever else the model uses it
+            self._edge(f"{name}.{len(blocks) - 1}", "gather_output")
+
+    def _edge(self, name: str, kind: str) -> None:
+        self.edges.setdefault(name, []).append(kind)
+
+    # --- a block: what it applies to the residual stream -----------------------------------------------------------
+
+    def _block(self, name: str, block: nn.Module) -> None:
+        self._refuse_experts(name, block)
+        linears = [child for child, _ in block.named_children() if self._carried_style(f"{name}.{child}")]
+        for child, module in block.named_children():
+            full = f"{name}.{child}"
+            if child in linears:
+                continue
+            if isinstance(module, nn.Dropout):
+                self.styles[full] = "dropout"
+            elif _is_norm(module):
+                self.styles[full] = "norm"
+            elif isinstance(module, nn.Linear):
+                self.styles[full] = "sequence"
+            elif any(True for _ in module.parameters()):
+                self._container(full, module)
+        if linears:
+            raise ValueError(
+                f"plan: {name} calls {', '.join(linears)} itself; only blocks made of attention and MLP modules have a "
+                "derived plan"
+            )
+        rows = tuple(name for name in inspect.signature(block.forward).parameters if name in _ROW_ARGUMENTS)
+        if rows:
+            self.scattered[name] = rows
+        if any(True for _ in block.parameters(recurse=False)):
+            self.styles[name] = "own_parameters"
+
+    def _refuse_experts(self, name: str, block: nn.Module) -> None:
+        modules = [f"{name}.{child}" for child, _ in block.named_modules() if child]
+        params = [f"{name}.{child}" for child, _ in block.named_parameters()]
+        for full in (*modules, *params):
+            style = self._carried_style(full)
+            if full.rpartition(".")[2] in _EXPERTS or (style or "").startswith(("moe", "packed", "ep_", "grouped")):
+                raise ValueError(
+                    f"plan: {full} belongs to a mixture of experts, whose parallelism is not supported; a plan of your "
+                    "own that calls its module 'replicated' trains it whole on every rank"
+                )
+            if style is not None and style not in (*_COLWISE, *_ROWWISE, *_PARTIAL):
+                raise ValueError(f"plan: {full} has the tensor-parallel style {style!r}, which is not supported")
+
+    # --- attention, MLP: what lies between colwise and rowwise -----------------------------------------------------
+
+    def _container(self, name: str, module: nn.Module) -> None:
+        try:
+            _Container(self, name, module).settle()
+        except _WholeOnly as reason:
+            for found in (self.styles, self.edges, self.divided, self.assigned, self.cut):
+                for inner in [n for n in found if n == name or n.startswith(name + ".")]:
+                    del found[inner]  # type: ignore[attr-defined]
+            if not _is_on_sequence(module):
+                raise ValueError(f"plan: {name}: {reason}, and its forward does not take the residual stream") from None
+            self.styles[name] = "replicated"
+            self.remarks[name] = f"runs whole on every rank: {reason}"
+
+
+class _Container:
+    """One attention or MLP module."""
+
+    def __init__(self, derivation: _Derivation, name: str, module: nn.Module):
+        self.of, self.name, self.module, self.ranks = derivation, name, module, derivation.ranks
+        self.columns: dict[str, str] = {}  # relative name -> carried style
+        self.rows: dict[str, str] = {}
+        self.others: list[str] = []  # modules with parameters of their own that are neither
+        for child, inner in module.named_modules():
+            style = derivation._carried_style(f"{name}.{child}") if child else None
+            if style in _COLWISE:
+                self.columns[child] = style
+            elif style in _ROWWISE:
+                self.rows[child] = style
+            elif child and any(True for _ in inner.parameters(recurse=False)):
+                self.others.append(child)
+
+    def settle(self) -> None:
+        if not self.columns or len(self.rows) != 1:
+            raise _WholeOnly("the model's plan gives it no colwise layers that end in one rowwise layer")
+        (row,) = self.rows
+        forward = inspect.signature(self.module.forward).parameters
+        attention = "attention_mask" in forward
+        self.width = _linear_features(self.module.get_submodule(row))[0]  # features that enter the rowwise layer
+        self._own_parameters()
+        gathers = any(isinstance(self.module.get_submodule(child), nn.Linear) for child in self.others)
+        for child, style in self.columns.items():
+            self._style(child, self._column(child, style))
+        self._style(row, "rowwise")
+        if attention:
+            self._heads()
+        for child in self.others:
+            self._other(child, gathers)
+        if gathers:
+            self.of._edge(self.name, "gather_input")
+            return
+        if len(forward) > 1:
+            self.of._edge(self.name, "whole_input")
+        family = tuple(child for child in self.columns if "." not in child)
+        if len(family) > 1:
+            self.of.shared.add(family)
+
+    def _style(self, child: str, style: str) -> None:
+        self.of.styles[f"{self.name}.{child}"] = style
+
+    def _features(self, child: str) -> int:
+        return _linear_features(self.module.get_submodule(child))[1]
+
+    def _own_parameters(self) -> None:
+        """Parameters of the module itself: one entry for each head, or nothing that can be cut."""
+        cut = []
+        for param, value in self.module.named_parameters(recurse=False):
+            if self.of._carried_style(f"{self.name}.{param}") not in _COLWISE or value.shape[0] % self.ranks:
+                raise _WholeOnly(f"the model's plan does not cut its parameter {param!r} {tuple(value.shape)} by heads")
+            cut.append(param)
+        if cut:
+            self.of.cut[self.name] = tuple(cut)
+
+    def _column(self, child: str, style: str) -> str:
+        """colwise, with the sections of what is packed in one projection.
+
+        The carried "colwise_gather_output" says that plain pieces would be wrong or that a norm needs all heads: only
+        layouts known by their names are cut.
+        """
+        if style == "colwise":
+            return "colwise"
+        short, out = child.rpartition(".")[2], self._features(child)
+        if short == "gate_up_proj" and out == 2 * self.width:
+            return "colwise:2"
+        if short == "qkv_proj" and (out - self.width) % 2 == 0 and hasattr(self.module, "head_dim"):
+            self.of.divided[self.name] = ("config.num_attention_heads",)
+            kv = (out - self.width) // 2
+            return f"colwise:{self.width},{kv},{kv}"
+        if short in ("q_proj", "k_proj", "v_proj"):
+            return "colwise"
+        raise _WholeOnly(f"how the output of {short} is laid out is not known")
+
+    def _heads(self) -> None:
+        """Head counts divide; fewer key/value heads than ranks are shared by neighbours."""
+        name, module, ranks = self.name, self.module, self.ranks
+        config: Any = getattr(module, "config", None)
+        heads = getattr(config, "num_attention_heads", None)
+        if isinstance(heads, int) and heads % ranks:
+            raise ValueError(f"num_attention_heads: expected a multiple of the {ranks} ranks of the group, got {heads}")
+        counts = [attribute for attribute in _HEAD_COUNTS if isinstance(vars(module).get(attribute), int)]
+        head_dim = getattr(module, "head_dim", None)
+        kv_heads = self._features("k_proj") // head_dim if "k_proj" in self.columns and head_dim else None
+        if kv_heads is not None and kv_heads % ranks:
+            if ranks % kv_heads:
+                raise ValueError(
+                    f"num_key_value_heads: expected a multiple or a divisor of the {ranks} ranks of the group, got "
+                    f"{kv_heads}"
+                )
+            for child in ("k_proj", "v_proj"):
+                if child in self.columns:
+                    self._style(child, f"shared_heads:{kv_heads}")
+            self.of.assigned[name] = {"num_key_value_groups": self.width // (head_dim or 1) // ranks}
+            for attribute in [attribute for attribute in counts if vars(module)[attribute] == kv_heads != heads]:
+                self.of.assigned[name][attribute] = 1
+                counts.remove(attribute)
+        divided = (*self.of.divided.get(name, ()), *counts)
+        if divided:
+            self.of.divided[name] = divided
+
+    def _other(self, child: str, gathers: bool) -> None:
+        """A module between the two, or beside the colwise layers where the input is gathered."""
+        module = self.module.get_submodule(child)
+        params = list(module.parameters(recurse=False))
+        column = child.replace("norm", "proj")  # q_norm normalizes what q_proj puts out
+        whole_width = column in self.columns and params[0].numel() == self._features(column)
+        if gathers or all(param.dim() == 1 for param in params):
+            carried = self.of._carried_style(f"{self.name}.{child}")
+            across = not gathers and whole_width and carried not in _PARTIAL
+            shared = self.of.styles.get(f"{self.name}.{column}", "").startswith("shared_heads")
+            if across and shared:
+                raise _WholeOnly(f"{child} normalizes over heads that are fewer than ranks")
+            self._style(child, "split_norm" if across else "tensor_parallel")
+        elif whole_width and len(params) == 1 and params[0].shape[0] % self.ranks == 0:
+            self.of.cut[f"{self.name}.{child}"] = tuple(n for n, _ in module.named_parameters(recurse=False))
+        else:
+            raise _WholeOnly(f"what its {child} does between colwise and rowwise is not known")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm that has a fused twin; modules without parameters are tried by their class's name only."""
+    if not any(True for _ in module.parameters()) and "norm" not in type(module).__name__.lower():
+        return False
+    try:
+        converted_norm(module)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_on_sequence(module: nn.Module) -> bool:
+    first = next(iter(inspect.signature(module.forward).parameters.values()), None)
+    return first is not None and first.kind != first.VAR_POSITIONAL and first.name in STREAM_NAMES
+
+
+def _pattern(name: str) -> str:
+    """The name with ``*`` for every number."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _collapsed(found: dict[str, Any], modules: Counter[str]) -> dict[str, Any]:
+    """One pattern in place of names that differ in their numbers only, where it names no other module."""
+    values: dict[str, list[Any]] = {}
+    for name, value in found.items():
+        values.setdefault(_pattern(name), []).append(value)
+    out: dict[str, Any] = {}
+    for name, value in found.items():
+        pattern = _pattern(name)
+        alike = len(values[pattern]) == modules[pattern] and all(v == value for v in values[pattern])
+        out[pattern if alike else name] = value
+    return out

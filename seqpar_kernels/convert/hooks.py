@@ -1,0 +1,282 @@
+"""What runs before, between and behind the modules of a converted model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import gather_sequence, replicated, scatter_sequence
+from ..nn.pending import settled
+from ..nn.region import mark_entrance, show_whole
+from .conversion import Conversion
+from .head_dropout import head_dropouts
+from .plans import STREAM_NAMES, matches
+from .pretrained import refuse_adapters
+from .shard_check import Kind, ShardCheck, is_shard, mark
+
+Place = tuple[nn.Module, str]  # a module's parent, and its name there
+
+
+def install_hooks(model: nn.Module, conversion: Conversion) -> None:
+    region = conversion.region
+    unique = {id(param): param for param in conversion.replicated if param is not None}
+    conversion.replicated = list(unique.values())
+    for name, style in conversion.styles.items():
+        if style == "replicated":
+            module = model.get_submodule(name)
+            module.register_forward_pre_hook(
+                _gather_hook(name, conversion, partial=False), with_kwargs=True, prepend=True
+            )
+            module.register_forward_hook(_scatter_output_hook(name, conversion))
+    for pattern, arguments in conversion.plan.scattered.items():
+        for name, module in model.named_modules():
+            if matches(pattern, name):
+                rows = _scatter_arguments_hook(arguments, conversion)
+                module.register_forward_pre_hook(rows, with_kwargs=True, prepend=True)
+    for name, edges in conversion.edges.items():
+        module = model.get_submodule(name)
+        if "scatter_input" in edges:
+            module.register_forward_pre_hook(_scatter_hook(name, conversion), with_kwargs=True, prepend=True)
+        if "whole_input" in edges:
+            module.register_forward_pre_hook(_whole_hook(name, conversion), with_kwargs=True, prepend=True)
+        if "gather_input" in edges:
+            module.register_forward_pre_hook(
+                _gather_hook(name, conversion, partial=True), with_kwargs=True, prepend=True
+            )
+        if "gather_output" in edges:
+            module.register_forward_hook(_gather_output_hook(name, conversion))
+    if region.group is None:
+        return
+    dropouts = list(head_dropouts(model, region))
+    blocks = list(_blocks(model, conversion))
+    for _, block, _ in blocks:
+        block.register_forward_hook(_settle_hook(conversion))
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cleanup(module)  # what an interrupted forward may have left
+        region.seq_len = None
+        if not torch.compiler.is_compiling():  # both stay: a recomputation in the backward must do the same
+            conversion.crossing = conversion.trusted and all(_is_plain(*block) for block in blocks)
+            region.deferring = torch.is_grad_enabled()
+            if "peft_config" in vars(module):  # peft has been here since
+                refuse_adapters(module, conversion.styles)
+        config = getattr(module, "config", None)
+        if kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False)):
+            raise ValueError(
+                "output_hidden_states: expected False, the hidden states of a sequence-parallel model are shards"
+            )
+        if torch.is_grad_enabled():
+            trained = [param for param in conversion.replicated if param.requires_grad]
+            tensors = replicated(trained, region.group) if trained else []  # type: ignore[arg-type]
+            region.summed = dict(zip(trained, tensors, strict=True))  # type: ignore[arg-type]
+            region.summed.update((p, p) for p in conversion.replicated if not p.requires_grad)
+        if module.training in conversion.checked:
+            return
+        if torch.compiler.is_compiling() or _inside_compile():
+            if not conversion.trusted:
+                raise RuntimeError(
+                    "a plan is checked by the first forward, which must be an eager one: call the model once before "
+                    "torch.compile"
+                )
+            return
+        conversion.check = ShardCheck(
+            model, conversion.followed(), conversion.planned_parameters(model), conversion.gathered()
+        )
+        conversion.check.start()
+
+    def finished(module: nn.Module, args: Any, output: Any) -> None:
+        if conversion.check is not None:
+            conversion.check.stop()
+            conversion.check.check_output(output)
+            conversion.checked.add(module.training)
+
+    def cleanup(module: nn.Module, *_: Any) -> None:
+        if region.summed:  # kept, like seq_len: a recomputation in the backward needs them
+            region.kept, region.summed = region.summed, {}
+        for gather in conversion.gathers:
+            gather.clear()
+        for dropout in dropouts:
+            dropout.restore()
+        check, conversion.check = conversion.check, None
+        if check is not None:
+            check.stop()
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(finished)
+    model.register_forward_hook(cleanup, always_call=True)
+
+
+def _inside_compile() -> bool:
+    """Whether torch.compile has given this frame up but goes on with those it calls: a check would see half of it."""
+    return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
+
+
+def _blocks(model: nn.Module, conversion: Conversion) -> Iterator[tuple[Place, nn.Module, tuple[type, Any]]]:
+    """Modules that hold a norm and, however deep, a rowwise layer that it may follow: (place, module, its forward)."""
+    rows = [name for name, style in conversion.styles.items() if style == "rowwise"]
+    norms = {name.rpartition(".")[0] for name, style in conversion.styles.items() if style == "norm"}
+    for name in sorted(norms - {""}):
+        if any(row.startswith(name + ".") for row in rows):
+            block = model.get_submodule(name)
+            parent, _, child = name.rpartition(".")
+            yield (model.get_submodule(parent), child), block, _forward_of(block)
+
+
+def _forward_of(block: nn.Module) -> tuple[type, Any]:
+    return type(block), vars(block).get("forward")
+
+
+def _is_plain(place: Place, block: nn.Module, forward: tuple[type, Any]) -> bool:
+    """Whether ``block`` is called by its model as ever: not wrapped, not sharded further, not checkpointed."""
+    parent, name = place
+    in_place = getattr(parent, name, None) is block and _forward_of(block) == forward
+    return in_place and not getattr(block, "gradient_checkpointing", False)
+
+
+def _settle_hook(conversion: Conversion) -> Callable[..., Any]:
+    """A sum may wait for the norm of the next block where nothing but a known model lies between; else it ends here:
+    checkpointing and FSDP expect tensors that are computed."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if conversion.crossing:
+            return None
+        return tuple(settled(item) for item in output) if isinstance(output, tuple) else settled(output)
+
+    return hook
+
+
+def _residual_stream(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor at a module's entrance, and (args, kwargs) with another in its place."""
+    if args and isinstance(args[0], Tensor):
+        return settled(args[0]), lambda x: ((x, *args[1:]), kwargs)
+    key = next((key for key in STREAM_NAMES if isinstance(kwargs.get(key), Tensor)), None)
+    if key is not None:
+        return settled(kwargs[key]), lambda x: (args, {**kwargs, key: x})
+    raise RuntimeError(
+        f"{name}: the plan found no tensor at its entrance: no first argument, hidden_states=, x= or input="
+    )
+
+
+def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
+    region = conversion.region
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if region.group is None:
+            return None
+        x, rebuilt = _residual_stream(name, args, kwargs)
+        if is_shard(x) and conversion.check is not None:
+            raise RuntimeError(f"{name}: 'scatter_input' was given a sequence shard: the plan scatters twice")
+        length = x.shape[region.seq_dim]
+        # Only where it is needed: a recomputation during backward must not find the length of a later forward.
+        region.seq_len = length if length % region.ranks else None
+        shard = scatter_sequence(x, region.group, region.seq_dim)
+        if not torch.compiler.is_compiling():
+            mark_entrance(shard)
+        if conversion.check is not None:
+            mark(shard, Kind.SHARD)
+        return rebuilt(shard)
+
+    return hook
+
+
+def _scatter_arguments_hook(names: tuple[str, ...], conversion: Conversion) -> Callable[..., Any]:
+    region = conversion.region
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if region.group is None:
+            return None
+        call = inspect.signature(module.forward).bind(*args, **kwargs)
+        for name in names:
+            if isinstance(call.arguments.get(name), Tensor):
+                call.arguments[name] = scatter_sequence(call.arguments[name], region.group, region.seq_dim)
+                if conversion.check is not None:
+                    mark(call.arguments[name], Kind.SHARD)
+        return call.args, call.kwargs
+
+    return hook
+
+
+def _whole_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
+    region = conversion.region
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if region.group is None:
+            return None
+        x, rebuilt = _residual_stream(name, args, kwargs)
+        stand_in = show_whole(x, region)
+        if conversion.check is not None:
+            mark(stand_in, Kind.SHARD)
+        return rebuilt(stand_in)
+
+    return hook
+
+
+def _gather_hook(name: str, conversion: Conversion, partial: bool) -> Callable[..., Any]:
+    """``partial``: each rank computes a part of the gradient (tensor-parallel); else each has the whole one."""
+    region = conversion.region
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if region.group is None:
+            return None
+        x, rebuilt = _residual_stream(name, args, kwargs)
+        if conversion.check is not None and not is_shard(x):
+            raise RuntimeError(f"{name}: its input is to be gathered, but is no sequence shard")
+        whole = gather_sequence(
+            x, region.group, region.seq_dim, seq_len=region.seq_len, tensor_parallel_output_grad=partial
+        )
+        if conversion.check is not None:
+            mark(whole, Kind.PARTS if partial else None)
+        return rebuilt(whole)
+
+    return hook
+
+
+def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
+    region = conversion.region
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        losing = conversion.loss is not None and conversion.loss.active
+        if region.group is None and not losing:
+            return None
+        first, rebuilt = _first_tensor(name, "gather_output", output)
+        if losing:
+            whole = conversion.loss.hide(first)  # type: ignore[union-attr]
+        else:
+            # What follows runs alike on every rank, so each has the whole gradient: the backward splits.
+            whole = gather_sequence(
+                first, region.group, region.seq_dim, seq_len=region.seq_len, tensor_parallel_output_grad=False
+            )
+        if conversion.check is not None:
+            mark(whole, None)
+        return rebuilt(whole)
+
+    return hook
+
+
+def _scatter_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
+    region = conversion.region
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if region.group is None:
+            return None
+        whole, rebuilt = _first_tensor(name, "replicated", output)
+        return rebuilt(scatter_sequence(whole, region.group, region.seq_dim))
+
+    return hook
+
+
+def _first_tensor(name: str, style: str, output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor a module returns, alone or first of a tuple, and the output with another in its place."""
+    first = settled(output[0] if isinstance(output, tuple) and output else output)
+    if not isinstance(first, Tensor):
+        raise RuntimeError(
+            f"{name}: {style!r} takes a module that returns a tensor or a tuple that begins with one, "
+            f"got {type(first).__name__}"
+        )
+    return first, lambda x: (x, *output[1:]) if isinstance(output, tuple) else x

@@ -1,0 +1,185 @@
+"""``parallelize(..., loss_parallel=True)``: head and embedding cut by vocabulary, and the loss without logits.
+
+Nothing of the model's own forward is rewritten. Where it is given labels, the last norm hands on a stand-in for the
+hidden state, the head a stand-in for the logits (no memory, all NaN), and the model's ``loss_function`` computes the
+loss of the shard behind them. A model that does anything to either on the way is told so by the first forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import Region, VocabParallelEmbedding, VocabParallelHead
+from ..nn.embedding import check_embedding, check_head
+from ..nn.region import show_whole
+
+if TYPE_CHECKING:
+    from .conversion import Conversion
+
+#: Attributes of a config by which a model changes its logits between head and loss, and the value that changes nothing.
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1}
+
+
+class Ends(NamedTuple):
+    """Both ends of a causal language model, by module name."""
+
+    embedding: str
+    head: str
+
+
+def ends_of(model: Any, conversion: Conversion) -> Ends:
+    """The embedding and the head that ``loss_parallel`` cuts.
+
+    Raises:
+        ValueError: not a Hugging Face causal language model with its standard loss, or one this cannot be done to.
+    """
+    kind = type(model).__name__
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    loss = getattr(model, "loss_function", None)
+    if head is None or getattr(loss, "__name__", "") != "ForCausalLMLoss":
+        raise ValueError(
+            f"loss_parallel: expected a Hugging Face model with a head and the loss ForCausalLMLoss, got {kind} with "
+            f"{getattr(loss, '__name__', loss)!r}; elsewhere use seqpar_kernels.vocab_parallel_linear_cross_entropy"
+        )
+    config = model.config.get_text_config()
+    for attribute, unchanged in _LOGIT_CHANGES.items():
+        value = getattr(config, attribute, unchanged)
+        if value not in (None, unchanged):
+            raise ValueError(
+                f"loss_parallel: {kind} changes its logits before the loss (config.{attribute}={value}), and logits "
+                "never exist"
+            )
+    names = {module: name for name, module in model.named_modules()}
+    ends = Ends(names[model.get_input_embeddings()], names[head])
+    for label, check in (("embedding", check_embedding), ("head", check_head)):
+        name = getattr(ends, label)
+        try:
+            check(model.get_submodule(name))
+        except ValueError as error:
+            raise ValueError(f"loss_parallel: {name}: {error}") from error
+        weight = model.get_submodule(name).weight
+        tied = [other for other, param in model.named_parameters(remove_duplicate=False) if param is weight]
+        extra = [other for other in tied if other not in (f"{ends.embedding}.weight", f"{ends.head}.weight")]
+        if extra or name in conversion.styles:
+            what = f"its weight is tied to {extra}" if extra else f"the plan says {conversion.styles[name]!r}"
+            raise ValueError(f"loss_parallel: {name} is cut by vocabulary, but {what}")
+    gathers = [name for name, edges in conversion.edges.items() if "gather_output" in edges]
+    if len(gathers) != 1:
+        raise ValueError(f"loss_parallel: expected one module with 'gather_output' in the plan, got {gathers}")
+    return ends
+
+
+class LossParallel:
+    """The state of one forward: what stands for what."""
+
+    def __init__(self, head: VocabParallelHead, region: Region, loss_function: Callable[..., Tensor]):
+        self._head, self._region = head, region
+        self._loss_function = loss_function
+        self.active = False  # this forward has labels
+        self._shard: Tensor | None = None
+        self._hidden: Tensor | None = None
+        self._logits: Tensor | None = None
+        self._done = False
+
+    def begin(self, active: bool) -> None:
+        self.active, self._done = active, False
+        self._shard = self._hidden = self._logits = None
+
+    def hide(self, shard: Tensor) -> Tensor:
+        """Behind the last norm: remember the shard, hand on a stand-in."""
+        self._shard, self._hidden = shard, show_whole(shard, self._region)
+        return self._hidden
+
+    def head(self, x: Tensor) -> Tensor:
+        """In the head's place. [..., H] -> [..., V]"""
+        if not self.active:
+            return type(self._head).forward(self._head, x)
+        hidden = self._hidden
+        # A view of all rows is the same: decoders slice the last hidden state by logits_to_keep.
+        same = hidden is not None and x.shape == hidden.shape
+        if same and not torch.compiler.is_compiling():
+            same = x.data_ptr() == hidden.data_ptr()  # type: ignore[union-attr]
+        if not same:
+            raise RuntimeError(
+                "loss_parallel: the head was not given the last hidden state as it left the final norm (a forward with "
+                "labels must keep all rows: logits_to_keep=0)"
+            )
+        self._logits = x.new_full((), float("nan")).expand(*x.shape[:-1], self._head.out_features)
+        return self._logits
+
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """In place of transformers' ForCausalLMLoss."""
+        if not self.active:
+            return self._loss_function(
+                logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+            )
+        if self._shard is None or logits is not self._logits:
+            raise RuntimeError("loss_parallel: the model changes its logits before the loss, and logits never exist")
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        target = shift_labels.reshape(logits.shape[:-1]).to(self._shard.device)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = self._head.loss(self._shard, target, ignore_index=ignore_index, reduction=reduction)
+        self._done = True
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+    def finish(self, output: Any) -> Any:
+        """The model's output without the logits, which are not there."""
+        if not self.active:
+            return output
+        if not self._done:
+            raise RuntimeError("loss_parallel: the model was given labels and did not call its loss_function")
+        if isinstance(output, Mapping):
+            return type(output)(**{key: value for key, value in output.items() if value is not self._logits})
+        return tuple(None if value is self._logits else value for value in output)
+
+
+def install(model: Any, conversion: Conversion, ends: Ends, engine: str) -> None:
+    """Put the cut modules in place and follow forwards that have labels."""
+    region = conversion.region
+    old_embedding, old_head = (model.get_submodule(name) for name in ends)
+    tied = old_embedding.weight is old_head.weight
+    embedding = VocabParallelEmbedding.from_torch(
+        old_embedding, region.group, seq_dim=region.seq_dim, whole_output=True
+    )
+    head = VocabParallelHead.from_torch(old_head, region.group, seq_dim=region.seq_dim, engine=engine)
+    if tied:
+        head.weight = embedding.weight
+    for name, new in ((ends.embedding, embedding), (ends.head, head)):
+        new.region = region
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    loss = conversion.loss = LossParallel(head, region, model.loss_function)
+    head.forward = loss.head  # type: ignore[method-assign]
+    model.loss_function = loss.loss
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    position = names.index("labels") if "labels" in names else len(names)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        labels = args[position] if len(args) > position else kwargs.get("labels")
+        loss.begin(labels is not None or kwargs.get("shift_labels") is not None)
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        return loss.finish(output)
+
+    def always(module: nn.Module, *_: Any) -> None:
+        loss.begin(False)
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after)
+    model.register_forward_hook(always, always_call=True)

@@ -1,0 +1,102 @@
+"""Puts the parallel twin in a module's place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.utils.stateless import _reparametrize_module
+
+from ..kernels import NormKind
+from ..nn import (
+    ColumnParallelLinear,
+    Dropout,
+    LayerNorm,
+    Region,
+    RMSNorm,
+    RowParallelLinear,
+    SharedHeadsLinear,
+    SplitRMSNorm,
+)
+from ..nn.probe import norm_form
+from ..nn.sharding import ShardSpec, local_part
+from .conversion import Conversion
+
+
+def converted_norm(module: nn.Module, region: Region | None = None) -> LayerNorm | RMSNorm:
+    """The fused norm that computes what ``module`` computes.
+
+    Raises:
+        ValueError: there is none.
+    """
+    group, seq_dim = (region.group, region.seq_dim) if region is not None else (None, -2)
+    known = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+    if isinstance(module, nn.LayerNorm) or (not known and norm_form(module).kind == NormKind.LAYER):
+        return LayerNorm.from_torch(module, group, seq_dim=seq_dim)
+    return RMSNorm.from_torch(module, group, seq_dim=seq_dim)
+
+
+def convert(model: nn.Module, name: str, style: str, conversion: Conversion, engine: str) -> None:
+    """Put the parallel twin in the place of the module called ``name``, with its hooks."""
+    region = conversion.region
+    old: Any = model.get_submodule(name)
+    new: Any
+    place: dict[str, Any] = {"seq_dim": region.seq_dim, "engine": engine}
+    if style == "colwise":
+        new = ColumnParallelLinear.from_torch(old, region.group, sections=conversion.sections[name], **place)
+        new.input_is_whole = conversion.inside_gathered(name)
+    elif style == "shared_heads":
+        heads: Any = conversion.sections[name]
+        new = SharedHeadsLinear.from_torch(old, region.group, heads=heads, **place)
+        new.input_is_whole = conversion.inside_gathered(name)
+        conversion.replicated += new.parameters(recurse=False)
+    elif style == "rowwise":
+        new = RowParallelLinear.from_torch(old, region.group, **place)
+    elif style == "norm":
+        new = converted_norm(old, region)
+        conversion.replicated += new.parameters(recurse=False)
+    elif style == "split_norm":
+        new = SplitRMSNorm.from_torch(old, region.group)
+    elif style == "dropout":
+        new = Dropout.from_torch(old, region.group, seq_dim=region.seq_dim)
+    elif style == "replicated":
+        return
+    else:
+        own = style == "own_parameters"
+        conversion.replicated += old.parameters(recurse=not own)
+        _sum_gradients_of(old, region, recurse=not own)
+        return
+    new.region = region
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _sum_gradients_of(module: nn.Module, region: Region, recurse: bool) -> None:
+    """Make ``module`` compute with parameters whose gradients are summed over the ranks."""
+    forward = module.forward
+
+    def summed_forward(*args: Any, **kwargs: Any) -> Any:
+        params = {
+            f"{prefix}.{name}" if prefix else name: owner._parameters[name]  # taken, not listed: plain
+            for prefix, owner in (module.named_modules() if recurse else [("", module)])
+            for name in owner._parameters
+            if owner._parameters[name] is not None
+        }
+        tensors = dict(zip(params, region.summing(*params.values()), strict=True))
+        with _reparametrize_module(module, tensors):  # type: ignore[arg-type]
+            return forward(*args, **kwargs)
+
+    module.forward = summed_forward
+
+
+def cut_parameters(module: nn.Module, names: Iterable[str], region: Region) -> None:
+    """Keep this rank's heads of parameters that hold an entry for each head [heads, ...]."""
+    if region.ranks == 1:
+        return
+    sharded = dict(getattr(module, "sharded", {}))
+    for name in names:
+        full = getattr(module, name)
+        sharded[name] = ShardSpec(0)
+        setattr(module, name, nn.Parameter(local_part(full, sharded[name], region.group), full.requires_grad))
+    module.sharded = sharded  # type: ignore[assignment]

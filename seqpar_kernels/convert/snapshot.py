@@ -1,0 +1,56 @@
+"""A model as it was before its conversion, to go back to."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class _Before(NamedTuple):
+    """One module as it was: everything but its parameters, of which the names and a mark of identity are kept."""
+
+    module: nn.Module
+    name: str
+    held: dict[str, Any]
+    params: dict[str, int | None]
+
+
+class Snapshot:
+    """A model before its conversion. Keeps no parameter alive."""
+
+    def __init__(self, model: nn.Module):
+        self._modules: list[_Before] = []
+        for name, module in model.named_modules():
+            held = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()}
+            del held["_parameters"]
+            params = {n: None if p is None else id(p) for n, p in module._parameters.items()}
+            self._modules.append(_Before(module, name, held, params))
+
+    def release(self, model: nn.Module) -> None:
+        """After the conversion: modules that were replaced let their parameters go."""
+        live = set(model.modules())
+        for before in self._modules:
+            if before.module not in live:
+                before.module._parameters.update(dict.fromkeys(before.params))
+
+    def restore(self, model: nn.Module, full: dict[str, Tensor]) -> None:
+        """Put everything back, with parameters out of ``full``; tied ones are one again."""
+        now: dict[str, nn.Module] = dict(model.named_modules())
+        listed = dict(model.named_parameters(remove_duplicate=False))
+        made: dict[int, nn.Parameter] = {}
+        for before in self._modules:
+            module, prefix = before.module, before.name + "." if before.name else ""
+            held = vars(module)
+            training = now[before.name].training if before.name in now else model.training
+            held.clear()
+            held.update(before.held)
+            held["training"] = training
+            held["_parameters"] = params = dict.fromkeys(before.params)
+            for name, mark in before.params.items():
+                if mark is not None:
+                    if mark not in made:
+                        wanted = listed[prefix + name].requires_grad
+                        made[mark] = nn.Parameter(full[prefix + name], requires_grad=wanted)
+                    params[name] = made[mark]  # type: ignore[assignment]

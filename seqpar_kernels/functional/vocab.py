@@ -1,0 +1,225 @@
+"""Both ends of a language model with the vocabulary cut over the ranks: embedding, and head with loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .. import ops
+from ..checks import check_float, check_linear_bias, check_same_device, check_sequence, check_tensor, check_weight
+from ..layout import Group, group_rank, group_size, resolve_group, shard_of, vocabulary_range
+from ..ops.library import group_name
+from ..overlap.agreement import checked_together
+from ..overlap.tuning import figures_of
+from .linear import autocast, settle_plan
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def vocab_parallel_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    *,
+    group: Group,
+    seq_dim: int = -2,
+    vocab_size: int | None = None,
+    padding_idx: int | None = None,
+    whole_output: bool = False,
+) -> Tensor:
+    """``embedding(ids, whole weight)``, of which each rank looks up its rows and keeps its sequence shard.
+
+    What the ranks found is reduce-scattered straight into the shard; the backward gathers the gradient of the shard and
+    adds it up, in fp32 (fp64 for fp64), for the rows held here.
+
+    Args:
+        ids: [..., S, ...] int64 or int32, the whole sequence, the same on every rank.
+        weight: [V/t, H]; rank r holds rows r * ceil(V/t) and on, as ``torch.chunk`` cuts.
+        group: ProcessGroup or 1-D DeviceMesh of t ranks; None computes locally.
+        seq_dim: the sequence dimension of the result.
+        vocab_size: V; needed only where it is not a multiple of t.
+        padding_idx: the entry that gets no gradient.
+        whole_output: sum over the ranks without cutting the sequence, for code in between that needs all of it; the
+            ranks then go on alike and each has the whole gradient.
+
+    Returns:
+        [..., S/t, ..., H], this rank's shard of the sequence; [..., S, ..., H] with ``whole_output``.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit, by name.
+        RuntimeError: an index outside the vocabulary; ranks that disagree, a peer that failed.
+    """
+    pg = resolve_group(group)
+    with checked_together(pg):
+        _check_indices("ids", ids)
+        check_tensor("weight", weight)
+        if weight.dim() != 2:
+            raise ValueError(f"weight: expected [V/t, H], got shape {tuple(weight.shape)}")
+        check_float("weight", weight)
+        check_same_device("ids", ids, "weight", weight)
+        out = torch.empty(0, dtype=weight.dtype, device="meta").expand(*ids.shape, 0)
+        seq_dim = check_sequence("the embedding of ids", out, seq_dim)
+        vocab = _check_vocabulary("weight", weight.shape[0], vocab_size, pg)
+        if padding_idx is not None and not -vocab <= padding_idx < vocab:
+            raise ValueError(f"padding_idx: expected an index into the {vocab} entries or None, got {padding_idx!r}")
+    padding = -1 if padding_idx is None else padding_idx % vocab
+    place = (group_name(pg), vocab, padding, seq_dim, whole_output)
+    return ops.vocab_embedding(ids.long(), weight, *place)  # type: ignore[no-any-return]
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    group: Group,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """``torch.nn.functional.cross_entropy`` of logits that are cut over the ranks along the vocabulary.
+
+    The ranks exchange four numbers a row. The loss is the same on every rank, down to the bits.
+
+    Args:
+        logits: [..., V/t], this rank's columns, cut as ``torch.chunk`` cuts.
+        target: [...] int64, classes of the whole vocabulary, the same on every rank.
+        group: ProcessGroup or 1-D DeviceMesh of t ranks; None computes locally.
+        vocab_size: V; needed only where it is not a multiple of t.
+        ignore_index: target of rows that do not count.
+        label_smoothing: s in [0, 1): the target distribution is (1 - s) * onehot + s / V.
+        z_loss: adds ``z_loss * logsumexp(logits)^2`` to each row (Chowdhery et al. 2022, section 5).
+        reduction: "mean" over the rows that count, "sum", or "none".
+
+    Returns:
+        float32 (float64 for float64 logits), a scalar, or [...] without reduction.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit, by name.
+        RuntimeError: a target outside the vocabulary; ranks that disagree, a peer that failed.
+    """
+    pg = resolve_group(group)
+    with checked_together(pg):
+        check_tensor("logits", logits)
+        check_float("logits", logits)
+        if logits.dim() == 0:
+            raise ValueError("logits: expected [..., V/t], got a scalar")
+        _check_target(target, logits.shape[:-1], logits)
+        vocab = _check_vocabulary("logits", logits.shape[-1], vocab_size, pg)
+        _check_loss(ignore_index, label_smoothing, z_loss, reduction)
+    losses, _ = ops.vocab_cross_entropy(
+        logits, target.long(), group_name(pg), vocab, ignore_index, label_smoothing, z_loss
+    )
+    return _reduced(losses, target, ignore_index, reduction)
+
+
+def vocab_parallel_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Group,
+    seq_dim: int = -2,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    chunks: int | None = None,
+    engine: str = "auto",
+    logit_rows: int | None = None,
+) -> Tensor:
+    """``cross_entropy(linear(all_gather(x), weight, bias), target)`` that never holds the logits [S, V/t].
+
+    Forward: x is gathered behind the head's matmul, each piece of logits is reduced to its statistics and dropped.
+    Backward: x is gathered again, a piece's logits are computed again and become their own gradient, from which dx,
+    reduce-scattered chunk by chunk as it is ready, and the gradients of weight and bias follow. Kept from forward to
+    backward: the shard of x and one number a row.
+
+    Args:
+        x: [..., S/t, ..., H], this rank's shard of the last hidden state.
+        weight: [V/t, H]; rank r holds rows r * ceil(V/t) and on, as ``torch.chunk`` cuts.
+        target: [..., S, ...] int64, for the whole sequence, the same on every rank. Nothing is shifted here.
+        bias: [V/t] or None.
+        group, seq_dim: where the sequence of x is sharded, and the vocabulary.
+        vocab_size, ignore_index, label_smoothing, z_loss, reduction: as in :func:`vocab_parallel_cross_entropy`.
+        chunks, engine: as in :func:`seqpar_kernels.all_gather_linear`.
+        logit_rows: the most rows of logits held at once; None: about 2^25 logits.
+
+    Returns:
+        float32 (float64 for float64 x), a scalar, or the shape of ``target`` without reduction; alike on every rank.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit, by name.
+        RuntimeError: a target outside the vocabulary; ranks that disagree, a peer that failed.
+    """
+    pg = resolve_group(group)
+    figures = None if pg is None else figures_of(pg)
+    with checked_together(pg):
+        check_tensor("x", x)
+        seq_dim = check_sequence("x", x, seq_dim)
+        x, (weight,), (bias,) = autocast(x, [weight], [bias])
+        check_weight("weight", weight, x.shape[-1], x)
+        check_linear_bias("bias", bias, weight)
+        vocab = _check_vocabulary("weight", weight.shape[0], vocab_size, pg)
+        check_tensor("target", target)
+        shape = list(x.shape[:-1])
+        if target.dim() == len(shape):
+            shape[seq_dim] = target.shape[seq_dim]
+        _check_target(target, torch.Size(shape), x)
+        shard = shard_of("x", x.shape[seq_dim], pg, shape[seq_dim])
+        _check_loss(ignore_index, label_smoothing, z_loss, reduction)
+        if logit_rows is not None and (not isinstance(logit_rows, int) or logit_rows < 1):
+            raise ValueError(f"logit_rows: expected a positive int or None, got {logit_rows!r}")
+        largest = -(-vocab // shard.ranks) * x.shape[-1]
+        settled = settle_plan(x, seq_dim, shard, x.shape[-1], largest, engine, chunks, figures, pg, fusible=False)
+    loss = (vocab, ignore_index, label_smoothing, z_loss)
+    place = (seq_dim, shard.length, settled.chunks, settled.engine, logit_rows or 0)
+    losses, _ = ops.linear_cross_entropy(x, weight, bias, target.long(), group_name(pg), *loss, *place)
+    return _reduced(losses, target, ignore_index, reduction)
+
+
+def _reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / (target != ignore_index).sum()
+
+
+def _check_indices(name: str, t: Tensor) -> None:
+    check_tensor(name, t)
+    if t.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name}: expected int64 or int32, got {t.dtype}")
+
+
+def _check_target(target: Tensor, shape: torch.Size, like: Tensor) -> None:
+    _check_indices("target", target)
+    if target.shape != shape:
+        raise ValueError(f"target: expected shape {tuple(shape)}, one class a row, got {tuple(target.shape)}")
+    check_same_device("target", target, "the logits", like)
+
+
+def _check_vocabulary(name: str, local: int, vocab_size: int | None, pg: ProcessGroup | None) -> int:
+    """The size of the whole vocabulary."""
+    ranks, rank = group_size(pg), group_rank(pg)
+    vocab = local * ranks if vocab_size is None else vocab_size
+    start, stop = vocabulary_range(vocab, ranks, rank)
+    if stop - start != local:
+        raise ValueError(
+            f"{name}: rank {rank} of {ranks} holds {local} entries, but its part of vocab_size={vocab} has "
+            f"{stop - start} (entries {start}..{stop}, cut as torch.chunk does)"
+        )
+    return vocab
+
+
+def _check_loss(ignore_index: int, label_smoothing: float, z_loss: float, reduction: str) -> None:
+    if not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index: expected an int, got {ignore_index!r}")
+    if not isinstance(label_smoothing, (int, float)) or not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing!r}")
+    if not isinstance(z_loss, (int, float)) or not 0.0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")

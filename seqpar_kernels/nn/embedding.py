@@ -1,0 +1,207 @@
+"""Embedding and language-model head with the vocabulary cut over the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import (
+    copy_to_tensor_parallel,
+    gather_tensor_parallel,
+    vocab_parallel_embedding,
+    vocab_parallel_linear_cross_entropy,
+)
+from ..layout import Group
+from .region import Region
+from .sharding import ShardSpec, local_part
+
+
+def _vocabulary_part(full: Tensor | None, size: int, region: Region) -> Any:
+    """This rank's rows of a parameter (or None); on one rank the very same parameter."""
+    if full is None or region.ranks == 1:
+        return full
+    return nn.Parameter(local_part(full, ShardSpec(0, size=size), region.group), requires_grad=full.requires_grad)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """``torch.nn.Embedding`` of which each rank holds some rows; gives a sequence shard.
+
+    Args:
+        num_embeddings: V, need not be a multiple of t: rank r holds rows r * ceil(V/t) and on.
+        embedding_dim: H.
+        padding_idx: the entry that starts as zeros and gets no gradient.
+        group, seq_dim: where the sequence of the result is sharded.
+        whole_output: give the whole sequence on every rank instead of a shard.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        group: Group = None,
+        seq_dim: int = -2,
+        whole_output: bool = False,
+    ):
+        super().__init__()
+        # torch.nn.Embedding's initialisation of the whole table, then cut: t ranks start as one does.
+        full = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self._take(full, Region(group, seq_dim), whole_output)
+
+    def _take(self, module: nn.Embedding, region: Region, whole_output: bool) -> None:
+        self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
+        self.padding_idx, self.whole_output = module.padding_idx, whole_output
+        self.region = region
+        self.sharded = {"weight": ShardSpec(0, size=self.num_embeddings)}
+        self.weight = _vocabulary_part(module.weight, self.num_embeddings, region)
+
+    @classmethod
+    def from_torch(
+        cls, module: nn.Embedding, group: Group = None, *, seq_dim: int = -2, whole_output: bool = False
+    ) -> VocabParallelEmbedding:
+        """This rank's rows of an nn.Embedding.
+
+        Raises:
+            ValueError: no nn.Embedding, one whose forward has been overridden, or one with ``max_norm``,
+                ``scale_grad_by_freq`` or ``sparse``.
+        """
+        check_embedding(module)
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        new._take(module, Region(group, seq_dim), whole_output)
+        return new.train(module.training)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[..., S, ...] -> [..., S/t, ..., H]"""
+        return vocab_parallel_embedding(
+            ids,
+            self.weight,
+            group=self.region.group,
+            seq_dim=self.region.seq_dim,
+            vocab_size=self.num_embeddings,
+            padding_idx=self.padding_idx,
+            whole_output=self.whole_output,
+        )
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self.region!r}"
+
+
+def check_embedding(module: nn.Module) -> None:
+    """Raises ValueError for what :class:`VocabParallelEmbedding` cannot stand for."""
+    if not isinstance(module, nn.Embedding) or type(module).forward is not nn.Embedding.forward:
+        raise ValueError(f"module: expected torch.nn.Embedding with its own forward, got {type(module).__name__}")
+    for option, off in (("max_norm", None), ("scale_grad_by_freq", False), ("sparse", False)):
+        if getattr(module, option) != off:
+            raise ValueError(f"module.{option}: expected {off}, got {getattr(module, option)!r}")
+
+
+class VocabParallelHead(nn.Module):
+    """The linear layer from the last hidden state to logits; each rank holds some rows of the weight.
+
+    Called, it gives whole logits on every rank; :meth:`loss` gives the loss without them.
+
+    Args:
+        in_features: H.
+        out_features: V, need not be a multiple of t.
+        bias: whether there is one; it is cut like the weight.
+        group, seq_dim: the ranks, and where the sequence of what :meth:`loss` takes is sharded.
+        chunks, engine: see :func:`seqpar_kernels.vocab_parallel_linear_cross_entropy`.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        group: Group = None,
+        seq_dim: int = -2,
+        chunks: int | None = None,
+        engine: str = "auto",
+    ):
+        super().__init__()
+        full = nn.Linear(in_features, out_features, bias, device, dtype)
+        self._take(full, Region(group, seq_dim), chunks, engine)
+
+    def _take(self, module: nn.Linear, region: Region, chunks: int | None, engine: str) -> None:
+        self.in_features, self.out_features = module.in_features, module.out_features
+        self.region, self.chunks, self.engine = region, chunks, engine
+        self.sharded = {name: ShardSpec(0, size=self.out_features) for name in ("weight", "bias")}
+        self.weight = _vocabulary_part(module.weight, self.out_features, region)
+        self.register_parameter("bias", _vocabulary_part(module.bias, self.out_features, region))
+
+    @classmethod
+    def from_torch(
+        cls,
+        module: nn.Linear,
+        group: Group = None,
+        *,
+        seq_dim: int = -2,
+        chunks: int | None = None,
+        engine: str = "auto",
+    ) -> VocabParallelHead:
+        """This rank's rows of an nn.Linear.
+
+        Raises:
+            ValueError: no nn.Linear, or one whose forward has been overridden.
+        """
+        check_head(module)
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        new._take(module, Region(group, seq_dim), chunks, engine)
+        return new.train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The whole hidden state [..., H], alike on every rank -> whole logits [..., V], alike on every rank."""
+        region = self.region
+        if region.group is None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        local = nn.functional.linear(copy_to_tensor_parallel(x, region.group), self.weight, self.bias)
+        most = -(-self.out_features // region.ranks)
+        padded = nn.functional.pad(local, (0, most - local.shape[-1]))
+        whole = gather_tensor_parallel(padded, region.group, -1, size=most * region.ranks)
+        return whole.narrow(-1, 0, self.out_features)
+
+    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """A shard [..., S/t, ..., H] and classes [..., S, ...] -> cross-entropy, the same on every rank.
+
+        ``options`` are those of :func:`seqpar_kernels.vocab_parallel_linear_cross_entropy`.
+        """
+        return vocab_parallel_linear_cross_entropy(
+            x,
+            self.weight,
+            target,
+            self.bias,
+            group=self.region.group,
+            seq_dim=self.region.seq_dim,
+            vocab_size=self.out_features,
+            chunks=self.chunks,
+            engine=self.engine,
+            **options,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"local weight {tuple(self.weight.shape)}, {self.region!r}"
+        )
+
+
+def check_head(module: nn.Module) -> None:
+    """Raises ValueError for what :class:`VocabParallelHead` cannot stand for."""
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        raise ValueError(f"module: expected torch.nn.Linear with its own forward, got {type(module).__name__}")

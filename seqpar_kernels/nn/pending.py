@@ -1,0 +1,201 @@
+"""A row-parallel output that waits for the norm behind it.
+
+A block writes ``residual + dropout(linear(x))`` and hands it to a norm, in statements of its own. Where the linear, a
+row-parallel one, returns a :class:`PendingSum`, dropout and addition only take note of what they would do, and the norm
+does all of it in the kernel that sums over the ranks. Whatever else touches the tensor gets it computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..functional import planned_linear_reduce_scatter_dropout_add_norm, replicated
+from ..kernels import NormKind
+from ..kernels.spec import accumulation_dtype
+from ..layout import SequenceShard
+from ..random import draw_seed
+
+if TYPE_CHECKING:
+    from .linear import RowParallelLinear
+    from .norm import Dropout, LayerNorm, RMSNorm
+
+_ADDITIONS = frozenset({torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__})
+_DESCRIPTIONS = frozenset(
+    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")
+) | frozenset(
+    {Tensor.size, Tensor.dim, Tensor.__len__, Tensor.numel, Tensor.is_floating_point, torch.is_floating_point}
+)
+
+
+class PendingSum(Tensor):
+    """``dropout(reduce_scatter(linear(x)) + bias) + residual``, [..., S/t, ..., N], not computed yet.
+
+    Has shape, dtype and device; addition of a tensor of the same kind gives another pending sum; every other function
+    gets the value. The value is computed once, in the grad mode in which the sum was made.
+
+    Raises:
+        RuntimeError: when it is computed, where ``x`` or the residual has been changed in place since (not under
+            inference mode, whose tensors count no changes).
+    """
+
+    linear: RowParallelLinear
+    x: Tensor | None
+    residual: Tensor | None
+    dropout: Dropout | None
+    seed: Tensor | None
+    computed: Tensor | None
+    grad_mode: bool
+    _versions: list[int]
+
+    @staticmethod
+    def __new__(
+        cls,
+        linear: RowParallelLinear,
+        x: Tensor,
+        residual: Tensor | None = None,
+        dropout: Dropout | None = None,
+        seed: Tensor | None = None,
+    ) -> PendingSum:
+        region, shape = linear.region, list(x.shape)
+        shape[region.seq_dim] = SequenceShard(shape[region.seq_dim], region.ranks, region.rank).size
+        shape[-1] = linear.out_features
+        place: Any = {"dtype": x.dtype, "device": x.device}
+        operands = (x, residual, linear.weight, linear.bias)
+        trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+        new: Any = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), requires_grad=trained, **place)  # type: ignore
+        if trained:
+            with torch._C.DisableTorchFunctionSubclass():
+                new.register_hook(_lost)
+        new.linear, new.x, new.residual, new.dropout, new.seed = linear, x, residual, dropout, seed
+        new.grad_mode, new.computed = torch.is_grad_enabled(), None
+        new._versions = [version_of(t) for t in (x, residual) if t is not None]
+        return new  # type: ignore[no-any-return]
+
+    def value(self) -> Tensor:
+        """The sum, as the model's own statements would compute it."""
+        if self.computed is None:
+            x = self._input()
+            with torch.set_grad_enabled(self.grad_mode):
+                out = self.linear.summed(x)
+                if self.dropout is not None:
+                    out = self.dropout.dropped(out, self.seed)
+                self._settle(out if self.residual is None else self.residual + out)
+        assert self.computed is not None
+        return self.computed
+
+    def dropped(self, dropout: Dropout) -> Tensor | None:
+        """The pending sum behind ``dropout``; None where its value is needed."""
+        if self.computed is not None or self.residual is not None or self.dropout is not None:
+            return None
+        if not dropout.training or dropout.p == 0:
+            return self
+        x = self._input()
+        return PendingSum(self.linear, x, None, dropout, draw_seed(x.device))
+
+    def plus(self, other: Any) -> PendingSum | None:
+        """The pending sum with a residual; None where it cannot wait."""
+        if self.computed is not None or self.residual is not None or not isinstance(other, Tensor):
+            return None
+        if (other.shape, other.dtype, other.device) != (self.shape, self.dtype, self.device):
+            return None
+        return PendingSum(self.linear, self._input(), settled(other), self.dropout, self.seed)
+
+    def normalized(self, norm: LayerNorm | RMSNorm) -> Tensor | None:
+        """``norm`` of the sum, both in one kernel; the sum is its value from then on. None where it has one already."""
+        linear, region = self.linear, self.linear.region
+        if self.computed is not None or norm.region is not region:
+            return None
+        x = self._input()
+        with torch.set_grad_enabled(self.grad_mode):
+            (weight, bias), sums = region.parameters(norm.weight, getattr(norm, "bias", None))
+            linear_bias = linear.bias
+            if sums and region.group is not None:
+                (linear_bias,) = replicated([linear_bias], region.group)  # type: ignore[assignment]
+            eps = norm.eps if norm.eps is not None else torch.finfo(accumulation_dtype(x.dtype)).eps
+            (y, z), linear.ran = planned_linear_reduce_scatter_dropout_add_norm(
+                x,
+                linear._linear_weight(),
+                linear_bias,
+                self.residual,
+                "layer" if norm.kind == NormKind.LAYER else "rms",
+                weight,
+                bias,
+                0.0 if self.dropout is None else self.dropout.p,
+                eps,
+                self.dropout is not None,
+                norm.zero_centered_weight,
+                None,
+                region.group,
+                region.seq_dim,
+                self.seed,
+                linear.chunks,
+                linear.engine,
+                main_grad=linear._main_grad(),
+                sum_gradients=not sums,
+            )
+        norm.fused = True
+        if self.dropout is not None:
+            self.dropout.fused = True
+        self._settle(z)
+        return y
+
+    def _input(self) -> Tensor:
+        """``x``, where what the sum is made of is as it was."""
+        assert self.x is not None
+        if self._versions != [version_of(t) for t in (self.x, self.residual) if t is not None]:
+            raise RuntimeError(
+                f"{self.linear!r}: its input, or the residual added to its output, was changed in place before the "
+                f"norm that the output waits for; write x = x + y, not x += y, in between"
+            )
+        return self.x
+
+    def _settle(self, value: Tensor) -> None:
+        for name, note in vars(self).items():
+            if name.startswith("_seqpar"):  # what the check of a first forward says of the sum holds for its value
+                setattr(value, name, note)
+        self.computed = value
+        self.x = self.residual = self.seed = None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in _DESCRIPTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func in _ADDITIONS and len(args) == 2 and not kwargs:
+            for this, other in (args[::-1], args):
+                if isinstance(this, PendingSum) and (waiting := this.plus(other)) is not None:
+                    return waiting
+        args, kwargs = tree_map(settled, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
+        raise RuntimeError(f"{func}: takes a row-parallel output that is still to be summed over the ranks")
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"PendingSum({tuple(self.shape)}, {'computed' if self.computed is not None else 'waiting'})"
+
+
+def version_of(t: Tensor) -> int:
+    """How often ``t`` has been changed in place; always the same of an inference tensor, which does not count."""
+    return 0 if not torch.compiler.is_compiling() and t.is_inference() else t._version
+
+
+def _lost(grad: Tensor) -> None:
+    """A torch.autograd.Function asks no tensor subclass: it takes the sum for a leaf, where gradients end."""
+    raise RuntimeError(
+        "a custom autograd function was given a row-parallel output that is still to be summed over the ranks, and its "
+        "gradient would be lost: give it x.clone()"
+    )
+
+
+def settled(x: Any) -> Any:
+    """``x``, and the value of a pending sum."""
+    return x.value() if isinstance(x, PendingSum) else x

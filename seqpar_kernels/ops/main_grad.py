@@ -1,0 +1,56 @@
+"""Weight gradients that go straight into a float32 buffer: Megatron's ``main_grad`` convention.
+
+Summing the 16-bit gradients of many micro-batches loses what each of them adds; here the matmul accumulates in float32
+and adds to what is there, and no gradient of the weight's own dtype exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Where there is no matmul of 16-bit factors with a float32 result, so many rows at a time are widened first.
+_ROWS_WIDENED = 1024
+_FLAG = "grad_added_to_main_grad"
+
+
+def add_weight_gradient(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
+    """main_grad [N, K] += dy.T @ x for dy [rows, N], x [rows, K]; products and sums in main_grad's dtype."""
+    if main_grad.dtype == x.dtype:
+        main_grad.addmm_(dy.t(), x)
+    elif x.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads():  # one kernel: 16-bit in, float32 in place
+        torch.ops.aten.addmm.dtype_out(main_grad, dy.t(), x, main_grad.dtype, out=main_grad)
+    else:
+        for dy_rows, x_rows in zip(dy.split(_ROWS_WIDENED), x.split(_ROWS_WIDENED), strict=True):
+            main_grad.addmm_(dy_rows.to(main_grad.dtype).t(), x_rows.to(main_grad.dtype))
+
+
+class _Announce(torch.autograd.Function):
+    """Stands before a weight whose gradient went elsewhere.
+
+    Megatron's hooks sit where a weight's gradient arrives, want to find one there, and add it to ``main_grad`` unless
+    the weight's ``grad_added_to_main_grad`` says that this has been done: they get a placeholder and the flag.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        if grad is not None:
+            return grad
+        setattr(ctx.weight, _FLAG, True)
+        return torch.empty_like(ctx.weight)
+
+
+def announced(weight: Tensor) -> Tensor:
+    """``weight``, such that hooks of its gradient run; itself where nobody has set it up for them."""
+    if not hasattr(weight, _FLAG) or not weight.requires_grad:
+        return weight
+    out: Tensor = _Announce.apply(weight)
+    return out

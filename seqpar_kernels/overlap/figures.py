@@ -1,0 +1,79 @@
+"""What the planner knows of machine and links: rates, overheads, and where they come from."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import NamedTuple
+
+import torch
+
+
+class Figures(NamedTuple):
+    """Rates and overheads of one rank of a group, and their source."""
+
+    flops_64: float  # FLOP/s of a large matmul, by the width of its dtype
+    flops_32: float
+    flops_16: float
+    memory_bytes: float  # bytes/s at which a matmul reads its weight again for every chunk
+    call_seconds: float  # what one more matmul call costs beside that
+    link_bytes: float  # bytes/s each way, both ways at once
+    message_seconds: float  # what one more message costs
+    busy_seconds: float  # seconds that moving one byte takes from the matmul's own processor
+    source: str
+
+    def flops(self, dtype: torch.dtype) -> float:
+        if dtype.itemsize == 2:
+            return self.flops_16
+        return self.flops_32 if dtype == torch.float32 else self.flops_64
+
+    def to_json(self) -> str:
+        return json.dumps(self._asdict())
+
+    @staticmethod
+    def from_json(text: str) -> Figures:
+        """
+        Raises:
+            ValueError: not what :meth:`to_json` writes, or numbers that no machine has.
+        """
+        found = json.loads(text)
+        names = list(Figures._fields)
+        if not isinstance(found, dict) or sorted(found) != sorted(names):
+            raise ValueError(f"expected the figures {', '.join(names)}")
+        for name in names[:-1]:
+            value, least = found[name], 0.0 if name.endswith("_seconds") else 1.0
+            if type(value) not in (int, float) or not math.isfinite(value) or value < least:
+                raise ValueError(f"{name}: expected a finite number from {least:g} up, got {value!r}")
+        if not isinstance(found["source"], str):
+            raise ValueError(f"source: expected a text, got {found['source']!r}")
+        return Figures(**found)
+
+
+def default_figures(device_type: str) -> Figures:
+    """What is taken where nothing has been measured."""
+    if device_type != "cpu":
+        return Figures(
+            flops_64=30e12,
+            flops_32=50e12,
+            flops_16=600e12,
+            memory_bytes=3e12,
+            call_seconds=10e-6,
+            link_bytes=200e9,
+            message_seconds=20e-6,
+            busy_seconds=0.0,
+            source=f"defaults for {device_type}: assumed, a GPU of the H100's class on NVLink, unmeasured",
+        )
+    threads = torch.get_num_threads()
+    return Figures(
+        flops_64=100e9 * threads,
+        flops_32=200e9 * threads,
+        flops_16=800e9 * threads,
+        memory_bytes=15e9,
+        call_seconds=2e-6,
+        # Where the link is faster than this, a needless cut costs a few percent; where it is slower than assumed, a
+        # missing cut would cost the whole wire time.
+        link_bytes=125e6,
+        message_seconds=50e-6,
+        busy_seconds=0.3e-9 / threads,
+        source=f"defaults for cpu: {threads} threads of a 2026 Xeon with gloo, measured; its link assumed, 1 Gbit/s",
+    )

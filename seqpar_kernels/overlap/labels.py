@@ -1,0 +1,75 @@
+"""Names for the steps of an op in traces: torch.profiler, and NVTX for Nsight Systems.
+
+``seqpar::all_gather_linear: wait for chunk 1 of rank 3`` says what a gap in a timeline waits for. Where nobody traces,
+a call pays one look at a flag.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.autograd import profiler
+
+from .schedule import Compute, Drain, Post, Step, Transfer, Wait
+
+# Nsight Systems says so in the environment of what it starts; SEQPAR_NVTX=1 is for tools that attach otherwise.
+_nvtx = torch.version.cuda is not None and (
+    os.environ.get("SEQPAR_NVTX", "0") not in ("", "0") or "NVTX_INJECTION64_PATH" in os.environ
+)
+
+
+def listening() -> bool:
+    """Whether somebody traces."""
+    return profiler._is_profiler_enabled or _nvtx
+
+
+def traced(name: str, steps: Iterable[Step]) -> Iterable[Step]:
+    """``steps``; while somebody traces, whatever is done between one and the next carries the label of the first."""
+    return _labelled(name, steps) if listening() else steps
+
+
+def _labelled(name: str, steps: Iterable[Step]) -> Iterator[Step]:
+    for step in steps:
+        with span(name, describe(step)):
+            yield step
+
+
+@contextlib.contextmanager
+def _span(text: str) -> Iterator[None]:
+    if _nvtx:
+        torch.cuda.nvtx.range_push(text)
+    try:
+        # Without a profiler this costs microseconds, under torch.autograd.profiler.emit_nvtx it is an NVTX range.
+        with profiler.record_function(text) if profiler._is_profiler_enabled else contextlib.nullcontext():
+            yield
+    finally:
+        if _nvtx:
+            torch.cuda.nvtx.range_pop()
+
+
+def span(name: str, what: str) -> contextlib.AbstractContextManager[None]:
+    """The label of one piece of work of op ``name``."""
+    return _span(f"seqpar::{name}: {what}") if listening() else contextlib.nullcontext()
+
+
+def describe(step: Step) -> str:
+    """One line a step."""
+    match step:
+        case Post(sends, receives):
+            parts = [f"send {_message(t)} to rank {t.target}" for t in sends]
+            parts += [f"expect {_message(t)} from rank {t.source}" for t in receives]
+            return ", ".join(parts)
+        case Wait(transfer):
+            return f"wait for {_message(transfer)} from rank {transfer.source}"
+        case Drain():
+            return "wait until sent messages have left"
+        case Compute(stage, start, stop):
+            return f"{stage} rows {start}..{stop}"
+
+
+def _message(transfer: Transfer) -> str:
+    chunk = f"chunk {transfer.rows.index} of rank {transfer.rows.owner}"
+    return chunk if transfer.kind == "gather" else f"partial sums for {chunk}"

@@ -1,0 +1,206 @@
+"""A group's figures: measured by :func:`tune`, kept on disk, else the defaults; those of rank 0 on every rank.
+
+Ranks that planned from different figures would cut differently. So the first op on a group takes rank 0's, through the
+group's store; after that they are a look-up.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from ..layout import Group, resolve_group
+from .agreement import agreement_of
+from .figures import Figures, default_figures
+from .figures_cache import Place, load, save
+
+_known: weakref.WeakKeyDictionary[ProcessGroup, dict[str, Figures]] = weakref.WeakKeyDictionary()
+
+_ROUNDS = 9
+# Two sizes of each kind: the slope is the rate, what is left the overhead.
+_MESSAGE_BYTES = 2**18
+_PIECES = 16
+_WIDTH = {"cpu": 1024, "cuda": 8192}
+_SHORT, _LONG = 64, 1024  # rows
+
+
+def figures_of(group: ProcessGroup) -> Mapping[str, Figures]:
+    """What the ranks of ``group`` plan with, by device type.
+
+    Raises:
+        RuntimeError: rank 0 did not come to share them.
+    """
+    if torch.compiler.is_compiling():
+        cpu, cuda = _figures_named(group.group_name)
+        return {"cpu": Figures(*cpu), "cuda": Figures(*cuda)}
+    found = _known.get(group)
+    return _agree(group) if found is None else found
+
+
+@torch.compiler.assume_constant_result
+def _figures_named(name: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    group: ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    figures = _known.get(group) or _agree(group)
+    return tuple(figures["cpu"]), tuple(figures["cuda"])
+
+
+def _agree(group: ProcessGroup) -> dict[str, Figures]:
+    own = None
+    if group.rank() == 0:
+        own = json.dumps({device: _local(group, device).to_json() for device in ("cpu", "cuda")})
+    shared = json.loads(agreement_of(group).share("figures", own))
+    found = _known[group] = {device: Figures.from_json(text) for device, text in shared.items()}
+    return found
+
+
+def _local(group: ProcessGroup, device_type: str) -> Figures:
+    """The tuned figures of this machine, or the defaults with the reason why."""
+    figures, reason = load(Place.here(device_type, _backend(group, device_type), group.size()))
+    if figures is not None:
+        return figures
+    defaults = default_figures(device_type)
+    return defaults._replace(source=f"{defaults.source} ({reason})")
+
+
+def _backend(group: ProcessGroup, device_type: str) -> str:
+    types = [device.type for device in group._device_types]
+    return group._get_backend(torch.device(device_type)).name() if device_type in types else "none"
+
+
+def tune(group: Group = None, *, device: str | torch.device | None = None) -> Figures:
+    """Measure matmul and links of ``group``, plan with the result from now on, and keep it on disk for later runs.
+
+    To be called on every rank, with nothing else running on the machine; takes some seconds. The slowest rank counts.
+    The file is one of ``$XDG_CACHE_HOME/seqpar_kernels`` (``~/.cache`` without it) and holds for this machine, device,
+    backend, number of ranks and of threads, and torch version.
+
+    Args:
+        group: ProcessGroup or 1-D DeviceMesh; None: all ranks.
+        device: "cpu" or "cuda"; None: "cuda" for an NCCL group, else "cpu".
+
+    Returns:
+        Figures: alike on every rank; ``source`` says where they lie.
+
+    Raises:
+        RuntimeError: torch.distributed has not been initialised.
+        ValueError: a group of one rank, or a device that the group cannot reach.
+    """
+    if group is None and not dist.is_initialized():
+        raise RuntimeError("tune: torch.distributed has not been initialised; start it under torchrun")
+    pg = resolve_group(dist.group.WORLD if group is None else group)
+    if pg is None:
+        raise ValueError("group: expected at least two ranks, one rank has no link to measure")
+    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    types = [kind for kind in here if kind in [d.type for d in pg._device_types]]
+    usual = "cuda" if "cuda" in types and _backend(pg, "cuda") == "nccl" else "cpu"
+    kind = usual if device is None else torch.device(device).type
+    if kind not in types:
+        raise ValueError(f"device: expected one of {types}, which the group's backends move, got {kind!r}")
+    figures_of(pg)
+    measured = _measure(pg, kind)
+    place = Place.here(kind, _backend(pg, kind), pg.size())
+    answer: list[str | None] = [None]
+    if pg.rank() == 0:
+        measured = measured._replace(source=f"measured on {place.machine}, {time.strftime('%Y-%m-%d')}")
+        kept = save(place, measured)
+        answer[0] = measured._replace(source=f"{measured.source}; {kept}").to_json()
+    dist.broadcast_object_list(answer, group_src=0, group=pg)
+    assert answer[0] is not None
+    figures = _known[pg][kind] = Figures.from_json(answer[0])
+    return figures
+
+
+def _measure(group: ProcessGroup, kind: str) -> Figures:
+    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    clock = _Clock(group, device)
+    width = _WIDTH[kind]
+    rates: dict[torch.dtype, float] = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x, weight, out = (torch.zeros(rows, width, dtype=dtype, device=device) for rows in (_LONG, width, _LONG))
+
+        def multiply(rows: int, x: Tensor = x, weight: Tensor = weight, out: Tensor = out) -> None:
+            torch.mm(x[:rows], weight.t(), out=out[:rows])
+
+        rates[dtype] = 2 * _LONG * width * width / clock(lambda: multiply(_LONG))
+        if dtype == torch.float32:
+            extra = clock(lambda: multiply(_SHORT)) - 2 * _SHORT * width * width / rates[dtype]
+            memory = weight.nbytes / max(extra, 1e-7)
+    tiny = torch.zeros(16, 16, device=device)
+    call = clock(lambda: [torch.mm(tiny, tiny, out=tiny) for _ in range(100)]) / 100
+    large, small = _Ring(group, device, _PIECES * _MESSAGE_BYTES), _Ring(group, device, _PIECES * 64)
+    whole = clock(lambda: large.move(1))
+    busy = large.processor_seconds() if kind == "cpu" else 0.0
+    message = max(clock(lambda: small.move(_PIECES)) / _PIECES, 1e-7)
+    link = large.nbytes / max(whole - message, 1e-7)
+    return Figures(
+        flops_64=rates[torch.float64],
+        flops_32=rates[torch.float32],
+        flops_16=rates[torch.bfloat16],
+        memory_bytes=memory,
+        call_seconds=call,
+        link_bytes=link,
+        message_seconds=message,
+        busy_seconds=busy / large.nbytes / torch.get_num_threads(),
+        source="",
+    )
+
+
+class _Clock:
+    """Seconds of a call: the median of some rounds that all ranks start together, and of these the slowest rank's."""
+
+    def __init__(self, group: ProcessGroup, device: torch.device):
+        self._group, self._device = group, device
+
+    def __call__(self, work: Callable[[], object]) -> float:
+        work()
+        seconds = []
+        for _ in range(_ROUNDS):
+            dist.barrier(self._group)
+            self._synchronize()
+            start = time.perf_counter()
+            work()
+            self._synchronize()
+            seconds.append(time.perf_counter() - start)
+        slowest = torch.tensor(statistics.median(seconds), dtype=torch.float64, device=self._device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, self._group)
+        return slowest.item()
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class _Ring:
+    """Every rank sends ``nbytes`` to the next one, both directions of every link busy."""
+
+    def __init__(self, group: ProcessGroup, device: torch.device, nbytes: int):
+        self.nbytes = nbytes
+        self._group = group
+        self._right, self._left = (group.rank() + 1) % group.size(), (group.rank() - 1) % group.size()
+        self._out, self._into = (torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def move(self, pieces: int) -> None:
+        works = []
+        for out, into in zip(self._out.chunk(pieces), self._into.chunk(pieces), strict=True):
+            ops = [dist.P2POp(dist.irecv, into, None, self._group, 0, self._left)]
+            ops += [dist.P2POp(dist.isend, out, None, self._group, 0, self._right)]
+            works += dist.batch_isend_irecv(ops)
+        for work in works:
+            work.wait()
+
+    def processor_seconds(self) -> float:
+        """CPU time of this process, all its threads, for one move: what a matmul beside it loses."""
+        start = time.process_time()
+        for _ in range(_ROUNDS):
+            self.move(1)
+        return (time.process_time() - start) / _ROUNDS

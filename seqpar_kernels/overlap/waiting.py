@@ -1,0 +1,226 @@
+"""All-gather -> matmul and matmul -> reduce-scatter around one launch: a matmul that waits, or tells, by itself.
+
+The program is that of :mod:`.schedule` and the bytes take the same transport; what changes is who waits. In place of
+one matmul for each ``Compute`` there is one for all of them, whose tiles poll a flag for each chunk
+(:mod:`seqpar_kernels.kernels.triton_gemm`). Posts and waits go to a stream beside the computing one: there a flag is
+raised behind each arrival, or a chunk is posted behind its flag. The backward runs the ordinary schedules.
+
+The multiprocessors are shared out so that nothing can wait for what never gets to run: the matmuls of all virtual ranks
+of a device find room at once, and some are left for copies, packing and polls. On the CPU, under Triton's interpreter,
+every call returns when it is done, so that the order of the calls is the order of things.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from . import peer, planner
+from . import schedule as schedules
+from .agreement import agreement_of
+from .labels import span
+from .loopback import LoopbackGroup
+from .pipeline import Call, Exchange, Partials, Sequence3D, matmul_into
+from .schedule import Compute, Post, Step, Transfer, Wait
+
+if TYPE_CHECKING:
+    from ..kernels.triton_gemm import Chunk
+
+# Left free of the matmul. Not measured: a copy within a device takes a few, polls and packing one each.
+_FREE_MULTIPROCESSORS = 8
+
+
+class Visits(NamedTuple):
+    """The rows of a matmul in the order of a schedule; the flag of a chunk is the place of its transfer."""
+
+    transfers: tuple[Transfer, ...]
+    chunks: tuple[Chunk, ...]
+
+
+def visits(steps: Sequence[Step], outer: int, length: int, inner: int) -> Visits:
+    """For a matrix of ``outer * length * inner`` rows: a chunk is a stretch of rows for each of ``outer``, one flag."""
+    from ..kernels.triton_gemm import Chunk
+
+    arrivals = [step.transfer for step in steps if isinstance(step, Wait) and step.transfer.kind == "gather"]
+    leaving = [t for step in steps if isinstance(step, Post) for t in step.sends if t.kind == "scatter"]
+    transfers = tuple(arrivals or leaving)
+    flags = {(t.rows.start, t.rows.stop): flag for flag, t in enumerate(transfers)}
+    chunks = tuple(
+        Chunk(
+            (i * length + step.start) * inner, (i * length + step.stop) * inner, flags.get((step.start, step.stop), -1)
+        )
+        for step in steps
+        if isinstance(step, Compute) and step.stage == "matmul"
+        for i in range(outer)
+    )
+    return Visits(transfers, chunks)
+
+
+def gather_matmul(
+    call: Call,
+    exchange: Exchange,
+    chunks: int,
+    mine: Sequence3D,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    outs: list[Sequence3D],
+) -> None:
+    """outs = linear(all_gather(mine), weights, biases). The first weight waits; the others find everything there."""
+    from ..kernels import triton_gemm
+
+    steps = schedules.gather_matmul(call.shard, chunks)
+    length, whole = call.shard.length, call.around(mine)
+    transfers, rows = visits(steps, call.layout.outer, length, call.layout.inner)
+    with exchange.open(steps), span(call.name, f"a matmul that waits for {len(transfers)} chunks"):
+        flags, beside = _Flags(call, len(transfers), mine.data), _Beside(call, mine.data)
+        with beside:
+            for step in steps:
+                if isinstance(step, Post):
+                    exchange.post(
+                        step,
+                        source=lambda t: mine.window(t.rows.start, t.rows.stop),
+                        target=lambda t: whole.window(t.rows.start, t.rows.stop),
+                    )
+            for flag, transfer in enumerate(transfers):
+                exchange.wait(transfer)
+                flags.up(flag)
+        triton_gemm.gather_matmul(
+            *(_matrix(whole), _laid_out(weights[0]), _matrix(outs[0]), flags.words, rows, 1, flags.status),
+            bias=None if biases[0] is None else biases[0].contiguous(),
+            timeout=flags.timeout,
+            sm_margin=_margin(call, mine.data),
+        )
+        beside.join()
+        for out, weight, bias in zip(outs[1:], weights[1:], biases[1:], strict=True):
+            matmul_into(out.matrices(0, length), whole.matrices(0, length), weight.t(), bias)
+    flags.check()
+
+
+def matmul_scatter(
+    call: Call, exchange: Exchange, chunks: int, whole: Sequence3D, weight: Tensor, partials: Partials
+) -> None:
+    """``partials`` of linear(whole, weight), for :meth:`Partials.reduce`."""
+    from ..kernels import triton_gemm
+
+    steps = schedules.matmul_scatter(call.shard, chunks)
+    shard = call.shard
+    out = call.empty_whole(weight.shape[0], whole.data)
+    transfers, rows = visits(steps, call.layout.outer, shard.length, call.layout.inner)
+    with exchange.open(steps), span(call.name, f"a matmul that tells of {len(transfers)} chunks"):
+        flags, beside = _Flags(call, len(transfers), whole.data), _Beside(call, whole.data)
+        triton_gemm.matmul_scatter(
+            *(_matrix(whole), _laid_out(weight), _matrix(out), flags.words, rows, 1, flags.counts),
+            sm_margin=_margin(call, whole.data),
+        )
+        number = {transfer: flag for flag, transfer in enumerate(transfers)}
+        with beside:
+            for step in steps:
+                if isinstance(step, Post):
+                    for transfer in step.sends:
+                        triton_gemm.await_flag(flags.words, number[transfer], 1, flags.status, timeout=flags.timeout)
+                    exchange.post(
+                        step,
+                        source=lambda t: out.window(t.rows.start, t.rows.stop),
+                        target=lambda t: partials.window(t.source, t.rows.start, t.rows.stop),
+                    )
+        partials.window(shard.rank, shard.start, shard.stop).copy_(out.window(shard.start, shard.stop))
+        beside.join()
+        for step in steps:
+            if isinstance(step, Wait):
+                exchange.wait(step.transfer)
+    flags.check()
+
+
+def why_not(group: ProcessGroup, x: Tensor, elements: int) -> str:
+    """Why the waiting matmul cannot serve ``x`` and weights of ``elements`` in ``group``; "" where it can."""
+    if planner.max_workspace_bytes() is not None:
+        return "it holds all rows at once, and max_workspace_bytes is set"
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it multiplies bfloat16, float16 and float32, not {x.dtype}"
+    if not elements:
+        return "the weight is empty"
+    return _why_not_on(x.device) or ("" if isinstance(group, LoopbackGroup) else peer.why_not(group))
+
+
+@torch.compiler.assume_constant_result
+def _why_not_on(device: torch.device) -> str:
+    try:
+        from ..kernels import triton_gemm
+    except ImportError as error:
+        return str(error)
+    return triton_gemm.unavailable(device) or ""
+
+
+class _Flags:
+    """The words of one launch, all of them down: a call's epoch is 1."""
+
+    def __init__(self, call: Call, count: int, like: Tensor):
+        assert call.group is not None
+        words = torch.zeros(3, -(-max(count, 1) // 4) * 4, dtype=torch.int32, device=like.device)
+        self.words, self.counts, self.status = words[0], words[1], words[2, :1]
+        self.timeout = agreement_of(call.group).timeout.total_seconds()
+        self._name = call.name
+
+    def up(self, flag: int) -> None:
+        """In the order of the current stream, by no kernel."""
+        if self.words.is_cuda:
+            from torch._C._distributed_c10d import _SymmetricMemory
+
+            _SymmetricMemory.stream_write_value32(self.words.view(torch.uint32), flag, 1)
+        else:
+            self.words[flag] = 1
+
+    def check(self) -> None:
+        """Raises where a flag was not raised in time (on CUDA: when the device comes to it)."""
+        torch._assert_async(self.status == 0, f"{self._name}: a chunk did not come in time; its result is incomplete")
+
+
+class _Beside:
+    """``with``: on the stream beside the computing one, behind all that was put there before this was made."""
+
+    def __init__(self, call: Call, like: Tensor):
+        assert call.group is not None
+        self._stream = _stream(call.group.group_name, like.device) if like.is_cuda else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(like.device))
+        self._within = torch.cuda.stream(self._stream)
+
+    def __enter__(self) -> None:
+        self._within.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._within.__exit__(*error)
+
+    def join(self) -> None:
+        """The computing stream goes on behind this one."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
+@functools.lru_cache(256)
+def _stream(group_name: str, device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _margin(call: Call, like: Tensor) -> int:
+    """Multiprocessors this rank's matmul leaves: those of others on the device, and some for whoever brings rows."""
+    if not like.is_cuda:
+        return 0
+    total = torch.cuda.get_device_properties(like.device).multi_processor_count
+    sharing = call.shard.ranks if isinstance(call.group, LoopbackGroup) else 1
+    return total - max(1, (total - _FREE_MULTIPROCESSORS) // sharing)
+
+
+def _matrix(sequence: Sequence3D) -> Tensor:
+    """[outer * S * inner, features]; of what this package has made, a view."""
+    rows = sequence.data.reshape(-1, sequence.features)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    return weight if 1 in weight.stride() else weight.contiguous()

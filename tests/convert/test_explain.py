@@ -1,0 +1,156 @@
+"""explain says what ran and why; SEQPAR_STRICT turns what runs slower than it could into an error."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import seqpar_kernels as sp
+from seqpar_kernels import kernels
+from seqpar_kernels.overlap.planner import Work, estimate
+from seqpar_kernels.overlap.tuning import figures_of
+
+from ..world import World
+from .test_parallelize import MODELS
+
+
+def group() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def explained(kind: str) -> sp.convert.Explanation:
+    """The demo's models, after a training step."""
+    torch.manual_seed(0)
+    model = sp.parallelize(MODELS[kind](), group())
+    ids = torch.randint(50, (2, 16))
+    model(input_ids=ids, labels=ids).loss.backward()
+    return sp.explain(model)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_layer_is_unfused_without_a_reason(world2: World, kind: str) -> None:
+    tables = world2.run(explained, kind)
+    assert tables[0].rows == tables[1].rows
+    for row in tables[0].rows:
+        assert row.why, row
+        assert row.fused in ("yes", "no", "norm only", ""), row
+        if row.style.startswith(("colwise", "rowwise")):
+            assert row.engine == "single" and "size floor" in row.why and not row.slower, row
+    assert "planned with " in str(tables[0])
+
+
+def columns_case() -> tuple[Any, str, Any]:
+    model = sp.parallelize(MODELS["llama"](), group(), engine="collective")
+    ids = torch.randint(50, (2, 16))
+    model(input_ids=ids, labels=ids)
+    table = sp.explain(model)
+    # q, k and v: [32, 32], [16, 32] and [16, 32] of the whole layer, half of each here
+    work = Work(2, 8, 2 * 2 * 16 * 32 * 32, 32 * 32 * 4, 2 * 8 * 32 * 4, torch.float32, 2)
+    chunks = int(next(row for row in table.rows if row.module == "model.layers.0.self_attn.q_proj").chunks)
+    return {row.module: row for row in table.rows}, str(table), estimate(chunks, work, figures_of(group())["cpu"])
+
+
+def test_bytes_and_estimate_of_every_call_site(world2: World) -> None:
+    for rows, text, expected in world2.run(columns_case):
+        q, k, o = (rows[f"model.layers.0.self_attn.{name}"] for name in ("q_proj", "k_proj", "o_proj"))
+        assert (q.engine, q.fused, q.wire) == ("collective", "yes", "2.0 KiB")  # [2, 8, 32] fp32 to one peer
+        assert (k.wire, k.model) == ("", "")  # the gather is q's
+        assert o.wire == "2.0 KiB"
+        assert q.model == str(expected)
+        assert q.model in text and "wire/forward" in text
+
+
+# --- strict ----------------------------------------------------------------------------------------------------------
+
+
+def strict_model(kind: str, multiplied: bool) -> str:
+    os.environ["SEQPAR_STRICT"] = "1"
+    try:
+        model = sp.parallelize(MODELS[kind](), group())
+        ids = torch.randint(50, (2, 16))
+        if multiplied:  # a sum that is multiplied does not wait for the norm
+            model.get_submodule("transformer.h.0.mlp").register_forward_hook(lambda module, args, output: output * 1.0)
+        else:  # whatever has something before it goes into one kernel with it
+            model(input_ids=ids, labels=ids).loss.backward()
+            model.eval()(input_ids=ids)
+            assert not any(row.slower for row in sp.explain(model).rows)
+            return ""
+        with pytest.raises(RuntimeError, match=r"SEQPAR_STRICT=1: .* modules that run unfused") as e:
+            model(input_ids=ids, labels=ids)
+        slower = [row.module for row in sp.explain(model).rows if row.slower]
+        assert slower == ["transformer.h.0.mlp.dropout", "transformer.h.1.ln_1"]
+        assert all(f"\n  {name} (" in str(e.value) for name in slower) and f"has {len(slower)} modules" in str(e.value)
+        model(input_ids=ids, labels=ids).loss.backward()  # said once
+        with pytest.raises(RuntimeError, match="SEQPAR_STRICT=1"):
+            model.eval()(input_ids=ids)
+        return str(e.value)
+    finally:
+        del os.environ["SEQPAR_STRICT"]
+
+
+@pytest.mark.parametrize(("kind", "multiplied"), [("gpt2", False), ("llama", False), ("gpt2", True)])
+def test_strict_refuses_what_explain_marks_on_every_rank_alike(world2: World, kind: str, multiplied: bool) -> None:
+    first, second = world2.run(strict_model, kind, multiplied)
+    assert first == second and bool(first) == multiplied
+
+
+def strict_call() -> None:
+    """Below the size floor, asked-for engines, asked-for backends: all fine."""
+    os.environ["SEQPAR_STRICT"] = "1"
+    try:
+        x, w = torch.randn(2, 4, 6), torch.randn(3, 6)
+        sp.all_gather_linear(x, w, group=group())
+        sp.all_gather_linear(x, w, group=group(), engine="single")
+        sp.linear_reduce_scatter(x, w, group=group(), chunks=2)
+        sp.dropout_add_rms_norm(x, x, torch.ones(6), group=group())
+        sp.dropout_add_rms_norm(x, x, torch.ones(6), group=group(), backend="reference")
+    finally:
+        del os.environ["SEQPAR_STRICT"]
+
+
+def test_strict_lets_pass_what_is_best_or_asked_for(world2: World) -> None:
+    world2.run(strict_call)
+
+
+def split_gather() -> None:
+    """q and k share a gather, and get different tensors."""
+    from seqpar_kernels.nn.linear import SharedGather
+
+    q, k = (sp.ColumnParallelLinear(6, 4, group=group()) for _ in range(2))
+    q.shared_gather = k.shared_gather = SharedGather([q, k])
+    x = torch.randn(2, 4, 6)
+    q(x), k(x)
+    q(x), k(x.clone())  # allowed, seen by nobody
+    q.shared_gather.clear()
+    os.environ["SEQPAR_STRICT"] = "1"
+    try:
+        q(x), k(x)
+        q(x)
+        with pytest.raises(RuntimeError, match=r"SEQPAR_STRICT=1: all_gather_linear on \(2, 4, 6\): .* another tensor"):
+            k(x.clone())
+    finally:
+        del os.environ["SEQPAR_STRICT"]
+
+
+def test_strict_refuses_a_gather_that_is_not_shared(world2: World) -> None:
+    world2.run(split_gather)
+
+
+def test_strict_refuses_a_backend_that_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(kernels, "choice", lambda device: ("reference", {"native": "it was not built"}))
+    kernels._select.cache_clear()
+    assert kernels.select(None, cpu) is kernels.select("reference", cpu)
+    kernels._select.cache_clear()
+    monkeypatch.setenv("SEQPAR_STRICT", "1")
+    try:
+        with pytest.raises(RuntimeError, match="kernels on cpu are reference's: not native: it was not built"):
+            kernels.select(None, cpu)
+        assert kernels.select("reference", cpu)
+    finally:
+        kernels._select.cache_clear()
