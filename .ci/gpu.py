@@ -85,19 +85,26 @@ def run_tests(env: dict[str, str]) -> dict[str, Any]:
     status = subprocess.run(command, cwd=ROOT, env=env).returncode
     if not report.is_file():
         return {"status": status}
-    cases: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
-    for case in ElementTree.parse(report).iter("testcase"):
-        kinds = {child.tag for child in case}
-        verdict = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        cases[verdict].append(f"{case.get('classname')}::{case.get('name')}")
+    found = verdicts(report)
     report.unlink()
-    return {"status": status, **{f"{verdict}_count": len(names) for verdict, names in cases.items()}, **cases}
+    return {"status": status, **found}
+
+
+def verdicts(report: Path) -> dict[str, Any]:
+    """How many tests passed, failed, were skipped; which; and why, in the first line of what each said."""
+    cases: dict[str, dict[str, str]] = {"passed": {}, "failed": {}, "skipped": {}}
+    for case in ElementTree.parse(report).iter("testcase"):
+        told = {child.tag: (child.get("message") or "").partition("\n")[0] for child in case}
+        verdict = "failed" if told.keys() & {"failure", "error"} else "skipped" if "skipped" in told else "passed"
+        name = f"{case.get('classname')}::{case.get('name')}"
+        cases[verdict][name] = next((told[tag] for tag in ("failure", "error", "skipped") if tag in told), "")
+    counts = {f"{verdict}_count": len(names) for verdict, names in cases.items()}
+    return {**counts, **cases, "passed": list(cases["passed"])}
 
 
 def run_benchmarks(env: dict[str, str]) -> dict[str, Any]:
     """``python -m bench all --device cuda --quick``; its rows, one dictionary each."""
     folder = OUT / "bench"
-    shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "bench", "all", "--device", "cuda", "--quick", "--save", str(folder)]
     status = subprocess.run(command, cwd=ROOT, env=env).returncode
     rows = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
@@ -121,11 +128,14 @@ def machine() -> dict[str, Any]:
 def main() -> int:
     if not sees_gpu():
         use_venv()
-    OUT.mkdir(exist_ok=True)
+    shutil.rmtree(OUT, ignore_errors=True)  # of another run: one results file and one of rows is all there will be
+    OUT.mkdir()
     env = environment()
     build(env)
-    results: dict[str, Any] = {"machine": machine(), "tests": run_tests(env)}
-    results["benchmarks"] = run_benchmarks(env)
+    results: dict[str, Any] = {"machine": machine()}
+    for name, stage in (("tests", run_tests), ("benchmarks", run_benchmarks)):
+        start = time.monotonic()
+        results[name] = {**stage(env), "seconds": round(time.monotonic() - start)}
     (OUT / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"results: {(OUT / 'results.json').relative_to(ROOT)}")
     return 1 if results["tests"]["status"] or results["benchmarks"]["status"] else 0

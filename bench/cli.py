@@ -38,6 +38,15 @@ def add_norm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=positive, nargs="+", help="default: 4096 (cpu), 1024 to 32768 (cuda)")
     parser.add_argument("--p", type=probability, nargs="+", default=[0.0, 0.1], help="dropout (default: 0 0.1)")
     parser.add_argument("--kind", choices=("layer", "rms"), nargs="+", default=["layer", "rms"])
+    text = "only what each option of the op costs, at one shape (none named: all options)"
+    parser.add_argument("--features", nargs="*", metavar="NAME", help=text)
+
+
+def add_reduce_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shards", type=positive, nargs="+", default=[4, 8], help="partial results (default: 4 8)")
+    parser.add_argument("--rows", type=positive, nargs="+", help="of one shard (default: 2048)")
+    parser.add_argument("--hidden", type=positive, nargs="+", help="default: 4096 (cpu), 4096 8192 (cuda)")
+    parser.add_argument("--p", type=probability, nargs="+", default=[0.0, 0.1], help="dropout (default: 0 0.1)")
 
 
 def add_linear_options(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +61,16 @@ def add_linear_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_layer_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kind", choices=("gpt", "llama"), nargs="+", default=["gpt", "llama"])
+    parser.add_argument("--ranks", type=positive, default=2, help="also on so many, one thread each (default: 2)")
+    parser.add_argument("--rows", type=positive, help="sequence length (default: 1024)")
+    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument("--hidden", type=positive, help="default: 1024")
+    parser.add_argument("--heads", type=positive, help="default: hidden / 64")
+    parser.add_argument("--p", type=probability, default=0.1, help="dropout of the GPT layer (default: 0.1)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
@@ -63,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
     measuring.add_argument("--dtype", choices=DTYPE_NAMES, nargs="+", help="default: bf16 fp32")
     measuring.add_argument("--peers", nargs="+", metavar="NAME", help="only these, or none (default: all there are)")
     measuring.add_argument("--quick", action="store_true", help="small sizes and little time: a look, not a result")
-    measuring.add_argument("--seconds", type=float, help="for one provider at one shape (default: 1, quick: 0.3)")
+    measuring.add_argument(
+        "--seconds", type=float, help="for one provider at one shape (default: 1; all: 0.4; quick: 0.3, on a GPU 0.1)"
+    )
     measuring.add_argument("--threads", type=positive, help="torch threads (default: torch's own choice)")
     measuring.add_argument("--save", type=Path, metavar="DIR", help="write the rows to a file in DIR")
 
@@ -71,19 +92,32 @@ def build_parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, parents=[measuring])
 
     add_norm_options(command("norm", "dropout + residual + norm, forward and backward"))
+    add_reduce_options(command("reduce", "the sum of partial results, and the norm after it in the same pass"))
     add_linear_options(command("linear", "all-gather -> matmul and matmul -> reduce-scatter on several ranks"))
+    add_layer_options(command("layer", "a transformer layer, GPT's and Llama's, on one rank and on several"))
+    gemm = command("gemm", "the matmul that waits for its rows beside cuBLAS, on one GPU")
+    gemm.add_argument("--rows", type=positive, nargs="+", help="default: 8192 16384 (quick: 8192)")
     memory = command("memory", "bytes that autograd keeps for one layer, beside the paper's formula")
     memory.add_argument("--ranks", type=positive, default=2)
     memory.add_argument("--rows", type=positive, help="sequence length (default: 1024)")
     memory.add_argument("--batch", type=positive, default=1)
     memory.add_argument("--hidden", type=positive, help="default: 1024")
     memory.add_argument("--heads", type=positive, help="default: hidden / 64")
-    command("coverage", "which op runs on which backend in which dtype here")
+    coverage = command("coverage", "which op runs on which backend in which dtype here; --models: which models convert")
+    coverage.add_argument("--models", nargs="*", metavar="NAME", help="Hugging Face architectures (none named: all)")
+    coverage.add_argument("--ranks", type=positive, default=2, help="with --models (default: 2)")
+    coverage.add_argument(
+        "--page", type=Path, help="with --models: write the table here (default: docs/models.md if all)"
+    )
     command("host", "what a small call costs the CPU, in microseconds")
     everything = command("all", "all of the above that this machine can run, at their default sizes")
     everything.add_argument("--ranks", type=positive, default=2)
     plot = commands.add_parser("plot", help="pictures from saved files alone", description="Writes DIR/*.png.")
     plot.add_argument("folder", type=Path, metavar="DIR")
+    text = "README's figures from the committed results"
+    readme = commands.add_parser("readme", help=text, description=text)
+    readme.add_argument("--file", type=Path, help="default: README.md of this checkout")
+    readme.add_argument("--results", type=Path, metavar="DIR", help="default: bench/results")
     text = "two runs side by side, noise marked"
     compare = commands.add_parser("compare", help=text, description=text)
     compare.add_argument("first", type=Path, metavar="A", help="a file or a folder of --save")
@@ -100,7 +134,7 @@ def make_session(args: argparse.Namespace) -> Session:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    effort = Effort.quick() if args.quick else Effort()
+    effort = Effort.quick(args.device) if args.quick else Effort.overview() if args.command == "all" else Effort()
     if args.seconds is not None:
         if args.seconds <= 0:
             raise BenchError(f"--seconds {args.seconds}: expected more than 0")
@@ -114,23 +148,26 @@ def check_peers(session: Session) -> None:
     Raises:
         BenchError: a name that is nobody's.
     """
-    from . import linear_providers, providers
+    from . import gemm, layer_providers, linear_providers, providers
 
-    known = [*providers.PEERS, *linear_providers.PEERS]
+    known = list(dict.fromkeys([*providers.PEERS, *linear_providers.PEERS, *layer_providers.PEERS, *gemm.PEERS]))
     for name in session.peers or ():
         if name not in known:
             raise BenchError(f"--peers {name}: unknown; known are {', '.join(known)}, or none")
 
 
 def run_norm(args: argparse.Namespace, session: Session) -> None:
-    from . import norm
+    from . import norm, norm_features
     from .report import timing_table
 
     check_peers(session)
+    for name in args.features or ():
+        if name not in norm_features.FEATURES:
+            raise BenchError(f"--features {name}: unknown; known are {', '.join(norm_features.FEATURES)}")
     cuda = session.device == "cuda"
     rows = args.rows or ([512, 8192] if cuda and args.quick else [256] if args.quick else [4096])
     hidden = args.hidden or (
-        [1024, 4096, 16384]
+        [4096, 16384]
         if cuda and args.quick
         else [1024, 2048, 4096, 8192, 16384, 32768]
         if cuda
@@ -139,9 +176,24 @@ def run_norm(args: argparse.Namespace, session: Session) -> None:
         else [4096]
     )
     dtypes = args.dtype or (["bf16"] if cuda and args.quick else ["bf16", "fp32"])
-    planned = list(norm.cases(args.kind, args.p, dtypes, rows, hidden))
-    found = norm.run(session, planned)
+    found = []
+    if args.features is None:
+        found = norm.run(session, list(norm.cases(args.kind, args.p, dtypes, rows, hidden)))
+    size = 4096 if 4096 in hidden else hidden[0]
+    found += norm_features.run(session, norm_features.cases(args.features or (), dtypes[0], rows[-1], size))
     timing_table(found, f"norm on {session.rows[-1].machine}, {session.rows[-1].threads} threads")
+
+
+def run_reduce(args: argparse.Namespace, session: Session) -> None:
+    from . import reduce
+    from .report import timing_table
+
+    check_peers(session)
+    rows = args.rows or [128 if args.quick else 2048]
+    hidden = args.hidden or ([512] if args.quick else [4096, 8192] if session.device == "cuda" else [4096])
+    planned = list(reduce.cases(args.shards, args.p, args.dtype or ["bf16", "fp32"], rows, hidden))
+    found = reduce.run(session, planned)
+    timing_table(found, f"reduce on {session.rows[-1].machine}, {session.rows[-1].threads} threads")
 
 
 def run_linear(args: argparse.Namespace, session: Session) -> None:
@@ -154,10 +206,42 @@ def run_linear(args: argparse.Namespace, session: Session) -> None:
     hidden = args.hidden or (256 if args.quick else 1024)
     sizes = (args.rows or (512 if args.quick else 2048), hidden, args.inner or 4 * hidden)
     links = [parse_link(text) for text in args.link] if args.link else [None]
-    plans = [linear.jobs(args.op or OPS, sizes, args.dtype or ["fp32"], args.ranks, link) for link in links]
-    for planned in plans:
-        found = linear.run(session, planned, args.chunks)
+    ops, dtypes = args.op or OPS, args.dtype or ["fp32"]
+    plans = [(linear.jobs(ops, sizes, dtypes, args.ranks, link), args.chunks) for link in links]
+    if args.rows is None:
+        plans.append((linear.jobs(ops, linear.SMALL, dtypes, args.ranks, None, small=True), []))
+    for planned, chunks in plans:
+        found = linear.run(session, planned, chunks)
         timing_table(found, f"linear on {found[-1].machine}, {args.ranks} ranks, one thread each")
+
+
+def run_layer(args: argparse.Namespace, session: Session) -> None:
+    from . import layer
+    from .report import timing_table
+
+    check_peers(session)
+    cuda = session.device == "cuda"
+    hidden = args.hidden or (256 if args.quick and not cuda else 4096 if cuda else 1024)
+    rows = args.rows or (128 if args.quick and not cuda else 2048 if cuda else 1024)
+    heads = args.heads or max(args.ranks, hidden // 64)
+    dtypes = args.dtype or ["bf16"]
+    planned = [
+        layer.make_case(kind, rows, args.batch, hidden, heads, args.ranks, dtype, args.p)
+        for dtype in dtypes
+        for kind in args.kind
+    ]
+    found = layer.run(session, planned, args.ranks)
+    timing_table(found, f"layer on {found[-1].machine}, one thread a rank")
+
+
+def run_gemm(args: argparse.Namespace, session: Session) -> None:
+    from . import gemm
+    from .report import timing_table
+
+    check_peers(session)
+    rows = args.rows or ([8192] if args.quick else [8192, 16384])
+    found = gemm.run(session, list(gemm.cases(args.dtype or ["bf16"], rows)))
+    timing_table(found, f"gemm on {found[-1].machine}")
 
 
 def run_host(args: argparse.Namespace, session: Session) -> None:
@@ -180,9 +264,30 @@ def run_memory(args: argparse.Namespace, session: Session) -> None:
 
 
 def run_coverage(args: argparse.Namespace, session: Session) -> None:
+    if args.models is not None:
+        run_models(args, session)
+        return
     from . import coverage
 
     coverage.show(coverage.run(session, args.dtype or list(DTYPE_NAMES)))
+
+
+def run_models(args: argparse.Namespace, session: Session) -> None:
+    from . import coverage_models
+    from .ranks import run_ranks
+
+    cases = coverage_models.cases(args.models)
+    session.progress.plan(len(cases))
+    target = "bench.coverage_models:on_rank"
+    results = run_ranks(target, {"cases": cases}, args.ranks, on_step=session.progress.step)[0]
+    page = args.page or (None if args.models else coverage_models.PAGE)
+    if page is not None:
+        coverage_models.write_page(results, args.ranks, page)
+        print(f"written: {page}")
+    coverage_models.show(results, args.ranks)
+    wrong = [result["kind"] for result in results if result["status"] == "wrong"]
+    if wrong:
+        raise BenchError(f"wrong: {', '.join(wrong)}")
 
 
 def run_all(args: argparse.Namespace, session: Session) -> None:
@@ -191,7 +296,7 @@ def run_all(args: argparse.Namespace, session: Session) -> None:
         given = [name, "--device", session.device]
         given += ["--quick"] if args.quick else []
         given += ["--dtype", *args.dtype] if args.dtype else []
-        given += ["--ranks", str(args.ranks)] if name in ("linear", "memory") else []
+        given += ["--ranks", str(args.ranks)] if name in ("linear", "layer", "memory") else []
         own = build_parser().parse_args(given)
         try:
             COMMANDS[name](own, session)
@@ -207,7 +312,10 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Session], None]] = {
     "host": run_host,
     "memory": run_memory,
     "norm": run_norm,
+    "reduce": run_reduce,
     "linear": run_linear,
+    "layer": run_layer,
+    "gemm": run_gemm,
 }
 
 
@@ -227,6 +335,12 @@ def run_command(args: argparse.Namespace) -> int:
 
         for path in plot.run(args.folder):
             print(f"drawn: {path}")
+        return 0
+    if args.command == "readme":
+        from . import facts, readme
+
+        path = args.file or facts.ROOT / "README.md"
+        print(f"{path}: {'written' if readme.run(path, args.results or readme.RESULTS) else 'up to date'}")
         return 0
     if args.command == "compare":
         from . import compare

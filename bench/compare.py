@@ -1,22 +1,35 @@
 """``bench compare A B``: two runs or two commits side by side.
 
-A difference within the p20..p80 bands is noise. Ours is judged relative to the peers of the same rounds, whose code is
-the same in both runs: where they became slower, the machine did. A peer that differs is marked "machine".
+A difference within the p20..p80 bands is noise. Ours is judged beside those whose code is the same in both runs, timed
+in the same rounds: as much as they became faster or slower, the machine may have made ours. A peer that differs is
+marked "machine".
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import BenchError
 from .report import number, table
 from .schema import Row, load
 
 
-def verdict(a: Row, b: Row, drift: float = 1.0) -> str:
-    """What the second says beside the first, once ``drift``, how much slower B's whole machine was, is taken out."""
+class Drift(NamedTuple):
+    """How many times slower the machine of B may have been: from the least to the most that was seen."""
+
+    least: float = 1.0
+    most: float = 1.0
+
+
+def is_peer(row: Row) -> bool:
+    return not row.provider.startswith("ours")
+
+
+def verdict(a: Row, b: Row, drift: Drift = Drift()) -> str:  # noqa: B008 (a tuple)
+    """What the second says beside the first: "noise" where some ``drift`` makes the two bands overlap."""
     if a.status != b.status:
         return f"{a.status} -> {b.status}"
     if a.p50_ms is None or b.p50_ms is None:
@@ -24,20 +37,33 @@ def verdict(a: Row, b: Row, drift: float = 1.0) -> str:
             return "more" if (b.bytes or 0) > a.bytes else "less"
         return "same"
     assert a.p20_ms is not None and a.p80_ms is not None and b.p20_ms is not None and b.p80_ms is not None
-    if a.p20_ms <= b.p80_ms / drift and b.p20_ms / drift <= a.p80_ms:  # the bands overlap
+    faster, slower = b.p80_ms < a.p20_ms * drift.least, b.p20_ms > a.p80_ms * drift.most
+    if not faster and not slower:
         return "noise"
-    if not a.provider.startswith("ours") and a.versions.get("torch") == b.versions.get("torch"):
+    if is_peer(a) and a.versions.get("torch") == b.versions.get("torch"):
         return "machine"
-    return "slower" if b.p50_ms / drift > a.p50_ms else "faster"
+    return "slower" if slower else "faster"
 
 
-def drifts(both: list[tuple[Row, Row]]) -> dict[tuple[Any, ...], float]:
-    """Question -> the median of B / A over those whose code did not change: the peers, timed in the same rounds."""
-    found: dict[tuple[Any, ...], list[float]] = {}
+def drifts(both: list[tuple[Row, Row]]) -> dict[tuple[Any, ...], Drift]:
+    """Question -> what its peers say of the machine, and what those of the same kind of op typically differ by."""
+    ratios: dict[tuple[Any, ...], list[float]] = {}
+    typical: dict[str, list[float]] = {}
     for a, b in both:
-        if not a.provider.startswith("ours") and a.p50_ms and b.p50_ms:
-            found.setdefault(a.question(), []).append(b.p50_ms / a.p50_ms)
-    return {question: statistics.median(ratios) for question, ratios in found.items()}
+        if is_peer(a) and a.p50_ms and b.p50_ms:
+            ratio = b.p50_ms / a.p50_ms
+            ratios.setdefault(a.question(), []).append(ratio)
+            typical.setdefault(_family(a), []).append(abs(math.log(ratio)))
+    spread = {family: math.exp(statistics.median(logs)) for family, logs in typical.items()}
+    found = {}
+    for question in dict.fromkeys(a.question() for a, _ in both):
+        seen, more = [1.0, *ratios.get(question, [])], spread.get(question[0].partition(".")[0], 1.0)
+        found[question] = Drift(min(seen) / more, max(seen) * more)
+    return found
+
+
+def _family(row: Row) -> str:
+    return row.op.partition(".")[0]
 
 
 def pairs(a: list[Row], b: list[Row]) -> list[tuple[Row, Row]]:
@@ -57,7 +83,7 @@ def run(first: Path, second: Path) -> int:
         raise BenchError(f"{first} and {second} have no measurement in common: run the same command for both")
     lines, drift = [], drifts(both)
     for x, y in both:
-        said = verdict(x, y, drift.get(x.question(), 1.0) if x.provider.startswith("ours") else 1.0)
+        said = verdict(x, y) if is_peer(x) else verdict(x, y, drift[x.question()])
         if x.p50_ms is not None and y.p50_ms is not None:
             figures = [number(x.p50_ms, 4), number(y.p50_ms, 4), f"{y.p50_ms / x.p50_ms:.2f}" if x.p50_ms else ""]
         elif x.bytes is not None and y.bytes is not None and x.op.startswith("memory"):

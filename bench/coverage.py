@@ -40,6 +40,18 @@ def _linear(op: str, backend: str) -> tuple[Call, list[tuple[int, ...]]]:
     return lambda t: [fn(*t)], [(1, ROWS, HIDDEN), (16, HIDDEN), (16,)]
 
 
+def _linear_norm(op: str, backend: str) -> tuple[Call, list[tuple[int, ...]]]:
+    def run(t: list[Tensor]) -> list[Tensor]:
+        x, weight, bias, residual, norm_weight, norm_bias = t
+        if backend == "reference":
+            options: dict[str, Any] = {"x_bias": bias, "prenorm": True, "p": P, "seed": SEED, "backend": backend}
+            return list(sp.dropout_add_layer_norm(F.linear(x, weight), residual, norm_weight, norm_bias, **options))
+        named = {"residual": residual, "norm_weight": norm_weight, "norm_bias": norm_bias}
+        return list(getattr(sp, op)(x, weight, bias, **named, p=P, seed=SEED, group=None))
+
+    return run, [(1, ROWS, HIDDEN), (16, HIDDEN), (16,), (1, ROWS, 16), (16,), (16,)]
+
+
 def evaluate(call: Call, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -> list[Tensor]:
     """Outputs, then gradients. The same numbers whatever the dtype: they are bf16's."""
     generator = torch.Generator().manual_seed(0)
@@ -61,6 +73,8 @@ def run(session: Session, dtypes: list[str]) -> list[Row]:
     backends = [name for name in BACKENDS if name != "native"]  # native is cpu or cuda
     plans = [(op, backend, partial(_fused, op)) for op in fused for backend in backends]
     plans += [(op, "torch", partial(_linear, op)) for op in ("all_gather_linear", "linear_reduce_scatter")]
+    op = "linear_reduce_scatter_dropout_add_norm"
+    plans.append((op, "native", partial(_linear_norm, op)))
     session.progress.plan(len(plans))
     for op, backend, make in plans:
         session.progress.step(f"coverage {op} {backend}")

@@ -19,6 +19,9 @@ from .schema import Row
 from .session import Session
 from .timing import Effort, Stats
 
+#: S, K, F that no planner cuts: ours must then be what one matmul and one collective are.
+SMALL = (64, 128, 512)
+
 
 @dataclass(frozen=True)
 class LinearJob:
@@ -31,6 +34,7 @@ class LinearJob:
     dtype: str
     ranks: int
     link: Link | None
+    small: bool = False  # asked for the sake of the size floor
 
     def flops(self, direction: str) -> int:
         """Of one rank: one matmul forward, two backward."""
@@ -48,7 +52,12 @@ class LinearJob:
 
 
 def jobs(
-    ops: Sequence[str], sizes: tuple[int, int, int], dtypes: Sequence[str], ranks: int, link: Link | None
+    ops: Sequence[str],
+    sizes: tuple[int, int, int],
+    dtypes: Sequence[str],
+    ranks: int,
+    link: Link | None,
+    small: bool = False,
 ) -> list[LinearJob]:
     """
     Raises:
@@ -60,7 +69,7 @@ def jobs(
     for name, size in (("--rows", s), ("--inner", f)):
         if size % ranks:
             raise BenchError(f"{name} {size}: expected a multiple of --ranks {ranks} (the peers cannot split it)")
-    return [LinearJob(op, s, k, f, dtype, ranks, link) for dtype in dtypes for op in ops]
+    return [LinearJob(op, s, k, f, dtype, ranks, link, small) for dtype in dtypes for op in ops]
 
 
 def run(session: Session, planned: Sequence[LinearJob], chunks: Sequence[int]) -> list[Row]:
@@ -69,9 +78,6 @@ def run(session: Session, planned: Sequence[LinearJob], chunks: Sequence[int]) -
     if not planned:
         return []
     ranks, link = planned[0].ranks, planned[0].link
-    if session.device == "cuda" and torch.cuda.device_count() < ranks:
-        have = torch.cuda.device_count()
-        raise BenchError(f"--ranks {ranks}: there are {have} CUDA devices: one rank needs one device")
     if session.device == "cuda" and link is not None:
         raise BenchError("--link shapes the links of CPU ranks (gloo); leave it out with --device cuda")
     with Network(ranks) if link else contextlib.nullcontext() as network:
@@ -130,12 +136,22 @@ def stats_of(answers: list[dict[str, Any]], name: str) -> Stats:
     return Stats.of([(max(end for _, end in s) - min(start for start, _ in s)) / 1e6 for s in samples])
 
 
+def own_params(name: str) -> dict[str, Any]:
+    """``ours/4`` is ours in 4 chunks, ``ours/peer`` ours on that engine."""
+    text = name.removeprefix("ours/")
+    return {"chunks": int(text)} if text.isdigit() else {"engine": text}
+
+
 def report(session: Session, job: LinearJob, answers: list[dict[str, Any]], rate: float | None) -> None:
     """Rows of one job: link, matmul, then everybody beside max(wire, matmul)."""
     link_stats = stats_of(answers, "link fwd")
     link_bytes = min(job.wire_bytes("fwd"), 2**22)
     measured = 8 * link_bytes / (link_stats.p20 / 1e3)  # bits a second
-    link_text = job.link.text if job.link else ("nvlink or pcie" if session.device == "cuda" else "loopback")
+    link_text = job.link.text if job.link else "loopback"
+    if session.device == "cuda":
+        link_text = "nvlink or pcie" if torch.cuda.device_count() >= job.ranks else "several ranks a device"
+    if job.small:
+        link_text += ", small"
     base: dict[str, Any] = {"ranks": job.ranks, "dtype": job.dtype, "threads": 1}
     shaped: dict[str, Any] = {} if rate is None else {"rate_mbit": round(rate / 1e6, 2), "burst": BURST, "mtu": MTU}
     row = Row(op="ceiling.link", provider="torch", shape=[link_bytes], params={"link": link_text, "op": job.op}, **base)
@@ -164,13 +180,16 @@ def report(session: Session, job: LinearJob, answers: list[dict[str, Any]], rate
             if name in ("matmul", "link"):
                 continue
             stats = stats_of(answers, f"{name} {direction}")
-            row = new_row("ours", chunks=int(name[5:])) if name.startswith("ours/") else new_row(name)
+            row = new_row("ours", **own_params(name)) if name.startswith("ours/") else new_row(name)
             row.percent, row.ceiling = 100 * max(matmul, wire) / stats.p50, "the slower of matmul and wire"
             row.metrics = {**floors, "x_floor": round(stats.p50 / max(matmul, wire), 3)}
             row.metrics["error"] = round(max(answer["errors"][name] for answer in answers), 3)
             if name == "ours":
                 row.metrics.update(answers[0]["planned"])
+                if "by-hand" in names:
+                    uncut = stats_of(answers, f"by-hand {direction}").p50
+                    row.metrics["x_by_hand"] = round(stats.p50 / uncut, 3)
             session.add_timed(row, stats)
         for name, note in answers[0]["notes"].items():
-            row = session.add(new_row("ours", chunks=int(name[5:])) if name.startswith("ours/") else new_row(name))
+            row = session.add(new_row("ours", **own_params(name)) if name.startswith("ours/") else new_row(name))
             row.status, _, row.reason = note.partition(": ")

@@ -20,7 +20,7 @@ import seqpar_kernels as sp
 from .providers import Absent
 
 OPS = ("all_gather_linear", "linear_reduce_scatter")
-PEERS = ("by-hand", "dtensor", "megatron")
+PEERS = ("by-hand", "dtensor", "megatron", "symm-mem", "deepspeed")
 
 
 @dataclass
@@ -62,19 +62,25 @@ def make_case(op: str, s: int, k: int, f: int, dtype: torch.dtype, device: str, 
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[1, S/t, K] -> [1, S, K]"""
-    out = x.new_empty(group.size() * x.shape[1], x.shape[2])
+    """[B, S/t, K] -> [B, S, K]; collectives want the sequence first, which costs nothing where B = 1."""
+    rows = x.transpose(0, 1).contiguous()
+    out = rows.new_empty(group.size() * rows.shape[0], *rows.shape[1:])
     single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    single(out, x[0].contiguous(), group=group)
-    return out[None]
+    single(out, rows, group=group)
+    return out.transpose(0, 1)
 
 
 def _scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over ranks of [1, S, K] -> [1, S/t, K]"""
-    out = x.new_empty(x.shape[1] // group.size(), x.shape[2])
+    """The sum over ranks of [B, S, K] -> [B, S/t, K]"""
+    rows = x.transpose(0, 1).contiguous()
+    out = rows.new_empty(rows.shape[0] // group.size(), *rows.shape[1:])
     single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    single(out, x[0].contiguous(), group=group)
-    return out[None]
+    single(out, rows, group=group)
+    return out.transpose(0, 1)
+
+
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    return dy.flatten(0, 1).t() @ x.flatten(0, 1)
 
 
 class GatherThenLinear(torch.autograd.Function):
@@ -90,7 +96,7 @@ class GatherThenLinear(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def,override]
         x, weight = ctx.saved_tensors
         whole = _gathered(x, ctx.group)
-        return _scattered(dy @ weight, ctx.group), dy[0].t() @ whole[0], None
+        return _scattered(dy @ weight, ctx.group), _weight_gradient(dy, whole), None
 
 
 class LinearThenScatter(torch.autograd.Function):
@@ -106,7 +112,39 @@ class LinearThenScatter(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def,override]
         x, weight = ctx.saved_tensors
         whole = _gathered(dy, ctx.group)
-        return whole @ weight, whole[0].t() @ x[0], None
+        return whole @ weight, _weight_gradient(whole, x), None
+
+
+class FusedGatherLinear(torch.autograd.Function):
+    """PyTorch's async tensor parallelism: x gathered under the matmul, dx scattered under its own."""
+
+    @staticmethod
+    def forward(ctx, x, weight, group):  # type: ignore[no-untyped-def,override]
+        ctx.save_for_backward(x, weight)
+        ctx.group = group
+        fused = torch.ops.symm_mem.fused_all_gather_matmul
+        return fused(x, [weight.t()], 1, group.group_name, return_A=False)[1][0]
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def,override]
+        x, weight = ctx.saved_tensors
+        dx = torch.ops.symm_mem.fused_matmul_reduce_scatter(dy, weight, "sum", 1, ctx.group.group_name)
+        return dx, _weight_gradient(dy, _gathered(x, ctx.group)), None
+
+
+class FusedLinearScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, group):  # type: ignore[no-untyped-def,override]
+        ctx.save_for_backward(x, weight)
+        ctx.group = group
+        return torch.ops.symm_mem.fused_matmul_reduce_scatter(x, weight.t(), "sum", 1, group.group_name)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def,override]
+        x, weight = ctx.saved_tensors
+        fused = torch.ops.symm_mem.fused_all_gather_matmul
+        whole, (dx,) = fused(dy.contiguous(), [weight], 1, ctx.group.group_name)
+        return dx, _weight_gradient(whole, x), None
 
 
 Forward = Callable[[Tensor], Tensor]
@@ -117,9 +155,11 @@ def by_hand(case: LinearCase, group: dist.ProcessGroup) -> tuple[Forward, Tensor
     return lambda x: fn.apply(x, case.weight, group), case.weight
 
 
-def ours(case: LinearCase, group: dist.ProcessGroup, chunks: int | None) -> tuple[Forward, Tensor]:
+def ours(
+    case: LinearCase, group: dist.ProcessGroup, chunks: int | None = None, engine: str = "auto"
+) -> tuple[Forward, Tensor]:
     op = sp.all_gather_linear if case.op == OPS[0] else sp.linear_reduce_scatter
-    return lambda x: op(x, case.weight, group=group, chunks=chunks), case.weight
+    return lambda x: op(x, case.weight, group=group, chunks=chunks, engine=engine), case.weight
 
 
 def dtensor(case: LinearCase, group: dist.ProcessGroup) -> tuple[Forward, Tensor]:
@@ -172,3 +212,21 @@ def megatron(case: LinearCase, group: dist.ProcessGroup) -> tuple[Forward, Tenso
     with torch.no_grad():
         linear.weight.copy_(case.weight)
     return lambda x: linear(x.transpose(0, 1))[0].transpose(0, 1), linear.weight
+
+
+def symmetric_memory(case: LinearCase, group: dist.ProcessGroup) -> tuple[Forward, Tensor]:
+    """``torch.ops.symm_mem.fused_all_gather_matmul`` and ``fused_matmul_reduce_scatter``."""
+    if case.x.device.type != "cuda":
+        raise Absent("torch.ops.symm_mem.fused_* have no CPU kernels")
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    enable_symm_mem_for_group(group.group_name)
+    fn = FusedGatherLinear if case.op == OPS[0] else FusedLinearScatter
+    return lambda x: fn.apply(x, case.weight, group), case.weight
+
+
+def deepspeed(case: LinearCase, group: dist.ProcessGroup) -> tuple[Forward, Tensor]:
+    """Listed, for those who look for it."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise Absent("deepspeed is not installed")
+    raise Absent("deepspeed has neither op: its linears all-reduce, its Ulysses exchanges heads with an all-to-all")

@@ -15,11 +15,28 @@ from torch import Tensor
 
 from .check import WrongResult, error_ratio
 from .facts import DTYPES
-from .linear_providers import OPS, Forward, LinearCase, by_hand, dtensor, make_case, megatron, ours
+from .linear_providers import (
+    OPS,
+    Forward,
+    LinearCase,
+    by_hand,
+    deepspeed,
+    dtensor,
+    make_case,
+    megatron,
+    ours,
+    symmetric_memory,
+)
 from .providers import Absent
 from .timing import Effort, synchronize
 
-PEERS = {"by-hand": by_hand, "dtensor": dtensor, "megatron": megatron}
+PEERS = {
+    "by-hand": by_hand,
+    "dtensor": dtensor,
+    "megatron": megatron,
+    "symm-mem": symmetric_memory,
+    "deepspeed": deepspeed,
+}
 
 
 def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], None]) -> dict[str, Any]:
@@ -33,22 +50,17 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
         return out
     forwards: dict[str, tuple[Forward, Tensor]] = {}
     builders = {f"ours/{c}" if c else "ours": partial(ours, chunks=c) for c in [None, *job["chunks"]]}
+    if device == "cuda":
+        builders.update({f"ours/{engine}": partial(ours, engine=engine) for engine in ("peer", "fused")})
     builders.update({name: PEERS[name] for name in job["peers"]})
     for name, build in builders.items():
         step(f"check {name}")
-        note = ""
-        try:
+
+        def attempt(name: str = name, build: Callable[..., tuple[Forward, Tensor]] = build) -> None:
             forwards[name] = build(case, group)
             out["errors"][name] = check(case, *forwards[name], group)
-        except Absent as error:
-            note = f"absent: {error}"
-        except WrongResult as error:
-            note = f"wrong: {error}"
-        except Exception as error:
-            note = f"failed: {type(error).__name__}: {error}".splitlines()[0][:300]
-        notes: list[str] = [""] * group.size()
-        dist.all_gather_object(notes, note, group=group)  # wrong on one rank is wrong
-        note = next(filter(None, notes), "")
+
+        note = why_not_timed(attempt, group)
         if note:
             forwards.pop(name, None)
             out["notes"][name] = note
@@ -62,6 +74,22 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
     out["times"].update(rounds({"link fwd": link_runner(job["link_bytes"], group, device)}, effort, group, device))
     out["planned"] = planned(case, group)
     return out
+
+
+def why_not_timed(attempt: Callable[[], None], group: dist.ProcessGroup) -> str:
+    """What came of building and checking a provider, alike on every rank: wrong on one is wrong. "" for nothing."""
+    note = ""
+    try:
+        attempt()
+    except Absent as error:
+        note = f"absent: {error}"
+    except WrongResult as error:
+        note = f"wrong: {error}"
+    except Exception as error:
+        note = f"failed: {type(error).__name__}: {error}".splitlines()[0][:300]
+    notes: list[str] = [""] * group.size()
+    dist.all_gather_object(notes, note, group=group)
+    return next(filter(None, notes), "")
 
 
 def planned(case: LinearCase, group: dist.ProcessGroup) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """``bench memory``: bytes that autograd keeps for one transformer layer, beside the paper's formula.
 
-A layer's bytes are those of a model of two layers less those of one, so embedding, head and loss drop out; each storage
-counts once, parameters not at all. Attention never stores its scores here (PyTorch's fused kernel), which is the
-paper's "selective" row.
+Two kinds of layers: ``nn.TransformerLayer`` with its fusions switched on one after the other, beside plain torch
+whole, tensor-parallel and as Megatron keeps it; and Hugging Face models before and after ``parallelize``, whose bytes
+are those of two layers less those of one, so that embedding, head and loss drop out. Each storage counts once,
+parameters not at all. Attention never stores its scores here (PyTorch's fused kernel): the paper's "selective" row.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import facts
+from . import facts, layer, layer_rank
 from .errors import BenchError
 from .ranks import run_ranks
 from .report import number, table
@@ -86,8 +88,6 @@ def _ours(kind: str, sizes: Sizes, layers: int, dropout: float, group: Any) -> n
     return parallelize(hugging_face(kind, sizes, layers, dropout), group)
 
 
-# Who keeps what: another regime is another line, (kind, sizes, layers, dropout, group) -> a model that returns a loss
-# for input_ids and labels. nn.TransformerLayer and its fusions go here.
 REGIMES: dict[str, Builder] = {"hugging-face": _plain, "ours": _ours}
 
 
@@ -133,20 +133,58 @@ def paper_rows(sizes: Sizes, t: int) -> dict[str, float]:
 
 
 def run(session: Session, sizes: Sizes, ranks: int) -> list[Row]:
-    """All regimes of both models; returns the rows added.
+    """All regimes of all layers; returns the rows added.
 
     Raises:
         BenchError: sizes that do not fit.
     """
-    import importlib.util
-
-    if importlib.util.find_spec("transformers") is None:
-        raise BenchError("memory measures Hugging Face layers: pip install 'seqpar-kernels[hf]'")
     if sizes.h % sizes.a or (sizes.h // sizes.a) % 2:
         raise BenchError(f"--hidden {sizes.h}: expected an even multiple of --heads {sizes.a}")
     if sizes.a % ranks:
         raise BenchError(f"--heads {sizes.a}: expected a multiple of --ranks {ranks}")
     first = len(session.rows)
+    _run_layers(session, sizes, ranks)
+    if importlib.util.find_spec("transformers") is None:
+        reason = "transformers is not installed: pip install 'seqpar-kernels[hf]'"
+        session.add(Row(op="memory.gpt2", provider="hugging-face", status="absent", reason=reason))
+    else:
+        _run_models(session, sizes, ranks)
+    return session.rows[first:]
+
+
+def _run_layers(session: Session, sizes: Sizes, ranks: int) -> None:
+    """Every regime of both layers, each checked against fp64."""
+    cases = {
+        kind: layer.make_case(kind, sizes.s, sizes.b, sizes.h, sizes.a, ranks, sizes.dtype, 0.1)
+        for kind in ("gpt", "llama")
+    }
+    job = {"cases": {kind: asdict(case) for kind, case in cases.items()}}
+    answers: dict[int, list[Any]] = {}
+    counts = sorted({1, ranks})
+    session.progress.plan(len(counts))
+    for t in counts:
+        session.progress.step(f"memory of layers on {t} ranks")
+        alone = t == 1
+        answers[t] = (
+            [layer_rank.count(job, None, lambda text: None)] if alone else run_ranks("bench.layer_rank:count", job, t)
+        )
+    for kind in cases:
+        for t, of_rank in answers.items():
+            for name in of_rank[0][kind]:
+                on_ranks = [answer[kind][name] for answer in of_rank]
+                row = _row(f"{kind}_layer", name, sizes, t, max(answer["bytes"] for answer in on_ranks))
+                row.metrics["error"] = round(max(answer["error"] for answer in on_ranks), 3)
+                wrong = next((answer["wrong"] for answer in on_ranks if answer["wrong"]), "")
+                if wrong:
+                    row.status, row.reason = "wrong", wrong
+                session.add(row)
+        if kind == "gpt":
+            for name, size in paper_rows(sizes, ranks).items():
+                session.add(_row("gpt_layer", name, sizes, 1 if "unsharded" in name else ranks, size))
+
+
+def _run_models(session: Session, sizes: Sizes, ranks: int) -> None:
+    """Hugging Face's layers, before and after ``parallelize``."""
     session.progress.plan(3 * len(MODELS))
     for kind in MODELS:
         oracle = _double_loss(kind, sizes)
@@ -158,11 +196,6 @@ def run(session: Session, sizes: Sizes, ranks: int) -> list[Row]:
             found = run_ranks("bench.memory:on_rank", job, t) if t > 1 else [layer_bytes(regime, kind, sizes, None)]
             reference = found[0]["loss"] if reference is None else reference
             _add(session, kind, regime, sizes, t, found, (reference, oracle))
-        if kind == "gpt2":
-            for name, size in paper_rows(sizes, ranks).items():
-                row = _row(kind, name, sizes, 1 if "unsharded" in name else ranks, size)
-                session.add(row)
-    return session.rows[first:]
 
 
 def _double_loss(kind: str, sizes: Sizes) -> float:
@@ -202,10 +235,15 @@ def show(rows: list[Row]) -> None:
     """Bytes of a rank and units of sbh/t."""
     lines = []
     for row in rows:
+        if row.bytes is None:
+            print(f"absent: {row.op} {row.provider}: {row.reason}")
+            continue
         parts = sorted(row.metrics.get("by_module", {}).items(), key=lambda item: -item[1])[:3]
         unit = (row.bytes or 0) / row.metrics["sbh_over_t"] if row.metrics["sbh_over_t"] else 1
         most = ", ".join(f"{name.rsplit('.', 1)[-1]} {size / unit:.1f}" for name, size in parts)
         remark = f"{row.status}: {row.reason}" if row.status != "ok" else most
+        if row.status == "ok" and "error" in row.metrics:
+            remark = f"gradients err {row.metrics['error']} times as much as plain torch's"
         figures = [f"{row.bytes:,}", number(row.metrics["sbh_over_t"], 4)]
         lines.append([row.op.removeprefix("memory."), row.provider, str(row.ranks), *figures, remark])
     s, b, h, a = rows[0].shape

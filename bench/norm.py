@@ -152,10 +152,8 @@ def cases(
 
 def run(session: Session, planned: Sequence[NormCase]) -> list[Row]:
     """Measure every case; returns the rows added."""
-    first = len(session.rows)
-    session.progress.plan(len(planned))
-    session.copy_rate()
-    for case in planned:
-        session.progress.step(f"norm.{case.kind} {case.rows}x{case.hidden} {case.dtype} p={case.p}")
-        measure(session, case)
-    return session.rows[first:]
+
+    def title(case: NormCase) -> str:
+        return f"norm.{case.kind} {case.rows}x{case.hidden} {case.dtype} p={case.p}"
+
+    return session.measured(planned, title, measure)

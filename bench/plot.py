@@ -53,7 +53,10 @@ def _save(figure: Any, path: Path) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     plt.close(figure)
-    write_atomically(path, buffer.getvalue())
+    try:
+        write_atomically(path, buffer.getvalue())
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be written ({error.strerror}): copy the rows to another folder") from None
     return path
 
 

@@ -25,10 +25,10 @@ class Absent(Exception):
     """This provider cannot do this here; the message says why."""
 
 
-def eager_norm(kind: str, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def eager_norm(kind: str, z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if kind == "layer":
-        return F.layer_norm(z, weight.shape, weight, bias, EPS)
-    return F.rms_norm(z, weight.shape, weight, EPS)
+        return F.layer_norm(z, z.shape[-1:], weight, bias, EPS)
+    return F.rms_norm(z, z.shape[-1:], weight, EPS)
 
 
 def eager(kind: str, p: float, device: str) -> NormFunction:
@@ -82,14 +82,14 @@ def flash_attn(kind: str, p: float, device: str) -> NormFunction:
 
 def liger(kind: str, p: float, device: str) -> NormFunction:
     if kind == "rms":
+        module = _peer_module("liger_kernel", "liger_kernel.ops.fused_add_rms_norm", device)
         if p:
             raise Absent("its fused add + RMSNorm has no dropout")
-        module = _peer_module("liger_kernel", "liger_kernel.ops.fused_add_rms_norm", device)
         fused = module.LigerFusedAddRMSNormFunction.apply
         return lambda x, residual, weight, bias, p: fused(x, residual, weight, EPS, 0.0, "llama", False)
+    norm = _peer_module("liger_kernel", "liger_kernel.ops.layer_norm", device).LigerLayerNormFunction.apply
     if p:
         raise Absent("its LayerNorm has no dropout")
-    norm = _peer_module("liger_kernel", "liger_kernel.ops.layer_norm", device).LigerLayerNormFunction.apply
 
     def run(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
         z = x + residual
@@ -99,11 +99,11 @@ def liger(kind: str, p: float, device: str) -> NormFunction:
 
 
 def quack(kind: str, p: float, device: str) -> NormFunction:
+    fn = _peer_module("quack", "quack", device).rmsnorm
     if kind == "layer":
         raise Absent("its LayerNorm has no backward")
     if p:
         raise Absent("its RMSNorm has no dropout")
-    fn = _peer_module("quack", "quack", device).rmsnorm
     return lambda x, residual, weight, bias, p: fn(x, weight, residual=residual, eps=EPS, prenorm=True)
 
 

@@ -113,7 +113,12 @@ def main(folder: Path, rank: int) -> None:
     order = json.loads((folder / "job.json").read_text())
     ranks, device = order["ranks"], order["device"]
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        devices = torch.cuda.device_count()
+        if devices < ranks:  # NCCL refuses two ranks of one host on one device
+            os.environ["NCCL_HOSTID"] = f"virtual-host-{rank}"
+            os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+            os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+        torch.cuda.set_device(rank % devices)
     else:
         torch.set_num_threads(1)
     dist.init_process_group(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +16,8 @@ from .errors import BenchError
 from .report import Progress
 from .schema import Row, check_writable, save
 from .timing import Effort, Stats, interleave
+
+CaseT = TypeVar("CaseT")
 
 
 @dataclass
@@ -68,6 +71,18 @@ class Session:
         row.ceiling = f"copy {rate / 1e9:.4g} GB/s"
         return self.add_timed(row, stats)
 
+    def measured(
+        self, planned: Sequence[CaseT], title: Callable[[CaseT], str], measure: Callable[[Session, CaseT], None]
+    ) -> list[Row]:
+        """Measure cases that are compared with a copy; returns the rows added, the copy's first."""
+        first = len(self.rows)
+        self.progress.plan(len(planned))
+        self.copy_rate()
+        for case in planned:
+            self.progress.step(title(case))
+            measure(self, case)
+        return self.rows[first:]
+
     def wanted(self, provider: str) -> bool:
         return self.peers is None or provider in self.peers
 
@@ -93,4 +108,8 @@ class Session:
         finally:
             self.progress.stop()
             if self.folder is not None and self.rows:
-                save(self.folder / self.file_name, self.rows)
+                path = self.folder / self.file_name
+                try:
+                    save(path, self.rows)
+                except OSError as error:
+                    raise BenchError(f"{path}: cannot be saved ({error.strerror}): name another folder") from None

@@ -24,8 +24,13 @@ class Effort:
     most: int = 400
 
     @classmethod
-    def quick(cls) -> Effort:
-        return cls(seconds=0.3, warmup=0.05, least=5, most=100)
+    def quick(cls, device: str = "cpu") -> Effort:
+        return cls(seconds=0.1 if device == "cuda" else 0.3, warmup=0.05, least=5, most=100)
+
+    @classmethod
+    def overview(cls) -> Effort:
+        """Everything in one go, in minutes."""
+        return cls(seconds=0.4, warmup=0.1, least=7)
 
     def share(self, parts: int) -> Effort:
         """A part of the time."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import links, norm, ranks
+from bench import links, norm, norm_features, ranks
 from bench.check import WrongResult, check_norm
 from bench.cli import main
 from bench.errors import BenchError
 from bench.providers import eager
 from bench.schema import load
+from seqpar_kernels.nn.transformer import FUSIONS
 
 BRIEF = ["--quick", "--seconds", "0.01"]
 
@@ -39,6 +42,54 @@ def test_norm_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "norm.layer fwd" in out
     assert "absent: liger" in out
+
+
+def test_features_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every option is right and has its own floor; what no CPU kernel does is said."""
+    sizes = ["--rows", "8", "--hidden", "48", "--dtype", "bf16"]
+    assert main(["norm", "--features", *BRIEF, *sizes, "--save", str(tmp_path)]) == 0
+    rows = {(r.op.removeprefix("features."), r.provider, r.direction): r for r in load(tmp_path)}
+    assert {name for name, *_ in rows} == {*norm_features.FEATURES, "ceiling.copy"}
+    assert rows["float8", "ours", "fwd"].reason == "the CPU kernels store no float8"
+    timed = [r for (name, *_), r in rows.items() if name not in ("float8", "ceiling.copy")]
+    assert all(r.status == "ok" and r.percent > 0 for r in timed), [r.reason for r in timed]
+    assert all(r.metrics["error"] <= 2 for r in timed if r.provider == "ours")
+    elements, statistics = 8 * 48, 8 * 8
+    for name, forward, both in (("x_bias", 8, 18), ("residual_fp32", 12, 28), ("two_norms", 10, 22)):
+        assert rows[name, "ours", "fwd"].bytes == forward * elements + statistics
+        assert rows[name, "ours", "fwd+bwd"].bytes == both * elements + 2 * statistics
+    assert rows["odd_hidden", "ours", "fwd"].shape == [8, 47]
+    assert main(["norm", "--features", "nothing", *BRIEF]) == 2
+    assert "--features nothing: unknown; known are x_bias" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in norm_features.FEATURES if name != "float8"])
+def test_an_option_done_wrong_is_found_out(name: str) -> None:
+    case = norm_features.Case(name, "fp32", 16, 64)
+    feature, buffers = case.feature, norm_features.make_buffers(case, "cpu")[0]
+    fn = norm_features.eager(feature, "cpu")
+
+    def off(inputs: dict[str, Tensor], p: float, seed: int | None) -> tuple[Tensor, ...]:
+        *ys, z = fn(inputs, p, seed)
+        return (*(y * 1.01 for y in ys), z)
+
+    assert norm_features.check(fn, case, buffers, 0.0, strict=False) < 16
+    with pytest.raises(WrongResult):
+        norm_features.check(off, case, buffers, 0.0, strict=False)
+
+
+def test_reduce_smoke(tmp_path: Path) -> None:
+    sizes = ["--rows", "8", "--hidden", "48", "--shards", "3", "--dtype", "bf16", "--p", "0.1"]
+    assert main(["reduce", *BRIEF, *sizes, "--save", str(tmp_path)]) == 0
+    rows = {(r.op, r.provider): r for r in load(tmp_path) if r.op.startswith("reduce")}
+    assert set(rows) == {
+        ("reduce", "ours"),
+        ("reduce", "eager"),
+        *(("reduce.layer", w) for w in ("ours", "two-steps", "eager")),
+    }
+    assert all(r.status == "ok" and r.percent > 0 for r in rows.values())
+    tensor = 8 * 48 * 2
+    assert rows["reduce", "ours"].bytes == 4 * tensor and rows["reduce.layer", "ours"].bytes == 6 * tensor + 64
 
 
 def buffers(kind: str, p: float) -> norm.Buffers:
@@ -102,7 +153,33 @@ def test_linear_smoke(tmp_path: Path) -> None:
     own = next(r for r in rows if r.who() == "ours" and r.op.endswith("all_gather_linear") and r.direction == "fwd")
     assert own.bytes == 16 * 8 * 4 // 2
     assert own.flops == 2 * 16 * 8 * 32 // 2
-    assert {"matmul_ms", "wire_ms", "x_floor", "engine", "chunks"} <= own.metrics.keys()
+    assert {"matmul_ms", "wire_ms", "x_floor", "x_by_hand", "engine", "chunks"} <= own.metrics.keys()
+
+
+def test_linear_below_the_size_floor(tmp_path: Path) -> None:
+    sizes = ["--hidden", "8", "--op", "all_gather_linear", "--chunks", "--peers", "by-hand"]
+    assert main(["linear", *BRIEF, *sizes, "--save", str(tmp_path)]) == 0
+    rows = [r for r in load(tmp_path) if r.op.startswith("linear") and r.who() == "ours"]
+    small = [r for r in rows if r.params["link"] == "loopback, small"]
+    assert len(small) == len(rows) / 2 == 2
+    for row in small:
+        assert row.shape == [64, 128, 512] and row.metrics["engine"] == "single" and row.metrics["x_by_hand"] > 0
+
+
+def test_layer_smoke(tmp_path: Path) -> None:
+    sizes = ["--rows", "8", "--hidden", "32", "--heads", "4", "--peers", "eager", "by-hand", "dtensor", "megatron"]
+    assert main(["layer", *BRIEF, *sizes, "--save", str(tmp_path)]) == 0
+    rows = [r for r in load(tmp_path) if r.op.startswith("layer.")]
+    for kind in ("gpt", "llama"):
+        for t, peers in ((1, {"eager"}), (2, {"by-hand", "dtensor"})):
+            found = {r.provider for r in rows if (r.op, r.ranks, r.status) == (f"layer.{kind}", t, "ok")}
+            fusions = {f"ours without {name}" for name in FUSIONS}
+            assert found == {"matmul", "ours", *fusions, *peers}
+    absent = [r for r in rows if r.provider == "megatron"]
+    assert absent and all(r.status == "absent" and r.reason for r in absent)
+    own = next(r for r in rows if r.who() == "ours" and r.direction == "fwd" and r.ranks == 2 and r.op == "layer.gpt")
+    assert own.flops == (2 * 8 * 12 * 32 * 32 + 2 * 8 * 8 * 32) // 2
+    assert own.metrics["error"] <= 2
 
 
 def test_memory_smoke(tmp_path: Path) -> None:
@@ -112,7 +189,17 @@ def test_memory_smoke(tmp_path: Path) -> None:
     plain, sharded = rows["memory.gpt2", "hugging-face", 1], rows["memory.gpt2", "ours", 2]
     assert sharded.status == "ok"
     assert 0 < sharded.bytes < plain.bytes / 2
-    assert rows["memory.gpt2", "paper: TP+SP, selective", 2].metrics["sbh_over_t"] == 34
+    assert rows["memory.gpt_layer", "paper: TP+SP, selective", 2].metrics["sbh_over_t"] == 34
+    for kind in ("gpt", "llama"):
+        for t in (1, 2):
+            kept = {who: row for (op, who, count), row in rows.items() if (op, count) == (f"memory.{kind}_layer", t)}
+            assert {row.status for row in kept.values()} == {"ok"}
+            ours = [row.bytes for who, row in kept.items() if who.startswith("ours")]
+            assert len(ours) == 6
+            assert ours == sorted(ours, reverse=True)
+    # What is small beside 20 is less so at this size: 64 tokens, 128 features, heads of 64.
+    assert rows["memory.gpt_layer", "ours + recompute_activation", 2].metrics["sbh_over_t"] < 20.5
+    assert 34 <= rows["memory.gpt_layer", "TP+SP as Megatron", 2].metrics["sbh_over_t"] < 34.5
 
 
 @pytest.mark.parametrize(
@@ -124,12 +211,36 @@ def test_memory_smoke(tmp_path: Path) -> None:
         (["linear", "--rows", "15"], "--rows 15: expected a multiple of --ranks 2"),
         (["linear", "--ranks", "1"], "at least 2 ranks"),
         (["linear", "--link", "fast"], "expected a rate such as 1gbit"),
+        (["gemm"], "gemm: it is measured with --device cuda"),
+        (["gemm", "--rows", "12"], "--rows 12: expected a multiple of 8"),
         (["memory", "--hidden", "100", "--heads", "3"], "expected an even multiple of --heads 3"),
+        (["memory", "--hidden", "128", "--heads", "8", "--ranks", "3"], "--heads 8: expected a multiple of --ranks 3"),
+        (["memory", "--rows", "63"], "--rows 63: expected a multiple of --ranks 2"),
+        (["layer", "--peers", "nobody"], "--peers nobody: unknown; known are eager"),
+        (["layer", "--hidden", "100", "--heads", "3"], "expected an even multiple of --heads 3"),
+        (["layer", "--heads", "4", "--ranks", "3", "--hidden", "64"], "--heads 4: expected a multiple of --ranks 3"),
+        (["layer", "--rows", "129"], "--rows 129: expected a multiple of --ranks 2"),
     ],
 )
 def test_bad_input_says_what_to_do(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--quick"] if command[0] != "compare" else command) == 2
     assert message in capsys.readouterr().err
+
+
+def test_all_peers_are_listed_with_the_reason(tmp_path: Path) -> None:
+    """Everybody a reader may look for is either measured or absent for a reason."""
+    assert main(["norm", *BRIEF, "--rows", "8", "--hidden", "16", "--p", "0", "--dtype", "fp32", "--kind", "rms",
+                 "--save", str(tmp_path)]) == 0  # fmt: skip
+    assert main(["linear", *BRIEF, "--rows", "16", "--hidden", "8", "--chunks", "--save", str(tmp_path)]) == 0
+    rows = load(tmp_path)
+    for op, peers in (
+        ("norm.rms", {"eager", "compile", "flash-attn", "liger", "quack"}),
+        ("linear.all_gather_linear", {"by-hand", "dtensor", "megatron", "symm-mem", "deepspeed"}),
+    ):
+        found = {row.provider: row for row in rows if row.op == op}
+        assert peers <= found.keys()
+        assert all(row.status == "ok" or (row.status == "absent" and row.reason) for row in found.values()), found
+    assert "no CPU kernels" in next(row.reason for row in rows if row.provider == "symm-mem")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -177,3 +288,31 @@ def test_links_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run(["ip", "netns", "add", left], check=True)
     assert links.sweep_stale() == [left]
     assert left not in namespaces()
+
+
+def test_interrupted_links_are_removed_too(tmp_path: Path) -> None:
+    """Ctrl-C while ranks run inside the namespaces: none of them stays, and no file is half written."""
+    reason = links.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    command = [sys.executable, "-m", "bench", "linear", "--quick", "--seconds", "60", "--rows", "64", "--hidden", "32",
+               "--link", "10mbit", "--save", str(tmp_path)]  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    assert process.stderr is not None
+    mark = f"{links.PREFIX}-{process.pid}-"
+    for line in process.stderr:  # the ranks are up when they report what they do
+        if "check" in line:
+            break
+    assert mark in namespaces()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "bench: interrupted" in said
+    assert mark not in namespaces()
+    assert list(tmp_path.iterdir()) == []  # nothing was measured, nothing half written

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from bench import compare
+from bench import compare, facts, readme
 from bench.cli import main
 from bench.errors import BenchError
 from bench.schema import Row, load, parse_row, save
 from bench.timing import Stats
+
+RUNS = Path(__file__).parent / "recorded"
 
 
 def norm_row(provider: str = "ours", p50: float = 1.0, **options: Any) -> Row:
@@ -88,6 +90,26 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+def test_a_disk_that_fills_up_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After measuring, and while drawing: a message, and nothing half written."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    save(tmp_path / "a.jsonl", memory_rows())
+    monkeypatch.setattr(os, "replace", fail)
+    (tmp_path / "out").mkdir()
+    assert main(["coverage", "--quick", "--dtype", "fp32", "--save", str(tmp_path / "out")]) == 2
+    assert "cannot be saved (No space left on device): name another folder" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+    pytest.importorskip("matplotlib")
+    assert main(["plot", str(tmp_path / "a.jsonl")]) == 2
+    assert "memory.png: cannot be written (No space left on device)" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a.jsonl"]
+
+
 def test_statistics() -> None:
     assert Stats.of([float(i) for i in range(11)]) == Stats(2.0, 5.0, 8.0, 11)
     assert Stats.of([3.0]) == Stats(3.0, 3.0, 3.0, 1)
@@ -105,10 +127,29 @@ def test_compare_marks_noise_and_takes_the_machine_out() -> None:
     b = [norm_row(p50=2.0), norm_row("eager", 8.0)]  # everything took twice as long: not ours
     (drift,) = compare.drifts(compare.pairs(a, b)).values()
     assert compare.verdict(a[0], b[0], drift) == "noise"
+    assert compare.verdict(a[0], norm_row(p50=1.0), drift) == "noise"  # the peers' trouble need not be ours
+    assert compare.verdict(a[0], norm_row(p50=8.0), drift) == "slower"
     assert compare.verdict(a[1], b[1]) == "machine"
     wrong = norm_row()
     wrong.status, wrong.p50_ms = "wrong", None
     assert compare.verdict(a[0], wrong) == "ok -> wrong"
+
+
+def test_two_runs_of_one_commit_do_not_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two recorded runs of the same code, on a machine busy with other things; and one of them with ours slowed."""
+    first, second = (RUNS / f"run{i}.jsonl" for i in (1, 2))
+    assert compare.run(first, second) == 0
+    assert compare.run(second, first) == 0
+    assert "machine" in capsys.readouterr().out  # it was busy enough to be seen in the peers
+    a, b = load(first), load(second)
+    both = compare.pairs(a, b)
+    drift = compare.drifts(both)
+    host = [(x, y) for x, y in both if x.op.startswith("host.") and x.provider == "ours"]
+    assert len(host) == 12
+    for x, y in host:
+        assert y.p20_ms is not None and y.p50_ms is not None and y.p80_ms is not None
+        y.p20_ms, y.p50_ms, y.p80_ms = 1.5 * y.p20_ms, 1.5 * y.p50_ms, 1.5 * y.p80_ms
+        assert compare.verdict(x, y, drift[x.question()]) == "slower", x.label()
 
 
 def test_compare_prints_and_exits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,3 +174,57 @@ def test_plot_from_files_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "empty").mkdir()
     assert main(["plot", str(tmp_path / "empty")]) == 2
     assert "measure first" in capsys.readouterr().err
+
+
+def test_the_readme_is_what_the_committed_results_say() -> None:
+    text = (facts.ROOT / "README.md").read_text()
+    written = text.partition(readme.BEGIN)[2].partition(readme.END)[0].strip()
+    assert written == readme.section(readme.RESULTS).strip(), "run `python -m bench readme`"
+
+
+def page(folder: Path) -> Path:
+    path = folder / "README.md"
+    path.write_text(f"before\n{readme.BEGIN}\nstale\n{readme.END}\nafter\n")
+    return path
+
+
+def test_readme_says_where_we_lose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "results" / "box"
+    results.mkdir(parents=True)
+    mine = [norm_row(p50=3.0), norm_row(p50=1.0, direction="fwd+bwd")]
+    theirs = [norm_row("eager", 2.0), norm_row("eager", 1.05, direction="fwd+bwd")]
+    absent = Row("norm.layer", "liger", status="absent", reason="not installed")
+    wrong = Row("layer.gpt", "ours", status="wrong", reason="dx errs", time="2026-01-01T00:00:00Z")
+    save(results / "a.jsonl", [*mine, *theirs, norm_row("copy", 0.5), absent, wrong, *linear_rows(), *memory_rows()])
+    path = page(tmp_path)
+    command = ["readme", "--file", str(path), "--results", str(results.parent)]
+    assert main(command) == 0
+    text = path.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
+    assert "| layer bf16 p=0.1 fwd | 3 (50 %) | **2** | 0.5 |" in text
+    assert "| layer bf16 p=0.1 fwd+bwd | **1** (50 %) | 1.05 |  |" in text
+    assert "- norm: in 1 of 2 questions; layer fwd 8x32 bf16 p=0.1 (1.50 times eager)" in text
+    assert "- layer.gpt: wrong, dx errs" in text
+    assert "Absent here: liger (not installed)." in text
+    assert "`python -m bench norm --rows 8 --hidden 32 --dtype bf16`" in text
+    assert "| gpt2 | ours | 1 | 100 | **32.1** |" in text
+    assert "measured on a GPU: no figure" in text
+    assert main(command) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert path.read_text() == text
+
+
+def test_readme_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = page(tmp_path)
+    before = path.read_text()
+    for extra, message in (
+        (["--results", str(tmp_path / "none")], "no folder of results: measure with --save"),
+        (["--file", str(tmp_path / "no.md")], "cannot be read"),
+    ):
+        assert main(["readme", "--file", str(path), *extra]) == 2
+        assert message in capsys.readouterr().err
+    assert path.read_text() == before
+    path.write_text("no marks")
+    assert main(["readme", "--file", str(path)]) == 2
+    assert "put them where the figures belong" in capsys.readouterr().err
+    assert path.read_text() == "no marks"

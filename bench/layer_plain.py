@@ -1,0 +1,249 @@
+"""A transformer layer in plain torch: whole, tensor-parallel, and sequence-parallel with collectives by hand.
+
+It computes what ``seqpar_kernels.nn.TransformerLayer`` computes, under the same parameter names, and keeps what
+Megatron keeps: each norm's input and result, the activation beside its pre-activation, a mask byte an element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear_providers import GatherThenLinear, LinearThenScatter
+
+EPS = 1e-5
+COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # cut along their outputs; rows along their inputs
+ROWS = ("out_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """One layer: the paper's s, b, h, a; heads of keys and values; features inside the MLP."""
+
+    kind: str
+    s: int
+    b: int
+    h: int
+    a: int
+    kv: int
+    f: int
+    dtype: str
+    p: float
+
+    @property
+    def llama(self) -> bool:
+        return self.kind == "llama"
+
+    def shape(self) -> list[int]:
+        return [self.s, self.b, self.h, self.a]
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """name -> (out, in) of the whole layer."""
+        kv = self.h // self.a * self.kv
+        sizes = {"q_proj": (self.h, self.h), "k_proj": (kv, self.h), "v_proj": (kv, self.h)}
+        sizes |= {"out_proj": (self.h, self.h), "up_proj": (self.f, self.h), "down_proj": (self.h, self.f)}
+        return sizes | ({"gate_proj": (self.f, self.h)} if self.llama else {})
+
+    def flops(self, direction: str, ranks: int) -> int:
+        """Of one rank: the linears, and the half of the scores that causal attention needs."""
+        linear = sum(2 * out * into for out, into in self.linears().values()) * self.s * self.b
+        attention = 2 * self.s * self.s * self.b * self.h
+        return (linear + attention) // ranks * (1 if direction == "fwd" else 3)
+
+
+def whole_weights(case: LayerCase) -> dict[str, Tensor]:
+    """fp64, alike on all ranks; no vector at its initial value."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    found = {}
+    for name in ("norm1", "norm2"):
+        found[f"{name}.weight"] = 1 + random(case.h) / 4
+        if not case.llama:
+            found[f"{name}.bias"] = random(case.h) / 4
+    for name, (out, into) in case.linears().items():
+        found[f"{name}.weight"] = random(out, into) / into**0.5
+        if not case.llama:
+            found[f"{name}.bias"] = random(out) / 4
+    return found
+
+
+def part_of(name: str, whole: Tensor, ranks: int, rank: int) -> Tensor:
+    """What a tensor-parallel rank has of a parameter."""
+    module, leaf = name.split(".")
+    if module in COLUMNS:
+        return whole.chunk(ranks, 0)[rank]
+    return whole.chunk(ranks, 1)[rank] if module in ROWS and leaf == "weight" else whole
+
+
+class _Copy(torch.autograd.Function):
+    """Identity; the backward sums over ranks."""
+
+    @staticmethod
+    def forward(ctx, x, group):  # type: ignore[no-untyped-def,override]
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def,override]
+        dy = dy.clone()
+        dist.all_reduce(dy, group=ctx.group)
+        return dy, None
+
+
+class _Reduce(torch.autograd.Function):
+    """Sums over ranks; the backward is the identity."""
+
+    @staticmethod
+    def forward(ctx, x, group):  # type: ignore[no-untyped-def,override]
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def,override]
+        return dy, None
+
+
+def _rotation(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    inverse = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64, device=device) / size)
+    angles = (torch.arange(length, dtype=torch.float64, device=device)[:, None] * inverse).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+class Attention(nn.Module):
+    """The linears and what stands between them; how a linear communicates is the layer's business."""
+
+    def __init__(self, layer: PlainLayer):
+        super().__init__()
+        self.case, self.column, self.row = layer.case, layer.column, layer.row
+        layer.add_linears(self, ("q_proj", "k_proj", "v_proj", "out_proj"))
+        if layer.case.llama:
+            cos, sin = _rotation(layer.case.s, layer.case.h // layer.case.a, layer.device)
+            exact = torch.promote_types(layer.dtype, torch.float32)
+            self.register_buffer("cos", cos.to(exact), persistent=False)
+            self.register_buffer("sin", sin.to(exact), persistent=False)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+        return (x * self.cos + turned * self.sin).to(x.dtype)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """[B, S or S/t, H] -> the same"""
+        size = self.case.h // self.case.a
+        outs = (self.column(linear, y) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (t.unflatten(-1, (-1, size)).transpose(1, 2) for t in outs)  # [B, heads/t, S, d]
+        if self.case.llama:
+            q, k = self._rotated(q), self._rotated(k)
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return self.row(self.out_proj, out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, layer: PlainLayer):
+        super().__init__()
+        self.case, self.column, self.row = layer.case, layer.column, layer.row
+        layer.add_linears(self, ("gate_proj", "up_proj", "down_proj") if self.case.llama else ("up_proj", "down_proj"))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """[B, S or S/t, H] -> the same"""
+        up = self.column(self.up_proj, y)
+        hidden = F.silu(self.column(self.gate_proj, y)) * up if self.case.llama else F.gelu(up)
+        return self.row(self.down_proj, hidden)
+
+
+class PlainLayer(nn.Module):
+    """``mode``: "whole"; "tp" (norms and dropout on every row, all-reduces); "sp" (on a shard, gathers and scatters).
+
+    ``partial_sums`` splits the row-parallel sums of a whole layer into so many rounded parts, as t ranks must.
+    """
+
+    def __init__(
+        self,
+        case: LayerCase,
+        dtype: torch.dtype,
+        device: str,
+        mode: str = "whole",
+        group: dist.ProcessGroup | None = None,
+        partial_sums: int = 1,
+    ):
+        super().__init__()
+        self.case, self.dtype, self.device = case, dtype, torch.device(device)
+        self.mode, self.group, self.partial_sums = mode, group, partial_sums
+        self._ranks, self._rank = (group.size(), group.rank()) if group is not None and mode != "whole" else (1, 0)
+        self._weights = whole_weights(case)
+        for name in ("norm1", "norm2"):
+            norm = (nn.RMSNorm if case.llama else nn.LayerNorm)(case.h, EPS, device=device, dtype=dtype)
+            self._fill(norm, name)
+            setattr(self, name, norm)
+        self.attention, self.mlp = Attention(self), MLP(self)
+        del self._weights
+
+    def add_linears(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        for name in names:
+            out, into = part_of(f"{name}.weight", self._weights[f"{name}.weight"], self._ranks, self._rank).shape
+            linear = nn.Linear(into, out, bias=not self.case.llama, device=self.device, dtype=self.dtype)
+            self._fill(linear, name)
+            module.add_module(name, linear)
+
+    @torch.no_grad()
+    def _fill(self, module: nn.Module, name: str) -> None:
+        for leaf, param in module.named_parameters():
+            key = f"{name}.{leaf}"
+            param.copy_(part_of(key, self._weights[key], self._ranks, self._rank))
+
+    def column(self, linear: nn.Linear, y: Tensor) -> Tensor:
+        """Column-parallel: [B, S, F/t]"""
+        if self.mode == "whole":
+            return linear(y)
+        if self.mode == "tp":
+            return F.linear(_Copy.apply(y, self.group), linear.weight, linear.bias)
+        out = GatherThenLinear.apply(y, linear.weight, self.group)
+        return out if linear.bias is None else out + linear.bias
+
+    def row(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """Row-parallel: [B, S or S/t, H]"""
+        if self.partial_sums > 1:
+            pairs = zip(x.chunk(self.partial_sums, -1), linear.weight.chunk(self.partial_sums, 1), strict=True)
+            parts = [F.linear(a, w) for a, w in pairs]
+            out = sum(parts[1:], parts[0])
+        elif self.mode == "whole":
+            return linear(x)
+        elif self.mode == "tp":
+            out = _Reduce.apply(F.linear(x, linear.weight), self.group)
+        else:
+            out = LinearThenScatter.apply(x, linear.weight, self.group)
+        return out if linear.bias is None else out + self._shared(linear.bias)
+
+    def _shared(self, param: Tensor) -> Tensor:
+        """A parameter that each rank uses on its own rows."""
+        return _Copy.apply(param, self.group) if self.mode == "sp" else param
+
+    def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        if self.mode != "sp":
+            return norm(x)
+        weight = self._shared(norm.weight)
+        if self.case.llama:
+            return F.rms_norm(x, weight.shape, weight, EPS)
+        return F.layer_norm(x, weight.shape, weight, self._shared(norm.bias), EPS)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        # What F.dropout is on a GPU; on a CPU that keeps two bytes an element for the mask.
+        return torch.native_dropout(x, self.case.p, True)[0] if self.case.p else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S or S/t, H] -> the same"""
+        x = x + self._dropped(self.attention(self._norm(self.norm1, x)))
+        return x + self._dropped(self.mlp(self._norm(self.norm2, x)))
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """Under the names of ``seqpar_kernels.nn.TransformerLayer``."""
+        return {".".join(name.split(".")[-2:]): param for name, param in self.named_parameters()}

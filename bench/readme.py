@@ -1,0 +1,243 @@
+"""``bench readme``: the measured part of README.md, written from the committed results alone."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .errors import BenchError
+from .facts import ROOT
+from .report import number
+from .schema import Row, load, write_atomically
+
+BEGIN, END = "<!-- python -m bench readme: begin -->", "<!-- python -m bench readme: end -->"
+RESULTS = ROOT / "bench" / "results"
+FLOORS = ("copy", "matmul")  # what nobody can beat is no competitor
+MOST_LOSSES = 4  # named one by one in a family
+
+
+def run(readme: Path, results: Path) -> bool:
+    """Writes the section; returns whether the file changed.
+
+    Raises:
+        BenchError: no results, or no place for them in the file.
+    """
+    try:
+        before = readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BenchError(f"{readme}: cannot be read ({error.strerror}): name a README with --file") from None
+    head, begin, rest = before.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise BenchError(f"{readme}: lacks the lines {BEGIN} and {END}: put them where the figures belong")
+    after = f"{head}{BEGIN}\n\n{section(results)}\n{END}{tail}"
+    if after == before:
+        return False
+    try:
+        write_atomically(readme, after)
+    except OSError as error:
+        raise BenchError(f"{readme}: cannot be written ({error.strerror})") from None
+    return True
+
+
+def section(results: Path) -> str:
+    """One chapter a machine, GPUs and CPUs as they come.
+
+    Raises:
+        BenchError: no folder with results.
+    """
+    folders = sorted(path for path in results.glob("*") if path.is_dir()) if results.is_dir() else []
+    if not folders:
+        raise BenchError(f"{results}: no folder of results: measure with --save {results}/NAME")
+    text = "\n".join(chapter(folder.name, load(folder)) for folder in folders)
+    if not any(row.device == "cuda" for folder in folders for row in load(folder)):
+        text += "\nNothing here was measured on a GPU: no figure for one exists yet.\n"
+    return text
+
+
+def chapter(name: str, rows: Sequence[Row]) -> str:
+    newest = max(rows, key=lambda row: row.time)
+    days = sorted({row.time[:10] for row in rows if row.time}) or ["undated"]
+    span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    commits = ", ".join(dict.fromkeys(row.commit[:9] for row in rows if row.commit))
+    intro = (
+        f"**{newest.machine}**, torch {newest.versions.get('torch', '?')}, {span}, commit {commits or 'unknown'}; rows "
+        f"with versions, p20 and p80 in `bench/results/{name}/`. Median ms; the fastest in bold; in brackets percent "
+        "of the ceiling measured in the same run: of copy bandwidth for norms, of the slower of matmul and wire for "
+        "linears, of the linears and attention alone for layers."
+    )
+    text = [textwrap.fill(intro, 118) + "\n"]
+    for write in (norm, linear, layer, memory, host):
+        text += write(rows)
+    return "\n".join([*text, *losses(rows), *absent(rows)])
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    rule = "|" + "---|" * len(header)
+    return [f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def _timed(rows: Sequence[Row], prefix: str) -> list[Row]:
+    """Chunk counts set by hand stay out: what is shown is what the planner does."""
+    return [r for r in rows if r.op.startswith(prefix) and r.p50_ms is not None and "chunks" not in r.params]
+
+
+def _comparison(rows: Sequence[Row], label: Callable[[Row], str], scale: float = 1.0) -> list[str]:
+    """One line a question, one column a provider, ours first and floors last."""
+    providers = list(dict.fromkeys(row.provider for row in rows))
+    order = {who: (who in FLOORS, not who.startswith("ours")) for who in providers}
+    providers.sort(key=lambda who: order[who])
+    lines = []
+    for question in dict.fromkeys(row.question() for row in rows):
+        asked = {row.provider: row for row in rows if row.question() == question}
+        competing = [row.p50_ms or 0.0 for who, row in asked.items() if who not in FLOORS]
+        if not competing:
+            continue
+        cells = []
+        for who in providers:
+            row = asked.get(who)
+            if row is None or row.p50_ms is None:
+                cells.append("")
+                continue
+            text = number(scale * row.p50_ms)
+            text = f"**{text}**" if who not in FLOORS and row.p50_ms == min(competing) else text
+            cells.append(text + (f" ({row.percent:.0f} %)" if who == "ours" and row.percent is not None else ""))
+        lines.append([label(next(iter(asked.values()))), *cells])
+    return _table(["", *providers], lines)
+
+
+def _values(rows: Sequence[Row], pick: Callable[[Row], object]) -> str:
+    return " ".join(dict.fromkeys(str(pick(row)) for row in rows))
+
+
+def norm(rows: Sequence[Row]) -> list[str]:
+    found = _timed(rows, "norm.")
+    if not found:
+        return []
+    sizes = f"--rows {_values(found, lambda r: r.shape[0])} --hidden {_values(found, lambda r: r.shape[1])}"
+    several = len({tuple(row.shape) for row in found}) > 1
+
+    def label(row: Row) -> str:
+        size = f" {row.shape[0]} x {row.shape[1]}" if several else ""
+        return f"{row.op.removeprefix('norm.')} {row.dtype} p={row.params['p']}{size} {row.direction}"
+
+    command = f"python -m bench norm {sizes} --dtype {_values(found, lambda r: r.dtype)}"
+    return [f"Dropout + residual + norm, `{_on(command, found)}`:\n", *_comparison(found, label)]
+
+
+def linear(rows: Sequence[Row]) -> list[str]:
+    found = _timed(rows, "linear.")
+    if not found:
+        return []
+    links = [
+        link for link in dict.fromkeys(row.params.get("link", "") for row in found) if ":" in link or "bit" in link
+    ]
+    s, k, f = found[0].shape
+    ranks = max(row.ranks for row in found)
+    command = f"python -m bench linear --ranks {ranks} --rows {s} --hidden {k} --inner {f} --dtype {found[0].dtype}"
+    command += f" --link {' '.join(links)}" if links else ""
+    text = f"Matmul with its collective, {ranks} ranks, `{_on(command, found)}`"
+    text += " (as root; `ratio:R`: a link on which the wire takes R times as long as the matmul):\n" if links else ":\n"
+    return [
+        text,
+        *_comparison(found, lambda row: f"{row.op.removeprefix('linear.')} {row.direction}, {row.params.get('link')}"),
+    ]
+
+
+def layer(rows: Sequence[Row]) -> list[str]:
+    found = [row for row in _timed(rows, "layer.") if " without " not in row.provider]
+    if not found:
+        return []
+    s, b, h, a = found[0].shape
+    ranks = max(row.ranks for row in found)
+    command = f"python -m bench layer --ranks {ranks} --rows {s} --batch {b} --hidden {h} --heads {a}"
+    command += f" --dtype {_values(found, lambda r: r.dtype)}"
+
+    def label(row: Row) -> str:
+        where = f"{row.ranks} rank{'s' if row.ranks > 1 else ''}"
+        return f"{row.op.removeprefix('layer.')} {row.dtype} p={row.params['p']} {where} {row.direction}"
+
+    return [f"A transformer layer, `{_on(command, found)}`:\n", *_comparison(found, label)]
+
+
+def memory(rows: Sequence[Row]) -> list[str]:
+    found = [row for row in rows if row.op.startswith("memory.") and row.bytes is not None]
+    if not found:
+        return []
+    s, b, h, a = found[0].shape
+    ranks = max(row.ranks for row in found)
+    lines = [
+        [row.op.removeprefix("memory."), row.provider, str(row.ranks), f"{row.bytes or 0:,}", _units(row)]
+        for row in found
+        if row.ranks == ranks or not row.provider.startswith("ours")
+    ]
+    command = f"python -m bench memory --ranks {ranks} --rows {s} --batch {b} --hidden {h} --heads {a}"
+    return [
+        f"Bytes a rank keeps of one layer for the backward, `{command} --dtype {found[0].dtype}`:\n",
+        *_table(["layer", "who", "ranks", "bytes", "sbh/t"], lines),
+    ]
+
+
+def _units(row: Row) -> str:
+    best = row.provider in ("ours", "ours + recompute_activation")
+    return f"**{row.metrics['sbh_over_t']:.1f}**" if best else f"{row.metrics['sbh_over_t']:.1f}"
+
+
+def host(rows: Sequence[Row]) -> list[str]:
+    found = _timed(rows, "host.")
+    if not found:
+        return []
+
+    def label(row: Row) -> str:
+        dropout = f" p={row.params['p']}" if "p" in row.params else ""
+        return f"{row.op.removeprefix('host.')}{dropout} {row.direction}"
+
+    return [
+        f"CPU time of one call on a tiny tensor, in microseconds, `{_on('python -m bench host', found)}`:\n",
+        *_comparison(found, label, 1e3),
+    ]
+
+
+def _on(command: str, rows: Sequence[Row]) -> str:
+    return command + (" --device cuda" if rows[0].device == "cuda" else "")
+
+
+def losses(rows: Sequence[Row]) -> list[str]:
+    """Who is faster than ours: one's median lies outside the other's p20..p80. And what of ours was wrong or failed."""
+    text = []
+    for family in ("norm", "linear", "layer", "host"):
+        timed = _timed(rows, f"{family}.")
+        found: list[tuple[float, str]] = []
+        asked = 0
+        for question in dict.fromkeys(row.question() for row in timed):
+            answers = [row for row in timed if row.question() == question]
+            own = next((row for row in answers if row.provider == "ours"), None)
+            peers = [row for row in answers if row.provider not in FLOORS and not row.provider.startswith("ours")]
+            if own is None or not peers:
+                continue
+            asked += 1
+            best = min(peers, key=lambda row: row.p50_ms or 0.0)
+            assert own.p50_ms is not None and own.p20_ms is not None
+            assert best.p50_ms is not None and best.p80_ms is not None
+            if own.p20_ms > best.p50_ms or own.p50_ms > best.p80_ms:
+                ratio = own.p50_ms / best.p50_ms
+                found.append((ratio, f"{own.label().removeprefix(family + '.')} ({ratio:.2f} times {best.provider})"))
+        if found:
+            worst = "; ".join(line for _, line in sorted(found, reverse=True)[:MOST_LOSSES])
+            text.append(f"- {family}: in {len(found)} of {asked} questions; {worst}")
+    bad = [row for row in rows if row.provider.startswith("ours") and row.status in ("wrong", "failed")]
+    text += [f"- {row.label()}: {row.status}, {row.reason}" for row in bad]
+    head = "**Where we lose**, one's median outside the other's p20..p80 (the worst first):\n"
+    return [head, *text, ""] if text else []
+
+
+def absent(rows: Sequence[Row]) -> list[str]:
+    """Peers that could not take part, one reason each."""
+    found: dict[str, str] = {}
+    for row in rows:
+        if row.status == "absent" and not row.op.startswith("coverage") and not row.provider.startswith("ours"):
+            found.setdefault(row.provider, row.reason)
+    present = {row.provider for row in rows if row.status == "ok"}
+    missing = [f"{who} ({reason})" for who, reason in found.items() if who not in present]
+    return [f"Absent here: {'; '.join(missing)}.\n"] if missing else []
