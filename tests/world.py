@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -26,12 +29,14 @@ class RankError(AssertionError):
         super().__init__("\n" + failures)
 
 
-def _serve(rank: int, ranks: int, store: str, timeout: float, path: list[str], pipe: Connection) -> None:
+def _serve(rank: int, ranks: int, folder: str, timeout: float, path: list[str], pipe: Connection) -> None:
     """One rank: joins the group, then runs (module, function, args) until told to stop."""
     sys.path[:] = path
     torch.set_num_threads(1)
+    stacks = open(os.path.join(folder, f"stacks{rank}"), "w")  # noqa: SIM115 (open as long as the process lives)
+    faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
     )
     pipe.send("ready")
     while True:
@@ -52,13 +57,15 @@ class World:
 
     def __init__(self, ranks: int, timeout: float = 60.0):
         self.ranks = ranks
+        self.lost = ""
         context = multiprocessing.get_context("spawn")
-        store = os.path.join(tempfile.mkdtemp(prefix="seqpar-world-"), "store")
+        self.folder = tempfile.mkdtemp(prefix="seqpar-world-")
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, ranks, store, timeout, sys.path, theirs), daemon=True)
+            args = (rank, ranks, self.folder, timeout, sys.path, theirs)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -66,17 +73,34 @@ class World:
         for pipe in self.pipes:
             assert pipe.recv() == "ready"
 
-    def outcomes(self, fn: Callable[..., Any], *args: Any, limit: float = 300.0) -> list[tuple[bool, Any]]:
-        """(succeeded, result or traceback) of every rank; a rank that died reports so."""
+    def outcomes(self, fn: Callable[..., Any], *args: Any, limit: float = 200.0) -> list[tuple[bool, Any]]:
+        """(succeeded, result or traceback) of every rank; one that died, or is silent past ``limit`` s, reports so.
+
+        ``limit`` lies below pytest's own, which would end the run without a word of what the ranks were doing.
+        """
+        if self.lost:
+            return [(False, f"an earlier case left this world unusable: {self.lost}")] * self.ranks
         for pipe in self.pipes:
             pipe.send((fn.__module__, fn.__name__, args))
+        end = time.monotonic() + limit
         out = []
-        for pipe in self.pipes:
+        for rank, pipe in enumerate(self.pipes):
             try:
-                out.append(pipe.recv() if pipe.poll(limit) else (False, f"no answer within {limit} s"))
+                answered = pipe.poll(max(0.0, end - time.monotonic()))
+                out.append(pipe.recv() if answered else (False, self._silent(rank, limit)))
             except EOFError:
                 out.append((False, "the process died"))
         return out
+
+    def _silent(self, rank: int, limit: float) -> str:
+        """What a rank that gives no answer is doing: the Python stacks of all its threads."""
+        pid = self.processes[rank].pid
+        assert pid is not None
+        self.lost = f"rank {rank} did not answer"  # were it to answer yet, the next case would take that for its own
+        os.kill(pid, signal.SIGUSR1)
+        time.sleep(1.0)
+        with open(os.path.join(self.folder, f"stacks{rank}")) as stacks:
+            return f"no answer within {limit:.0f} s; it was here:\n{stacks.read()}"
 
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """The result of every rank, in rank order.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
@@ -92,8 +93,14 @@ class ShardCheck(TorchFunctionMode):
         self._model = model
         self._styles = styles
         self._gathers = gathers
-        named = model.named_parameters(remove_duplicate=False)
-        self._names = {id(part_of(param)): name for name, param in named if name not in planned}
+        self._covered = planned
+        # id -> (the parameter, its name); held here, for an id is another tensor's as soon as its owner is gone.
+        self._named: dict[int, tuple[nn.Parameter, str]] = {}
+        for name, param in model.named_parameters(remove_duplicate=False):
+            part = part_of(param)
+            if name not in planned and isinstance(part, nn.Parameter):
+                self._named[id(part)] = part, name
+        self._lent = [self._lent_now("", model)]
         self._stack: list[str] = []
         self._planned = 0  # depth inside modules the plan handles
         self._handles: list[RemovableHandle] = []
@@ -127,6 +134,8 @@ class ShardCheck(TorchFunctionMode):
     def _entering(self, name: str, style: str | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._stack.append(name)
+            if isinstance(module, FSDPModule):
+                self._lent.append(self._lent_now(name, module))
             if style is None:
                 return
             wanted = EXPECTED[style][0]
@@ -148,6 +157,8 @@ class ShardCheck(TorchFunctionMode):
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if self._stack:
                 self._stack.pop()
+            if isinstance(module, FSDPModule):
+                self._lent.pop()
             if style is not None and self._planned:
                 self._planned -= 1
                 mark(output, None if name in self._gathers else EXPECTED[style][1])
@@ -190,7 +201,27 @@ class ShardCheck(TorchFunctionMode):
     def _source(self, leaf: Tensor) -> str | None:
         """The parameter that ``leaf`` is, or was computed from outside the plan."""
         found = getattr(leaf, _MARK, None)
-        return found if isinstance(found, str) else self._names.get(id(leaf))
+        if isinstance(found, str):
+            return found
+        if id(leaf) in self._named:
+            return self._named[id(leaf)][1]
+        if any(self._lent) and type(leaf) is Tensor and leaf.numel():
+            return next((lent[leaf.data_ptr()] for lent in reversed(self._lent) if leaf.data_ptr() in lent), None)
+        return None
+
+    def _lent_now(self, prefix: str, module: nn.Module) -> dict[int, str]:
+        """Address -> name of the parameters outside the plan that fully_shard has gathered for the forward of ``module``.
+
+        They are memory on loan, behind a tensor made anew at each use: no identity to know them by but the address,
+        which is theirs until that forward is over.
+        """
+        found = {}
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            for name, param in module.named_parameters(prefix, remove_duplicate=False):
+                part = part_of(param)
+                if name not in self._covered and type(part) is Tensor and part.numel():
+                    found[part.data_ptr()] = name
+        return found
 
     def _missed(self, parameter: str, kind: Kind) -> str:
         module = parameter.rpartition(".")[0] or type(self._model).__name__

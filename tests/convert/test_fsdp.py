@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 
 import seqpar_kernels as sp
 
-from ..world import World
+from ..world import RankError, World
 from .models import MODELS, VOCAB, assert_same_gradients, assert_same_loss
+from .test_parallelize import PLAN, Own
 
 CASES = [("gpt2", False), ("gpt2", True), ("llama", False), ("llama", True)]
 
@@ -147,3 +148,20 @@ def test_a_checkpoint_of_two_by_two_loads_on_one(world4: World, tmp_path: Path, 
     for name, tensor in full.items():
         assert torch.equal(model.state_dict()[name], tensor), name
     assert all(entry["exp_avg"].any() for entry in state["optimizer"]["state"].values())
+
+
+def missed_case() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    plan = {pattern: style for pattern, style in PLAN.items() if pattern != "blocks.*.scale"}
+    model = sp.parallelize(Own(), mesh["tp"], plan)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])(torch.randint(11, (2, 8)))
+
+
+def test_what_the_plan_misses_is_named_behind_fully_shard_too(world4: World) -> None:
+    """Its parameters are tensors made anew at each use, in memory that was and will be other tensors'."""
+    with pytest.raises(RankError) as caught:
+        world4.run(missed_case)
+    message = "blocks.0.scale: a sequence shard reaches parameter 'blocks.0.scale.gain'"
+    assert all(not ok and message in text for ok, text in caught.value.outcomes), caught.value
