@@ -210,7 +210,7 @@ class ShardCheck(TorchFunctionMode):
         return None
 
     def _lent_now(self, prefix: str, module: nn.Module) -> dict[int, str]:
-        """Address -> name of the parameters outside the plan that fully_shard has gathered for the forward of ``module``.
+        """Address -> name of the parameters outside the plan that fully_shard has gathered for ``module``'s forward.
 
         They are memory on loan, behind a tensor made anew at each use: no identity to know them by but the address,
         which is theirs until that forward is over.
