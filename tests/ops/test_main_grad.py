@@ -42,7 +42,9 @@ def test_products_are_exact_and_sums_in_the_wide_dtype(dtype: torch.dtype, rows:
         return t.to(F64).numpy().astype(np.longdouble)
 
     oracle = exact(main_grad) + exact(dy).T @ exact(x)
-    plain = main_grad + dy.to(wide).t() @ x.to(wide)
+    a, b = (x, dy) if transposed else (dy, x)  # as it lies in memory: the library's order of summation follows that
+    product = a.to(wide).t() @ b.to(wide)
+    plain = main_grad + (product.t() if transposed else product)
     add_weight_gradient(main_grad, dy, x)
     rounding = torch.finfo(wide).eps * np.abs(oracle).max()
     budget = 2 * (np.abs(exact(plain) - oracle).max() + rounding)
