@@ -58,16 +58,24 @@ class Op:
             return self.overload(*args)
 
 
-def plain(args: Sequence[Any]) -> bool:
-    """Nothing but eager PyTorch is listening. The first tensor speaks for all."""
-    first = args[0] if args[0] is not None else next(arg for arg in args if arg is not None)
+#: Types of tensors that no Python code stands behind.
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def eager() -> bool:
+    """Nothing but eager PyTorch and its reverse-mode autograd is listening."""
     return (
-        (type(first) is Tensor or type(first) is torch.nn.Parameter)
-        and not first.is_meta
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     )
+
+
+def plain(args: Sequence[Any]) -> bool:
+    """Eager PyTorch alone has to do with these. The first tensor speaks for all."""
+    first = args[0] if args[0] is not None else next(arg for arg in args if arg is not None)
+    return type(first) in PLAIN_TYPES and not first.is_meta and eager()
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
