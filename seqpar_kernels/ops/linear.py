@@ -18,7 +18,8 @@ from ..overlap import schedule as schedules
 from ..overlap import waiting
 from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, reshaped, rows_of, run
 from ..overlap.schedule import Compute, Transfer
-from .library import group_named, register, without_autocast
+from . import linear_uncut
+from .library import apply, group_named, register, without_autocast
 from .main_grad import add_weight_gradient
 
 #: Where an op runs, in every schema.
@@ -58,7 +59,8 @@ def _gather_kernel(
     pg = group_named(group)
     if pg is None:
         return [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
-    pipelined = engine != "single"
+    if engine == "single":
+        return linear_uncut.gather_linear(pg, x, weights, biases, seq_dim, seq_len)[0]
     details = _weights_signature(weights, f"chunks={chunks}", f"engine={engine}")
     call = Call("all_gather_linear", x, seq_dim, seq_len, pg, *details)
     mine = call.mine(x)
@@ -67,10 +69,10 @@ def _gather_kernel(
     if engine == "fused":
         waiting.gather_matmul(call, exchange, chunks, mine, weights, biases, outs)
         return [reshaped(out.data, call.shape(seq_len, out.features)) for out in outs]
-    window = call.window(chunks, x.shape[-1], x) if pipelined else None
+    window = call.window(chunks, x.shape[-1], x)
     arrived: dict[int, Sequence3D] = {}  # within a window a chunk lives until it has been multiplied
     if window is None:
-        whole = call.empty_whole(x.shape[-1], x) if pipelined else call.around(mine)
+        whole = call.empty_whole(x.shape[-1], x)
 
     def matmul(step: Compute) -> None:
         if step.start == call.shard.start and step.stop == call.shard.stop:
@@ -89,7 +91,7 @@ def _gather_kernel(
         return chunk.data
 
     run(
-        schedules.gather_matmul(call.shard, chunks, pipelined=pipelined, window=window),
+        schedules.gather_matmul(call.shard, chunks, window=window),
         exchange,
         source=lambda t: mine.window(t.rows.start, t.rows.stop),
         target=target,
@@ -133,7 +135,7 @@ class _AllGatherLinear(torch.autograd.Function):
             return (None,) * len(needs)
         want_dw = [need and hit for need, hit in zip(needs[3 : 3 + count], reached, strict=True)]
         want_db = [need and hit for need, hit in zip(needs[3 + count :], reached, strict=True)]
-        args = (x, list(grads), weights, needs[0], want_dw, want_db, *ctx.place)
+        args = (x, list(grads), weights, needs[0], want_dw, want_db, False, *ctx.place)
         if any(main_grad is not None for main_grad in main_grads):
             out = iter(all_gather_linear_backward_into(*args, main_grads))
         else:
@@ -160,7 +162,7 @@ def all_gather_linear_into(
 ) -> list[Tensor]:
     """all_gather_linear with gradients of weights added to ``main_grads``; not traceable where there are any."""
     # Spreads the lists: autograd sees only tensors that are arguments of their own.
-    return list(_AllGatherLinear.apply(x, main_grads, place, *weights, *biases))
+    return list(apply(_AllGatherLinear, x, main_grads, place, *weights, *biases))
 
 
 @without_autocast
@@ -171,6 +173,7 @@ def _gather_backward_kernel(
     want_dx: bool,
     want_dw: list[bool],
     want_db: list[bool],
+    gathered: bool,
     group: str,
     seq_dim: int,
     seq_len: int,
@@ -179,14 +182,22 @@ def _gather_backward_kernel(
     main_grads: list[Tensor | None] | None = None,
 ) -> list[Tensor]:
     pg = group_named(group)
-    wants = f"dx={want_dx} dw={want_dw}"
+    if pg is not None and engine == "single":
+        dx, gradients = linear_uncut.gather_linear_backward(
+            pg, x, grads, weights, want_dx, want_dw, main_grads, gathered, seq_dim, seq_len
+        )
+        return _gradients(dx, gradients, grads, weights, want_dw, want_db, main_grads)
+    wants = f"dx={want_dx} dw={want_dw} gathered={gathered}"
     details = _weights_signature(weights, f"chunks={chunks}", wants)
     call = Call("all_gather_linear backward", x, seq_dim, seq_len, pg, *details)
     shard, features = call.shard, x.shape[-1]
     # A weight whose output nobody used has no gradient and adds nothing to dx.
     used = [(i, call.whole(g.contiguous())) for i, g in enumerate(grads) if g is not None]
-    mine = call.mine(x)
-    whole = call.around(mine) if pg is not None and any(want_dw) else mine
+    if gathered:
+        mine = whole = call.whole(x)
+    else:
+        mine = call.mine(x)
+        whole = call.around(mine) if pg is not None and any(want_dw) else mine
     outgoing: dict[int, Sequence3D] = {}
     exchange = call.exchange(features, x, engine)
     partials = Partials(call, features, x) if want_dx else None
@@ -226,16 +237,32 @@ def _gather_backward_kernel(
         assert partials is not None
         return partials.window(transfer.source, rows.start, rows.stop)
 
-    chunks = chunks if engine != "single" else 1
     window = call.window(chunks, features, x)
-    steps = schedules.column_backward(shard, chunks, dgrad=want_dx, wgrad=any(want_dw), window=window)
+    steps = schedules.column_backward(
+        shard, chunks, dgrad=want_dx, wgrad=any(want_dw), gather=not gathered, window=window
+    )
     run(steps, exchange, source, target, compute)
-    dys = dict(used)
-    out = [partials.reduce(None)] if partials is not None else []
+    dx = partials.reduce(None) if partials is not None else None
+    return _gradients(dx, dws, grads, weights, want_dw, want_db, main_grads)
+
+
+def _gradients(
+    dx: Tensor | None,
+    dws: dict[int, Tensor],
+    grads: list[Tensor | None],
+    weights: list[Tensor],
+    want_dw: list[bool],
+    want_db: list[bool],
+    main_grads: list[Tensor | None] | None,
+) -> list[Tensor]:
+    """What the op returns: dx, the weights' gradients that go nowhere else, the biases'."""
+    out = [] if dx is None else [dx]
     out += [dws[i] for i, want in enumerate(returned(want_dw, main_grads)) if want]
-    return out + [
-        _sum_rows(dys[i].data.reshape(-1, dys[i].features), weights[i].dtype) for i, want in enumerate(want_db) if want
-    ]
+    for weight, grad, want in zip(weights, grads, want_db, strict=True):
+        if want:
+            assert grad is not None
+            out.append(_sum_rows(rows_of(grad), weight.dtype))
+    return out
 
 
 def _gather_backward_fake(
@@ -245,6 +272,7 @@ def _gather_backward_fake(
     want_dx: bool,
     want_dw: list[bool],
     want_db: list[bool],
+    gathered: bool,
     group: str,
     seq_dim: int,
     seq_len: int,
@@ -274,8 +302,9 @@ def partial_results(
     name: str, x: Tensor, weight: Tensor, group: ProcessGroup, seq_dim: int, chunks: int, engine: str
 ) -> Partials:
     """What every rank's part of ``linear(x, weight)`` is for our rows, the exchange hidden behind the matmul."""
+    if engine == "single":
+        return linear_uncut.partial_results(name, group, x, weight, seq_dim)
     seq_len = x.shape[seq_dim]
-    pipelined = engine != "single"
     details = _weights_signature([weight], f"chunks={chunks}", f"engine={engine}")
     call = Call(name, x, seq_dim, seq_len, group, *details)
     shard, features = call.shard, weight.shape[0]
@@ -290,11 +319,6 @@ def partial_results(
     def compute(step: Compute) -> None:
         if step.stage != "matmul":
             return
-        if not pipelined:
-            outgoing[0] = everything = call.empty_whole(features, x)
-            matmul_into(everything.matrices(0, seq_len), whole.matrices(0, seq_len), weight.t())
-            partials.window(shard.rank, shard.start, shard.stop).copy_(everything.window(shard.start, shard.stop))
-            return
         if (step.start, step.stop) == (shard.start, shard.stop):
             out = partials.own_matrices(step.start, step.stop)
         else:
@@ -303,14 +327,11 @@ def partial_results(
         matmul_into(out, whole.matrices(step.start, step.stop), weight.t())
 
     def source(transfer: Transfer) -> Tensor:
-        rows = transfer.rows
-        if not pipelined:
-            return outgoing[0].window(rows.start, rows.stop)
-        return outgoing.pop(rows.start).data  # the session keeps it until it has left
+        return outgoing.pop(transfer.rows.start).data  # the session keeps it until it has left
 
-    window = call.window(chunks, features, x) if pipelined else None
+    window = call.window(chunks, features, x)
     run(
-        schedules.matmul_scatter(shard, chunks, pipelined=pipelined, window=window),
+        schedules.matmul_scatter(shard, chunks, window=window),
         exchange,
         source=source,
         target=lambda t: partials.window(t.source, t.rows.start, t.rows.stop),
@@ -379,7 +400,7 @@ def linear_reduce_scatter_into(
     main_grad: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any
 ) -> Tensor:
     """linear_reduce_scatter with the gradient of its weight added to ``main_grad``; not traceable if there is one."""
-    return _LinearReduceScatter.apply(x, weight, bias, main_grad, place)  # type: ignore[no-any-return]
+    return apply(_LinearReduceScatter, x, weight, bias, main_grad, place)  # type: ignore[no-any-return]
 
 
 @without_autocast
@@ -400,18 +421,24 @@ def _scatter_backward_kernel(
 ) -> list[Tensor]:
     pg = group_named(group)
     features_out, features_in = weight.shape
+    if pg is not None and engine == "single":
+        dx, dw, rows = linear_uncut.linear_scatter_backward(
+            pg, dy, x, weight, want_dx, want_dw, want_db, main_grad, seq_dim, seq_len
+        )
+        db = _sum_rows(rows_of(rows), bias_dtype) if want_db and bias_dtype is not None else None
+        return [gradient for gradient in (dx, dw, db) if gradient is not None]
     details = _weights_signature([weight], f"chunks={chunks}", f"dx={want_dx} dw={want_dw} db={want_db}")
     call = Call("linear_reduce_scatter backward", dy, seq_dim, seq_len, pg, *details)
     shard = call.shard
     mine = call.mine(dy.contiguous())
     whole = mine if pg is None else call.around(mine)
-    dx = call.empty_whole(features_in, x) if want_dx else None
+    whole_dx = call.empty_whole(features_in, x) if want_dx else None
     dws: list[Tensor] = []
 
     def compute(step: Compute) -> None:
         if step.stage == "dgrad":
-            assert dx is not None
-            matmul_into(dx.matrices(step.start, step.stop), whole.matrices(step.start, step.stop), weight)
+            assert whole_dx is not None
+            matmul_into(whole_dx.matrices(step.start, step.stop), whole.matrices(step.start, step.stop), weight)
         elif step.stage == "wgrad":
             dy_rows = whole.data.reshape(-1, features_out)
             if main_grad is None:
@@ -419,7 +446,6 @@ def _scatter_backward_kernel(
             else:
                 add_weight_gradient(main_grad, dy_rows, rows_of(x))
 
-    chunks = chunks if engine != "single" else 1
     window = call.window(chunks, features_out, dy)
     steps = schedules.row_backward(shard, chunks, dgrad=want_dx, wgrad=want_dw, window=window)
     run(
@@ -429,7 +455,7 @@ def _scatter_backward_kernel(
         target=lambda t: whole.window(t.rows.start, t.rows.stop),
         compute=compute,
     )
-    out = [reshaped(dx.data, call.shape(seq_len, features_in))] if dx is not None else []
+    out = [reshaped(whole_dx.data, call.shape(seq_len, features_in))] if whole_dx is not None else []
     out += dws
     if want_db:
         assert bias_dtype is not None
@@ -467,9 +493,11 @@ all_gather_linear = register(
     _gather_autograd,
 )
 
-_GATHER_BACKWARD = f"Tensor x, Tensor?[] grads, Tensor[] weights, bool want_dx, bool[] want_dw, bool[] want_db, {PLACE}"
+_GATHER_BACKWARD = (
+    f"Tensor x, Tensor?[] grads, Tensor[] weights, bool want_dx, bool[] want_dw, bool[] want_db, bool gathered, {PLACE}"
+)
 
-#: Returns dx if wanted, then the wanted weight gradients, then the wanted bias gradients.
+#: Returns dx if wanted, then the wanted weight gradients, then the wanted bias gradients. ``gathered``: x is all rows.
 all_gather_linear_backward = register(
     f"all_gather_linear_backward({_GATHER_BACKWARD}) -> Tensor[]", _gather_backward_kernel, _gather_backward_fake, None
 )

@@ -168,7 +168,7 @@ def _gather_backward_kernel(
     *place: Any,
 ) -> list[Tensor]:
     x = _input_again(z, norm_weight, norm_bias, kind, zero_centered, eps, x_dtype, any(want_dw))
-    return linear.all_gather_linear_backward.below_autograd(x, grads, weights, want_dx, want_dw, want_db, *place)
+    return linear.all_gather_linear_backward.below_autograd(x, grads, weights, want_dx, want_dw, want_db, False, *place)
 
 
 def _gather_backward_fake(
@@ -179,9 +179,15 @@ def _gather_backward_fake(
     zero_centered: bool,
     eps: float,
     x_dtype: torch.dtype,
-    *args: Any,
+    grads: list[Tensor | None],
+    weights: list[Tensor],
+    want_dx: bool,
+    want_dw: list[bool],
+    want_db: list[bool],
+    *place: Any,
 ) -> list[Tensor]:
-    return linear.all_gather_linear_backward.below_autograd(z.new_empty(z.shape, dtype=x_dtype), *args)
+    x = z.new_empty(z.shape, dtype=x_dtype)
+    return linear.all_gather_linear_backward.below_autograd(x, grads, weights, want_dx, want_dw, want_db, False, *place)
 
 
 # --- activation_linear_reduce_scatter --------------------------------------------------------------------------------

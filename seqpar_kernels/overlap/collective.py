@@ -53,17 +53,20 @@ class CollectiveSession:
             return
         # Receives first: gloo tells the sender that it is ready, and that message must not queue behind our own data.
         group, tag = self._group, self._ticket.tag
-        ops = [dist.P2POp(dist.irecv, m.buffer, None, group, tag, m.transfer.source) for m in receives]
-        ops += [dist.P2POp(dist.isend, m.buffer, None, group, tag, m.transfer.target) for m in sends]
+        first = (sends or receives)[0]
         try:
-            works = dist.batch_isend_irecv(ops)
+            if first.buffer.is_cpu:  # nothing is coalesced there, and half of the time would go into finding that out
+                self._watch = watch_of(group)
+                works = [group.recv([m.buffer], m.transfer.source, tag) for m in receives]
+                works += [group.send([m.buffer], m.transfer.target, tag) for m in sends]
+            else:
+                ops = [dist.P2POp(dist.irecv, m.buffer, None, group, tag, m.transfer.source) for m in receives]
+                ops += [dist.P2POp(dist.isend, m.buffer, None, group, tag, m.transfer.target) for m in sends]
+                works = dist.batch_isend_irecv(ops)
+                if len(works) != len(ops):  # coalesced: one work stands for the whole post
+                    works = works[:1] * len(ops)
         except RuntimeError as error:
-            transfer = (sends or receives)[0].transfer
-            raise self._failure("posting", transfer, error) from error
-        if (sends or receives)[0].buffer.device.type == "cpu":
-            self._watch = watch_of(group)
-        if len(works) != len(ops):  # coalesced: one work stands for the whole post
-            works = works[:1] * len(ops)
+            raise self._failure("posting", first.transfer, error) from error
         self._arrivals.update((m.transfer, (m, work)) for m, work in zip(receives, works, strict=False))
         self._departures += zip(sends, works[len(receives) :], strict=True)
 

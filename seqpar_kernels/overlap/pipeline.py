@@ -7,6 +7,7 @@ multiplied in place; small ones are packed into one message.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -209,11 +210,11 @@ def transport_of(group: ProcessGroup, engine: str) -> Transport:
     return peer.transport_over(group) if engine in ("peer", "fused") else CollectiveTransport(group)
 
 
-class Call:
-    """One op on one rank: the group, how the sequence lies, and what the ranks agree on."""
+class Kind:
+    """What calls of an op on tensors of the same sizes share: how the sequence lies, and what the ranks agree on."""
 
     def __init__(self, name: str, x: Tensor, seq_dim: int, length: int, group: ProcessGroup | None, *details: object):
-        self.group, self.name = group, name
+        self.name = name
         self.shard = SequenceShard(length, group_size(group), group_rank(group))
         self.layout = layout_of(x, seq_dim)
         bound = planner.max_workspace_bytes()
@@ -223,11 +224,6 @@ class Call:
             f"{name}(S={length} at dim {seq_dim}, other sizes {(*self.layout.lead, *self.layout.tail)}, "
             f"{x.dtype}, {x.device.type}, {', '.join(map(str, details))})"
         )
-
-    def exchange(self, features: int, like: Tensor, engine: str = "collective") -> Exchange:
-        """Messages are rows of ``features`` elements like those of ``like``."""
-        row_bytes = self.layout.outer * self.layout.inner * features * like.element_size()
-        return Exchange(self, None if self.group is None else transport_of(self.group, engine), row_bytes)
 
     def mine(self, x: Tensor) -> Sequence3D:
         """The local shard."""
@@ -249,6 +245,19 @@ class Call:
     def shape(self, length: int, features: int) -> tuple[int, ...]:
         return self.layout.shape(length, features)
 
+
+class Call(Kind):
+    """One op on one rank of a group."""
+
+    def __init__(self, name: str, x: Tensor, seq_dim: int, length: int, group: ProcessGroup | None, *details: object):
+        super().__init__(name, x, seq_dim, length, group, *details)
+        self.group = group
+
+    def exchange(self, features: int, like: Tensor, engine: str = "collective") -> Exchange:
+        """Messages are rows of ``features`` elements like those of ``like``."""
+        row_bytes = self.layout.outer * self.layout.inner * features * like.element_size()
+        return Exchange(self, None if self.group is None else transport_of(self.group, engine), row_bytes)
+
     def window(self, chunks: int, features: int, like: Tensor) -> int | None:
         """How many chunks of a shard with ``features`` may be under way at once; None: any number."""
         rows = -(-self.shard.of(0).size // chunks)
@@ -260,12 +269,15 @@ class Call:
 class Partials:
     """What the ranks have to say about our rows: [ranks, outer, S/t, inner * features], summed in rank order."""
 
-    def __init__(self, call: Call, features: int, like: Tensor):
+    def __init__(self, call: Kind, features: int, like: Tensor):
         self._call = call
         self._features = features
         shape = (call.shard.ranks, *call.shape(call.shard.size, features))
         self.data = like.new_empty(shape)
-        self._views = [call.mine(part) for part in self.data]
+
+    @functools.cached_property
+    def _views(self) -> list[Sequence3D]:
+        return [self._call.mine(part) for part in self.data]
 
     def window(self, rank: int, start: int, stop: int) -> Tensor:
         return self._views[rank].window(start, stop)

@@ -242,12 +242,8 @@ def gather_matmul(
 
 
 @_remembered
-def matmul_scatter(
-    shard: SequenceShard, chunks: int, *, pipelined: bool = True, window: int | None = None
-) -> list[Step]:
+def matmul_scatter(shard: SequenceShard, chunks: int, *, window: int | None = None) -> list[Step]:
     """Matmul -> reduce-scatter: the peers' rows first, each chunk sent as it is ready; own rows last; then the sum."""
-    if not pipelined:
-        return [Compute("matmul", 0, shard.length), *scatter_only(shard)]
     steps, pending = _scatter_phase(shard, chunks, "matmul", window)
     return [*steps, *(Wait(t) for t in pending), Compute("reduce", shard.start, shard.stop)]
 
@@ -290,14 +286,17 @@ def gather_matmul_scatter(
 
 @_remembered
 def column_backward(
-    shard: SequenceShard, chunks: int, *, dgrad: bool, wgrad: bool, window: int | None = None
+    shard: SequenceShard, chunks: int, *, dgrad: bool, wgrad: bool, gather: bool = True, window: int | None = None
 ) -> list[Step]:
-    """Backward of gather_matmul: x is gathered again under dgrad, dx is scattered under wgrad."""
+    """Backward of gather_matmul: x is gathered again under dgrad, dx is scattered under wgrad.
+
+    ``gather=False``: all of x is here already.
+    """
     steps: list[Step] = []
     pending: list[Transfer] = []
     if dgrad:
-        steps, pending = _scatter_phase(shard, chunks, "dgrad", window, gather=wgrad)
-    elif wgrad:
+        steps, pending = _scatter_phase(shard, chunks, "dgrad", window, gather=wgrad and gather)
+    elif wgrad and gather:
         steps = _gather_phase(shard, chunks, None, window)
     if wgrad:
         steps += [Wait(t) for t in pending if t.kind == "gather"]

@@ -259,7 +259,7 @@ def opcheck_case() -> None:
     check(ops.all_gather_linear.default, (x, [w, w], [b, None], *place))
     check(ops.all_gather_linear.default, (x, [w], [None], "", 1, 4, 1, "single"))
     dy = torch.randn(2, 4 * t, 3)
-    check(ops.all_gather_linear_backward.default, (x.detach(), [dy], [w.detach()], True, [True], [True], *place))
+    check(ops.all_gather_linear_backward.default, (x.detach(), [dy], [w.detach()], True, [True], [True], False, *place))
     check(ops.linear_reduce_scatter.default, (wide.requires_grad_(), w, b, *place))
     args = (torch.randn(2, 4, 3), wide.detach(), w.detach(), torch.float32, True, True, True, *place)
     check(ops.linear_reduce_scatter_backward.default, args)

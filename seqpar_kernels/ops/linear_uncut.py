@@ -1,0 +1,121 @@
+"""The kernels of :mod:`.linear` below the size floor: one exchange, one matmul each for result and gradients.
+
+A backward has two of each, so there they overlap all the same: x is gathered under dgrad, dx is scattered under wgrad.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..overlap.pipeline import Partials, rows_of
+from ..overlap.uncut import Uncut, uncut_kind
+from .main_grad import add_weight_gradient
+
+
+def gather_linear(
+    group: ProcessGroup, x: Tensor, weights: list[Tensor], biases: list[Tensor | None], seq_dim: int, seq_len: int
+) -> tuple[list[Tensor], Tensor]:
+    """linear(all_gather(x)) for each weight, and all rows of x. x [..., S/t, ..., K]"""
+    features = x.shape[-1]
+    kind = uncut_kind("all_gather_linear", x, seq_dim, seq_len, group, features, N=_outputs(weights))
+    with Uncut(kind, group) as call:
+        whole = call.gather(x)
+        call.gathered()
+        with call.label("matmul"):
+            linear = torch.nn.functional.linear
+            return [linear(whole, w, b) for w, b in zip(weights, biases, strict=True)], whole
+
+
+def gather_linear_backward(
+    group: ProcessGroup,
+    x: Tensor,
+    grads: list[Tensor | None],
+    weights: list[Tensor],
+    want_dx: bool,
+    want_dw: list[bool],
+    main_grads: list[Tensor | None] | None,
+    gathered: bool,
+    seq_dim: int,
+    seq_len: int,
+) -> tuple[Tensor | None, dict[int, Tensor]]:
+    """dx and the weights' gradients, by the weights' numbers. x [..., S/t, ..., K], or all rows if ``gathered``."""
+    features = x.shape[-1]
+    # A weight whose output nobody used has no gradient and adds nothing to dx.
+    used = [(i, rows_of(g)) for i, g in enumerate(grads) if g is not None]
+    dws: dict[int, Tensor] = {}
+    wants = {"dx": want_dx, "dw": tuple(want_dw), "gathered": gathered}
+    kind = uncut_kind("all_gather_linear backward", x, seq_dim, seq_len, group, features, N=_outputs(weights), **wants)
+    with Uncut(kind, group) as call:
+        whole = x if gathered or not any(want_dw) else call.gather(x)
+        if want_dx:
+            with call.label("dgrad"):
+                dx = used[0][1].mm(weights[used[0][0]])
+                for i, dy in used[1:]:
+                    dx.addmm_(dy, weights[i])
+            partials = call.scatter(dx.view(kind.shape(seq_len, features)))
+        if any(want_dw):
+            call.gathered()
+            with call.label("wgrad"):
+                rows = rows_of(whole)
+                for i, dy in used:
+                    main_grad = main_grads[i] if main_grads else None
+                    if not want_dw[i]:
+                        continue
+                    if main_grad is None:
+                        dws[i] = dy.t().mm(rows)
+                    else:
+                        add_weight_gradient(main_grad, dy, rows)
+        if not want_dx:
+            return None, dws
+        call.scattered()
+        return partials.reduce(None), dws
+
+
+def partial_results(name: str, group: ProcessGroup, x: Tensor, weight: Tensor, seq_dim: int) -> Partials:
+    """What every rank's part of linear(x, weight) is for our rows. x [..., S, ..., K/t]"""
+    kind = uncut_kind(name, x, seq_dim, x.shape[seq_dim], group, weight.shape[0], K=weight.shape[1])
+    with Uncut(kind, group) as call:
+        with call.label("matmul"):
+            product = torch.nn.functional.linear(x, weight)
+        partials = call.scatter(product.contiguous())
+        call.scattered()
+        return partials
+
+
+def linear_scatter_backward(
+    group: ProcessGroup,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    want_dx: bool,
+    want_dw: bool,
+    want_db: bool,
+    main_grad: Tensor | None,
+    seq_dim: int,
+    seq_len: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """dx, dweight, and all rows of dy. dy [..., S/t, ..., N]"""
+    features_out, features_in = weight.shape
+    wants = {"K": features_in, "dx": want_dx, "dw": want_dw, "db": want_db}
+    kind = uncut_kind("linear_reduce_scatter backward", dy, seq_dim, seq_len, group, features_out, **wants)
+    dx = dw = None
+    with Uncut(kind, group) as call:
+        whole = call.gather(dy)
+        call.gathered()
+        rows = rows_of(whole)
+        if want_dx:
+            with call.label("dgrad"):
+                dx = torch.ops.aten._unsafe_view.default(rows.mm(weight), kind.shape(seq_len, features_in))
+        if want_dw:
+            with call.label("wgrad"):
+                if main_grad is None:
+                    dw = rows.t().mm(rows_of(x))
+                else:
+                    add_weight_gradient(main_grad, rows, rows_of(x))
+    return dx, dw, whole
+
+
+def _outputs(weights: list[Tensor]) -> tuple[int, ...]:
+    return tuple(w.shape[0] for w in weights)

@@ -1,0 +1,195 @@
+"""Calls below the size floor: all rows travel at once, around one matmul.
+
+What depends on sizes alone (who gets which rows, in how many messages, under which signature) is worked out when a kind
+of call is first met and then looked up: here the host's time is the op's. The bytes go through the same sessions as
+those of :mod:`.pipeline`, with the same errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .agreement import per_group
+from .labels import describe, listening, span
+from .pipeline import Kind, Partials, transport_of
+from .planner import max_workspace_bytes
+from .schedule import Compute, Post, Rows, Stage, Transfer, Wait
+from .transport import Message, Room, in_blocks
+
+_UNLABELLED = contextlib.nullcontext()
+#: More kinds than this on one group mean lengths that never come again: those are forgotten.
+_MOST_KINDS = 1024
+
+
+class _Peer(NamedTuple):
+    """What travels between us and one other rank, in one message or in one for each block of memory."""
+
+    rank: int
+    sends: tuple[Transfer, ...]
+    receives: tuple[Transfer, ...]
+
+
+class UncutKind(Kind):
+    """Uncut calls of one op on tensors of the same sizes: ``features`` of each row travel."""
+
+    def __init__(
+        self,
+        name: str,
+        x: Tensor,
+        seq_dim: int,
+        length: int,
+        group: ProcessGroup,
+        features: int,
+        details: dict[str, object],
+    ):
+        agreed = {"features": features, **details}
+        super().__init__(name, x, seq_dim, length, group, *(f"{k}={v}" for k, v in agreed.items()), "uncut")
+        shard, outer = self.shard, self.layout.outer
+        self.features, self.seq_dim = features, seq_dim
+        self.sizes = [shard.of(rank).size for rank in range(shard.ranks)]
+        row_bytes = outer * self.layout.inner * features * x.element_size()
+        self._block_row = row_bytes // max(1, outer)
+        self.room = Room(length, shard.ranks, outer, row_bytes, gathers=True, scatters=True)
+        # Each rank begins with its right neighbour, so that no rank is everybody's first.
+        others = [(shard.rank + k) % shard.ranks for k in range(1, shard.ranks)]
+        self.gathers = [
+            _Peer(r, self._parts("gather", shard.rank, shard.rank, r), self._parts("gather", r, r, shard.rank))
+            for r in others
+        ]
+        self.scatters = [
+            _Peer(r, self._parts("scatter", r, shard.rank, r), self._parts("scatter", shard.rank, r, shard.rank))
+            for r in others
+        ]
+
+    def in_blocks(self, rows: int) -> bool:
+        """Whether a message of so many rows goes block by block, from and to where they lie."""
+        return in_blocks(self.layout.outer, rows * self._block_row)
+
+    def _parts(self, kind: str, owner: int, source: int, target: int) -> tuple[Transfer, ...]:
+        rows = self.shard.of(owner)
+        if not rows.size:
+            return ()
+        whole = Transfer(kind, Rows(owner, 0, rows.start, rows.stop), source, target)  # type: ignore[arg-type]
+        if not self.in_blocks(rows.size):
+            return (whole,)
+        return tuple(whole._replace(part=part) for part in range(self.layout.outer))
+
+
+@per_group
+def _kinds_of(group: ProcessGroup) -> dict[tuple[object, ...], UncutKind]:
+    return {}
+
+
+def uncut_kind(
+    name: str, x: Tensor, seq_dim: int, length: int, group: ProcessGroup, features: int, **details: object
+) -> UncutKind:
+    """The one UncutKind of these arguments: ``details`` are what the ranks have to agree on beside the sizes of x."""
+    kinds = _kinds_of(group)
+    key = (name, x.shape, x.dtype, x.device, seq_dim, length, features, max_workspace_bytes(), *details.values())
+    found = kinds.get(key)
+    if found is None:
+        if len(kinds) >= _MOST_KINDS:
+            kinds.clear()
+        found = kinds[key] = UncutKind(name, x, seq_dim, length, group, features, details)
+    return found
+
+
+class Uncut:
+    """One uncut call. In ``with``: the op is finished at its end, or aborted where anything raised."""
+
+    def __init__(self, kind: UncutKind, group: ProcessGroup):
+        self._kind = kind
+        self._session = transport_of(group, "single").session(kind.signature, kind.room)
+        self._received: list[tuple[Tensor, Tensor]] = []  # window, and the packed message that belongs there
+
+    def __enter__(self) -> Uncut:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is None:
+                self._session.finish()
+        except BaseException as failed:
+            error = failed
+            raise
+        finally:
+            if error is not None:
+                self._session.abort(error)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Start gathering our [..., S/t, ..., H]. Returns where it goes: [..., S, ..., H], ours in its place."""
+        kind = self._kind
+        whole = x.new_empty(kind.shape(kind.shard.length, kind.features))
+        windows = whole.split(kind.sizes, kind.seq_dim)
+        windows[kind.shard.rank].copy_(x)
+        x = x.contiguous()
+        sends = self._messages([(peer.sends, x) for peer in kind.gathers])
+        receives = []
+        for peer in kind.gathers:
+            window = windows[peer.rank]
+            if len(peer.receives) == 1 and not window.is_contiguous():
+                buffer = torch.empty_like(window, memory_format=torch.contiguous_format)
+                self._received.append((window, buffer))
+                window = buffer
+            receives.append((peer.receives, window))
+        self._post(sends, self._messages(receives))
+        return whole
+
+    def gathered(self) -> None:
+        """Wait for what :meth:`gather` has started."""
+        self._wait(self._kind.gathers)
+        for window, buffer in self._received:
+            window.copy_(buffer)
+        self._received.clear()
+
+    def scatter(self, whole: Tensor) -> Partials:
+        """Start sending the rows of our contiguous [..., S, ..., features] to their owners, and receiving ours."""
+        kind = self._kind
+        partials = Partials(kind, whole.shape[-1], whole)
+        windows = whole.split(kind.sizes, kind.seq_dim)
+        parts = partials.data.unbind(0)
+        parts[kind.shard.rank].copy_(windows[kind.shard.rank])
+        sends = self._messages([(peer.sends, windows[peer.rank]) for peer in kind.scatters])
+        receives = self._messages([(peer.receives, parts[peer.rank]) for peer in kind.scatters])
+        self._post(sends, receives)
+        return partials
+
+    def scattered(self) -> None:
+        """Wait for what :meth:`scatter` has started."""
+        self._wait(self._kind.scatters)
+
+    def _messages(self, moves: Sequence[tuple[tuple[Transfer, ...], Tensor]]) -> list[Message]:
+        """Each [..., rows, ..., features] as one message, or its blocks as one each."""
+        out = []
+        for transfers, rows in moves:
+            if len(transfers) == 1:
+                out.append(Message(transfers[0], rows.contiguous()))
+            elif transfers:
+                out += map(Message, transfers, rows.flatten(0, self._kind.seq_dim - 1).unbind(0))
+        return out
+
+    def label(self, stage: Stage) -> contextlib.AbstractContextManager[None]:
+        """For traces: the work of ``stage``, on all rows."""
+        if not listening():
+            return _UNLABELLED
+        return span(self._kind.name, describe(Compute(stage, 0, self._kind.shard.length)))
+
+    def _post(self, sends: list[Message], receives: list[Message]) -> None:
+        if not listening():
+            self._session.post(sends, receives)
+            return
+        step = Post(tuple(m.transfer for m in sends), tuple(m.transfer for m in receives))
+        with span(self._kind.name, describe(step)):
+            self._session.post(sends, receives)
+
+    def _wait(self, peers: list[_Peer]) -> None:
+        for peer in peers:
+            for transfer in peer.receives:
+                with span(self._kind.name, describe(Wait(transfer))) if listening() else _UNLABELLED:
+                    self._session.wait(transfer)
