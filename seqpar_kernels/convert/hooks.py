@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import gather_sequence, replicated, scatter_sequence
+from ..functional import gather_sequence, scatter_sequence
 from ..nn.pending import settled
 from ..nn.region import mark_entrance, show_whole
 from .conversion import Conversion
@@ -69,11 +69,8 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
             raise ValueError(
                 "output_hidden_states: expected False, the hidden states of a sequence-parallel model are shards"
             )
-        if torch.is_grad_enabled():
-            trained = [param for param in conversion.replicated if param.requires_grad]
-            tensors = replicated(trained, region.group) if trained else []  # type: ignore[arg-type]
-            region.summed = dict(zip(trained, tensors, strict=True))  # type: ignore[arg-type]
-            region.summed.update((p, p) for p in conversion.replicated if not p.requires_grad)
+        if not torch.compiler.is_compiling():
+            region.sum_together(conversion.replicated)
         if module.training in conversion.checked:
             return
         if torch.compiler.is_compiling() or _inside_compile():
@@ -95,7 +92,9 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
             conversion.checked.add(module.training)
 
     def cleanup(module: nn.Module, *_: Any) -> None:
-        if region.summed:  # kept, like seq_len: a recomputation in the backward needs them
+        if torch.compiler.is_compiling():
+            region.summed = {}
+        elif region.summed:  # kept, like seq_len: a recomputation in the backward needs them
             region.kept, region.summed = region.summed, {}
         for gather in conversion.gathers:
             gather.clear()
@@ -176,7 +175,10 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         # Only where it is needed: a recomputation during backward must not find the length of a later forward.
         region.seq_len = length if length % region.ranks else None
         shard = scatter_sequence(x, region.group, region.seq_dim)
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            # Here and not before the model: torch.compile traces hooks of the outermost module as graphs of their own.
+            region.sum_together(conversion.replicated)
+        else:
             mark_entrance(shard)
         if conversion.check is not None:
             mark(shard, Kind.SHARD)
@@ -252,6 +254,8 @@ def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]
             whole = gather_sequence(
                 first, region.group, region.seq_dim, seq_len=region.seq_len, tensor_parallel_output_grad=False
             )
+        if torch.compiler.is_compiling():
+            region.summed = {}  # what is left in place becomes an output of the graph
         if conversion.check is not None:
             mark(whole, None)
         return rebuilt(whole)

@@ -349,13 +349,18 @@ class SharedGather:
         self._input: Tensor | None = None
         self._state: tuple[Any, ...] = ()
         self._waiting: dict[int, Tensor] = {}
+        self._changes = False  # whether something has been changed in place between two siblings
 
     def __call__(self, module: ColumnParallelLinear, x: Tensor, seq_len: int | None) -> Tensor:
         key = next(i for i, member in enumerate(self.members) if member is module)
-        versions = [version_of(t) for t in (x, *(member.weight for member in self.members))]
+        compiling = torch.compiler.is_compiling()
+        # A traced tensor has no version to compare with: that nothing changes in between is known from eager forwards.
+        versions = [] if compiling else [version_of(t) for t in (x, *(member.weight for member in self.members))]
         state = (*versions, seq_len, torch.is_grad_enabled())
-        if self._input is not x or self._state != state or key not in self._waiting:
+        unsure = compiling and self._changes
+        if unsure or self._input is not x or self._state != state or key not in self._waiting:
             if self._waiting:
+                self._changes = self._changes or (self._input is x and self._state[:-2] != state[:-2])
                 refuse(
                     f"all_gather_linear on {tuple(x.shape)}",
                     "gathered again for a layer that was to share the gather with its siblings: "
@@ -372,7 +377,7 @@ class SharedGather:
             self._waiting = dict(enumerate(outs))
         out = self._waiting.pop(key)
         if not self._waiting:
-            self._input = None
+            self._input, self._state = None, ()
         return out
 
     def clear(self) -> None:
