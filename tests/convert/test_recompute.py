@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import seqpar_kernels as sp
-from seqpar_kernels.overlap import pipeline
+from seqpar_kernels.overlap.agreement import Agreement
 
 from ..world import World
 from .models import MODELS, VOCAB, assert_same_gradients, group
@@ -34,19 +34,19 @@ def checkpointed(model: Any, **options: Any) -> None:
 
 def run(model: nn.Module, ids: Tensor) -> tuple[dict[str, Tensor], int]:
     """Gradients, and how many exchanges forward and backward took."""
-    original, exchanges = pipeline.Call.exchange, 0
+    original, exchanges = Agreement.begin, 0
 
     def counted(*args: Any) -> Any:
         nonlocal exchanges
         exchanges += 1
         return original(*args)
 
-    pipeline.Call.exchange = counted  # type: ignore[method-assign]
+    Agreement.begin = counted  # type: ignore[method-assign]
     try:
         torch.manual_seed(5)
         model(ids, labels=ids, use_cache=False).loss.backward()
     finally:
-        pipeline.Call.exchange = original  # type: ignore[method-assign]
+        Agreement.begin = original  # type: ignore[method-assign]
     return sp.gather_full_gradients(model), exchanges
 
 
