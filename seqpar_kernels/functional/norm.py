@@ -25,7 +25,7 @@ from ..kernels.spec import accumulation_dtype
 from ..layout import Group, check_shard, resolve_group, row_map
 from ..ops.library import PLAIN_TYPES, eager, group_name
 from ..overlap.agreement import agreement_of, checked_together
-from ..random import as_seed, check_seeds_alike, debug_enabled
+from ..random import as_seed, check_seeds_alike, debug_enabled, draw_seed
 
 
 def dropout_add_layer_norm(
@@ -298,7 +298,7 @@ def _checked(
     drop = ready.settled.drop
     if seed is None and not drop:
         return ready, None
-    seed = as_seed(seed, tensors.x.device)
+    seed = draw_seed(tensors.x.device) if seed is None else as_seed(seed, tensors.x.device)
     return ready, seed if drop else None  # a wrong seed is wrong in evaluation too
 
 

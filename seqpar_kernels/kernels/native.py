@@ -60,14 +60,14 @@ def _place(device: torch.device) -> tuple[bool, int, int]:
     return True, sm_margin, torch._C._cuda_getCurrentRawStream(device.index)
 
 
-def _at(device: torch.device, kernel: Callable[..., None]) -> Callable[..., None]:
+def _at(device: torch.device, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """``kernel`` where its tensors are: a launch goes to the current device."""
     if device == _CPU or device.index == torch._C._cuda_getDevice():
         return kernel
 
-    def elsewhere(*args: object) -> None:
+    def elsewhere(*args: object) -> Any:
         with torch.cuda.device(device):
-            kernel(*args)
+            return kernel(*args)
 
     return elsewhere
 
@@ -121,6 +121,7 @@ class NormForward:
         """y, y2, z and statistics, as in :class:`.spec.NormOutputs`."""
         shards, shard_stride = 1, 0
         if self._stacked:
+            x = x if x.stride(2) == 1 else x.contiguous()
             shards, shard_stride, x = x.shape[0], x.stride(0), x[0]
         device = self._device
         y = y2 = z = statistics = None

@@ -36,7 +36,7 @@ class Op:
         self._tensors = len(are_tensors) - are_tensors[::-1].index(True)  # behind them there are scalars alone
 
     def __call__(self, *args: Any) -> Any:
-        if not plain(args):
+        if not plain(args[: self._tensors]):
             return self.overload(*args)
         return self.differentiable(*args)
 
@@ -52,7 +52,7 @@ class Op:
 
     def below_autograd(self, *args: Any) -> Any:
         """The forward of an autograd.Function: the op without its Autograd kernel."""
-        if plain(args):
+        if plain(args[: self._tensors]):
             return self._kernel(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
@@ -72,10 +72,19 @@ def eager() -> bool:
     )
 
 
-def plain(args: Sequence[Any]) -> bool:
-    """Eager PyTorch alone has to do with these. The first tensor speaks for all."""
-    first = args[0] if args[0] is not None else next(arg for arg in args if arg is not None)
-    return type(first) in PLAIN_TYPES and not first.is_meta and eager()
+def plain(tensors: Sequence[Any]) -> bool:
+    """Eager PyTorch alone has to do with these, and with sequences of them: memory that kernels may read."""
+    return eager() and _are_plain(tensors)
+
+
+def _are_plain(tensors: Sequence[Any]) -> bool:
+    for t in tensors:
+        if type(t) in PLAIN_TYPES:
+            if t.is_meta:
+                return False
+        elif isinstance(t, Tensor) or (type(t) in (list, tuple) and not _are_plain(t)):
+            return False
+    return True
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
