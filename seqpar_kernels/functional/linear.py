@@ -29,6 +29,7 @@ from ..overlap.agreement import checked_together
 from ..overlap.figures import Figures
 from ..overlap.planner import FUSED_WANTED, PEER_WANTED, PLAIN, Plan, Work, check_engine, plan, rather
 from ..overlap.tuning import figures_of
+from .met import Met
 
 
 class NormRecipe(NamedTuple):
@@ -129,26 +130,35 @@ def planned_all_gather_linear(
     """:func:`all_gather_linear` and the plan it ran by. With a ``recipe`` x is not kept but made again from it."""
     pg = resolve_group(group)
     figures = None if pg is None else figures_of(pg)
-    with checked_together(pg):
-        check_tensor("x", x)
-        seq_dim = check_sequence("x", x, seq_dim)
-        several = isinstance(weight, Iterable) and not isinstance(weight, Tensor)
+    several = isinstance(weight, Iterable) and not isinstance(weight, Tensor)
+    met = Met.before(pg, figures, (seq_dim, chunks, engine, seq_len), x, weight, bias, main_grad)
+    if met is not None and met.known is not None:
+        settled, where = met.known
         weights: list[Tensor] = list(weight) if several else [weight]  # type: ignore[list-item]
-        if not weights:
-            raise ValueError("weight: expected at least one weight, got an empty sequence")
         biases = _one_each("bias", bias, len(weights) if several else None)
         main_grads = _one_each("main_grad", main_grad, len(weights) if several else None)
-        x, weights, biases = autocast(x, weights, biases)
-        for i, (w, b, m) in enumerate(zip(weights, biases, main_grads, strict=True)):
-            index = f"[{i}]" if several else ""
-            check_weight(f"weight{index}", w, x.shape[-1], x)
-            check_linear_bias(f"bias{index}", b, w)
-            check_main_grad(f"main_grad{index}", m, w)
-        shard = shard_of("x", x.shape[seq_dim], pg, seq_len)
-        settled = settle_plan(
-            x, seq_dim, shard, x.shape[-1], sum(w.numel() for w in weights), engine, chunks, figures, pg
-        )
-    where = place(pg, seq_dim, shard, settled)
+    else:
+        with checked_together(pg):
+            check_tensor("x", x)
+            seq_dim = check_sequence("x", x, seq_dim)
+            weights = list(weight) if several else [weight]  # type: ignore[list-item]
+            if not weights:
+                raise ValueError("weight: expected at least one weight, got an empty sequence")
+            biases = _one_each("bias", bias, len(weights) if several else None)
+            main_grads = _one_each("main_grad", main_grad, len(weights) if several else None)
+            x, weights, biases = autocast(x, weights, biases)
+            for i, (w, b, m) in enumerate(zip(weights, biases, main_grads, strict=True)):
+                index = f"[{i}]" if several else ""
+                check_weight(f"weight{index}", w, x.shape[-1], x)
+                check_linear_bias(f"bias{index}", b, w)
+                check_main_grad(f"main_grad{index}", m, w)
+            shard = shard_of("x", x.shape[seq_dim], pg, seq_len)
+            settled = settle_plan(
+                x, seq_dim, shard, x.shape[-1], sum(w.numel() for w in weights), engine, chunks, figures, pg
+            )
+        where = place(pg, seq_dim, shard, settled)
+        if met is not None:
+            met.remember(settled, where)
     into = torch.is_grad_enabled() and any(m is not None for m in main_grads)
     if recipe is not None:
         z, norm_weight, norm_bias, kind, *scalars = recipe
@@ -227,19 +237,25 @@ def planned_linear_reduce_scatter(
     """:func:`linear_reduce_scatter` and the plan it ran by."""
     pg = resolve_group(group)
     figures = None if pg is None else figures_of(pg)
-    with checked_together(pg):
-        check_tensor("x", x)
-        seq_dim = check_sequence("x", x, seq_dim)
-        check_activation(x, activation, gate)
-        x, (weight,), (bias, gate) = autocast(x, [weight], [bias, gate])
-        check_weight("weight", weight, x.shape[-1], x)
-        check_linear_bias("bias", bias, weight)
-        check_main_grad("main_grad", main_grad, weight)
-        check_no_activation(main_grad, activation)
-        length = x.shape[seq_dim]
-        shard = SequenceShard(length, group_size(pg), group_rank(pg))
-        settled = settle_plan(x, seq_dim, shard, weight.shape[0], weight.numel(), engine, chunks, figures, pg)
-    where = place(pg, seq_dim, shard, settled)
+    met = Met.before(pg, figures, (seq_dim, chunks, engine, activation), x, weight, bias, gate, main_grad)
+    if met is not None and met.known is not None:
+        settled, where = met.known
+    else:
+        with checked_together(pg):
+            check_tensor("x", x)
+            seq_dim = check_sequence("x", x, seq_dim)
+            check_activation(x, activation, gate)
+            x, (weight,), (bias, gate) = autocast(x, [weight], [bias, gate])
+            check_weight("weight", weight, x.shape[-1], x)
+            check_linear_bias("bias", bias, weight)
+            check_main_grad("main_grad", main_grad, weight)
+            check_no_activation(main_grad, activation)
+            length = x.shape[seq_dim]
+            shard = SequenceShard(length, group_size(pg), group_rank(pg))
+            settled = settle_plan(x, seq_dim, shard, weight.shape[0], weight.numel(), engine, chunks, figures, pg)
+        where = place(pg, seq_dim, shard, settled)
+        if met is not None:
+            met.remember(settled, where)
     if activation is not None:
         return ops.activation_linear_reduce_scatter(x, gate, weight, bias, activation, *where), settled
     if main_grad is not None and torch.is_grad_enabled():

@@ -19,6 +19,8 @@ from .schedule import Transfer
 from .transport import Message, Room
 from .watch import Blocked, Watch, watch_of
 
+_SMALL_BYTES = 1 << 16
+
 
 class CollectiveTransport:
     """Chunks over ``torch.distributed.batch_isend_irecv`` within ``group``."""
@@ -51,14 +53,17 @@ class CollectiveSession:
     def post(self, sends: list[Message], receives: list[Message]) -> None:
         if not sends and not receives:
             return
-        # Receives first: gloo tells the sender that it is ready, and that message must not queue behind our own data.
         group, tag = self._group, self._ticket.tag
         first = (sends or receives)[0]
+        # Receives first: gloo tells the sender that it is ready, and that message must not queue behind our own data.
+        # Where that is little, sends first: a peer that is told to send while its own thread is about to locks it out.
+        small = first.buffer.nbytes <= _SMALL_BYTES
         try:
             if first.buffer.is_cpu:  # nothing is coalesced there, and half of the time would go into finding that out
                 self._watch = watch_of(group)
+                leaving = [group.send([m.buffer], m.transfer.target, tag) for m in sends] if small else []
                 works = [group.recv([m.buffer], m.transfer.source, tag) for m in receives]
-                works += [group.send([m.buffer], m.transfer.target, tag) for m in sends]
+                works += leaving or [group.send([m.buffer], m.transfer.target, tag) for m in sends]
             else:
                 ops = [dist.P2POp(dist.irecv, m.buffer, None, group, tag, m.transfer.source) for m in receives]
                 ops += [dist.P2POp(dist.isend, m.buffer, None, group, tag, m.transfer.target) for m in sends]

@@ -1,0 +1,69 @@
+"""Calls like ones that have been checked and planned before: what depends on sizes and options alone is looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..overlap.agreement import per_group
+from ..overlap.figures import Figures
+from ..overlap.planner import Plan, max_workspace_bytes
+
+_Known = tuple[Plan, tuple[Any, ...]]
+#: More kinds than this on one group mean lengths that never come again: those are forgotten.
+_MOST_KINDS = 1024
+
+
+@per_group
+def _known_of(group: ProcessGroup) -> dict[tuple[Any, ...], _Known]:
+    return {}
+
+
+class Met:
+    """One kind of call on one group: its plan and place, if it has been met before."""
+
+    __slots__ = ("_all", "_key", "known")
+
+    def __init__(self, group: ProcessGroup, key: tuple[Any, ...]):
+        self._all, self._key = _known_of(group), key
+        self.known = self._all.get(key)
+
+    @staticmethod
+    def before(
+        group: ProcessGroup | None, figures: Mapping[str, Figures] | None, options: tuple[Any, ...], *operands: object
+    ) -> Met | None:
+        """None where nothing can be looked up: without a group, under torch.compile or autocast.
+
+        Operands are tensors, None or sequences of such; whatever else there is among them, or of a kind that cannot be
+        compared, is for the checks to refuse.
+        """
+        if group is None or figures is None or torch.compiler.is_compiling():
+            return None
+        try:
+            # The type too: True is equal to 1.
+            key: list[Any] = [max_workspace_bytes(), *options, *map(type, options)]
+            for operand in operands:
+                several: Any = (operand,)
+                if operand is not None and not isinstance(operand, Tensor):
+                    several = operand
+                    key.append(len(several))
+                for one in several:
+                    key += (None,) if one is None else (one.shape, one.dtype, one.device, one.requires_grad)
+            device: torch.device = operands[0].device  # type: ignore[attr-defined]
+            if torch.is_autocast_enabled(device.type):
+                return None
+            key.append(figures["cpu" if device.type == "cpu" else "cuda"])
+            return Met(group, tuple(key))
+        except (AttributeError, TypeError):
+            return None
+
+    def remember(self, settled: Plan, where: tuple[Any, ...]) -> None:
+        """The call has been checked and planned. Whether the other engines can run may change from call to call."""
+        if settled.engine in ("single", "collective"):
+            if len(self._all) >= _MOST_KINDS:
+                self._all.clear()
+            self._all[self._key] = (settled, where)
