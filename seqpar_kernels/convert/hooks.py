@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..functional import gather_sequence, replicated, scatter_sequence
 from ..nn.pending import settled
@@ -19,6 +20,10 @@ from .pretrained import refuse_adapters
 from .shard_check import Kind, ShardCheck, is_shard, mark
 
 Place = tuple[nn.Module, str]  # a module's parent, and its name there
+_BY_PRODUCTS = {
+    "output_hidden_states": "hidden states of a sequence-parallel model are shards",
+    "output_attentions": "attention weights of a tensor-parallel model are those of this rank's heads",
+}
 
 
 def install_hooks(model: nn.Module, conversion: Conversion) -> None:
@@ -65,10 +70,9 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
             if "peft_config" in vars(module):  # peft has been here since
                 refuse_adapters(module, conversion.styles)
         config = getattr(module, "config", None)
-        if kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False)):
-            raise ValueError(
-                "output_hidden_states: expected False, the hidden states of a sequence-parallel model are shards"
-            )
+        for asked, what in _BY_PRODUCTS.items():
+            if kwargs.get(asked, getattr(config, asked, False)):
+                raise ValueError(f"{asked}: expected False, the {what}")
         if torch.is_grad_enabled():
             trained = [param for param in conversion.replicated if param.requires_grad]
             tensors = replicated(trained, region.group) if trained else []  # type: ignore[arg-type]
@@ -93,6 +97,8 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
             conversion.check.stop()
             conversion.check.check_output(output)
             conversion.checked.add(module.training)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _return_to_this_forward(output, conversion)
 
     def cleanup(module: nn.Module, *_: Any) -> None:
         if region.summed:  # kept, like seq_len: a recomputation in the backward needs them
@@ -108,6 +114,24 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(finished)
     model.register_forward_hook(cleanup, always_call=True)
+
+
+def _return_to_this_forward(output: Any, conversion: Conversion) -> None:
+    """Let what a recomputation in the backward reads be this forward's, were there others in between.
+
+    The backward comes to an output before anything of its forward, and has done all that is later by then.
+    """
+    region, crossing = conversion.region, conversion.crossing
+    seq_len, deferring, summed = region.seq_len, region.deferring, region.summed
+
+    def hook(grad: Tensor) -> None:
+        conversion.crossing = crossing
+        region.seq_len, region.deferring = seq_len, deferring
+        region.kept = summed
+
+    for leaf in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaf.register_hook(hook)
 
 
 def _inside_compile() -> bool:

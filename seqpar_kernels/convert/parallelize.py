@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..checks import check_divides
 from ..layout import Group
 from ..nn import ColumnParallelLinear, Region, SharedGather, SplitRMSNorm
 from ..nn.linear import _linear_features
@@ -22,7 +24,7 @@ from .conversion import Conversion, conversion_of
 from .derive import PROVEN, derive_plan
 from .hooks import install_hooks
 from .loss import ends_of, install
-from .modules import convert, converted_norm, cut_parameters
+from .modules import converted, converted_norm, cut_parameters
 from .plans import HANDLING, ParallelPlan, built_in_plan, checked_plan, matches, parse_style
 from .presented import cut_whole_tensors, cuts_of, present_parameters, shard_specs
 from .pretrained import answer_for_ranks, refuse_adapters
@@ -80,12 +82,14 @@ def parallelize(
         refuse_adapters(model)
         settled = checked_plan(plan) if plan is not None else _own_plan(model, region.ranks)
         conversion = _resolve(model, settled, region)
+        _check_fields(model, settled, region.ranks)
         _check_sizes(model, settled, conversion)
         _check_ties(model, conversion)
         ends = ends_of(model, conversion) if loss_parallel else None
         if agreement is not None:
+            how = f"seq_dim={region.seq_dim}, engine={engine!r}, loss_parallel={bool(loss_parallel)}"
             call = f"parallelize number {agreement.conversions} of {type(model).__name__}"
-            agreement.require(f"{call} with {_digest(model)}")
+            agreement.require(f"{call}, {how}, plan {_short_hash(repr(settled))}, with {_digest(model)}")
     conversion.trusted = plan is None and getattr(getattr(model, "config", None), "model_type", None) in PROVEN
     conversion.snapshot = Snapshot(model)
     for _, module, attribute in _divided(model, settled):
@@ -97,8 +101,12 @@ def parallelize(
     for pattern, names in settled.cut.items():
         for _, module in _matching(model, pattern):
             cut_parameters(module, names, region)
+    places = _places(model)
     for name, style in conversion.styles.items():
-        convert(model, name, style, conversion, engine)
+        old = model.get_submodule(name)
+        new = converted(old, name, style, conversion, engine)
+        for parent, child in places[old] if new is not old else ():
+            setattr(parent, child, new)
     _share_gathers(model, settled, conversion)
     install_hooks(model, conversion)
     if ends is not None:
@@ -162,6 +170,16 @@ def _matching(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]
     return ((name, module) for name, module in model.named_modules() if matches(pattern, name))
 
 
+def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """module -> every (parent, name) that holds it: one norm may serve twice."""
+    found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for child, module in parent._modules.items():
+            if module is not None:
+                found.setdefault(module, []).append((parent, child))
+    return found
+
+
 def _divided(model: nn.Module, plan: ParallelPlan) -> Iterator[tuple[str, nn.Module, str]]:
     """Every attribute that counts what is cut: (module name, module, attribute)."""
     for pattern, attributes in plan.divided.items():
@@ -185,6 +203,40 @@ def _set_count(module: Any, attribute: str, value: int) -> None:
     setattr(module, name, value)
 
 
+def _check_fields(model: nn.Module, plan: ParallelPlan, ranks: int) -> None:
+    """What the plan says besides styles is there: an attribute that is missed stays that of all heads."""
+    for field in ("divided", "assigned", "cut", "scattered"):
+        names: Iterable[str]
+        for pattern, names in getattr(plan, field).items():
+            found = list(_matching(model, pattern))
+            if not found:
+                raise ValueError(f"plan.{field}[{pattern!r}]: matches no module of {type(model).__name__}")
+            for name, module in found:
+                for wanted in names:
+                    _check_field(f"plan.{field}[{pattern!r}]", name, module, wanted, field, ranks)
+    for attribute in plan.heads:
+        if not isinstance(getattr(getattr(model, "config", None), attribute, None), int):
+            raise ValueError(f"plan.heads: expected integer attributes of model.config, it has no {attribute!r}")
+
+
+def _check_field(where: str, name: str, module: nn.Module, wanted: str, field: str, ranks: int) -> None:
+    if field == "scattered":
+        if wanted not in inspect.signature(module.forward).parameters:
+            raise ValueError(f"{where}: {name}.forward has no argument {wanted!r}")
+    elif field == "cut":
+        param = module._parameters.get(wanted)
+        if param is None or param.dim() == 0:
+            raise ValueError(f"{where}: {name} has no parameter {wanted!r} with an entry for each head")
+        check_divides(f"{name}.{wanted}", param.shape[0], ranks, "its first dimension")
+    else:
+        try:
+            count = _count(module, wanted)
+        except AttributeError:
+            count = None  # type: ignore[assignment]
+        if not isinstance(count, int):
+            raise ValueError(f"{where}: {name} has no integer attribute {wanted!r}")
+
+
 def _check_sizes(model: nn.Module, plan: ParallelPlan, conversion: Conversion) -> None:
     """Everything that must divide does, and every module is of a kind its style can convert."""
     ranks = conversion.region.ranks
@@ -205,11 +257,19 @@ def _check_sizes(model: nn.Module, plan: ParallelPlan, conversion: Conversion) -
         kept = ("sequence", "tensor_parallel", "own_parameters", "replicated")
         if style not in kept and any(getattr(module, kind) for kind in hooks):
             raise ValueError(f"{name}: has hooks that the conversion would drop; register them after parallelize")
-        if style in ("colwise", "rowwise"):
+        if style in ("colwise", "rowwise", "shared_heads"):
             try:
                 features_in, features_out, _ = _linear_features(module)
             except ValueError as error:
                 raise ValueError(f"{name}: style {style!r}: {error}") from error
+            if style == "shared_heads":
+                heads: Any = conversion.sections[name]
+                if ranks % heads or features_out % heads:
+                    raise ValueError(
+                        f"{name}: style 'shared_heads:{heads}' takes a divisor of the {ranks} ranks and of the "
+                        f"{features_out} output features"
+                    )
+                continue
             label, size = ("out_features", features_out) if style == "colwise" else ("in_features", features_in)
             check_shardable(f"{name}.{label}", size, ShardSpec(0, conversion.sections[name]), ranks)
         elif style == "dropout" and not isinstance(module, nn.Dropout):
@@ -240,11 +300,15 @@ def _check_ties(model: nn.Module, conversion: Conversion) -> None:
 @torch.no_grad()
 def _digest(model: nn.Module) -> str:
     """A text that differs where names, shapes, dtypes or values of the parameters differ."""
-    digest = hashlib.sha256()
+    found = []
     for name, param in model.named_parameters():
         value = "meta" if param.is_meta else param.double().sum().item()
-        digest.update(f"{name} {tuple(param.shape)} {param.dtype} {param.requires_grad} {value!r};".encode())
-    return f"weights {digest.hexdigest()[:16]}: seed the ranks alike or load the same checkpoint"
+        found.append(f"{name} {tuple(param.shape)} {param.dtype} {param.requires_grad} {value!r};")
+    return f"weights {_short_hash(''.join(found))}: seed the ranks alike or load the same checkpoint"
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _share_gathers(model: nn.Module, plan: ParallelPlan, conversion: Conversion) -> None:
