@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 from torch.utils._pytree import tree_leaves
 
 from ..functional import gather_sequence, replicated, scatter_sequence
@@ -58,6 +59,9 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
         return
     dropouts = list(head_dropouts(model, region))
     blocks = list(_blocks(model, conversion))
+    paths = [name.split(".") for name, style in conversion.styles.items() if style == "rowwise"]
+    prefixes = {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)}
+    around = [model.get_submodule(prefix) for prefix in sorted(prefixes)]  # rowwise layers, and what holds them
     for _, block, _ in blocks:
         block.register_forward_hook(_settle_hook(conversion))
 
@@ -66,7 +70,9 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
         region.seq_len = None
         if not torch.compiler.is_compiling():  # both stay: a recomputation in the backward must do the same
             conversion.crossing = conversion.trusted and all(_is_plain(*block) for block in blocks)
-            region.deferring = torch.is_grad_enabled()
+            # The autograd function that serves backward hooks takes a waiting sum for a leaf.
+            served = _hooked_everywhere() or any(m._backward_hooks or m._backward_pre_hooks for m in around)
+            region.deferring = None if served else torch.is_grad_enabled()
             if "peft_config" in vars(module):  # peft has been here since
                 refuse_adapters(module, conversion.styles)
         config = getattr(module, "config", None)
@@ -114,6 +120,10 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(finished)
     model.register_forward_hook(cleanup, always_call=True)
+
+
+def _hooked_everywhere() -> bool:
+    return bool(module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks)
 
 
 def _return_to_this_forward(output: Any, conversion: Conversion) -> None:

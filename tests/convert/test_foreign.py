@@ -193,3 +193,47 @@ def attentions_case() -> None:
 
 def test_attention_weights_of_some_heads_are_refused(world2: World) -> None:
     world2.run(attentions_case)
+
+
+def arguments_case() -> None:
+    g = group()
+
+    def refused(message: str, model: Any, *args: Any, **options: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            sp.parallelize(model, g, *args, **options)
+
+    refused("model: expected a torch.nn.Module, got 3", 3)
+    refused("seq_dim: expected a dimension other than the last, or None, got 'a'", llama(), seq_dim="a")
+    refused("seq_dim: expected a dimension other than the last, or None, got -1", llama(), seq_dim=-1)
+    refused("loss_parallel: expected True or False, got 'yes'", llama(), loss_parallel="yes")
+    refused(r"plan\['norm'\]: expected a name pattern and its styles as text, got 3", llama(), {"norm": 3})
+    with torch.device("meta"):
+        model = llama()
+    refused("model.embed_tokens.weight is on the meta device; materialise it first", model)
+    assert type(model.model.norm).__name__ == "LlamaRMSNorm"  # type: ignore[union-attr]
+
+
+def test_arguments_are_checked(world2: World) -> None:
+    world2.run(arguments_case)
+
+
+def backward_hooks_case() -> None:
+    """Hooks of the user's around a row-parallel layer: on its output, and on gradients."""
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    plain: Any = gpt2(**off)
+    model: Any = sp.parallelize(gpt2(**off), group())
+    ids = torch.randint(VOCAB, (2, 9))
+    for _ in range(2):  # without, then with
+        for m in (plain, model):
+            m.zero_grad()
+            m(ids, labels=ids).loss.backward()
+        expected = {name: param.grad for name, param in plain.named_parameters()}
+        assert_same_gradients(sp.gather_full_gradients(model), expected)
+        for m in (plain, model):
+            block = m.transformer.h[0]
+            block.attn.c_proj.register_forward_hook(lambda module, args, out: out * 1.5)
+            block.mlp.register_full_backward_hook(lambda module, into, out: (into[0] * 2,))
+
+
+def test_hooks_around_a_rowwise_layer(world2: World) -> None:
+    world2.run(backward_hooks_case)
