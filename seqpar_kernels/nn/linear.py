@@ -110,11 +110,19 @@ def _linear_features(module: nn.Module) -> tuple[int, int, bool]:
         ValueError: none of them.
     """
     if isinstance(module, nn.Linear):
+        if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+            raise ValueError(f"module: expected torch.nn.Linear with its own forward, got {type(module).__name__}")
+        if module._parameters.get("weight") is None:
+            raise ValueError(
+                f"module: expected a weight that is a parameter, got {type(module).__name__}, which computes it "
+                "(torch.nn.utils.parametrize.remove_parametrizations makes it one)"
+            )
         return module.in_features, module.out_features, False
     if isinstance(module, _ParallelLinear) and module.region.ranks == 1:
         return module.in_features, module.out_features, module.transposed
     weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+    own_forward = "forward" not in vars(module)
+    if type(module).__name__ == "Conv1D" and own_forward and isinstance(weight, nn.Parameter) and weight.dim() == 2:
         return weight.shape[0], weight.shape[1], True
     raise ValueError(f"module: expected torch.nn.Linear or transformers' Conv1D, got {type(module).__name__}")
 

@@ -78,3 +78,29 @@ def recompute_case(kind: str) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_recompute(world2: World, kind: str) -> None:
     world2.run(recompute_case, kind)
+
+
+def several_case(kind: str, reentrant: bool, lengths: tuple[int, int]) -> None:
+    """Two forwards before one backward, and one without gradients behind them: each is recomputed as it was."""
+    first, second = (torch.randint(VOCAB, (2, length)) for length in lengths)
+    found = []
+    for checkpointing in (False, True):
+        model = sp.parallelize(MODELS[kind](), group(), loss_parallel=True).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(5)
+        loss = model(first, labels=first).loss + 2 * model(second, labels=second).loss
+        with torch.no_grad():
+            model(second[:, :3])
+        loss.backward()
+        found.append(sp.gather_full_gradients(model))
+    assert_same_gradients(found[1], found[0])
+
+
+@pytest.mark.parametrize("lengths", [(13, 16), (9, 11), (12, 9)])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_several_forwards_before_a_backward(
+    world2: World, kind: str, reentrant: bool, lengths: tuple[int, int]
+) -> None:
+    world2.run(several_case, kind, reentrant, lengths)
