@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import gather_sequence, replicated, scatter_sequence
+from ..nn.embedded import EmbeddedRows
 from ..nn.pending import settled
 from ..nn.region import mark_entrance, show_whole
 from .conversion import Conversion
@@ -175,7 +176,7 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         length = x.shape[region.seq_dim]
         # Only where it is needed: a recomputation during backward must not find the length of a later forward.
         region.seq_len = length if length % region.ranks else None
-        shard = scatter_sequence(x, region.group, region.seq_dim)
+        shard = x.rows() if isinstance(x, EmbeddedRows) else scatter_sequence(x, region.group, region.seq_dim)
         if not torch.compiler.is_compiling():
             mark_entrance(shard)
         if conversion.check is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..functional import (
     vocab_parallel_linear_cross_entropy,
 )
 from ..layout import Group
+from .embedded import EmbeddedRows
 from .region import Region
 from .sharding import ShardSpec, local_part
 
@@ -34,6 +36,12 @@ class VocabParallelEmbedding(nn.Module):
         padding_idx: the entry that starts as zeros and gets no gradient.
         group, seq_dim: where the sequence of the result is sharded.
         whole_output: give the whole sequence on every rank instead of a shard.
+
+    Attributes:
+        whole_needed: set in converted models, with ``whole_output``: asked in each forward why the result has to be
+            whole at once. Where it gives None the result is an :class:`.embedded.EmbeddedRows`.
+        scattered: whether the last forward gave a shard and nothing else; None: there was none.
+        taken_whole_by: what took the whole tensor in the last forward that did not.
     """
 
     weight: nn.Parameter
@@ -59,6 +67,9 @@ class VocabParallelEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
         self.padding_idx, self.whole_output = module.padding_idx, whole_output
         self.region = region
+        self.whole_needed: Callable[[], str | None] | None = None
+        self.scattered: bool | None = None
+        self.taken_whole_by = ""
         self.sharded = {"weight": ShardSpec(0, size=self.num_embeddings)}
         self.weight = _vocabulary_part(module.weight, self.num_embeddings, region)
 
@@ -80,15 +91,30 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[..., S, ...] -> [..., S/t, ..., H]"""
-        return vocab_parallel_embedding(
+        taken_by = self._taken_by() if self.whole_output else None
+        standing_in = self.whole_output and taken_by is None
+        self.scattered, self.taken_whole_by = taken_by is None, taken_by or ""
+        out = vocab_parallel_embedding(
             ids,
             self.weight,
             group=self.region.group,
             seq_dim=self.region.seq_dim,
             vocab_size=self.num_embeddings,
             padding_idx=self.padding_idx,
-            whole_output=self.whole_output,
+            whole_output=self.whole_output and not standing_in,
         )
+        if not standing_in:
+            return out
+        seq_dim = self.region.seq_dim
+        return EmbeddedRows(out, ids.shape[seq_dim + 1 if seq_dim < 0 else seq_dim], self)
+
+    def _taken_by(self) -> str | None:
+        """What is known to need the whole tensor."""
+        if self.region.group is None or self.whole_needed is None:
+            return "the model"
+        if torch.compiler.is_compiling():  # a tensor that only looks whole would break the graph
+            return "torch.compile"
+        return self.whole_needed()
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
