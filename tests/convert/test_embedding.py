@@ -15,7 +15,20 @@ import seqpar_kernels as sp
 from seqpar_kernels.overlap import pipeline
 
 from ..world import World
-from .models import MODELS, VOCAB, assert_same_gradients, assert_same_loss, group, llama
+from .models import MODELS, VOCAB, assert_same_gradients, assert_same_loss, group, llama, transformers
+
+
+def gemma(**options: Any) -> nn.Module:
+    """Its embedding multiplies by sqrt(H); dropout nowhere."""
+    torch.manual_seed(3)
+    config = transformers.GemmaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=4, pad_token_id=0, **options,
+    )  # fmt: skip
+    return transformers.GemmaForCausalLM(config)
+
+
+EMBEDDINGS: dict[str, Callable[..., nn.Module]] = {**MODELS, "gemma": gemma}
 
 
 class Collectives:
@@ -49,7 +62,7 @@ def row_of(model: Any) -> Any:
 
 def exact_case(kind: str, tied: bool, length: int) -> None:
     ids = torch.randint(VOCAB, (3, length))
-    build = MODELS[kind]
+    build = EMBEDDINGS[kind]
     whole = sp.parallelize(build(tie_word_embeddings=tied), None)
     expected = trained(whole, ids)
     found = []
@@ -79,7 +92,7 @@ def exact_case(kind: str, tied: bool, length: int) -> None:
 
 @pytest.mark.parametrize("length", [16, 13, 3])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", EMBEDDINGS)
 def test_gives_what_the_sum_over_the_ranks_gives(world: World, kind: str, tied: bool, length: int) -> None:
     world.run(exact_case, kind, tied, length)
 
@@ -179,3 +192,21 @@ def sharded_case(blocks: bool) -> None:
 @pytest.mark.parametrize("blocks", [False, True])
 def test_behind_fully_shard(world4: World, blocks: bool) -> None:
     world4.run(sharded_case, blocks)
+
+
+class Other(nn.Embedding):
+    """Says it scales, and does something else."""
+
+    embed_scale = 2.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale + 1
+
+
+def test_a_forward_of_ones_own_is_taken_by_what_it_computes() -> None:
+    with pytest.raises(ValueError, match="one that multiplies by its embed_scale, got Other"):
+        sp.VocabParallelEmbedding.from_torch(Other(VOCAB, 8))
+    ids = torch.randint(VOCAB, (2, 5))
+    embedding: Any = gemma().get_input_embeddings()
+    ours = sp.VocabParallelEmbedding.from_torch(embedding)
+    assert torch.equal(ours(ids), embedding(ids)) and ours.state_dict().keys() == embedding.state_dict().keys()
