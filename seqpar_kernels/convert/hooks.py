@@ -12,6 +12,7 @@ from torch.nn.modules import module as module_hooks
 from torch.utils._pytree import tree_leaves
 
 from ..functional import gather_sequence, scatter_sequence
+from ..nn.embedded import EmbeddedRows
 from ..nn.pending import settled
 from ..nn.region import mark_entrance, show_whole
 from .conversion import Conversion
@@ -76,23 +77,11 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
             if "peft_config" in vars(module):  # peft has been here since
                 refuse_adapters(module, conversion.styles)
         config = getattr(module, "config", None)
-<<<<<<< HEAD
-        if kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False)):
-            raise ValueError(
-                "output_hidden_states: expected False, the hidden states of a sequence-parallel model are shards"
-            )
-        if not torch.compiler.is_compiling():
-            region.sum_together(conversion.replicated)
-=======
         for asked, what in _BY_PRODUCTS.items():
             if kwargs.get(asked, getattr(config, asked, False)):
                 raise ValueError(f"{asked}: expected False, the {what}")
-        if torch.is_grad_enabled():
-            trained = [param for param in conversion.replicated if param.requires_grad]
-            tensors = replicated(trained, region.group) if trained else []  # type: ignore[arg-type]
-            region.summed = dict(zip(trained, tensors, strict=True))  # type: ignore[arg-type]
-            region.summed.update((p, p) for p in conversion.replicated if not p.requires_grad)
->>>>>>> 6d027234a4320288f78c7b01acc97509f9825638
+        if not torch.compiler.is_compiling():
+            region.sum_together(conversion.replicated)
         if module.training in conversion.checked:
             return
         if torch.compiler.is_compiling() or _inside_compile():
@@ -220,7 +209,7 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         length = x.shape[region.seq_dim]
         # Only where it is needed: a recomputation during backward must not find the length of a later forward.
         region.seq_len = length if length % region.ranks else None
-        shard = scatter_sequence(x, region.group, region.seq_dim)
+        shard = x.rows() if isinstance(x, EmbeddedRows) else scatter_sequence(x, region.group, region.seq_dim)
         if torch.compiler.is_compiling():
             # Here and not before the model: torch.compile traces hooks of the outermost module as graphs of their own.
             region.sum_together(conversion.replicated)
