@@ -12,7 +12,7 @@ from torch._dynamo.backends.registry import lookup_backend
 import seqpar_kernels as sp
 
 from ..world import World
-from .models import VOCAB, assert_same_gradients, assert_same_loss, gpt2, group, llama
+from .models import VOCAB, assert_same_gradients, assert_same_loss, gpt2, group
 
 pytest.importorskip("transformers")
 
