@@ -156,7 +156,7 @@ def opcheck_case() -> None:
     x, w, main_grad = torch.randn(2, 4, K), torch.randn(3, K), torch.randn(3, K)
     dy, wide, short = torch.randn(2, 4 * t, 3), torch.randn(2, 4 * t, K), torch.randn(2, 4, 3)
     wants = (True, [True, True], [True, True])
-    column = (x, [dy, dy], [w, w], *wants, *place, [main_grad, None])
+    column = (x, [dy, dy], [w, w], *wants, False, *place, [main_grad, None])
     check(ops.all_gather_linear_backward_into.default, column)
     row = (short, wide, w, torch.float32, True, True, True, *place, main_grad)
     check(ops.linear_reduce_scatter_backward_into.default, row)
