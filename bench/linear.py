@@ -101,7 +101,7 @@ def measure(session: Session, job: LinearJob, chunks: Sequence[int], network: Ne
     }
     title = f"linear {job.op} {job.s}x{job.k}x{job.f} {job.dtype} {job.ranks} ranks"
     rate = settle_rate(session, job, order, network, title) if network is not None else None
-    session.progress.plan(len(chunks) + 1 + len(peers) + 3)
+    session.progress.plan(len(chunks) + 1 + (job.op == OPS[0]) + len(peers) + 3)
     answers = run_ranks(
         "bench.linear_rank:run",
         order,
@@ -137,8 +137,10 @@ def stats_of(answers: list[dict[str, Any]], name: str) -> Stats:
 
 
 def own_params(name: str) -> dict[str, Any]:
-    """``ours/4`` is ours in 4 chunks, ``ours/peer`` ours on that engine."""
+    """``ours/4`` is ours in 4 chunks, ``ours/peer`` ours on that engine, ``ours/kept`` keeps the gathered x."""
     text = name.removeprefix("ours/")
+    if text == "kept":
+        return {"save_gathered": True}
     return {"chunks": int(text)} if text.isdigit() else {"engine": text}
 
 

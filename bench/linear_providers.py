@@ -155,6 +155,11 @@ def by_hand(case: LinearCase, group: dist.ProcessGroup) -> tuple[Forward, Tensor
     return lambda x: fn.apply(x, case.weight, group), case.weight
 
 
+def ours_keeping(case: LinearCase, group: dist.ProcessGroup) -> tuple[Forward, Tensor]:
+    """Ours with the gathered x kept, as DTensor keeps it: no second gather, and t times the bytes."""
+    return lambda x: sp.all_gather_linear(x, case.weight, group=group, save_gathered=True), case.weight
+
+
 def ours(
     case: LinearCase, group: dist.ProcessGroup, chunks: int | None = None, engine: str = "auto"
 ) -> tuple[Forward, Tensor]:

@@ -25,6 +25,7 @@ from .linear_providers import (
     make_case,
     megatron,
     ours,
+    ours_keeping,
     symmetric_memory,
 )
 from .providers import Absent
@@ -52,6 +53,8 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
     builders = {f"ours/{c}" if c else "ours": partial(ours, chunks=c) for c in [None, *job["chunks"]]}
     if device == "cuda":
         builders.update({f"ours/{engine}": partial(ours, engine=engine) for engine in ("peer", "fused")})
+    if job["op"] == OPS[0]:
+        builders["ours/kept"] = ours_keeping
     builders.update({name: PEERS[name] for name in job["peers"]})
     for name, build in builders.items():
         step(f"check {name}")

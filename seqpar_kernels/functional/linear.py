@@ -55,6 +55,7 @@ def all_gather_linear(
     engine: str = "auto",
     seq_len: int | None = None,
     main_grad: Tensor | None = None,
+    save_gathered: bool = False,
 ) -> Tensor: ...
 
 
@@ -70,6 +71,7 @@ def all_gather_linear(
     engine: str = "auto",
     seq_len: int | None = None,
     main_grad: Sequence[Tensor | None] | None = None,
+    save_gathered: bool = False,
 ) -> tuple[Tensor, ...]: ...
 
 
@@ -84,10 +86,12 @@ def all_gather_linear(
     engine: str = "auto",
     seq_len: int | None = None,
     main_grad: Tensor | Sequence[Tensor | None] | None = None,
+    save_gathered: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """``linear(all_gather(x), weight, bias)``, the gather hidden behind the matmul (column-parallel linear).
 
-    The backward gathers ``x`` again under dgrad and reduce-scatters dx under wgrad; only the local shard is kept.
+    The backward gathers ``x`` again under dgrad and reduce-scatters dx under wgrad; only the local shard is kept
+    (unless ``save_gathered``).
 
     Args:
         x: [..., S/t, ..., K], this rank's shard of the sequence.
@@ -104,6 +108,10 @@ def all_gather_linear(
             the weight's gradient to it, accumulated in that dtype, and leaves ``weight.grad`` alone (Megatron's
             ``gradient_accumulation_fusion``). Not under torch.compile. On CPU 16-bit factors are widened for it, which
             takes longer than their own matmul.
+        save_gathered: keep the gathered ``x`` for the backward, which then does not gather it again: one exchange the
+            fewer for t times the bytes, all of [..., S, ..., K] on every rank where there was a shard. Worth it where
+            the wire takes longer than the matmul and memory is to spare. Nothing is kept where no weight wants a
+            gradient.
 
     Returns:
         [..., S, ..., N/t], or a tuple of such.
@@ -112,7 +120,8 @@ def all_gather_linear(
         ValueError: shapes, dtypes, devices or options that do not fit, by name.
         RuntimeError: ranks that disagree, a peer that failed.
     """
-    return planned_all_gather_linear(x, weight, bias, group, seq_dim, chunks, engine, seq_len, None, main_grad)[0]
+    plan_by = (group, seq_dim, chunks, engine, seq_len)
+    return planned_all_gather_linear(x, weight, bias, *plan_by, None, main_grad, save_gathered)[0]
 
 
 def planned_all_gather_linear(
@@ -126,8 +135,12 @@ def planned_all_gather_linear(
     seq_len: int | None,
     recipe: NormRecipe | None = None,
     main_grad: Tensor | Sequence[Tensor | None] | None = None,
+    save_gathered: bool = False,
 ) -> tuple[Any, Plan]:
-    """:func:`all_gather_linear` and the plan it ran by. With a ``recipe`` x is not kept but made again from it."""
+    """:func:`all_gather_linear` and the plan it ran by. With a ``recipe`` x is not kept but made again from it.
+
+    ``save_gathered`` comes before a recipe.
+    """
     pg = resolve_group(group)
     figures = None if pg is None else figures_of(pg)
     several = isinstance(weight, Iterable) and not isinstance(weight, Tensor)
@@ -160,7 +173,12 @@ def planned_all_gather_linear(
         if met is not None:
             met.remember(settled, where)
     into = torch.is_grad_enabled() and any(m is not None for m in main_grads)
-    if recipe is not None:
+    keep = save_gathered and pg is not None and torch.is_grad_enabled() and any(w.requires_grad for w in weights)
+    if keep and into:
+        outs = ops.all_gather_linear_into(main_grads, x, weights, biases, *where, keep=True)[:-1]
+    elif keep:
+        outs = ops.all_gather_linear_keeping(x, weights, biases, *where)[:-1]
+    elif recipe is not None:
         z, norm_weight, norm_bias, kind, *scalars = recipe
         args = (x, z, norm_weight, norm_bias, int(kind), *scalars, weights, biases, *where)
         outs = ops.all_gather_linear_of_norm_into(main_grads, *args) if into else ops.all_gather_linear_of_norm(*args)

@@ -153,6 +153,7 @@ class ColumnParallelLinear(_ParallelLinear):
         accumulate_into_main_grad: the weight's gradient is added to ``weight.main_grad`` (float32, allocated by whoever
             reduces gradients, as Megatron's DDP does) and not to ``weight.grad``. Where the weight has an attribute
             ``grad_added_to_main_grad`` it becomes True, and ``weight.grad`` a placeholder for hooks to find.
+        save_gathered: see :func:`seqpar_kernels.all_gather_linear`. May also be set later, on converted layers too.
 
     Raises:
         ValueError: N is not a multiple of sections * t.
@@ -173,11 +174,13 @@ class ColumnParallelLinear(_ParallelLinear):
         sections: Sections = 1,
         transposed: bool = False,
         accumulate_into_main_grad: bool = False,
+        save_gathered: bool = False,
     ):
         sharded = _column_sharding(transposed, sections)
         super().__init__(in_features, out_features, sharded, group, seq_dim, chunks, engine, transposed)
         self._alone()
         self.accumulate_into_main_grad = accumulate_into_main_grad
+        self.save_gathered = save_gathered
         self._initialise(bias, device, dtype)
 
     @classmethod
@@ -201,6 +204,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
     def _alone(self) -> None:
         self.shared_gather: SharedGather | None = None
+        self.save_gathered = False
         self.input_is_whole = False  # the sequence has been gathered where it entered the module around this one
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
@@ -218,7 +222,9 @@ class ColumnParallelLinear(_ParallelLinear):
         out: Tensor
         plan_by = (group, region.seq_dim, self.chunks, self.engine, None if group is None else seq_len)
         weight, bias = self.operands()
-        out, self.ran = planned_all_gather_linear(x, weight, bias, *plan_by, main_grad=self._main_grad())
+        out, self.ran = planned_all_gather_linear(
+            x, weight, bias, *plan_by, main_grad=self._main_grad(), save_gathered=self.save_gathered
+        )
         return out
 
 
@@ -378,7 +384,10 @@ class SharedGather:
             weights, biases = zip(*(member.operands() for member in self.members), strict=True)
             plan_by = (region.group, region.seq_dim, module.chunks, module.engine, seq_len)
             main_grads = [member._main_grad() for member in self.members]
-            outs, ran = planned_all_gather_linear(x, weights, biases, *plan_by, main_grad=main_grads)
+            save = any(member.save_gathered for member in self.members)
+            outs, ran = planned_all_gather_linear(
+                x, weights, biases, *plan_by, main_grad=main_grads, save_gathered=save
+            )
             for member in self.members:
                 member.ran = ran
             self._input, self._state = x, state

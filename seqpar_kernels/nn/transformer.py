@@ -266,8 +266,9 @@ class TransformerLayer(nn.Module):
         for together in [linears] if self.share_gather else [[linear] for linear in linears]:
             weights, biases = zip(*(linear.operands() for linear in together), strict=True)
             main_grads = [linear._main_grad() for linear in together]
+            save = any(linear.save_gathered for linear in together)
             found, ran = planned_all_gather_linear(
-                y, weights, biases, group, seq_dim, self.chunks, self.engine, seq_len, recipe, main_grads
+                y, weights, biases, group, seq_dim, self.chunks, self.engine, seq_len, recipe, main_grads, save
             )
             outs += found
             for linear in together:

@@ -5,6 +5,7 @@ from .decompositions import decompositions, inductor_fusion
 from .linear import (
     all_gather_linear,
     all_gather_linear_into,
+    all_gather_linear_keeping,
     linear_reduce_scatter,
     linear_reduce_scatter_into,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "activation_linear_reduce_scatter",
     "all_gather_linear",
     "all_gather_linear_into",
+    "all_gather_linear_keeping",
     "all_gather_linear_of_norm",
     "all_gather_linear_of_norm_into",
     "all_reduce",

@@ -42,6 +42,11 @@ def _shape_with(x: Tensor, seq_dim: int, length: int, features: int) -> list[int
     return shape
 
 
+def _rows_here(group: str, seq_len: int) -> int:
+    pg = group_named(group)
+    return SequenceShard(seq_len, group_size(pg), group_rank(pg)).size
+
+
 # --- all_gather_linear -----------------------------------------------------------------------------------------------
 
 
@@ -56,36 +61,59 @@ def _gather_kernel(
     chunks: int,
     engine: str,
 ) -> list[Tensor]:
+    return _gather_linear(x, weights, biases, group, seq_dim, seq_len, chunks, engine, keep=False)[:-1]
+
+
+@without_autocast
+def _gather_keeping_kernel(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *place: Any) -> list[Tensor]:
+    return _gather_linear(x, weights, biases, *place, keep=True)
+
+
+def _gather_linear(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    group: str,
+    seq_dim: int,
+    seq_len: int,
+    chunks: int,
+    engine: str,
+    *,
+    keep: bool,
+) -> list[Tensor]:
+    """linear(all_gather(x)) for each weight; last all rows of x, which are only there for sure if ``keep``."""
     pg = group_named(group)
     if pg is None:
-        return [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+        whole_x = x.clone() if keep else x
+        return [*(torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)), whole_x]
     if engine == "single":
-        return linear_uncut.gather_linear(pg, x, weights, biases, seq_dim, seq_len)[0]
+        return linear_uncut.gather_linear(pg, x, weights, biases, seq_dim, seq_len)
     details = _weights_signature(weights, f"chunks={chunks}", f"engine={engine}")
     call = Call("all_gather_linear", x, seq_dim, seq_len, pg, *details)
     mine = call.mine(x)
     outs = [call.empty_whole(w.shape[0], x) for w in weights]
     exchange = call.exchange(x.shape[-1], x, engine)
     if engine == "fused":
-        waiting.gather_matmul(call, exchange, chunks, mine, weights, biases, outs)
-        return [reshaped(out.data, call.shape(seq_len, out.features)) for out in outs]
+        whole = waiting.gather_matmul(call, exchange, chunks, mine, weights, biases, outs)
+        return [reshaped(out.data, call.shape(seq_len, out.features)) for out in (*outs, whole)]
     window = call.window(chunks, x.shape[-1], x)
     arrived: dict[int, Sequence3D] = {}  # within a window a chunk lives until it has been multiplied
-    if window is None:
-        whole = call.empty_whole(x.shape[-1], x)
+    # Without a bound, or to be kept, chunks lie where they belong in the whole.
+    lasting = keep or window is None
+    whole = call.around(mine) if keep else call.empty_whole(x.shape[-1], x) if lasting else mine
 
     def matmul(step: Compute) -> None:
         if step.start == call.shard.start and step.stop == call.shard.stop:
             source = mine
         else:
-            source = whole if window is None else arrived.pop(step.start)
+            source = whole if lasting else arrived.pop(step.start)
         rows = source.matrices(step.start, step.stop)
         for out, weight, bias in zip(outs, weights, biases, strict=True):
             matmul_into(out.matrices(step.start, step.stop), rows, weight.t(), bias)
 
     def target(transfer: Transfer) -> Tensor:
         start, stop = transfer.rows.start, transfer.rows.stop
-        if window is None:
+        if lasting:
             return whole.window(start, stop)
         arrived[start] = chunk = Sequence3D.empty(call.layout, start, stop, x.shape[-1], x)
         return chunk.data
@@ -97,32 +125,42 @@ def _gather_kernel(
         target=target,
         compute=matmul,
     )
-    return [reshaped(out.data, call.shape(seq_len, out.features)) for out in outs]
+    return [reshaped(out.data, call.shape(seq_len, out.features)) for out in outs] + [
+        reshaped(whole.data, call.shape(seq_len, whole.features)) if keep else x
+    ]
 
 
 def _gather_fake(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    group: str,
-    seq_dim: int,
-    seq_len: int,
-    chunks: int,
-    engine: str,
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], group: str, seq_dim: int, seq_len: int, *plan: Any
 ) -> list[Tensor]:
     return [x.new_empty(_shape_with(x, seq_dim, seq_len, w.shape[0])) for w in weights]
 
 
+def _gather_keeping_fake(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], group: str, seq_dim: int, seq_len: int, *plan: Any
+) -> list[Tensor]:
+    outs = _gather_fake(x, weights, biases, group, seq_dim, seq_len, *plan)
+    return [*outs, x.new_empty(_shape_with(x, seq_dim, seq_len, x.shape[-1]))]
+
+
 class _AllGatherLinear(torch.autograd.Function):
+    """``keep``: all rows of x are kept for the backward, and come back as one more output."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, main_grads: list[Tensor | None], place: tuple[Any, ...], *args: Tensor | None
+        ctx: Any, x: Tensor, main_grads: list[Tensor | None], keep: bool, place: tuple[Any, ...], *args: Tensor | None
     ) -> tuple[Tensor, ...]:
         count = len(main_grads)
         weights, biases = list(args[:count]), list(args[count:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *weights)
         ctx.main_grads, ctx.place = main_grads, place  # not saved: other micro-batches may add to them first
+        ctx.keep = keep
+        if keep:
+            outs = all_gather_linear_keeping.below_autograd(x, weights, biases, *place)
+            ctx.mark_non_differentiable(outs[-1])
+            ctx.save_for_backward(outs[-1], *weights)
+            return tuple(outs)
+        ctx.save_for_backward(x, *weights)
         return tuple(all_gather_linear.below_autograd(x, weights, biases, *place))
 
     @staticmethod
@@ -130,12 +168,13 @@ class _AllGatherLinear(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         main_grads, needs = ctx.main_grads, ctx.needs_input_grad
         count = len(main_grads)
+        grads = grads[:count]
         reached = [grad is not None for grad in grads]
         if not any(reached):
             return (None,) * len(needs)
-        want_dw = [need and hit for need, hit in zip(needs[3 : 3 + count], reached, strict=True)]
-        want_db = [need and hit for need, hit in zip(needs[3 + count :], reached, strict=True)]
-        args = (x, list(grads), weights, needs[0], want_dw, want_db, False, *ctx.place)
+        want_dw = [need and hit for need, hit in zip(needs[4 : 4 + count], reached, strict=True)]
+        want_db = [need and hit for need, hit in zip(needs[4 + count :], reached, strict=True)]
+        args = (x, list(grads), weights, needs[0], want_dw, want_db, ctx.keep, *ctx.place)
         if any(main_grad is not None for main_grad in main_grads):
             out = iter(all_gather_linear_backward_into(*args, main_grads))
         else:
@@ -143,7 +182,7 @@ class _AllGatherLinear(torch.autograd.Function):
         dx = next(out) if needs[0] else None
         dws = [next(out) if want else None for want in returned(want_dw, main_grads)]
         dbs = [next(out) if want else None for want in want_db]
-        return (dx, None, None, *dws, *dbs)
+        return (dx, None, None, None, *dws, *dbs)
 
 
 def returned(want_dw: list[bool], main_grads: list[Tensor | None] | None) -> list[bool]:
@@ -157,12 +196,26 @@ def _gather_autograd(x: Tensor, weights: list[Tensor], biases: list[Tensor | Non
     return all_gather_linear_into([None] * len(weights), x, weights, biases, *place)
 
 
-def all_gather_linear_into(
-    main_grads: list[Tensor | None], x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *place: Any
+def _gather_keeping_autograd(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *place: Any
 ) -> list[Tensor]:
-    """all_gather_linear with gradients of weights added to ``main_grads``; not traceable where there are any."""
+    return all_gather_linear_into([None] * len(weights), x, weights, biases, *place, keep=True)
+
+
+def all_gather_linear_into(
+    main_grads: list[Tensor | None],
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    *place: Any,
+    keep: bool = False,
+) -> list[Tensor]:
+    """all_gather_linear with gradients of weights added to ``main_grads``; not traceable where there are any.
+
+    With ``keep`` it is all_gather_linear_keeping.
+    """
     # Spreads the lists: autograd sees only tensors that are arguments of their own.
-    return list(apply(_AllGatherLinear, x, main_grads, place, *weights, *biases))
+    return list(apply(_AllGatherLinear, x, main_grads, keep, place, *weights, *biases))
 
 
 @without_autocast
@@ -280,7 +333,8 @@ def _gather_backward_fake(
     engine: str,
     main_grads: list[Tensor | None] | None = None,
 ) -> list[Tensor]:
-    out = [x.new_empty(x.shape)] if want_dx else []
+    rows = _rows_here(group, seq_len) if gathered else x.shape[seq_dim]
+    out = [x.new_empty(_shape_with(x, seq_dim, rows, x.shape[-1]))] if want_dx else []
     out += [w.new_empty(w.shape) for w, want in zip(weights, returned(want_dw, main_grads), strict=True) if want]
     return out + [w.new_empty(w.shape[0]) for w, want in zip(weights, want_db, strict=True) if want]
 
@@ -348,9 +402,7 @@ def _scatter_fake(
 
 def scattered_shape(x: Tensor, weight: Tensor, group: str, seq_dim: int, seq_len: int) -> list[int]:
     """[..., S/t, ..., N], our shard of ``linear(x, weight)``."""
-    pg = group_named(group)
-    size = SequenceShard(seq_len, group_size(pg), group_rank(pg)).size
-    return _shape_with(x, seq_dim, size, weight.shape[0])
+    return _shape_with(x, seq_dim, _rows_here(group, seq_len), weight.shape[0])
 
 
 class _LinearReduceScatter(torch.autograd.Function):
@@ -491,6 +543,14 @@ all_gather_linear = register(
     _gather_kernel,
     _gather_fake,
     _gather_autograd,
+)
+
+#: The same for a backward that does not gather again: returns all rows of x too, last, and keeps them.
+all_gather_linear_keeping = register(
+    f"all_gather_linear_keeping(Tensor x, Tensor[] weights, Tensor?[] biases, {PLACE}) -> Tensor[]",
+    _gather_keeping_kernel,
+    _gather_keeping_fake,
+    _gather_keeping_autograd,
 )
 
 _GATHER_BACKWARD = (

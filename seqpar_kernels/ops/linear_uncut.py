@@ -16,8 +16,8 @@ from .main_grad import add_weight_gradient
 
 def gather_linear(
     group: ProcessGroup, x: Tensor, weights: list[Tensor], biases: list[Tensor | None], seq_dim: int, seq_len: int
-) -> tuple[list[Tensor], Tensor]:
-    """linear(all_gather(x)) for each weight, and all rows of x. x [..., S/t, ..., K]"""
+) -> list[Tensor]:
+    """linear(all_gather(x)) for each weight, and last all rows of x. x [..., S/t, ..., K]"""
     features = x.shape[-1]
     kind = uncut_kind("all_gather_linear", x, seq_dim, seq_len, group, features, N=_outputs(weights))
     with Uncut(kind, group) as call:
@@ -25,7 +25,7 @@ def gather_linear(
         call.gathered()
         with call.label("matmul"):
             linear = torch.nn.functional.linear
-            return [linear(whole, w, b) for w, b in zip(weights, biases, strict=True)], whole
+            return [*(linear(whole, w, b) for w, b in zip(weights, biases, strict=True)), whole]
 
 
 def gather_linear_backward(
@@ -56,7 +56,8 @@ def gather_linear_backward(
                     dx.addmm_(dy, weights[i])
             partials = call.scatter(dx.view(kind.shape(seq_len, features)))
         if any(want_dw):
-            call.gathered()
+            if not gathered:
+                call.gathered()
             with call.label("wgrad"):
                 rows = rows_of(whole)
                 for i, dy in used:

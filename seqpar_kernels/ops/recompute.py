@@ -101,7 +101,7 @@ class _AllGatherLinearOfNorm(torch.autograd.Function):
         args = (list(grads), list(weights), needs[0], want_dw, want_db, *ctx.place)
         if any(main_grad is not None for main_grad in main_grads):
             x = _input_again(*recipe, any(want_dw))
-            out = iter(linear.all_gather_linear_backward_into(x, *args, main_grads))
+            out = iter(linear.all_gather_linear_backward_into(x, *args[:5], False, *args[5:], main_grads))
         else:
             out = iter(all_gather_linear_of_norm_backward(*recipe, *args))
         dx = next(out) if needs[0] else None

@@ -69,8 +69,11 @@ def gather_matmul(
     weights: list[Tensor],
     biases: list[Tensor | None],
     outs: list[Sequence3D],
-) -> None:
-    """outs = linear(all_gather(mine), weights, biases). The first weight waits; the others find everything there."""
+) -> Sequence3D:
+    """outs = linear(all_gather(mine), weights, biases). The first weight waits; the others find everything there.
+
+    Returns what was gathered.
+    """
     from ..kernels import triton_gemm
 
     steps = schedules.gather_matmul(call.shard, chunks)
@@ -99,6 +102,7 @@ def gather_matmul(
         for out, weight, bias in zip(outs[1:], weights[1:], biases[1:], strict=True):
             matmul_into(out.matrices(0, length), whole.matrices(0, length), weight.t(), bias)
     flags.check()
+    return whole
 
 
 def matmul_scatter(

@@ -426,3 +426,124 @@ def test_a_refusal_by_one_rank_reaches_the_other(world2: World) -> None:
     (_, first), (ok, second) = world2.outcomes(refused_alone_case)
     assert "x: expected float32" in first
     assert not ok and ("rank 0 refused its arguments" in second), second
+
+
+def kept_case(length: int, seq_dim: int, chunks: int | None, engine: str) -> None:
+    """The same outputs and gradients with the gathered x kept, and no second gather."""
+    from seqpar_kernels.overlap.collective import CollectiveSession
+
+    g = group()
+    t, rank = g.size(), g.rank()
+    x = leaf(sequence(length, seq_dim, K, torch.float64, False).tensor_split(t, seq_dim)[rank])
+    weights = [leaf(torch.randn(n, K, dtype=torch.float64)) for n in (N, 3)]
+    bias = leaf(torch.randn(N, dtype=torch.float64))
+    sent: list[str] = []
+    healthy = CollectiveSession.post
+
+    def counting(self: Any, sends: Any, receives: Any) -> None:
+        sent.extend(m.transfer.kind for m in sends)
+        healthy(self, sends, receives)
+
+    found = []
+    for keep in (False, True):
+        out = sp.all_gather_linear(
+            x,
+            weights,
+            [bias, None],
+            group=g,
+            seq_dim=seq_dim,
+            chunks=chunks,
+            engine=engine,
+            seq_len=length,
+            save_gathered=keep,
+        )
+        grads = [torch.ones_like(y) * (i + 1) for i, y in enumerate(out)]
+        sent.clear()
+        CollectiveSession.post = counting  # type: ignore[method-assign]
+        try:
+            got = torch.autograd.grad(out, [x, *weights, bias], grads)
+        finally:
+            CollectiveSession.post = healthy  # type: ignore[method-assign]
+        if x.shape[seq_dim]:
+            assert ("gather" in sent) != keep, sent
+        if length - x.shape[seq_dim]:
+            assert "scatter" in sent
+        found.append([*out, *got])
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize(("chunks", "engine"), [(None, "single"), (1, "collective"), (3, "collective")])
+@pytest.mark.parametrize("seq_dim", [0, 1], ids=["SBH", "BSH"])
+@pytest.mark.parametrize("length", [8, 7, 1])
+def test_a_kept_gather_is_not_repeated(
+    world: World, length: int, seq_dim: int, chunks: int | None, engine: str
+) -> None:
+    world.run(kept_case, length, seq_dim, chunks, engine)
+
+
+def kept_bounded_case() -> None:
+    sp.set_max_workspace_bytes(5 * 2 * K * 8)
+    try:
+        kept_case(17, 1, None, "auto")
+    finally:
+        sp.set_max_workspace_bytes(None)
+
+
+def test_a_kept_gather_within_a_bound(world2: World) -> None:
+    world2.run(kept_bounded_case)
+
+
+def kept_main_grad_case() -> None:
+    g = group()
+    x, weight = leaf(torch.randn(2, 4, K)), leaf(torch.randn(N, K))
+    want = torch.autograd.grad(sp.all_gather_linear(x, weight, group=g).square().sum(), [x, weight])
+    main_grad = torch.zeros(N, K)
+    y = sp.all_gather_linear(x, weight, group=g, main_grad=main_grad, save_gathered=True)
+    y.square().sum().backward()
+    torch.testing.assert_close([x.grad, main_grad], list(want))
+    assert weight.grad is None
+    layer = sp.nn.ColumnParallelLinear(K, N * g.size(), group=g, save_gathered=True)
+    layer(x).sum().backward()
+    compiled = torch.compile(
+        lambda x, w: sp.all_gather_linear(x, w, group=g, save_gathered=True), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(torch.autograd.grad(compiled(x, weight).square().sum(), [x, weight]), want)
+
+
+def test_a_kept_gather_with_main_grad_module_and_compile(world2: World) -> None:
+    world2.run(kept_main_grad_case)
+
+
+def looked_up_case() -> None:
+    """A call like one that has been checked is not checked again, one unlike it is; a new plan is found."""
+    g = group()
+    x, w = torch.randn(2, 4, K), torch.randn(N, K)
+    sp.all_gather_linear(x, w, group=g, chunks=1)
+    sp.linear_reduce_scatter(torch.randn(2, 8, K), w, group=g, chunks=1)
+    for bad, match in (
+        ({"chunks": True}, "chunks: expected a positive int or None, got True"),
+        ({"chunks": 1, "weight": torch.randn(N, K + 1)}, "weight: expected in_features"),
+        ({"chunks": 1, "weight": w.double()}, "weight: expected the dtype of x"),
+        ({"chunks": 1, "seq_dim": -1}, "seq_dim: expected"),
+        ({"chunks": 1, "engine": "none"}, "engine: expected one of"),
+    ):
+        given: dict[str, Any] = {"weight": w, **bad}
+        with pytest.raises(ValueError, match=match):
+            sp.all_gather_linear(x, group=g, **given)
+        with pytest.raises(ValueError, match=match):
+            sp.linear_reduce_scatter(torch.randn(2, 8, K), group=g, **given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sp.all_gather_linear(x, w, group=g, chunks=1).dtype == torch.bfloat16
+    assert sp.all_gather_linear(x, w, group=g, chunks=1).dtype == torch.float32
+    large = torch.randn(2, 64, K)
+    sp.all_gather_linear(large, w, group=g, engine="single")
+    sp.set_max_workspace_bytes(5 * 2 * K * 4)
+    try:
+        with pytest.raises(ValueError, match="moves everything at once"):
+            sp.all_gather_linear(large, w, group=g, engine="single")
+    finally:
+        sp.set_max_workspace_bytes(None)
+
+
+def test_what_has_been_met_before_is_told_from_what_has_not(world2: World) -> None:
+    world2.run(looked_up_case)
