@@ -104,7 +104,8 @@ def register(
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    # Where torch.compile has given a frame up it goes on with the frames below: not with those of a kernel.
+    _library.impl(name, torch._disable_dynamo(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     op = Op(getattr(getattr(torch.ops, NAMESPACE), name).default, kernel, autograd)
     _library.impl(name, op.differentiable, "Autograd")
