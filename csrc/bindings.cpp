@@ -272,6 +272,7 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "Compiled kernels of seqpar_kernels; called through seqpar_kernels.kernels.native";
     py::class_<NormSpec>(m, "NormSpec", py::module_local())
         .def(py::init<int, bool, double, int, int, int, int, uint32_t, double, int64_t, int64_t, int64_t>());
+    m.attr("interface") = 2;  // raised with every change of a signature below; kernels/native.py expects this one
     m.def("norm_forward", &norm_forward);
     m.def("norm_backward", &norm_backward);
     m.def("norm_backward_workspace", &norm_backward_workspace);

@@ -23,6 +23,8 @@ from .spec import (
     dropout_threshold,
 )
 
+_INTERFACE = 2
+
 try:
     from .. import _native
 except ImportError as error:  # an unbuilt checkout: the reason is kept and shown where somebody needs the kernels
@@ -30,6 +32,9 @@ except ImportError as error:  # an unbuilt checkout: the reason is kept and show
     build_error: str | None = str(error)
 else:
     build_error = None
+    if getattr(_native, "interface", None) != _INTERFACE:  # an editable install whose Python has moved on
+        _native = None  # type: ignore[assignment]
+        build_error = "it was built from older sources: build it again with pip install -e ."
 
 DTYPE_CODE = {
     torch.float32: 0,
