@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._subclasses import FakeTensorMode
 
 import seqpar_kernels as sp
 
@@ -95,8 +98,8 @@ def test_hooks_of_the_model_are_traced_too(world2: World, loss_parallel: bool) -
 
 def lengths_case() -> None:
     """Lengths that do and do not divide, training with dropout, and evaluation, against the unsharded model."""
-    model: Any = sp.parallelize(gpt2(**DROPOUT), group())
-    whole: Any = sp.parallelize(gpt2(**DROPOUT), None)
+    model: Any = sp.parallelize(gpt2(**DROPOUT, n_layer=1), group())
+    whole: Any = sp.parallelize(gpt2(**DROPOUT, n_layer=1), None)
     for each in (model, whole):
         each.loss_type = "ForCausalLM"
     record = Recorder()
@@ -154,3 +157,61 @@ def changes_case() -> None:
 
 def test_a_shared_gather_that_the_first_forward_saw_fail_is_not_shared(world2: World) -> None:
     world2.run(changes_case)
+
+
+def assert_capturable(graph: torch.fx.GraphModule) -> None:
+    """What reduce-overhead wants of a graph: no value goes to the host, and no argument is changed."""
+    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        assert node.target is not torch.ops.aten._local_scalar_dense.default, node.format_node()
+        assert node.target is not torch.ops.aten.nonzero.default, node.format_node()
+        arguments = node.target._schema.arguments
+        changed = [node.args[i] for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+        assert not set(changed) & set(places), node.format_node()
+
+
+def capture_case(loss_parallel: bool) -> None:
+    model: Any = sp.parallelize(gpt2(**DROPOUT, n_layer=1), group(), loss_parallel=loss_parallel)
+    model.loss_type = "ForCausalLM"
+    ids, graphs = some_ids(13), []
+
+    def take(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    step(model, torch.compile(model, backend=aot_autograd(fw_compiler=take, bw_compiler=take)), ids)
+    assert len(graphs) == 2  # forward, backward
+    for graph in graphs:
+        assert any("seqpar" in str(node.target) for node in graph.graph.nodes)
+        assert_capturable(graph)
+
+
+@pytest.mark.parametrize("loss_parallel", [False, True])
+def test_nothing_goes_to_the_host_and_no_argument_changes(world2: World, loss_parallel: bool) -> None:
+    world2.run(capture_case, loss_parallel)
+
+
+def fake_cuda_case() -> None:
+    """The forward with tensors of a GPU that is not there: nothing asks for a value, nothing comes from the CPU.
+
+    Autograd cannot run on them; of the backward, the test above sees what is traced.
+    """
+    with FakeTensorMode():
+        place: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+        x, weight, wide, back = (torch.randn(*s, **place) for s in ((2, 8, 32), (32,), (24, 32), (32, 24)))
+        y, z = sp.dropout_add_rms_norm(x, x, weight, p=0.1, prenorm=True, group=group())
+        hidden = sp.all_gather_linear(y, wide, group=group())
+        assert hidden.shape == (2, 16, 24)
+        y, z = sp.linear_reduce_scatter_dropout_add_norm(
+            hidden, back, residual=z, norm="rms", norm_weight=weight, p=0.1, group=group()
+        )
+        z = z + sp.linear_reduce_scatter(sp.all_gather_linear(y, wide, group=group()), back, group=group())
+        whole = sp.gather_sequence(z, group())
+        assert whole.device.type == "cuda" and whole.shape == (2, 16, 32)
+
+
+def test_on_fake_gpu_tensors(world2: World) -> None:
+    world2.run(fake_cuda_case)
