@@ -137,10 +137,8 @@ def stats_of(answers: list[dict[str, Any]], name: str) -> Stats:
 
 
 def own_params(name: str) -> dict[str, Any]:
-    """``ours/4`` is ours in 4 chunks, ``ours/peer`` ours on that engine, ``ours/kept`` keeps the gathered x."""
+    """``ours/4`` is ours in 4 chunks, ``ours/peer`` ours on that engine."""
     text = name.removeprefix("ours/")
-    if text == "kept":
-        return {"save_gathered": True}
     return {"chunks": int(text)} if text.isdigit() else {"engine": text}
 
 

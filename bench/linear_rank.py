@@ -54,7 +54,7 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
     if device == "cuda":
         builders.update({f"ours/{engine}": partial(ours, engine=engine) for engine in ("peer", "fused")})
     if job["op"] == OPS[0]:
-        builders["ours/kept"] = ours_keeping
+        builders["ours-kept"] = ours_keeping
     builders.update({name: PEERS[name] for name in job["peers"]})
     for name, build in builders.items():
         step(f"check {name}")

@@ -149,7 +149,7 @@ def test_linear_smoke(tmp_path: Path) -> None:
     assert main(["linear", *BRIEF, *sizes, "--save", str(tmp_path)]) == 0
     rows = [r for r in load(tmp_path) if r.op.startswith("linear")]
     assert {r.status for r in rows} == {"ok"}
-    assert {r.who() for r in rows} == {"ours", "ours chunks=2", "by-hand", "dtensor", "matmul"}
+    assert {r.who() for r in rows} == {"ours", "ours chunks=2", "ours-kept", "by-hand", "dtensor", "matmul"}
     own = next(r for r in rows if r.who() == "ours" and r.op.endswith("all_gather_linear") and r.direction == "fwd")
     assert own.bytes == 16 * 8 * 4 // 2
     assert own.flops == 2 * 16 * 8 * 32 // 2
