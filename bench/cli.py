@@ -33,6 +33,16 @@ def probability(text: str) -> float:
     return value
 
 
+def ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
+
+
 def add_norm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=positive, nargs="+", help="default: 4096")
     parser.add_argument("--hidden", type=positive, nargs="+", help="default: 4096 (cpu), 1024 to 32768 (cuda)")
@@ -58,6 +68,21 @@ def add_linear_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunks", type=positive, nargs="*", default=[1, 2, 4, 8], help="beside the planner's choice")
     parser.add_argument(
         "--link", nargs="+", metavar="RATE", help="1gbit, or ratio:R: the wire R times as long as the matmul"
+    )
+
+
+def add_loopback_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", choices=("all_gather_linear", "linear_reduce_scatter"), nargs="+")
+    text = "virtual ranks, of one process on one device (default: 2; cuda: 2 4 8)"
+    parser.add_argument("--ranks", type=positive, nargs="+", help=text)
+    parser.add_argument(
+        "--rows", type=positive, help="sequence length of all ranks together (default: 2048; cuda: 8192)"
+    )
+    parser.add_argument("--hidden", type=positive, help="features outside (default: 1024; cuda: 8192)")
+    parser.add_argument("--inner", type=positive, help="features inside, of all ranks (default: 4 x hidden)")
+    parser.add_argument("--chunks", type=positive, nargs="*", default=[1, 2, 4, 8], help="beside the planner's choice")
+    parser.add_argument(
+        "--ratio", type=ratio, default=1.0, help="the wire's time in units of the matmuls' (default: 1)"
     )
 
 
@@ -95,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_reduce_options(command("reduce", "the sum of partial results, and the norm after it in the same pass"))
     add_linear_options(command("linear", "all-gather -> matmul and matmul -> reduce-scatter on several ranks"))
     add_layer_options(command("layer", "a transformer layer, GPT's and Llama's, on one rank and on several"))
+    add_loopback_options(command("loopback", "the schedules over virtual ranks on one device, links paced"))
     gemm = command("gemm", "the matmul that waits for its rows beside cuBLAS, on one GPU")
     gemm.add_argument("--rows", type=positive, nargs="+", help="default: 8192 16384 (quick: 8192)")
     memory = command("memory", "bytes that autograd keeps for one layer, beside the paper's formula")
@@ -234,6 +260,21 @@ def run_layer(args: argparse.Namespace, session: Session) -> None:
     timing_table(found, f"layer on {found[-1].machine}, one thread a rank")
 
 
+def run_loopback(args: argparse.Namespace, session: Session) -> None:
+    from . import loopback
+    from .linear_providers import OPS
+    from .report import timing_table
+
+    cuda = session.device == "cuda"
+    hidden = args.hidden or (8192 if cuda else 256 if args.quick else 1024)
+    sizes = (args.rows or (8192 if cuda else 512 if args.quick else 2048), hidden, args.inner or 4 * hidden)
+    ranks = args.ranks or ([2, 4, 8] if cuda else [2])
+    dtypes = args.dtype or (["bf16"] if cuda else ["fp32"])
+    planned = list(loopback.cases(args.op or OPS, sizes, dtypes, ranks, args.ratio))
+    found = loopback.run(session, planned, args.chunks)
+    timing_table(found, f"loopback on {found[-1].machine}, {session.rows[-1].threads} threads")
+
+
 def run_gemm(args: argparse.Namespace, session: Session) -> None:
     from . import gemm
     from .report import timing_table
@@ -315,6 +356,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Session], None]] = {
     "reduce": run_reduce,
     "linear": run_linear,
     "layer": run_layer,
+    "loopback": run_loopback,
     "gemm": run_gemm,
 }
 

@@ -1,5 +1,6 @@
 // The only file that knows Python. Tensors arrive as they are, None standing for "absent", and are asked for nothing
-// but data_ptr(), is_contiguous() and stride(): a question asked from Python costs several times as much.
+// but data_ptr() and is_contiguous(), and strides where they are not contiguous: a question asked from Python costs
+// several times as much.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -13,7 +14,7 @@ using namespace seqpar;
 
 namespace {
 
-// A tensor whose elements lie side by side; or a single one.
+// A tensor whose elements lie side by side, or a single one: what a caller has just made.
 struct Vector {
     char* data = nullptr;
 
@@ -24,13 +25,23 @@ struct Vector {
     }
 };
 
+// The same from a user, who may have laid it out in another way.
+struct GivenVector : Vector {
+    bool readable = true;  // else a copy must be made first
+};
+
 // A tensor [..., cols] with its rows evenly apart: a contiguous one, or [rows, cols] with contiguous columns.
-struct Matrix : Vector {
+struct Matrix : GivenVector {
     bool contiguous = true;
     int64_t distance = 0;  // of two rows, where not contiguous
 
     int64_t stride(int64_t cols) const { return contiguous ? cols : distance; }
 };
+
+template <typename... Given>
+bool readable(const Given&... given) {
+    return (given.readable && ...);
+}
 
 py::object ask(py::handle tensor, PyObject* method) {
     PyObject* const answer = PyObject_CallMethodNoArgs(tensor.ptr(), method);
@@ -43,11 +54,18 @@ void load(Vector& vector, py::handle tensor) {
     vector.data = static_cast<char*>(PyLong_AsVoidPtr(ask(tensor, data_ptr).ptr()));
 }
 
-void load(Matrix& matrix, py::handle tensor) {
+void load(GivenVector& vector, py::handle tensor) {
     static PyObject* const is_contiguous = PyUnicode_InternFromString("is_contiguous");
-    load(static_cast<Vector&>(matrix), tensor);
-    matrix.contiguous = ask(tensor, is_contiguous).ptr() == Py_True;
-    if (!matrix.contiguous) matrix.distance = tensor.attr("stride")(0).cast<int64_t>();
+    load(static_cast<Vector&>(vector), tensor);
+    vector.readable = ask(tensor, is_contiguous).ptr() == Py_True;
+}
+
+void load(Matrix& matrix, py::handle tensor) {
+    load(static_cast<GivenVector&>(matrix), tensor);
+    matrix.contiguous = matrix.readable;
+    if (matrix.contiguous || tensor.attr("dim")().cast<int>() != 2) return;
+    matrix.readable = tensor.attr("stride")(1).cast<int64_t>() == 1 || tensor.attr("size")(1).cast<int64_t>() == 1;
+    matrix.distance = tensor.attr("stride")(0).cast<int64_t>();
 }
 
 }  // namespace
@@ -64,6 +82,8 @@ struct TensorCaster {
 
 template <>
 struct pybind11::detail::type_caster<Vector> : TensorCaster<Vector> {};
+template <>
+struct pybind11::detail::type_caster<GivenVector> : TensorCaster<GivenVector> {};
 template <>
 struct pybind11::detail::type_caster<Matrix> : TensorCaster<Matrix> {};
 
@@ -142,10 +162,12 @@ struct NormSpec {
     }
 };
 
-void norm_forward(bool is_cuda, int threads_or_margin, uintptr_t stream, const NormSpec& spec, int64_t rows,
-                  int64_t cols, Matrix x, int shards, int64_t shard_stride, Vector x_bias, Vector row_scale,
-                  Matrix residual, Vector weight, Vector bias, Vector weight2, Vector bias2, Vector seed, Matrix z,
-                  Matrix y, Matrix y2, Vector y_scale, Vector statistics) {
+// False, and nothing was done, where a tensor must be copied first: it does not lie as the kernels read.
+bool norm_forward(bool is_cuda, int threads_or_margin, uintptr_t stream, const NormSpec& spec, int64_t rows,
+                  int64_t cols, Matrix x, int shards, int64_t shard_stride, GivenVector x_bias, GivenVector row_scale,
+                  Matrix residual, GivenVector weight, GivenVector bias, GivenVector weight2, GivenVector bias2,
+                  Vector seed, Matrix z, Matrix y, Matrix y2, Vector y_scale, Vector statistics) {
+    if (!readable(x, x_bias, row_scale, residual, weight, bias, weight2, bias2)) return false;
     const Place place{is_cuda, threads_or_margin, reinterpret_cast<void*>(stream)};
     if (!is_cuda && spec.y_dtype == DType::e4m3) {
         throw std::invalid_argument("y_scale: the CPU kernels store no float8; backend='reference' does");
@@ -175,12 +197,16 @@ void norm_forward(bool is_cuda, int threads_or_margin, uintptr_t stream, const N
     check(SEQPAR_DISPATCH(cpu::norm_forward(args, place.threads_or_margin),
                           cuda::norm_forward(args, place.threads_or_margin, place.stream)),
           "norm_forward");
+    return true;
 }
 
-void norm_backward(bool is_cuda, int threads_or_margin, uintptr_t stream, const NormSpec& spec, int64_t rows,
-                   int64_t cols, Matrix dy, Matrix dy2, Matrix dz, Matrix z, Vector statistics, Vector row_scale,
-                   Vector weight, Vector weight2, Vector seed, Matrix dx, Matrix dresidual, Vector dweight,
-                   Vector dbias, Vector dweight2, Vector dbias2, Vector dx_bias, Vector workspace) {
+// False as in norm_forward.
+bool norm_backward(bool is_cuda, int threads_or_margin, uintptr_t stream, const NormSpec& spec, int64_t rows,
+                   int64_t cols, Matrix dy, Matrix dy2, Matrix dz, Matrix z, GivenVector statistics,
+                   GivenVector row_scale, GivenVector weight, GivenVector weight2, Vector seed, Matrix dx,
+                   Matrix dresidual, Vector dweight, Vector dbias, Vector dweight2, Vector dbias2, Vector dx_bias,
+                   Vector workspace) {
+    if (!readable(dy, dy2, dz, z, statistics, row_scale, weight, weight2)) return false;
     const Place place{is_cuda, threads_or_margin, reinterpret_cast<void*>(stream)};
     NormBackward args = spec.arguments<NormBackward>(rows, cols, seed, statistics);
     args.dy = dy;
@@ -208,6 +234,7 @@ void norm_backward(bool is_cuda, int threads_or_margin, uintptr_t stream, const 
     check(SEQPAR_DISPATCH(cpu::norm_backward(args, place.threads_or_margin),
                           cuda::norm_backward(args, place.threads_or_margin, place.stream)),
           "norm_backward");
+    return true;
 }
 
 // Bytes of workspace norm_backward needs. `vectors` is a bit set of the [cols] gradients wanted, lowest bit first:
@@ -245,6 +272,7 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "Compiled kernels of seqpar_kernels; called through seqpar_kernels.kernels.native";
     py::class_<NormSpec>(m, "NormSpec", py::module_local())
         .def(py::init<int, bool, double, int, int, int, int, uint32_t, double, int64_t, int64_t, int64_t>());
+    m.attr("interface") = 2;  // raised with every change of a signature below; kernels/native.py expects this one
     m.def("norm_forward", &norm_forward);
     m.def("norm_backward", &norm_backward);
     m.def("norm_backward_workspace", &norm_backward_workspace);

@@ -208,7 +208,7 @@ class _Container:
         (row,) = self.rows
         forward = inspect.signature(self.module.forward).parameters
         attention = "attention_mask" in forward
-        self.width = _linear_features(self.module.get_submodule(row))[0]  # features that enter the rowwise layer
+        self.width = self._features(row)[0]  # features that enter the rowwise layer
         self._own_parameters()
         gathers = any(isinstance(self.module.get_submodule(child), nn.Linear) for child in self.others)
         for child, style in self.columns.items():
@@ -230,8 +230,15 @@ class _Container:
     def _style(self, child: str, style: str) -> None:
         self.of.styles[f"{self.name}.{child}"] = style
 
-    def _features(self, child: str) -> int:
-        return _linear_features(self.module.get_submodule(child))[1]
+    def _features(self, child: str) -> tuple[int, int]:
+        """(in, out)"""
+        module = self.module.get_submodule(child)
+        try:
+            return _linear_features(module)[:2]
+        except ValueError as error:
+            if not isinstance(module, nn.Linear):
+                raise
+            raise _WholeOnly(f"{child}: {str(error).removeprefix('module: ')}") from None
 
     def _own_parameters(self) -> None:
         """Parameters of the module itself: one entry for each head, or nothing that can be cut."""
@@ -250,8 +257,10 @@ class _Container:
         layouts known by their names are cut.
         """
         if style == "colwise":
+            if isinstance(self.module.get_submodule(child), nn.Linear):
+                self._features(child)
             return "colwise"
-        short, out = child.rpartition(".")[2], self._features(child)
+        short, out = child.rpartition(".")[2], self._features(child)[1]
         if short == "gate_up_proj" and out == 2 * self.width:
             return "colwise:2"
         if short == "qkv_proj" and (out - self.width) % 2 == 0 and hasattr(self.module, "head_dim"):
@@ -271,7 +280,7 @@ class _Container:
             raise ValueError(f"num_attention_heads: expected a multiple of the {ranks} ranks of the group, got {heads}")
         counts = [attribute for attribute in _HEAD_COUNTS if isinstance(vars(module).get(attribute), int)]
         head_dim = getattr(module, "head_dim", None)
-        kv_heads = self._features("k_proj") // head_dim if "k_proj" in self.columns and head_dim else None
+        kv_heads = self._features("k_proj")[1] // head_dim if "k_proj" in self.columns and head_dim else None
         if kv_heads is not None and kv_heads % ranks:
             if ranks % kv_heads:
                 raise ValueError(
@@ -294,7 +303,7 @@ class _Container:
         module = self.module.get_submodule(child)
         params = list(module.parameters(recurse=False))
         column = child.replace("norm", "proj")  # q_norm normalizes what q_proj puts out
-        whole_width = column in self.columns and params[0].numel() == self._features(column)
+        whole_width = column in self.columns and params[0].numel() == self._features(column)[1]
         if gathers or all(param.dim() == 1 for param in params):
             carried = self.of._carried_style(f"{self.name}.{child}")
             across = not gathers and whole_width and carried not in _PARTIAL

@@ -103,9 +103,15 @@ def _row(name: str, module: nn.Module, conversion: Conversion, device: torch.dev
             wire = model = ""  # said where the gather is
         return Row(name, style, engine, chunks, fused, why, wire, model)
     if isinstance(module, _VOCABULARY):
-        head = isinstance(module, VocabParallelHead)
-        why = "head and loss in one, logits never exist; whole logits without labels" if head else "sum over the ranks"
-        return Row(name, "vocabulary", "", "", "yes" if head else "no", why)
+        if isinstance(module, VocabParallelHead):
+            why = "head and loss in one, logits never exist; whole logits without labels"
+            return Row(name, "vocabulary", "", "", "yes", why)
+        if module.scattered is None:
+            return Row(name, "vocabulary", "", "", "", "not run yet")
+        why = "partial rows reduce-scattered straight into the sequence shard"
+        if not module.scattered:
+            why = f"summed over the ranks, then cut: {module.taken_whole_by} takes it whole"
+        return Row(name, "vocabulary", "", "", "yes" if module.scattered else "no", why)
     handling = conversion.styles.get(name)
     if handling in ("norm", "dropout"):
         backend, kernel = _kernel(device)

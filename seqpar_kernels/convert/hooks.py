@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.utils._pytree import tree_leaves
 
-from ..functional import gather_sequence, replicated, scatter_sequence
+from ..functional import gather_sequence, scatter_sequence
+from ..nn.embedded import EmbeddedRows
 from ..nn.pending import settled
 from ..nn.region import mark_entrance, show_whole
 from .conversion import Conversion
@@ -19,6 +22,10 @@ from .pretrained import refuse_adapters
 from .shard_check import Kind, ShardCheck, is_shard, mark
 
 Place = tuple[nn.Module, str]  # a module's parent, and its name there
+_BY_PRODUCTS = {
+    "output_hidden_states": "hidden states of a sequence-parallel model are shards",
+    "output_attentions": "attention weights of a tensor-parallel model are those of this rank's heads",
+}
 
 
 def install_hooks(model: nn.Module, conversion: Conversion) -> None:
@@ -53,6 +60,9 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
         return
     dropouts = list(head_dropouts(model, region))
     blocks = list(_blocks(model, conversion))
+    paths = [name.split(".") for name, style in conversion.styles.items() if style == "rowwise"]
+    prefixes = {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)}
+    around = [model.get_submodule(prefix) for prefix in sorted(prefixes)]  # rowwise layers, and what holds them
     for _, block, _ in blocks:
         block.register_forward_hook(_settle_hook(conversion))
 
@@ -61,19 +71,17 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
         region.seq_len = None
         if not torch.compiler.is_compiling():  # both stay: a recomputation in the backward must do the same
             conversion.crossing = conversion.trusted and all(_is_plain(*block) for block in blocks)
-            region.deferring = torch.is_grad_enabled()
+            # The autograd function that serves backward hooks takes a waiting sum for a leaf.
+            served = _hooked_everywhere() or any(m._backward_hooks or m._backward_pre_hooks for m in around)
+            region.deferring = None if served else torch.is_grad_enabled()
             if "peft_config" in vars(module):  # peft has been here since
                 refuse_adapters(module, conversion.styles)
         config = getattr(module, "config", None)
-        if kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False)):
-            raise ValueError(
-                "output_hidden_states: expected False, the hidden states of a sequence-parallel model are shards"
-            )
-        if torch.is_grad_enabled():
-            trained = [param for param in conversion.replicated if param.requires_grad]
-            tensors = replicated(trained, region.group) if trained else []  # type: ignore[arg-type]
-            region.summed = dict(zip(trained, tensors, strict=True))  # type: ignore[arg-type]
-            region.summed.update((p, p) for p in conversion.replicated if not p.requires_grad)
+        for asked, what in _BY_PRODUCTS.items():
+            if kwargs.get(asked, getattr(config, asked, False)):
+                raise ValueError(f"{asked}: expected False, the {what}")
+        if not torch.compiler.is_compiling():
+            region.sum_together(conversion.replicated)
         if module.training in conversion.checked:
             return
         if torch.compiler.is_compiling() or _inside_compile():
@@ -93,9 +101,13 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
             conversion.check.stop()
             conversion.check.check_output(output)
             conversion.checked.add(module.training)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _return_to_this_forward(output, conversion)
 
     def cleanup(module: nn.Module, *_: Any) -> None:
-        if region.summed:  # kept, like seq_len: a recomputation in the backward needs them
+        if torch.compiler.is_compiling():
+            region.summed = {}
+        elif region.summed:  # kept, like seq_len: a recomputation in the backward needs them
             region.kept, region.summed = region.summed, {}
         for gather in conversion.gathers:
             gather.clear()
@@ -108,6 +120,28 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(finished)
     model.register_forward_hook(cleanup, always_call=True)
+
+
+def _hooked_everywhere() -> bool:
+    return bool(module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks)
+
+
+def _return_to_this_forward(output: Any, conversion: Conversion) -> None:
+    """Let what a recomputation in the backward reads be this forward's, were there others in between.
+
+    The backward comes to an output before anything of its forward, and has done all that is later by then.
+    """
+    region, crossing = conversion.region, conversion.crossing
+    seq_len, deferring, summed = region.seq_len, region.deferring, region.summed
+
+    def hook(grad: Tensor) -> None:
+        conversion.crossing = crossing
+        region.seq_len, region.deferring = seq_len, deferring
+        region.kept = summed
+
+    for leaf in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaf.register_hook(hook)
 
 
 def _inside_compile() -> bool:
@@ -175,8 +209,11 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         length = x.shape[region.seq_dim]
         # Only where it is needed: a recomputation during backward must not find the length of a later forward.
         region.seq_len = length if length % region.ranks else None
-        shard = scatter_sequence(x, region.group, region.seq_dim)
-        if not torch.compiler.is_compiling():
+        shard = x.rows() if isinstance(x, EmbeddedRows) else scatter_sequence(x, region.group, region.seq_dim)
+        if torch.compiler.is_compiling():
+            # Here and not before the model: torch.compile traces hooks of the outermost module as graphs of their own.
+            region.sum_together(conversion.replicated)
+        else:
             mark_entrance(shard)
         if conversion.check is not None:
             mark(shard, Kind.SHARD)
@@ -252,6 +289,8 @@ def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]
             whole = gather_sequence(
                 first, region.group, region.seq_dim, seq_len=region.seq_len, tensor_parallel_output_grad=False
             )
+        if torch.compiler.is_compiling():
+            region.summed = {}  # what is left in place becomes an output of the graph
         if conversion.check is not None:
             mark(whole, None)
         return rebuilt(whole)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..nn import Region, VocabParallelEmbedding, VocabParallelHead
 from ..nn.embedding import check_embedding, check_head
@@ -157,6 +158,7 @@ def install(model: Any, conversion: Conversion, ends: Ends, engine: str) -> None
     embedding = VocabParallelEmbedding.from_torch(
         old_embedding, region.group, seq_dim=region.seq_dim, whole_output=True
     )
+    embedding.whole_needed = _between(model, ends.embedding, conversion)
     head = VocabParallelHead.from_torch(old_head, region.group, seq_dim=region.seq_dim, engine=engine)
     if tied:
         head.weight = embedding.weight
@@ -183,3 +185,24 @@ def install(model: Any, conversion: Conversion, ends: Ends, engine: str) -> None
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after)
     model.register_forward_hook(always, always_call=True)
+
+
+def _between(model: nn.Module, embedding: str, conversion: Conversion) -> Callable[[], str | None]:
+    """Asks why the modules between the embedding and where the sequence is cut need tensors that are whole."""
+    cuts = [name for name, edges in conversion.edges.items() if "scatter_input" in edges]
+    paths = {".".join(name.split(".")[: depth + 1]) for name in cuts for depth in range(name.count(".") + 1)}
+    names = sorted(path for path in paths if not f"{embedding}.".startswith(f"{path}."))
+    originals = [model.get_submodule(name) for name in names]
+
+    def reason() -> str | None:
+        for name, original in zip(names, originals, strict=True):
+            module: Any = model.get_submodule(name)
+            if module is not original or isinstance(module, FSDPModule):
+                return f"what {name} has been wrapped in"
+            if getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled():
+                options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+                if options.get("use_reentrant", True):
+                    return f"the reentrant checkpoint of {name}"
+        return None if cuts else "a plan without 'scatter_input'"
+
+    return reason

@@ -1,4 +1,4 @@
-"""Puts the parallel twin in a module's place."""
+"""The parallel twin of a module."""
 
 from __future__ import annotations
 
@@ -37,10 +37,9 @@ def converted_norm(module: nn.Module, region: Region | None = None) -> LayerNorm
     return RMSNorm.from_torch(module, group, seq_dim=seq_dim)
 
 
-def convert(model: nn.Module, name: str, style: str, conversion: Conversion, engine: str) -> None:
-    """Put the parallel twin in the place of the module called ``name``, with its hooks."""
+def converted(old: Any, name: str, style: str, conversion: Conversion, engine: str) -> nn.Module:
+    """The parallel twin of the module called ``name``; the module itself where it stays."""
     region = conversion.region
-    old: Any = model.get_submodule(name)
     new: Any
     place: dict[str, Any] = {"seq_dim": region.seq_dim, "engine": engine}
     if style == "colwise":
@@ -61,15 +60,14 @@ def convert(model: nn.Module, name: str, style: str, conversion: Conversion, eng
     elif style == "dropout":
         new = Dropout.from_torch(old, region.group, seq_dim=region.seq_dim)
     elif style == "replicated":
-        return
+        return old  # type: ignore[no-any-return]
     else:
         own = style == "own_parameters"
         conversion.replicated += old.parameters(recurse=not own)
         _sum_gradients_of(old, region, recurse=not own)
-        return
+        return old  # type: ignore[no-any-return]
     new.region = region
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    return new  # type: ignore[no-any-return]
 
 
 def _sum_gradients_of(module: nn.Module, region: Region, recurse: bool) -> None:

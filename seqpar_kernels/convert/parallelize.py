@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..layout import Group
-from ..nn import ColumnParallelLinear, Region, SharedGather, SplitRMSNorm
-from ..nn.linear import _linear_features
-from ..nn.sharding import ShardSpec, check_shardable
+from ..nn import ColumnParallelLinear, Region, SharedGather
 from ..overlap.agreement import agreement_of, checked_together
 from ..overlap.planner import check_engine
 from ..strict import strict_enabled
+from .checks import (
+    check_arguments,
+    check_fields,
+    check_sizes,
+    check_ties,
+    count_of,
+    digest,
+    divided,
+    matching,
+    short_hash,
+)
 from .conversion import Conversion, conversion_of
 from .derive import PROVEN, derive_plan
 from .hooks import install_hooks
 from .loss import ends_of, install
-from .modules import convert, converted_norm, cut_parameters
+from .modules import converted, cut_parameters
 from .plans import HANDLING, ParallelPlan, built_in_plan, checked_plan, matches, parse_style
 from .presented import cut_whole_tensors, cuts_of, present_parameters, shard_specs
 from .pretrained import answer_for_ranks, refuse_adapters
@@ -75,30 +82,37 @@ def parallelize(
         agreement.conversions += 1
     with checked_together(region.group):
         check_engine(engine)
+        check_arguments(model, seq_dim, loss_parallel)
         if getattr(model, "_seqpar", None) is not None:
             raise ValueError(f"model: {type(model).__name__} has been parallelized already")
         refuse_adapters(model)
         settled = checked_plan(plan) if plan is not None else _own_plan(model, region.ranks)
         conversion = _resolve(model, settled, region)
-        _check_sizes(model, settled, conversion)
-        _check_ties(model, conversion)
+        check_fields(model, settled, region.ranks)
+        check_sizes(model, settled, conversion)
+        check_ties(model, conversion)
         ends = ends_of(model, conversion) if loss_parallel else None
         if agreement is not None:
+            how = f"seq_dim={region.seq_dim}, engine={engine!r}, loss_parallel={loss_parallel}"
             call = f"parallelize number {agreement.conversions} of {type(model).__name__}"
-            agreement.require(f"{call} with {_digest(model)}")
+            agreement.require(f"{call}, {how}, plan {short_hash(repr(settled))}, with {digest(model)}")
     conversion.trusted = plan is None and getattr(getattr(model, "config", None), "model_type", None) in PROVEN
     conversion.snapshot = Snapshot(model)
-    for _, module, attribute in _divided(model, settled):
-        _set_count(module, attribute, _count(module, attribute) // region.ranks)
+    for _, module, attribute in divided(model, settled):
+        _set_count(module, attribute, count_of(module, attribute) // region.ranks)
     for pattern, values in settled.assigned.items():
-        for _, module in _matching(model, pattern):
+        for _, module in matching(model, pattern):
             for attribute, value in values.items():
                 _set_count(module, attribute, value)
     for pattern, names in settled.cut.items():
-        for _, module in _matching(model, pattern):
+        for _, module in matching(model, pattern):
             cut_parameters(module, names, region)
+    places = _places(model)
     for name, style in conversion.styles.items():
-        convert(model, name, style, conversion, engine)
+        old = model.get_submodule(name)
+        new = converted(old, name, style, conversion, engine)
+        for parent, child in places[old] if new is not old else ():
+            setattr(parent, child, new)
     _share_gathers(model, settled, conversion)
     install_hooks(model, conversion)
     if ends is not None:
@@ -149,7 +163,7 @@ def _resolve(model: nn.Module, plan: ParallelPlan, region: Region) -> Conversion
         if inside:  # gradients would be summed twice
             raise ValueError(f"plan: {inside[0]} has the style {styles[inside[0]]!r} inside {name}, which is {style!r}")
     for pattern in (*plan.divided, *plan.assigned, *plan.cut):
-        for name, _ in _matching(model, pattern):
+        for name, _ in matching(model, pattern):
             around = [
                 other for other, style in styles.items() if style == "replicated" and f"{name}.".startswith(other + ".")
             ]
@@ -158,22 +172,14 @@ def _resolve(model: nn.Module, plan: ParallelPlan, region: Region) -> Conversion
     return conversion
 
 
-def _matching(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if matches(pattern, name))
-
-
-def _divided(model: nn.Module, plan: ParallelPlan) -> Iterator[tuple[str, nn.Module, str]]:
-    """Every attribute that counts what is cut: (module name, module, attribute)."""
-    for pattern, attributes in plan.divided.items():
-        for name, module in _matching(model, pattern):
-            yield from ((name, module, attribute) for attribute in attributes)
-
-
-def _count(module: Any, attribute: str) -> int:
-    """``attribute`` of the module, or of its config where it is "config.name"."""
-    owner, _, name = attribute.rpartition(".")
-    count: int = getattr(getattr(module, owner) if owner else module, name)
-    return count
+def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """module -> every (parent, name) that holds it: one norm may serve twice."""
+    found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for child, module in parent._modules.items():
+            if module is not None:
+                found.setdefault(module, []).append((parent, child))
+    return found
 
 
 def _set_count(module: Any, attribute: str, value: int) -> None:
@@ -183,68 +189,6 @@ def _set_count(module: Any, attribute: str, value: int) -> None:
         setattr(module, owner, copy.copy(getattr(module, owner)))
         module = getattr(module, owner)
     setattr(module, name, value)
-
-
-def _check_sizes(model: nn.Module, plan: ParallelPlan, conversion: Conversion) -> None:
-    """Everything that must divide does, and every module is of a kind its style can convert."""
-    ranks = conversion.region.ranks
-    config: Any = getattr(model, "config", None)
-    for attribute in plan.heads:
-        count = getattr(config, attribute)
-        if count % ranks:
-            raise ValueError(
-                f"model.config.{attribute}: expected a multiple of the {ranks} ranks of the group, got {count}"
-            )
-    for name, module, attribute in _divided(model, plan):
-        got = _count(module, attribute)
-        if got % ranks:
-            raise ValueError(f"{name}.{attribute}: expected a multiple of the {ranks} ranks, got {got}")
-    for name, style in conversion.styles.items():
-        module = model.get_submodule(name)
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        kept = ("sequence", "tensor_parallel", "own_parameters", "replicated")
-        if style not in kept and any(getattr(module, kind) for kind in hooks):
-            raise ValueError(f"{name}: has hooks that the conversion would drop; register them after parallelize")
-        if style in ("colwise", "rowwise"):
-            try:
-                features_in, features_out, _ = _linear_features(module)
-            except ValueError as error:
-                raise ValueError(f"{name}: style {style!r}: {error}") from error
-            label, size = ("out_features", features_out) if style == "colwise" else ("in_features", features_in)
-            check_shardable(f"{name}.{label}", size, ShardSpec(0, conversion.sections[name]), ranks)
-        elif style == "dropout" and not isinstance(module, nn.Dropout):
-            raise ValueError(f"{name}: style 'dropout' takes torch.nn.Dropout, got {type(module).__name__}")
-        elif style in ("norm", "split_norm"):
-            try:
-                converted_norm(module) if style == "norm" else SplitRMSNorm.from_torch(module)
-            except ValueError as error:
-                raise ValueError(f"{name}: style {style!r}: {error}") from error
-
-
-def _check_ties(model: nn.Module, conversion: Conversion) -> None:
-    """A weight that is cut in one place must not be whole in another."""
-    if conversion.region.ranks == 1:
-        return
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for param in module.parameters(recurse=False):
-            owners.setdefault(id(param), []).append(name)
-    for name, style in conversion.styles.items():
-        if style in ("colwise", "rowwise"):
-            weight = model.get_submodule(name).weight
-            others = [other for other in owners[id(weight)] if other != name]
-            if others:
-                raise ValueError(f"{name}: its weight is tied to {others}, and cannot be cut in one place only")
-
-
-@torch.no_grad()
-def _digest(model: nn.Module) -> str:
-    """A text that differs where names, shapes, dtypes or values of the parameters differ."""
-    digest = hashlib.sha256()
-    for name, param in model.named_parameters():
-        value = "meta" if param.is_meta else param.double().sum().item()
-        digest.update(f"{name} {tuple(param.shape)} {param.dtype} {param.requires_grad} {value!r};".encode())
-    return f"weights {digest.hexdigest()[:16]}: seed the ranks alike or load the same checkpoint"
 
 
 def _share_gathers(model: nn.Module, plan: ParallelPlan, conversion: Conversion) -> None:

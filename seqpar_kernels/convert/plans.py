@@ -114,6 +114,8 @@ def checked_plan(plan: ParallelPlan | Mapping[str, str]) -> ParallelPlan:
             raise ValueError(f"plan: expected a mapping of name patterns to styles, got {type(plan).__name__}")
         plan = ParallelPlan(dict(plan))
     for pattern, styles in plan.styles.items():
+        if not isinstance(pattern, str) or not isinstance(styles, str):
+            raise ValueError(f"plan[{pattern!r}]: expected a name pattern and its styles as text, got {styles!r}")
         for style in styles.split("+"):
             parse_style(pattern, style)
     return plan

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.utils._pytree import tree_map
 
 from ..layout import vocabulary_range
 from ..nn.sharding import ShardSpec, full_tensor
@@ -155,6 +156,10 @@ class CutTensor(DTensor):
         whole = full_tensor(self._local_tensor, self.cut.spec, self.device_mesh.get_group())
         return DTensor.from_local(whole, self.device_mesh, placements, run_check=False)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CutTensor:
+        memo[id(self)] = copy = for_checkpoint(self, self.cut, self._local_tensor.detach().clone())
+        return copy
+
 
 def cut_tensor(part: Tensor, cut: Cut, mesh: DeviceMesh, first_row: int = 0) -> CutTensor:
     """``part`` as the piece of a whole tensor that it is, for checkpoints."""
@@ -169,26 +174,84 @@ def _dtensor_spec(part: Tensor, cut: Cut, mesh: DeviceMesh) -> Any:
     return DTensor.from_local(part.detach(), mesh, placements, run_check=False, shape=cut.shape, stride=stride)._spec
 
 
+class _Whole(torch.autograd.Function):
+    """A part to the whole tensor, of which every rank is taken to have the whole gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, cut: Cut, group: ProcessGroup) -> Tensor:
+        ctx.cut = cut
+        return part.detach().clone() if cut.spec is None else full_tensor(part, cut.spec, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad if ctx.cut.spec is None else ctx.cut.part(grad), None, None
+
+
+#: Attributes of tensors that are computed from them, and have gradients.
+_VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
+_BOOKKEEPING = frozenset({"__set__", "__delete__", "__setitem__", "__reduce_ex__", "__repr__", "__format__"})
+
+
+def _computes(func: Callable[..., Any]) -> bool:
+    """Whether what ``func`` returns may have a gradient with respect to its arguments, which stay as they are."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(func.__self__, "__name__", "") in _VIEWS  # type: ignore[attr-defined]
+    in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+    return not in_place and name not in _BOOKKEEPING
+
+
 class PresentedParameter(CutTensor):
     """A parameter as it is listed: a DTensor that has memory and gradient in common with ``part``.
 
-    ``part`` is the plain parameter that the modules compute with, and autograd knows.
+    ``part`` is the plain parameter that the modules compute with, and autograd knows: what is computed from a listed
+    parameter (a penalty on its norm, say) is computed from a DTensor that autograd derives from ``part``.
     """
 
     part: nn.Parameter
     _group: ProcessGroup
     _shown: DTensor | None
+    _guarded = False  # against autograd functions that would take it for a leaf
 
     @staticmethod
     def of(part: nn.Parameter, cut: Cut, mesh: DeviceMesh) -> PresentedParameter:
         data = part.detach()
         spec = _dtensor_spec(data, cut, mesh)
-        new: PresentedParameter = PresentedParameter(data, spec, requires_grad=part.requires_grad)  # type: ignore[call-arg]
+        new: PresentedParameter = PresentedParameter(data, spec, requires_grad=False)  # type: ignore[call-arg]
         new._is_param = True  # type: ignore[attr-defined]
         new.part, new.cut, new._group, new._shown = part, cut, mesh.get_group(), None
         new._chunks = cut.chunks(data)
+        new.requires_grad = part.requires_grad
         part._seqpar_presented = new  # type: ignore[attr-defined]
         return new
+
+    def _derived(self) -> DTensor | None:
+        """What autograd knows this parameter as; None where it needs not."""
+        if not (torch.is_grad_enabled() and self.part.requires_grad):
+            return None
+        spec = self._spec
+        place: Any = {"run_check": False, "shape": spec.shape, "stride": spec.stride}
+        return DTensor.from_local(self.part, spec.mesh, spec.placements, **place)
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        want = (self.shape, self.dtype, self.device)
+        got = (value.shape, value.dtype, value.device)
+        if not isinstance(value, DTensor) or got != want:
+            raise ValueError(
+                f"data: expected a DTensor like the parameter, {tuple(self.shape)} {self.dtype} on {self.device}, got "
+                f"{type(value).__name__} {tuple(value.shape)} {value.dtype} on {value.device}; change dtype and device "
+                "with model.to"
+            )
+        if value.placements != self.placements:
+            value = value.redistribute(placements=self.placements)
+        self.part.data = value._local_tensor.detach()
+        self._local_tensor = self.part.detach()
+        self._chunks = self.cut.chunks(self._local_tensor)
 
     @property
     def grad(self) -> Tensor | None:  # type: ignore[override]
@@ -221,9 +284,14 @@ class PresentedParameter(CutTensor):
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
         self.part.requires_grad = value
+        with torch._C.DisableTorchFunctionSubclass():
+            torch._C.TensorBase.requires_grad.__set__(self, value)  # type: ignore[attr-defined]
+            if value and not self._guarded:
+                Tensor.register_hook(self, _lost)
+                self._guarded = True
 
     def requires_grad_(self, requires_grad: bool = True) -> PresentedParameter:  # type: ignore[override]
-        self.part.requires_grad_(requires_grad)
+        self.requires_grad = requires_grad
         return self
 
     def detach(self) -> CutTensor:  # type: ignore[override]
@@ -236,9 +304,29 @@ class PresentedParameter(CutTensor):
 
     def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
         """The whole parameter on every rank (a collective call)."""
-        if self.cut.spec is None:
-            return self.part.detach().clone()
-        return full_tensor(self.part, self.cut.spec, self._group)
+        derived = self._derived()
+        if derived is not None and grad_placements is not None and not self.cut.unequal:
+            return derived.full_tensor(grad_placements=grad_placements)
+        return _Whole.apply(self.part, self.cut, self._group)  # type: ignore[no-any-return, no-untyped-call]
+
+    def to_local(self, *, grad_placements: Any = None) -> Tensor:
+        """This rank's part."""
+        derived = self._derived()
+        if derived is None:
+            return super().to_local(grad_placements=grad_placements)
+        return derived.to_local(grad_placements=grad_placements)
+
+    def redistribute(
+        self, device_mesh: DeviceMesh | None = None, placements: Sequence[Placement] | None = None, **options: Any
+    ) -> DTensor:
+        derived = self._derived()
+        if derived is None:
+            return super().redistribute(device_mesh, placements, **options)
+        if not self.cut.unequal or placements is None or tuple(placements) == self.placements:
+            return derived.redistribute(device_mesh, placements, **options)
+        with torch.no_grad():
+            whole = super().redistribute(device_mesh, placements, **options)  # refuses all but Replicate
+        return DTensor.from_local(self.full_tensor(), whole.device_mesh, whole.placements, run_check=False)
 
     def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
         """``hook`` is given this rank's part of the gradient."""
@@ -257,8 +345,25 @@ class PresentedParameter(CutTensor):
         kwargs = kwargs or {}
         if func is torch.autograd.grad:
             return _autograd_grad(*args, **kwargs)
+        if torch.is_grad_enabled() and _computes(func):
+            args, kwargs = tree_map(_for_autograd, (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+
+
+def _for_autograd(value: Any) -> Any:
+    if not isinstance(value, PresentedParameter):
+        return value
+    derived = value._derived()
+    return value.detach() if derived is None else derived
+
+
+def _lost(grad: Tensor) -> None:
+    """A torch.autograd.Function asks no tensor subclass: it takes a listed parameter for a leaf of autograd's."""
+    raise RuntimeError(
+        "a custom autograd function was given a listed parameter of a parallelized model, and its gradient would be "
+        "lost: give it param.to_local(), or the parameter as its module has it"
+    )
 
 
 def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
@@ -379,9 +484,12 @@ def first_row_of(param: DTensor, part_rows: int) -> int:
     return vocabulary_range(part_rows, ranks, rank)[0]
 
 
-def for_checkpoint(tensor: DTensor, cut: Cut) -> CutTensor:
-    """A parameter, or optimizer state like it, as the rectangles of the whole tensor that this rank holds."""
-    part: Tensor = tensor._local_tensor.detach()
+def for_checkpoint(tensor: DTensor, cut: Cut, part: Tensor | None = None) -> CutTensor:
+    """A parameter, or optimizer state like it, as the rectangles of the whole tensor that this rank holds.
+
+    ``part`` may hold the values in place of the local tensor of ``tensor``.
+    """
+    part = tensor._local_tensor.detach() if part is None else part
     rows = cut.part_shape()[0] if cut.shape else 0
     out: CutTensor = CutTensor(part, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
     out.cut, out._chunks = cut, cut.chunks(part, first_row_of(tensor, rows))

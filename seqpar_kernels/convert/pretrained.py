@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from .state import full_state_dict
 
@@ -35,6 +36,9 @@ def answer_for_ranks(model: Any, mesh: DeviceMesh) -> None:
         save(save_directory, is_main_process, state_dict, *args, **kwargs)
         if collective:
             dist.barrier(mesh.get_group())  # nobody reads what is not there yet
+            listed = next(model.parameters())
+            if isinstance(listed, DTensor) and listed.device_mesh.ndim > 1:  # fully_shard's: rank 0 is in another row
+                dist.barrier(listed.device_mesh.get_group(0))
 
     model.save_pretrained = save_pretrained
 

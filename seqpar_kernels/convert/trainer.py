@@ -1,22 +1,29 @@
-"""Checkpoints of Transformers' ``Trainer`` that a training on several ranks goes on from.
+"""Transformers' ``Trainer`` on a model that lies on several ranks: what it is told, and checkpoints to go on from.
 
-Not imported by the package: needs Transformers and Accelerate. All else that Trainer asks for, a parallelized model
-answers by itself.
+Not imported by the package: needs Transformers and Accelerate.
 """
 
 from __future__ import annotations
 
+import pickle
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from transformers import TrainerCallback
 
+from .accelerate import parallelism_config
 from .conversion import conversion_of
 from .state import load_sharded_optimizer_state_dict, sharded_optimizer_state_dict
 
+__all__ = ["SaveOptimizer", "parallelism_config"]
+
 _FOLDER = "sequence_parallel"
+_RANDOM = "random"
 
 
 class SaveOptimizer(TrainerCallback):  # type: ignore[misc]
@@ -35,11 +42,14 @@ class SaveOptimizer(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, resume_from: str | Path | None = None):
         self.resume_from = resume_from
-        self._random: torch.Tensor | None = None
+        self._random: bytes | None = None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}", _FOLDER)
-        dcp.save(self._state(**kwargs), checkpoint_id=folder)
+        found = self._state(**kwargs)
+        # Of each data-parallel rank: those of one batch are seeded alike.
+        found[_RANDOM] = {str(_data_parallel_rank(kwargs["model"])): _random_state(args.device)}
+        dcp.save(found, checkpoint_id=folder)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
@@ -50,14 +60,25 @@ class SaveOptimizer(TrainerCallback):  # type: ignore[misc]
                 f"{folder}: no optimizer state, which SaveOptimizer writes, for step {state.global_step}"
             )
         found = self._state(**kwargs)
+        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        sources = sum(name.startswith(f"{_RANDOM}.") for name in saved)
+        source = str(_data_parallel_rank(kwargs["model"]) % sources)
+        found[_RANDOM] = {source: b""}
         dcp.load(found, checkpoint_id=folder)
         load_sharded_optimizer_state_dict(kwargs["model"], _inner(kwargs["optimizer"]), found["optimizer"])
         kwargs["lr_scheduler"].load_state_dict(found["schedule"])
-        self._random = found["random"]
+        self._random = found[_RANDOM][source]
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if float(state.epoch).is_integer():  # else the numbers that going to the right batch draws come first
+            self._restore_random(args.device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._random is not None:  # only now: going to the right batch has drawn numbers
-            torch.set_rng_state(self._random)
+        self._restore_random(args.device)
+
+    def _restore_random(self, device: torch.device) -> None:
+        if self._random is not None:
+            _set_random_state(self._random, device)
             self._random = None
 
     @staticmethod
@@ -66,8 +87,28 @@ class SaveOptimizer(TrainerCallback):  # type: ignore[misc]
         return {
             "optimizer": sharded_optimizer_state_dict(model, _inner(optimizer)),
             "schedule": lr_scheduler.state_dict(),
-            "random": torch.get_rng_state(),
         }
+
+
+def _data_parallel_rank(model: Any) -> int:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return rank // conversion_of(model).region.ranks
+
+
+def _random_state(device: torch.device) -> bytes:
+    states = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state(device)
+    return pickle.dumps(states)
+
+
+def _set_random_state(saved: bytes, device: torch.device) -> None:
+    states = pickle.loads(saved)
+    random.setstate(states["python"])
+    numpy.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if device.type != "cpu" and "device" in states:
+        torch.get_device_module(device).set_rng_state(states["device"], device)
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

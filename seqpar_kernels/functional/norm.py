@@ -22,10 +22,10 @@ from ..checks import (
 )
 from ..kernels import BACKENDS, NormKind
 from ..kernels.spec import accumulation_dtype
-from ..layout import Group, check_shard, group_rank, group_size, resolve_group, row_map
-from ..ops.library import group_name
+from ..layout import Group, check_shard, resolve_group, row_map
+from ..ops.library import PLAIN_TYPES, eager, group_name
 from ..overlap.agreement import agreement_of, checked_together
-from ..random import as_seed, check_seeds_alike, debug_enabled
+from ..random import as_seed, check_seeds_alike, debug_enabled, draw_seed
 
 
 def dropout_add_layer_norm(
@@ -208,6 +208,14 @@ class Settled(NamedTuple):
     length: int  # of the unsharded sequence
     vector_dtype: torch.dtype | None  # what the [H] vectors must be cast to first; None: they are fine
     converts: bool  # whether any tensor must be cast or reshaped first
+    passes_x: bool  # whether z, which is x then, goes out behind the op's outputs
+
+
+class Ready(NamedTuple):
+    """A call that has been checked."""
+
+    settled: Settled
+    call: ops.PreparedNorm | None  # None: the dispatcher must see it
 
 
 def run_norm(
@@ -219,30 +227,34 @@ def run_norm(
     sum_gradients: bool = True,
 ) -> Any:
     """All three public functions. ``sum_gradients=False``: the caller sums those of the vectors over the ranks."""
-    pg = resolve_group(group)
+    pg = None if group is None else resolve_group(group)
     if pg is None:
-        settled, seed_tensor = _checked(tensors, options, None, seed)
+        ready, seed_tensor = _checked(tensors, options, None, seed)
     else:
         with checked_together(pg):
             if sum_gradients:
                 x, residual, *vectors, row_scale, y_scale = tensors
                 tensors = NormTensors(x, residual, *replicated(vectors, pg), row_scale, y_scale)  # type: ignore[call-arg]
-            settled, seed_tensor = _checked(tensors, options, pg, seed)
+            ready, seed_tensor = _checked(tensors, options, pg, seed)
         if seed_tensor is not None and not torch.compiler.is_compiling():
             # Shards of different lengths would drop different rows without anybody noticing.
-            agreement_of(pg).require(f"dropout over S={settled.length} at dim {options.seq_dim} of {tensors.x.dim()}")
+            length = ready.settled.length
+            agreement_of(pg).require(f"dropout over S={length} at dim {options.seq_dim} of {tensors.x.dim()}")
             if debug_enabled():
                 check_seeds_alike(seed_tensor, pg)
-    scalars = settled.scalars
+    settled, call = ready
     if settled.returned == 0:
         return tensors.x  # nothing is dropped, added or normalised
     if settled.converts:
         tensors = _converted(tensors, settled)
-    outs = ops.dropout_add_norm(*tensors, seed_tensor, *scalars)
-    returned = outs[: settled.returned]
-    if options.prenorm and not scalars.store_z:
-        returned.append(tensors.x)
-    return returned[0] if len(returned) == 1 else tuple(returned)
+    if call is not None:
+        returned = call(*tensors, seed_tensor)
+    else:
+        outs = ops.dropout_add_norm(*tensors, seed_tensor, *settled.scalars)
+        returned = outs[0] if settled.returned == 1 else tuple(outs[: settled.returned])
+    if settled.passes_x:
+        return (returned, tensors.x) if settled.returned == 1 else (*returned, tensors.x)
+    return returned
 
 
 def _converted(tensors: NormTensors, settled: Settled) -> NormTensors:
@@ -259,9 +271,10 @@ def _converted(tensors: NormTensors, settled: Settled) -> NormTensors:
 
 def _checked(
     tensors: NormTensors, options: NormOptions, pg: ProcessGroup | None, seed: int | Tensor | None
-) -> tuple[Settled, Tensor | None]:
+) -> tuple[Ready, Tensor | None]:
     """What follows from the arguments, and the dropout seed if anything is dropped."""
-    check_probability("p", options.p)
+    if type(options.p) is not float:  # True equals 1.0, and would be found where that has been looked up
+        check_probability("p", options.p)
     try:
         metas = metas_of(tensors)
     except AttributeError:
@@ -269,7 +282,11 @@ def _checked(
             if t is not None:
                 check_tensor(name, t)
         raise
-    settled = settle(options, group_size(pg), group_rank(pg), *metas)
+    ranks, rank = (1, 0) if pg is None else (pg.size(), pg.rank())
+    if eager():
+        ready = _prepare(options, ranks, rank, *metas)
+    else:
+        ready = Ready(settle(options, ranks, rank, *metas), None)
     if tensors.row_scale is not None and tensors.row_scale.requires_grad:
         raise ValueError("row_scale: expected a tensor without gradient, got requires_grad=True")
     if (
@@ -278,15 +295,27 @@ def _checked(
         and any(t is not None and t.requires_grad for t in tensors)
     ):
         raise ValueError("y_scale: a float8 output carries no gradient; call under torch.no_grad()")
-    if seed is None and not settled.drop:
-        return settled, None
-    seed = as_seed(seed, tensors.x.device)
-    return settled, seed if settled.drop else None  # a wrong seed is wrong in evaluation too
+    drop = ready.settled.drop
+    if seed is None and not drop:
+        return ready, None
+    seed = draw_seed(tensors.x.device) if seed is None else as_seed(seed, tensors.x.device)
+    return ready, seed if drop else None  # a wrong seed is wrong in evaluation too
 
 
 def metas_of(tensors: Iterable[Tensor | None]) -> list[tuple[Any, ...] | None]:
     """The :class:`Meta` of each, as bare tuples: they are keys only, mostly."""
     return [None if t is None else (t.shape, t.dtype, t.device, type(t)) for t in tensors]
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare(options: NormOptions, ranks: int, rank: int, *metas: tuple[Any, ...] | None) -> Ready:
+    """:func:`settle` and the call itself, in eager mode; once for each kind of call."""
+    settled = settle(options, ranks, rank, *metas)
+    x = Meta(*metas[0])  # type: ignore[misc]
+    types = {meta[-1] for meta in metas if meta is not None}
+    if settled.returned == 0 or x.device.type == "meta" or not types <= set(PLAIN_TYPES):
+        return Ready(settled, None)
+    return Ready(settled, ops.PreparedNorm(settled.scalars, x.shape, x.dtype, x.device, settled.returned))
 
 
 def settle(*args: Any) -> Settled:
@@ -310,6 +339,7 @@ def _settle(
             raise ValueError(f"{name}: expected a tensor, got {meta.type.__name__}")
     if "x" not in given:
         check_tensor("x", None)
+    check_probability("p", options.p)
     x, residual = given["x"], given.get("residual")
     seq_dim = check_sequence("x", x, options.seq_dim)
     shard = check_shard("x", x.shape[seq_dim], ranks, rank, options.seq_len)
@@ -367,7 +397,8 @@ def _settle(
     norms = 0 if options.kind == NormKind.NONE else 2 if two_norms else 1
     returned = norms + (not same and (options.prenorm or norms == 0))
     converts = not fine or "row_scale" in given or (residual is not None and residual.dtype != z_dtype)
-    return Settled(scalars, drop, returned, shard.length, None if fine else wide, converts)
+    passes_x = options.prenorm and same
+    return Settled(scalars, drop, returned, shard.length, None if fine else wide, converts, passes_x)
 
 
 def replicated(params: Sequence[Tensor | None], group: ProcessGroup) -> list[Tensor | None]:

@@ -1,7 +1,8 @@
 """Kernel backends and the choice among them.
 
 Every backend is a module with the functions of :mod:`.reference` and ``unavailable(device) -> str | None``, the reason
-why it cannot run there.
+why it cannot run there. One may also have ``NormForward`` and ``NormBackward`` as :mod:`.native` has them: the norm's
+two functions made ready for one kind of call, for calls so small that host time counts.
 """
 
 import functools

@@ -17,9 +17,13 @@ from .spec import (
     NormSpec,
     NormWants,
     accumulation_dtype,
+    as_matrix,
+    as_vector,
     dropout_scale,
     dropout_threshold,
 )
+
+_INTERFACE = 2
 
 try:
     from .. import _native
@@ -28,6 +32,9 @@ except ImportError as error:  # an unbuilt checkout: the reason is kept and show
     build_error: str | None = str(error)
 else:
     build_error = None
+    if getattr(_native, "interface", None) != _INTERFACE:  # an editable install whose Python has moved on
+        _native = None  # type: ignore[assignment]
+        build_error = "it was built from older sources: build it again with pip install -e ."
 
 DTYPE_CODE = {
     torch.float32: 0,
@@ -58,20 +65,16 @@ def _place(device: torch.device) -> tuple[bool, int, int]:
     return True, sm_margin, torch._C._cuda_getCurrentRawStream(device.index)
 
 
-def _at(device: torch.device, kernel: Callable[..., None]) -> Callable[..., None]:
+def _at(device: torch.device, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """``kernel`` where its tensors are: a launch goes to the current device."""
     if device == _CPU or device.index == torch._C._cuda_getDevice():
         return kernel
 
-    def elsewhere(*args: object) -> None:
+    def elsewhere(*args: object) -> Any:
         with torch.cuda.device(device):
-            kernel(*args)
+            return kernel(*args)
 
     return elsewhere
-
-
-def _new(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=4096)
@@ -80,6 +83,92 @@ def _prepared(spec: NormSpec) -> Any:
     codes = (DTYPE_CODE[t] for t in (spec.x_dtype, spec.z_dtype, spec.y_dtype, spec.w_dtype))
     dropout = (dropout_threshold(spec.p), dropout_scale(spec.p))
     return _native.NormSpec(int(spec.kind), spec.zero_centered, spec.eps, *codes, *dropout, *spec.rows)
+
+
+class NormForward:
+    """:func:`norm_forward` for tensors of one kind: what spec, shape and device decide is settled when it is made.
+
+    Tensors may lie as they like: one that the kernels cannot read as it lies is copied.
+    """
+
+    def __init__(
+        self,
+        spec: NormSpec,
+        shape: torch.Size,
+        device: torch.device,
+        *,
+        store_z: bool,
+        two_norms: bool = False,
+        stacked: bool = False,
+    ):
+        self._spec, self._device, self._stacked = _prepared(spec), device, stacked
+        self._y_dtype, self._z_dtype = spec.y_dtype, spec.z_dtype
+        self._store_y, self._store_z = spec.kind != NormKind.NONE, store_z
+        self._store_y2 = two_norms and self._store_y
+        self._statistics = 2 if spec.kind == NormKind.LAYER else 1
+        self._wide = accumulation_dtype(spec.x_dtype)
+        self._cols = shape[-1]
+        self._rows = shape[stacked:-1].numel()
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        weight2: Tensor | None,
+        bias2: Tensor | None,
+        x_bias: Tensor | None,
+        row_scale: Tensor | None,
+        y_scale: Tensor | None,
+        seed: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """y, y2, z and statistics, as in :class:`.spec.NormOutputs`."""
+        shards, shard_stride = 1, 0
+        if self._stacked:
+            x = x if x.stride(2) == 1 else x.contiguous()
+            shards, shard_stride, x = x.shape[0], x.stride(0), x[0]
+        device = self._device
+        y = y2 = z = statistics = None
+        if self._store_y:
+            y = torch.empty_like(x, dtype=self._y_dtype, memory_format=torch.contiguous_format)
+            statistics = torch.empty(self._statistics, self._rows, dtype=self._wide, device=device)
+            if self._store_y2:
+                y2 = torch.empty_like(x, dtype=self._y_dtype, memory_format=torch.contiguous_format)
+        if self._store_z:
+            z = torch.empty_like(x, dtype=self._z_dtype, memory_format=torch.contiguous_format)
+        kernel, (is_cuda, threads, stream) = _at(device, _native.norm_forward), _place(device)
+        while not kernel(
+            is_cuda,
+            threads,
+            stream,
+            self._spec,
+            self._rows,
+            self._cols,
+            x,
+            shards,
+            shard_stride,
+            x_bias,
+            row_scale,
+            residual,
+            weight,
+            bias,
+            weight2,
+            bias2,
+            seed,
+            z,
+            y,
+            y2,
+            y_scale,
+            statistics,
+        ):
+            x, residual = as_matrix(x), as_matrix(residual)  # type: ignore[assignment]
+            weight, bias, weight2, bias2 = as_vector(weight), as_vector(bias), as_vector(weight2), as_vector(bias2)
+            x_bias, row_scale = as_vector(x_bias), as_vector(row_scale)
+        return y, y2, z, statistics
+
+
+_forward_of = lru_cache(maxsize=4096)(NormForward)
 
 
 def norm_forward(
@@ -100,54 +189,86 @@ def norm_forward(
     stacked: bool = False,
 ) -> NormOutputs:
     """See :func:`.reference.norm_forward`."""
-    shards, shard_stride = 1, 0
-    if stacked:
-        shards, shard_stride, x = x.shape[0], x.stride(0), x[0]
-    cols = x.shape[-1]
-    rows = x.numel() // max(cols, 1)  # no columns at all is for the kernels to refuse
-    device = x.device
-    y = y2 = z = statistics = None
-    if spec.kind != NormKind.NONE:
-        y = _new(x, spec.y_dtype)
-        count = 2 if spec.kind == NormKind.LAYER else 1
-        statistics = torch.empty(count, rows, dtype=accumulation_dtype(x.dtype), device=device)
-        if two_norms:
-            y2 = _new(x, spec.y_dtype)
-    if store_z:
-        z = _new(x, spec.z_dtype)
-    _at(device, _native.norm_forward)(
-        *_place(device),
-        _prepared(spec),
-        rows,
-        cols,
-        x,
-        shards,
-        shard_stride,
-        x_bias,
-        row_scale,
-        residual,
-        weight,
-        bias,
-        weight2,
-        bias2,
-        seed,
-        z,
-        y,
-        y2,
-        y_scale,
-        statistics,
-    )
-    return NormOutputs(y, y2, z, statistics)
+    run = _forward_of(spec, x.shape, x.device, store_z=store_z, two_norms=two_norms, stacked=stacked)
+    return NormOutputs(*run(x, residual, weight, bias, weight2, bias2, x_bias, row_scale, y_scale, seed))
 
 
-@lru_cache(maxsize=4096)
-def _workspace_size(
-    is_cuda: bool, threads_or_margin: int, spec: NormSpec, rows: int, cols: int, wants: NormWants
-) -> int:
-    """Bytes for the partial sums of the vectors' gradients."""
-    vectors = sum(1 << i for i, wanted in enumerate(wants[2:]) if wanted)
-    size: int = _native.norm_backward_workspace(is_cuda, threads_or_margin, _prepared(spec), rows, cols, vectors)
-    return size
+class NormBackward:
+    """:func:`norm_backward` for tensors of one kind, as :class:`NormForward`."""
+
+    def __init__(self, spec: NormSpec, shape: torch.Size, device: torch.device, wants: NormWants):
+        self._spec, self._device = _prepared(spec), device
+        self._dx, self._dresidual, *self._vectors = wants
+        self._x_dtype, self._z_dtype, self._w_dtype = spec.x_dtype, spec.z_dtype, spec.w_dtype
+        self._rows, self._cols = shape[:-1].numel(), shape[-1]
+        self._wanted = sum(1 << i for i, wanted in enumerate(self._vectors) if wanted)
+        self._workspaces: dict[int, int] = {}  # bytes, by threads or margin
+
+    def _workspace(self, is_cuda: bool, threads_or_margin: int) -> int:
+        """Bytes for the partial sums of the vectors' gradients."""
+        size = self._workspaces.get(threads_or_margin)
+        if size is None:
+            size = self._workspaces[threads_or_margin] = _native.norm_backward_workspace(
+                is_cuda, threads_or_margin, self._spec, self._rows, self._cols, self._wanted
+            )
+        return size
+
+    def __call__(
+        self,
+        dy: Tensor | None,
+        dy2: Tensor | None,
+        dz: Tensor | None,
+        z: Tensor | None,
+        statistics: Tensor | None,
+        row_scale: Tensor | None,
+        weight: Tensor | None,
+        weight2: Tensor | None,
+        seed: Tensor | None,
+    ) -> list[Tensor | None]:
+        """Gradients in the order of :class:`.spec.NormGrads`."""
+        like = dz if dz is not None else dy if dy is not None else dy2
+        assert like is not None
+        device = self._device
+        dx = dresidual = workspace = None
+        if self._dx:
+            dx = torch.empty_like(like, dtype=self._x_dtype, memory_format=torch.contiguous_format)
+        if self._dresidual:
+            dresidual = torch.empty_like(like, dtype=self._z_dtype, memory_format=torch.contiguous_format)
+        vectors = [
+            torch.empty(self._cols, dtype=self._w_dtype, device=device) if wanted else None for wanted in self._vectors
+        ]
+        kernel, (is_cuda, threads, stream) = _at(device, _native.norm_backward), _place(device)
+        size = self._workspace(is_cuda, threads)
+        if size:
+            workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        while not kernel(
+            is_cuda,
+            threads,
+            stream,
+            self._spec,
+            self._rows,
+            self._cols,
+            dy,
+            dy2,
+            dz,
+            z,
+            statistics,
+            row_scale,
+            weight,
+            weight2,
+            seed,
+            dx,
+            dresidual,
+            *vectors,
+            workspace,
+        ):
+            dy, dy2, dz, z = as_matrix(dy), as_matrix(dy2), as_matrix(dz), as_matrix(z)
+            statistics, row_scale = as_vector(statistics), as_vector(row_scale)
+            weight, weight2 = as_vector(weight), as_vector(weight2)
+        return [dx, dresidual, *vectors]
+
+
+_backward_of = lru_cache(maxsize=4096)(NormBackward)
 
 
 def norm_backward(
@@ -166,35 +287,8 @@ def norm_backward(
     """See :func:`.reference.norm_backward`."""
     like = dz if dz is not None else dy if dy is not None else dy2
     assert like is not None
-    cols = like.shape[-1]
-    rows = like.shape[:-1].numel()
-    device = like.device
-    dx = _new(like, spec.x_dtype) if wants.dx else None
-    dresidual = _new(like, spec.z_dtype) if wants.dresidual else None
-    vectors = [torch.empty(cols, dtype=spec.w_dtype, device=device) if wanted else None for wanted in wants[2:]]
-    place = _place(device)
-    size = _workspace_size(*place[:2], spec, rows, cols, wants)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-    _at(device, _native.norm_backward)(
-        *place,
-        _prepared(spec),
-        rows,
-        cols,
-        dy,
-        dy2,
-        dz,
-        z,
-        statistics,
-        row_scale,
-        weight,
-        weight2,
-        seed,
-        dx,
-        dresidual,
-        *vectors,
-        workspace,
-    )
-    return NormGrads(dx, dresidual, *vectors)
+    run = _backward_of(spec, like.shape, like.device, wants)
+    return NormGrads(*run(dy, dy2, dz, z, statistics, row_scale, weight, weight2, seed))
 
 
 def reduce_shards(parts: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

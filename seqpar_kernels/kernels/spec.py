@@ -88,6 +88,19 @@ def on_matrices(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def as_matrix(t: Tensor | None) -> Tensor | None:
+    """[..., H] as kernels take it; copies only where strides leave no other way."""
+    if t is None or t.is_contiguous():
+        return t
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def as_vector(t: Tensor | None) -> Tensor | None:
+    """[H] as kernels take it."""
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
 def dropout_threshold(p: float) -> int:
     """An element is kept where its 16 random bits, as an unsigned integer, are >= this (0..65536)."""
     return round(p * 65536)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..functional import (
     vocab_parallel_linear_cross_entropy,
 )
 from ..layout import Group
+from .embedded import EmbeddedRows
 from .region import Region
 from .sharding import ShardSpec, local_part
 
@@ -34,9 +36,16 @@ class VocabParallelEmbedding(nn.Module):
         padding_idx: the entry that starts as zeros and gets no gradient.
         group, seq_dim: where the sequence of the result is sharded.
         whole_output: give the whole sequence on every rank instead of a shard.
+
+    Attributes:
+        whole_needed: set in converted models, with ``whole_output``: asked in each forward why the result has to be
+            whole at once. Where it gives None the result is an :class:`.embedded.EmbeddedRows`.
+        scattered: whether the last forward gave a shard and nothing else; None: there was none.
+        taken_whole_by: what took the whole tensor in the last forward that did not.
     """
 
     weight: nn.Parameter
+    embed_scale: Tensor | float | None
 
     def __init__(
         self,
@@ -59,17 +68,25 @@ class VocabParallelEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
         self.padding_idx, self.whole_output = module.padding_idx, whole_output
         self.region = region
+        self.whole_needed: Callable[[], str | None] | None = None
+        self.scattered: bool | None = None
+        self.taken_whole_by = ""
         self.sharded = {"weight": ShardSpec(0, size=self.num_embeddings)}
         self.weight = _vocabulary_part(module.weight, self.num_embeddings, region)
+        scale = _scale_of(module)
+        if isinstance(scale, Tensor):
+            self.register_buffer("embed_scale", scale, persistent="embed_scale" in module.state_dict())
+        else:
+            self.embed_scale = scale
 
     @classmethod
     def from_torch(
         cls, module: nn.Embedding, group: Group = None, *, seq_dim: int = -2, whole_output: bool = False
     ) -> VocabParallelEmbedding:
-        """This rank's rows of an nn.Embedding.
+        """This rank's rows of an nn.Embedding, or of one that multiplies them by its ``embed_scale`` (Gemma's).
 
         Raises:
-            ValueError: no nn.Embedding, one whose forward has been overridden, or one with ``max_norm``,
+            ValueError: no nn.Embedding, one whose forward does anything else, or one with ``max_norm``,
                 ``scale_grad_by_freq`` or ``sparse``.
         """
         check_embedding(module)
@@ -80,15 +97,34 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[..., S, ...] -> [..., S/t, ..., H]"""
-        return vocab_parallel_embedding(
+        taken_by = self._taken_by() if self.whole_output else None
+        standing_in = self.whole_output and taken_by is None
+        self.scattered, self.taken_whole_by = taken_by is None, taken_by or ""
+        out = vocab_parallel_embedding(
             ids,
             self.weight,
             group=self.region.group,
             seq_dim=self.region.seq_dim,
             vocab_size=self.num_embeddings,
             padding_idx=self.padding_idx,
-            whole_output=self.whole_output,
+            whole_output=self.whole_output and not standing_in,
         )
+        if isinstance(self.embed_scale, Tensor):
+            out = out * self.embed_scale.to(self.weight.dtype)
+        elif self.embed_scale is not None:
+            out = out * self.embed_scale
+        if not standing_in:
+            return out
+        seq_dim = self.region.seq_dim
+        return EmbeddedRows(out, ids.shape[seq_dim + 1 if seq_dim < 0 else seq_dim], self)
+
+    def _taken_by(self) -> str | None:
+        """What is known to need the whole tensor."""
+        if self.region.group is None or self.whole_needed is None:
+            return "the model"
+        if torch.compiler.is_compiling():  # a tensor that only looks whole would break the graph
+            return "torch.compile"
+        return self.whole_needed()
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
@@ -97,11 +133,33 @@ class VocabParallelEmbedding(nn.Module):
 
 def check_embedding(module: nn.Module) -> None:
     """Raises ValueError for what :class:`VocabParallelEmbedding` cannot stand for."""
-    if not isinstance(module, nn.Embedding) or type(module).forward is not nn.Embedding.forward:
-        raise ValueError(f"module: expected torch.nn.Embedding with its own forward, got {type(module).__name__}")
+    if not isinstance(module, nn.Embedding):
+        raise ValueError(f"module: expected torch.nn.Embedding, got {type(module).__name__}")
+    if type(module).forward is not nn.Embedding.forward and not _only_scales(module):
+        raise ValueError(
+            "module: expected torch.nn.Embedding with its own forward, or one that multiplies by its embed_scale, got "
+            f"{type(module).__name__}"
+        )
     for option, off in (("max_norm", None), ("scale_grad_by_freq", False), ("sparse", False)):
         if getattr(module, option) != off:
             raise ValueError(f"module.{option}: expected {off}, got {getattr(module, option)!r}")
+
+
+def _scale_of(module: nn.Embedding) -> Tensor | float | None:
+    """What a subclass multiplies by."""
+    return None if type(module).forward is nn.Embedding.forward else module.embed_scale  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _only_scales(module: nn.Embedding) -> bool:
+    """Whether an overridden forward gives what the lookup times ``embed_scale`` is, by trying it."""
+    scale = getattr(module, "embed_scale", None)
+    if not (isinstance(scale, float) or (isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad)):
+        return False
+    ids = {0, 1, module.num_embeddings // 2, module.num_embeddings - 1, module.padding_idx or 0}
+    probe = torch.tensor([sorted(i for i in ids if 0 <= i < module.num_embeddings)], device=module.weight.device)
+    rows = nn.Embedding.forward(module, probe)
+    return torch.equal(module(probe), rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale))
 
 
 class VocabParallelHead(nn.Module):

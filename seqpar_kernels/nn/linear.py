@@ -110,11 +110,19 @@ def _linear_features(module: nn.Module) -> tuple[int, int, bool]:
         ValueError: none of them.
     """
     if isinstance(module, nn.Linear):
+        if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+            raise ValueError(f"module: expected torch.nn.Linear with its own forward, got {type(module).__name__}")
+        if module._parameters.get("weight") is None:
+            raise ValueError(
+                f"module: expected a weight that is a parameter, got {type(module).__name__}, which computes it "
+                "(torch.nn.utils.parametrize.remove_parametrizations makes it one)"
+            )
         return module.in_features, module.out_features, False
     if isinstance(module, _ParallelLinear) and module.region.ranks == 1:
         return module.in_features, module.out_features, module.transposed
     weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+    own_forward = "forward" not in vars(module)
+    if type(module).__name__ == "Conv1D" and own_forward and isinstance(weight, nn.Parameter) and weight.dim() == 2:
         return weight.shape[0], weight.shape[1], True
     raise ValueError(f"module: expected torch.nn.Linear or transformers' Conv1D, got {type(module).__name__}")
 
@@ -355,13 +363,18 @@ class SharedGather:
         self._input: Tensor | None = None
         self._state: tuple[Any, ...] = ()
         self._waiting: dict[int, Tensor] = {}
+        self._changes = False  # whether something has been changed in place between two siblings
 
     def __call__(self, module: ColumnParallelLinear, x: Tensor, seq_len: int | None) -> Tensor:
         key = next(i for i, member in enumerate(self.members) if member is module)
-        versions = [version_of(t) for t in (x, *(member.weight for member in self.members))]
+        compiling = torch.compiler.is_compiling()
+        # A traced tensor has no version to compare with: that nothing changes in between is known from eager forwards.
+        versions = [] if compiling else [version_of(t) for t in (x, *(member.weight for member in self.members))]
         state = (*versions, seq_len, torch.is_grad_enabled())
-        if self._input is not x or self._state != state or key not in self._waiting:
+        unsure = compiling and self._changes
+        if unsure or self._input is not x or self._state != state or key not in self._waiting:
             if self._waiting:
+                self._changes = self._changes or (self._input is x and self._state[:-2] != state[:-2])
                 refuse(
                     f"all_gather_linear on {tuple(x.shape)}",
                     "gathered again for a layer that was to share the gather with its siblings: "
@@ -381,7 +394,7 @@ class SharedGather:
             self._waiting = dict(enumerate(outs))
         out = self._waiting.pop(key)
         if not self._waiting:
-            self._input = None
+            self._input, self._state = None, ()
         return out
 
     def clear(self) -> None:

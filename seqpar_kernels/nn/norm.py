@@ -130,7 +130,10 @@ class LayerNorm(nn.LayerNorm, _Norm):
         Raises:
             ValueError: it computes something else, or scales by 1 + weight.
         """
-        if not isinstance(module, nn.LayerNorm) or type(module).forward not in (nn.LayerNorm.forward, cls.forward):
+        own_forward = "forward" not in vars(module) and getattr(type(module), "forward", None) in (
+            nn.LayerNorm.forward, cls.forward,
+        )  # fmt: skip
+        if not isinstance(module, nn.LayerNorm) or not own_forward:
             return cls._from_foreign(module, group, seq_dim)
         size = _last_size(module.normalized_shape)
         new = cls(size, module.eps, False, group=group, seq_dim=seq_dim)
@@ -185,7 +188,7 @@ class RMSNorm(nn.RMSNorm, _Norm):
         Raises:
             ValueError: it computes something else.
         """
-        if type(module) in (nn.RMSNorm, cls):
+        if type(module) in (nn.RMSNorm, cls) and "forward" not in vars(module):
             size = _last_size(module.normalized_shape)  # type: ignore[arg-type]
             eps: Any = module.eps
             zero_centered = module.zero_centered_weight if isinstance(module, cls) else False

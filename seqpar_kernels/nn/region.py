@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,15 @@ class Region:
     @property
     def rank(self) -> int:
         return group_rank(self.group)
+
+    def sum_together(self, params: Sequence[Parameter]) -> None:
+        """From here on ``summed`` stands for ``params``; nothing where no gradients are wanted."""
+        if not torch.is_grad_enabled():
+            return
+        trained = [param for param in params if param.requires_grad]
+        tensors = replicated(trained, self.group) if trained and self.group is not None else trained
+        self.summed = dict(zip(trained, tensors, strict=True))  # type: ignore[arg-type]
+        self.summed.update((p, p) for p in params if not p.requires_grad)
 
     def parameters(self, *params: Parameter | None) -> tuple[list[Tensor | None], bool]:
         """The tensors to compute with, and whether their gradients are summed over the ranks already."""

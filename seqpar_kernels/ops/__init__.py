@@ -12,7 +12,7 @@ from .linear import (
 from .linear_norm import linear_reduce_scatter_dropout_add_norm, linear_reduce_scatter_dropout_add_norm_into
 from .main_grad import announced
 from .mappings import CopyToRegion, SumGradients, all_reduce, gather, reduce_scatter, split
-from .norm import NormScalars, dropout_add_norm
+from .norm import NormScalars, PreparedNorm, dropout_add_norm
 from .recompute import (
     ACTIVATIONS,
     activate,
@@ -26,6 +26,7 @@ __all__ = [
     "ACTIVATIONS",
     "CopyToRegion",
     "NormScalars",
+    "PreparedNorm",
     "SumGradients",
     "activate",
     "activation_linear_reduce_scatter",

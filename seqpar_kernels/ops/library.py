@@ -36,7 +36,7 @@ class Op:
         self._tensors = len(are_tensors) - are_tensors[::-1].index(True)  # behind them there are scalars alone
 
     def __call__(self, *args: Any) -> Any:
-        if not plain(args):
+        if not plain(args[: self._tensors]):
             return self.overload(*args)
         return self.differentiable(*args)
 
@@ -52,22 +52,39 @@ class Op:
 
     def below_autograd(self, *args: Any) -> Any:
         """The forward of an autograd.Function: the op without its Autograd kernel."""
-        if plain(args):
+        if plain(args[: self._tensors]):
             return self._kernel(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 
 
-def plain(args: Sequence[Any]) -> bool:
-    """Nothing but eager PyTorch is listening. The first tensor speaks for all."""
-    first = args[0] if args[0] is not None else next(arg for arg in args if arg is not None)
+#: Types of tensors that no Python code stands behind.
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def eager() -> bool:
+    """Nothing but eager PyTorch and its reverse-mode autograd is listening."""
     return (
-        (type(first) is Tensor or type(first) is torch.nn.Parameter)
-        and not first.is_meta
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     )
+
+
+def plain(tensors: Sequence[Any]) -> bool:
+    """Eager PyTorch alone has to do with these, and with sequences of them: memory that kernels may read."""
+    return eager() and _are_plain(tensors)
+
+
+def _are_plain(tensors: Sequence[Any]) -> bool:
+    for t in tensors:
+        if type(t) in PLAIN_TYPES:
+            if t.is_meta:
+                return False
+        elif isinstance(t, Tensor) or (type(t) in (list, tuple) and not _are_plain(t)):
+            return False
+    return True
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -87,7 +104,8 @@ def register(
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    # Where torch.compile has given a frame up it goes on with the frames below: not with those of a kernel.
+    _library.impl(name, torch._disable_dynamo(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     op = Op(getattr(getattr(torch.ops, NAMESPACE), name).default, kernel, autograd)
     _library.impl(name, op.differentiable, "Autograd")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import NormKind, NormSpec, NormWants, RowMap, select
-from ..kernels.spec import accumulation_dtype
-from ..overlap.pipeline import reshaped, rows_of
-from .library import apply, plain, register
+from ..kernels.spec import accumulation_dtype, as_matrix, as_vector
+from ..overlap.pipeline import reshaped
+from .library import PLAIN_TYPES, apply, eager, register
 
 _TENSORS = 10  # leading arguments of the forward that are tensors
 SCALARS = (
@@ -49,55 +50,95 @@ def prepared(device: torch.device, x_dtype: torch.dtype, scalars: tuple[Any, ...
     return select(backend, device), spec
 
 
-def as_matrix(t: Tensor | None) -> Tensor | None:
-    """[..., H] as kernels take it; copies only where strides leave no other way."""
-    if t is None or t.is_contiguous():
-        return t
-    t = rows_of(t)
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-
-
-def as_vector(t: Tensor | None) -> Tensor | None:
-    return t if t is None or t.is_contiguous() else t.contiguous()
+def _in_shape(t: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """Kernels that saw another shape return another shape."""
+    return t if t is None or t.shape == shape else reshaped(t, shape)
 
 
 def shaped(results: Iterable[Tensor | None], shape: torch.Size) -> list[Tensor]:
-    """Those there are, in ``shape``: kernels that saw another shape return another shape."""
+    """Those there are, in ``shape``."""
     return [t if t.shape == shape else reshaped(t, shape) for t in results if t is not None]
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+Results = Sequence[Tensor | None]
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_of(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, scalars: tuple[Any, ...]
+) -> Callable[..., Results]:
+    """The forward on plain tensors of one kind: the op's tensors -> y, y2, z, statistics, None where there is none."""
+    store_z, two_norms = scalars[:2]
+    backend, spec = prepared(device, dtype, scalars[2:])
+    if hasattr(backend, "NormForward"):  # a backend whose host time counts brings its own
+        return backend.NormForward(spec, shape, device, store_z=store_z, two_norms=two_norms)  # type: ignore[no-any-return]
+
+    def run(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        weight2: Tensor | None,
+        bias2: Tensor | None,
+        x_bias: Tensor | None,
+        row_scale: Tensor | None,
+        y_scale: Tensor | None,
+        seed: Tensor | None,
+    ) -> Results:
+        y, y2, z, statistics = backend.norm_forward(
+            as_matrix(x),
+            as_vector(x_bias),
+            as_vector(row_scale),
+            as_matrix(residual),
+            *map(as_vector, (weight, bias, weight2, bias2)),
+            seed,
+            spec,
+            store_z=store_z,
+            two_norms=two_norms,
+            y_scale=y_scale,
+        )
+        return *(_in_shape(t, shape) for t in (y, y2, z)), statistics
+
+    return run
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_of(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, scalars: tuple[Any, ...], wants: NormWants
+) -> Callable[..., Results]:
+    """The backward likewise: what the op takes up to ``seed`` -> the fields of NormGrads; ``scalars`` from ``kind``."""
+    backend, spec = prepared(device, dtype, scalars)
+    if hasattr(backend, "NormBackward"):
+        return backend.NormBackward(spec, shape, device, wants)  # type: ignore[no-any-return]
+
+    def run(
+        dy: Tensor | None,
+        dy2: Tensor | None,
+        dz: Tensor | None,
+        z: Tensor | None,
+        statistics: Tensor | None,
+        row_scale: Tensor | None,
+        weight: Tensor | None,
+        weight2: Tensor | None,
+        seed: Tensor | None,
+    ) -> Results:
+        vectors = map(as_vector, (row_scale, weight, weight2))
+        dx, dresidual, *grads = backend.norm_backward(
+            *map(as_matrix, (dy, dy2, dz, z)), statistics, *vectors, seed, spec, wants
+        )
+        return [_in_shape(dx, shape), _in_shape(dresidual, shape), *grads]
+
+    return run
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def _compute(tensors: Sequence[Tensor | None], scalars: tuple[Any, ...]) -> list[Tensor]:
-    """The forward on plain tensors. Small calls live and die by its host time: nothing is done twice."""
-    x, residual = tensors[:2]
-    assert x is not None
-    vectors = [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors[2:8]]
-    weight, bias, weight2, bias2, x_bias, row_scale = vectors
-    store_z, two_norms = scalars[:2]
-    backend, spec = prepared(x.device, x.dtype, scalars[2:])
-    out = backend.norm_forward(
-        as_matrix(x),
-        x_bias,
-        row_scale,
-        as_matrix(residual),
-        weight,
-        bias,
-        weight2,
-        bias2,
-        tensors[9],
-        spec,
-        store_z=store_z,
-        two_norms=two_norms,
-        y_scale=tensors[8],
-    )
-    full = shaped(out[:3], x.shape)
-    return full if out.statistics is None else [*full, out.statistics]
-
-
 def _forward_kernel(*args: Any) -> list[Tensor]:
-    return _compute(args[:_TENSORS], args[_TENSORS:])
+    x, tensors, scalars = args[0], args[:_TENSORS], args[_TENSORS:]
+    return [t for t in forward_of(x.shape, x.dtype, x.device, scalars)(*tensors) if t is not None]
 
 
 def _forward_fake(
@@ -128,53 +169,157 @@ def _forward_fake(
     return out
 
 
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+class DispatchedNorm:
+    """One kind of call as autograd needs it, its forward and backward left to the dispatcher.
+
+    Every result of the op goes out.
+    """
+
+    def __init__(self, scalars: NormScalars, x_dtype: torch.dtype):
+        self.scalars, self.x_dtype = scalars, x_dtype
+        norm = scalars.kind != NormKind.NONE
+        self._stored = (norm, norm and scalars.two_norms, scalars.store_z, norm)  # of y, y2, z, statistics
+        self._hand_out([i for i, stored in enumerate(self._stored) if stored])
+
+    def _hand_out(self, picked: list[int]) -> None:
+        """Which of y, y2, z and statistics go out."""
+        self.results = operator.itemgetter(*picked)
+        self.returns_statistics = 3 in picked
+        # Where their gradients come in, behind which a None stands for those that have none.
+        self.gradients = operator.itemgetter(*(picked.index(i) if i in picked else -1 for i in range(3)))
+
+    def forward(self, *tensors: Tensor | None) -> Results:
+        """y, y2, z, statistics: None where there is none."""
+        found = iter(dropout_add_norm.below_autograd(*tensors, *self.scalars))
+        return [next(found) if stored else None for stored in self._stored]
+
+    def backward(self, wants: NormWants, *tensors: Tensor | None) -> Results:
+        """The gradients of NormGrads: None where not wanted. ``tensors``: the backward's, up to the seed."""
+        found = iter(dropout_add_norm_backward(*tensors, list(wants), self.x_dtype, *self.scalars[2:]))
+        return [next(found) if want else None for want in wants]
+
+
+class PreparedNorm(DispatchedNorm):
+    """One kind of call on plain tensors in eager mode, ready to run.
+
+    Shape, dtype, device, scalars and how many results are returned make a kind. What follows from them (backend,
+    kernels, their arguments, which results go out) is worked out once, so that a call costs little more than its
+    allocations, ``autograd.Function`` and the launch: small calls live and die by host time.
+    """
+
+    def __init__(
+        self, scalars: NormScalars, shape: torch.Size, x_dtype: torch.dtype, device: torch.device, returned: int
+    ):
+        super().__init__(scalars, x_dtype)
+        self._hand_out([i for i, stored in enumerate(self._stored) if stored][:returned])
+        self._kind = shape, x_dtype, device
+        self._backwards: dict[NormWants, Callable[..., Results]] = {}
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        weight2: Tensor | None,
+        bias2: Tensor | None,
+        x_bias: Tensor | None,
+        row_scale: Tensor | None,
+        y_scale: Tensor | None,
+        seed: Tensor | None,
+    ) -> Any:
+        """The results that are returned: a tuple, or the only one."""
+        if torch.is_grad_enabled():
+            for t in (x, residual, weight, bias, weight2, bias2, x_bias):
+                if t is not None and t.requires_grad:
+                    return _apply(self, x, residual, weight, bias, weight2, bias2, x_bias, (row_scale, y_scale, seed))
+        return self.results(self.forward(x, residual, weight, bias, weight2, bias2, x_bias, row_scale, y_scale, seed))
+
+    @functools.cached_property
+    def forward(self) -> Callable[..., Results]:  # type: ignore[override]
+        return forward_of(*self._kind, self.scalars)
+
+    def backward(self, wants: NormWants, *tensors: Tensor | None) -> Results:
+        if torch.is_grad_enabled() or not eager():  # create_graph, a mode that looks on
+            return super().backward(wants, *tensors)
+        for t in tensors[:3]:
+            if t is not None and type(t) not in PLAIN_TYPES:
+                return super().backward(wants, *tensors)
+        run = self._backwards.get(wants)
+        if run is None:
+            run = self._backwards[wants] = backward_of(*self._kind, self.scalars[2:], wants)
+        return run(*tensors)
+
+
 class _DropoutAddNorm(torch.autograd.Function):
     """Keeps z (or x, when they are the same), the statistics and the seed; no mask, no norm output."""
 
     @staticmethod
-    def forward(ctx: Any, scalars: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        x, residual, weight, _bias, weight2, _bias2, _x_bias, row_scale, _y_scale, seed = tensors
-        assert x is not None
-        out = _compute(tensors, scalars) if plain(tensors) else dropout_add_norm.below_autograd(*tensors, *scalars)
-        store_z, two_norms, kind = scalars[:3]
-        z = statistics = None
-        if kind != NormKind.NONE:
-            z = out[two_norms + 1] if store_z else x
-            statistics = out[-1]
-            ctx.mark_non_differentiable(statistics)
+    def forward(
+        ctx: Any,
+        call: DispatchedNorm,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        weight2: Tensor | None,
+        bias2: Tensor | None,
+        x_bias: Tensor | None,
+        rest: tuple[Tensor | None, ...],
+    ) -> Any:
+        """``rest``: row_scale, y_scale and seed, at which autograd need not look."""
+        row_scale, y_scale, seed = rest
+        out = call.forward(x, residual, weight, bias, weight2, bias2, x_bias, row_scale, y_scale, seed)
+        z, statistics = out[2], out[3]
+        if statistics is None:
+            z = None  # nothing was normalised
+        elif z is None:
+            z = x
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(z, statistics, row_scale, weight, weight2, seed)
-        ctx.call = scalars, x.dtype, residual is not None
-        return tuple(out)
+        ctx.call = call
+        if call.returns_statistics:
+            ctx.mark_non_differentiable(statistics)
+        return call.results(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (store_z, two_norms, kind, *rest), x_dtype, has_residual = ctx.call
-        z, statistics, row_scale, weight, weight2, seed = ctx.saved_tensors
-        dy = dy2 = dz = None
-        if kind != NormKind.NONE:
-            dy, dy2 = grads[0], grads[1] if two_norms else None
-        if store_z:
-            dz = grads[two_norms + (kind != NormKind.NONE)]
-        _, *needs = ctx.needs_input_grad
+        call: DispatchedNorm = ctx.call
+        dy, dy2, dz = call.gradients((*grads, None))
         if dy is None and dy2 is None and dz is None:
-            return (None,) * (1 + len(needs))
-        z_dtype = rest[-4]
+            return (None,) * 9
+        _, need_x, need_residual, need_weight, need_bias, need_weight2, need_bias2, need_x_bias, _ = (
+            ctx.needs_input_grad
+        )
+        z, statistics, row_scale, weight, weight2, seed = ctx.saved_tensors
         # g and dx are one tensor where nothing stands between them: then one is computed and handed out twice.
-        same = seed is None and row_scale is None and z_dtype == x_dtype
-        wants_residual = has_residual and needs[1]
-        wants = [needs[0] or (same and wants_residual), wants_residual and not same, *needs[2:7]]
-        saved = (z, statistics, row_scale, weight, weight2, seed)
-        out = iter(dropout_add_norm_backward(dy, dy2, dz, *saved, wants, x_dtype, kind, *rest))
-        dx, dresidual, *vectors = [next(out) if want else None for want in wants]
-        if same and wants_residual:
+        same = seed is None and row_scale is None and call.scalars.z_dtype == call.x_dtype
+        wants = NormWants(
+            need_x or (same and need_residual),
+            need_residual and not same,
+            need_weight,
+            need_bias,
+            need_weight2,
+            need_bias2,
+            need_x_bias,
+        )
+        dx, dresidual, *vectors = call.backward(wants, dy, dy2, dz, z, statistics, row_scale, weight, weight2, seed)
+        if same and need_residual:
             dresidual = dx
-        return (None, dx if needs[0] else None, dresidual, *vectors, None, None, None)
+        return (None, dx if need_x else None, dresidual, *vectors, None)
+
+
+#: ``Function.apply`` without its care for functorch, whose transforms take :func:`_forward_autograd`.
+_apply = super(torch.autograd.Function, _DropoutAddNorm).apply  # type: ignore[misc]
 
 
 def _forward_autograd(*args: Any) -> list[Tensor]:
-    """Scalars travel as one argument: autograd looks at every argument it is given."""
-    return list(apply(_DropoutAddNorm, args[_TENSORS:], *args[:_TENSORS]))
+    tensors, scalars = args[:_TENSORS], NormScalars(*args[_TENSORS:])
+    out = apply(_DropoutAddNorm, DispatchedNorm(scalars, tensors[0].dtype), *tensors[:7], tensors[7:])
+    return [out] if isinstance(out, Tensor) else list(out)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -200,21 +345,9 @@ def _backward_kernel(
     *scalars: Any,
 ) -> list[Tensor]:
     like = _like(dy, dy2, dz)
-    backend, spec = prepared(like.device, x_dtype, scalars)
-    grads = backend.norm_backward(
-        as_matrix(dy),
-        as_matrix(dy2),
-        as_matrix(dz),
-        as_matrix(z),
-        statistics,
-        as_vector(row_scale),
-        as_vector(weight),
-        as_vector(weight2),
-        seed,
-        spec,
-        NormWants(*wants),
-    )
-    return shaped(grads[:2], like.shape) + [t for t in grads[2:] if t is not None]
+    run = backward_of(like.shape, x_dtype, like.device, scalars, NormWants(*wants))
+    grads = run(dy, dy2, dz, z, statistics, row_scale, weight, weight2, seed)
+    return [t for t in grads if t is not None]
 
 
 def _backward_fake(

@@ -21,7 +21,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -80,6 +80,7 @@ class _Letter:
     posted: list[torch.cuda.Event] | None = None  # when either end's stream was ready
     arrived: bool = False  # on CUDA: is on its way, and ``event`` tells when it has arrived
     event: torch.cuda.Event | None = None
+    failed: BaseException | None = None  # on its way
 
     @property
     def complete(self) -> bool:
@@ -217,8 +218,10 @@ class Loopback:
     def wait(self, letter: _Letter, transfer: Transfer, seconds: float) -> bool:
         """Whether ``letter`` has arrived (on CUDA: the current stream may use it now)."""
         with self.changed:
-            if not self.changed.wait_for(lambda: letter.arrived, seconds):
+            if not self.changed.wait_for(lambda: letter.arrived or letter.failed is not None, seconds):
                 return False
+        if letter.failed is not None:
+            raise RuntimeError(f"{transfer}: the link could not carry it") from letter.failed
         self._links[transfer.target].await_(letter)
         return True
 
@@ -273,8 +276,11 @@ class _PacedLink(_CopyLink):
             assert letter.source is not None
             free = max(free, time.perf_counter()) + letter.source.nbytes / self._rate
             time.sleep(max(0.0, free - time.perf_counter()))
-            with self._world.changed:
-                super().carry(letter)
+            with self._world.changed, torch.no_grad():  # of this thread: buffers may belong to an autograd.Function
+                try:
+                    super().carry(letter)
+                except BaseException as error:
+                    letter.failed = error
                 self._world.changed.notify_all()
 
 
@@ -360,8 +366,9 @@ class LoopbackSession:
         agreement_of(self._group).give_up(self._ticket, error)
         for transfer, letter in self._open.items():
             self._world.forget(self._tag, transfer)
-            if letter.complete:  # on its way: then nobody reads or writes our memory any more
-                self._world.wait(letter, transfer, self._world.timeout)
+            if letter.complete and letter.failed is None:  # on its way: then nobody uses our memory any more
+                with suppress(RuntimeError):
+                    self._world.wait(letter, transfer, self._world.timeout)
 
     def _bring(self, transfer: Transfer, source: Tensor | None, target: Tensor | None) -> None:
         self._open[transfer] = self._world.bring(self._tag, transfer, source, target)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import links, norm, norm_features, ranks
+from bench import links, loopback, norm, norm_features, ranks
 from bench.check import WrongResult, check_norm
 from bench.cli import main
 from bench.errors import BenchError
@@ -164,6 +164,26 @@ def test_linear_below_the_size_floor(tmp_path: Path) -> None:
     assert len(small) == len(rows) / 2 == 2
     for row in small:
         assert row.shape == [64, 128, 512] and row.metrics["engine"] == "single" and row.metrics["x_by_hand"] > 0
+
+
+def test_loopback_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ["--rows", "16", "--hidden", "24", "--inner", "32", "--chunks", "2", "--ranks", "4"]
+    assert main(["loopback", *BRIEF, *sizes, "--save", str(tmp_path)]) == 0
+    rows = [r for r in load(tmp_path) if r.op.startswith("loopback")]
+    assert {(r.op, r.direction) for r in rows} == {
+        (f"loopback.{op}", direction)
+        for op in ("all_gather_linear", "linear_reduce_scatter")
+        for direction in ("fwd", "fwd+bwd")
+    }
+    for r in rows:
+        assert r.status == "ok", r.reason
+        if r.provider == "ours":
+            assert r.percent > 0 and r.metrics["error"] <= 2 and "hidden" in r.metrics
+    assert {r.params.get("chunks") for r in rows} == {None, 2}
+
+    on_ranks = loopback.on_ranks
+    monkeypatch.setattr(loopback, "on_ranks", lambda *args: lambda group: [t * 1.5 for t in on_ranks(*args)(group)])
+    assert main(["loopback", *BRIEF, *sizes, "--op", "linear_reduce_scatter", "--save", str(tmp_path / "wrong")]) == 1
 
 
 def test_layer_smoke(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import seqpar_kernels as sp
-from seqpar_kernels.overlap import pipeline
+from seqpar_kernels.overlap.agreement import Agreement
 
 from ..world import World
 from .models import MODELS, VOCAB, assert_same_gradients, group
@@ -34,19 +34,19 @@ def checkpointed(model: Any, **options: Any) -> None:
 
 def run(model: nn.Module, ids: Tensor) -> tuple[dict[str, Tensor], int]:
     """Gradients, and how many exchanges forward and backward took."""
-    original, exchanges = pipeline.Call.exchange, 0
+    original, exchanges = Agreement.begin, 0
 
     def counted(*args: Any) -> Any:
         nonlocal exchanges
         exchanges += 1
         return original(*args)
 
-    pipeline.Call.exchange = counted  # type: ignore[method-assign]
+    Agreement.begin = counted  # type: ignore[method-assign]
     try:
         torch.manual_seed(5)
         model(ids, labels=ids, use_cache=False).loss.backward()
     finally:
-        pipeline.Call.exchange = original  # type: ignore[method-assign]
+        Agreement.begin = original  # type: ignore[method-assign]
     return sp.gather_full_gradients(model), exchanges
 
 
@@ -78,3 +78,29 @@ def recompute_case(kind: str) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_recompute(world2: World, kind: str) -> None:
     world2.run(recompute_case, kind)
+
+
+def several_case(kind: str, reentrant: bool, lengths: tuple[int, int]) -> None:
+    """Two forwards before one backward, and one without gradients behind them: each is recomputed as it was."""
+    first, second = (torch.randint(VOCAB, (2, length)) for length in lengths)
+    found = []
+    for checkpointing in (False, True):
+        model = sp.parallelize(MODELS[kind](), group(), loss_parallel=True).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(5)
+        loss = model(first, labels=first).loss + 2 * model(second, labels=second).loss
+        with torch.no_grad():
+            model(second[:, :3])
+        loss.backward()
+        found.append(sp.gather_full_gradients(model))
+    assert_same_gradients(found[1], found[0])
+
+
+@pytest.mark.parametrize("lengths", [(13, 16), (9, 11), (12, 9)])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_several_forwards_before_a_backward(
+    world2: World, kind: str, reentrant: bool, lengths: tuple[int, int]
+) -> None:
+    world2.run(several_case, kind, reentrant, lengths)

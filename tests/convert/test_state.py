@@ -297,3 +297,25 @@ def test_unparallelize_without_a_group() -> None:
     model = sp.unparallelize(converted("gpt2", True, None))
     assert_identical(dict(model.state_dict()), dict(gpt2().state_dict()))
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def kept_case() -> None:
+    """What happened to buffers since conversion holds, and a hook's handle still takes it off."""
+    model = llama()
+    calls: list[str] = []
+    handles = [m.register_forward_hook(lambda *_: calls.append("hook")) for m in (model, model.model.layers[0])]
+    sp.parallelize(model, group())
+    sp.unparallelize(model.to(torch.float64))
+    plain = llama().to(torch.float64)
+    assert_identical(dict(model.named_buffers()), dict(plain.named_buffers()))
+    ids = torch.randint(VOCAB, (2, 7))
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert len(calls) == 2
+    for handle in handles:
+        handle.remove()
+    model(ids)
+    assert len(calls) == 2
+
+
+def test_unparallelize_keeps_buffers_and_hooks(world2: World) -> None:
+    world2.run(kept_case)

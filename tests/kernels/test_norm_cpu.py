@@ -3,6 +3,7 @@
 The error allowed is twice that of plain PyTorch operations in the same dtype, plus one rounding of the output.
 """
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -497,6 +498,34 @@ def test_what_cannot_be_done_is_refused():
         forward(torch.zeros(40).as_strided((4, 8), (4, 1)))
     with pytest.raises(ValueError, match="sizes"):
         forward(torch.zeros(4, 0))
+
+
+def test_layouts_that_kernels_do_not_read_are_copied():
+    """Columns apart, rows unevenly apart, vectors with gaps, a stack of shards read across its columns."""
+    spec = NormSpec(NormKind.LAYER, False, 1e-5, 0.0, RowMap(6, 0, 0), *[F64] * 4)
+    torch.manual_seed(0)
+    x, residual, dy = (torch.randn(4, 3, 2, 16, dtype=F64)[:3, :2, 0, ::2] for _ in range(3))
+    vectors = [torch.randn(16, dtype=F64)[::2] for _ in range(5)]
+    row_scale = torch.randn(12)[::2]
+
+    def both(change):
+        given = [change(t) for t in (x, vectors[0], row_scale, residual, *vectors[1:])]
+        out = native.norm_forward(*given, None, spec, store_z=True, two_norms=True)
+        saved = [change(t) for t in (dy, dy, dy, out.z, out.statistics, row_scale, vectors[1], vectors[3])]
+        return *out, *native.norm_backward(*saved, None, spec, NormWants(*[True] * 7))
+
+    for got, expected in zip(both(lambda t: t), both(lambda t: t.contiguous()), strict=True):
+        assert torch.equal(got, expected)
+    parts = torch.randn(3, 8, 5).mT
+    only_z = spec._replace(kind=NormKind.NONE, x_dtype=F32, z_dtype=F32, y_dtype=F32, w_dtype=F32)
+    z = native.norm_forward(parts, *[None] * 8, only_z, store_z=True, stacked=True).z
+    assert torch.equal(z, native.reduce_shards(parts.contiguous(), None))
+
+
+def test_a_launch_on_another_device_reports_back(monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    assert native._at(torch.device("cuda", 1), lambda *args: args)(1, 2) == (1, 2)
 
 
 def test_philox_known_answers():

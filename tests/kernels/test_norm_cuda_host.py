@@ -41,8 +41,8 @@ def on_host_cuda(host_cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sends native.py's CPU tensors to the host-run CUDA kernels."""
     host_cuda.configure()
     monkeypatch.setattr(native, "_native", host_cuda.module)
-    for cached in (native._prepared, native._workspace_size):  # afresh: what is kept belongs to one module
-        monkeypatch.setattr(native, cached.__name__, functools.lru_cache(cached.__wrapped__))
+    for name in ("_prepared", "_forward_of", "_backward_of"):  # afresh: what is kept belongs to one module
+        monkeypatch.setattr(native, name, functools.lru_cache(getattr(native, name).__wrapped__))
     monkeypatch.setattr(native, "_place", lambda device: (True, native.sm_margin, 0))
 
 

@@ -389,20 +389,26 @@ def _refused() -> None:
         gemm.matmul_scatter(**scatter, counts=words(1))
 
 
-def multiply_bf16() -> None:
-    """The interpreter keeps bf16 as its bits and would multiply those."""
+def multiply_as_a_gpu_does() -> None:
+    """Each element summed in the same order wherever it lies in its tile, as tensor cores do and some BLAS does not.
+
+    The interpreter also keeps bf16 as its bits, and would multiply those.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
-    original = interpreter.InterpreterBuilder.create_dot
+    def widened(t: Any) -> Any:
+        if t.dtype == tl.bfloat16:
+            return (t.data.astype(np.uint32) << 16).view(np.float32)
+        return t.data.astype(np.float32)
 
-    def dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
-        if a.dtype == tl.bfloat16:
-            a, b = (
-                interpreter.TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32) for t in (a, b)
-            )
-        return original(self, a, b, *args)
+    def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        columns, rows = widened(a).T, widened(b)  # [K, M], [K, N]
+        product = np.zeros(d.data.shape, d.data.dtype)
+        for column, row in zip(columns, rows, strict=True):
+            product += np.multiply.outer(column, row)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = dot
 
@@ -410,5 +416,5 @@ def multiply_bf16() -> None:
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
     round_as_a_gpu_does()
-    multiply_bf16()
+    multiply_as_a_gpu_does()
     main(CASES)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -224,6 +226,101 @@ def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
         y, z = run(kind, t, p=0.2, seed=1)
         grads = torch.autograd.grad(y.sum() + z.sum(), [v for v in t.values() if v is not None])
         assert all(torch.isfinite(g).all() for g in (y, z, *grads))
+
+
+@pytest.mark.parametrize("prenorm", [False, True])
+def test_one_kind_of_call_serves_any_choice_of_gradients(prenorm: bool) -> None:
+    """All calls share shapes, dtypes and options; what they want of autograd differs, interleaved as it comes."""
+    torch.manual_seed(0)
+    values = [torch.randn(2, 3, 8, dtype=torch.float64) for _ in range(2)]
+    values += [torch.randn(8, dtype=torch.float64) for _ in range(2)]
+    grads = [torch.randn(2, 3, 8, dtype=torch.float64) for _ in range(2)]
+    choices = [c for n in range(1, 5) for c in itertools.combinations(range(4), n)]
+    for choice in choices + choices[::-1]:
+        x, r, w, b = leaves = [v.clone().requires_grad_(i in choice) for i, v in enumerate(values)]
+        out = sp.dropout_add_layer_norm(x, r, w, b, prenorm=prenorm)
+        wanted = [leaves[i] for i in choice]
+        expected = (F.layer_norm(x + r, (8,), w, b), x + r)
+        carried = 1 + (prenorm and min(choice) < 2)  # z carries a gradient where x or residual does
+        out, expected = (out if prenorm else (out,))[:carried], expected[:carried]
+        torch.testing.assert_close(out, expected)
+        for given in ([0], [1], [0, 1]) if carried == 2 else ([0],):
+            got, want = (
+                torch.autograd.grad(
+                    [o[i] for i in given], wanted, [grads[i] for i in given], True, materialize_grads=True
+                )
+                for o in (out, expected)
+            )
+            torch.testing.assert_close(got, want)
+
+
+def test_without_gradients_nothing_is_recorded() -> None:
+    x, w = torch.randn(4, 8), torch.ones(8, requires_grad=True)
+    expected = sp.dropout_add_rms_norm(x, x, w, prenorm=True)
+    assert expected[0].requires_grad
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            got = sp.dropout_add_rms_norm(x, x, w, prenorm=True)
+        assert not any(t.requires_grad for t in got) and got[0].is_inference() == (mode is torch.inference_mode)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert not sp.dropout_add_rms_norm(x, x, w.detach()).requires_grad
+
+
+def test_a_mode_sees_forward_and_backward() -> None:
+    """Also one that is entered between the two."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(4, 8, requires_grad=True)
+    w = torch.ones(8, requires_grad=True)
+    whole = ["seqpar.dropout_add_norm.default", "seqpar.dropout_add_norm_backward.default"]
+    (expected,) = torch.autograd.grad(sp.dropout_add_rms_norm(x, x.detach(), w).sin().sum(), x)
+    for inside in (2, 1):
+        seen = Seen()
+        with seen if inside == 2 else contextlib.nullcontext():
+            y = sp.dropout_add_rms_norm(x, x.detach(), w)
+        with Seen() as later:
+            (dx,) = torch.autograd.grad(y.sin().sum(), x)
+        names = [name for name in seen.names + later.names if "seqpar" in name]
+        assert names == whole[-inside:]
+        torch.testing.assert_close(dx, expected, rtol=0, atol=0)
+
+
+def test_a_subclass_behind_the_first_tensor_is_asked() -> None:
+    """The kernels know plain memory only: DTensor and its like must meet the op, not lose their data_ptr()."""
+
+    class Tagged(Tensor):
+        seen: ClassVar[list[str]] = []
+
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cls.seen.append(str(func))
+            plain = [a.inner if isinstance(a, Tagged) else a for a in args]
+            return func(*plain, **(kwargs or {}))
+
+    x, residual = torch.randn(4, 8), torch.randn(4, 8)
+    tagged = Tensor._make_wrapper_subclass(Tagged, residual.shape)  # type: ignore[attr-defined]
+    tagged.inner = residual
+    expected = sp.dropout_add_rms_norm(x, residual, None)
+    torch.testing.assert_close(sp.dropout_add_rms_norm(x, tagged, None), expected, rtol=0, atol=0)
+    assert "seqpar.dropout_add_norm.default" in Tagged.seen
+
+
+def test_what_equals_a_probability_is_none() -> None:
+    """Calls are looked up by their arguments, and True equals 1.0."""
+    x = torch.ones(2, 8)
+    for p, equal in ((1.0, True), (0.0, False)):
+        sp.dropout_add(x, p=p, residual=x)
+        with pytest.raises(ValueError, match="p: expected a probability"):
+            sp.dropout_add(x, p=equal, residual=x)
 
 
 def test_double_backward_is_refused() -> None:

@@ -81,21 +81,23 @@ def test_the_bits_of_gloo_ranks(
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 @pytest.mark.parametrize("rate", [None, 2e6], ids=["copied", "paced"])
-def test_the_unsharded_result_on_any_number_of_ranks(ranks: int, rate: float | None) -> None:
+@pytest.mark.parametrize(("seq_dim", "engine"), [(0, "collective"), (0, "single"), (1, "collective")])
+def test_the_unsharded_result_on_any_number_of_ranks(ranks: int, rate: float | None, seq_dim: int, engine: str) -> None:
     """In fp64 integers are exact however they are summed, so shards of any layer are those of the whole."""
     length = 2 * ranks + 1
+    shape = (length, 2) if seq_dim == 0 else (2, length)
     with Loopback(ranks, bytes_per_second=rate) as loopback:
-        got = loopback.run(layer, length, 1, 2, "collective", torch.float64)
-    x = integers(1, 2, length, 6, dtype=torch.float64).requires_grad_()
+        got = loopback.run(layer, length, seq_dim, 2, "collective", torch.float64)
+    x = integers(1, *shape, 6, dtype=torch.float64).requires_grad_()
     up = integers(2, 4 * ranks, 6, dtype=torch.float64).requires_grad_()
     bias, down = integers(4, 4 * ranks, dtype=torch.float64), integers(5, 5, 4 * ranks, dtype=torch.float64)
     side = integers(3, 3 * ranks, 6, dtype=torch.float64)
     y = torch.nn.functional.linear(x @ up.t() + bias, down)
-    g_side = integers(7, 2, length, 3, dtype=torch.float64)
-    dx, d_up = torch.autograd.grad(y, (x, up), integers(6, 2, length, 5, dtype=torch.float64))
+    g_side = integers(7, *shape, 3, dtype=torch.float64)
+    dx, d_up = torch.autograd.grad(y, (x, up), integers(6, *shape, 5, dtype=torch.float64))
     dx = dx + g_side @ sum(side.tensor_split(ranks))
-    assert torch.equal(torch.cat([rank[2] for rank in got], 1), y)
-    assert torch.equal(torch.cat([rank[3] for rank in got], 1), dx)
+    assert torch.equal(torch.cat([rank[2] for rank in got], seq_dim), y)
+    assert torch.equal(torch.cat([rank[3] for rank in got], seq_dim), dx)
     assert torch.equal(torch.cat([rank[4] for rank in got]), d_up)
 
 
@@ -129,6 +131,35 @@ def test_a_paced_link_takes_bytes_over_rate() -> None:
     with Loopback(3, bytes_per_second=rate) as loopback:
         elapsed = loopback.run(gather)
     assert min(elapsed) >= 2 * 65536 / rate
+
+
+@pytest.mark.parametrize("engine", ["collective", "single"])
+def test_a_paced_link_carries_what_autograd_follows(engine: str) -> None:
+    """The link's thread has a grad mode of its own, and a whole shard is sent as the leaf that it is."""
+
+    def layer(g: dist.ProcessGroup) -> Tensor:
+        x = integers(1, 4, 6, dtype=torch.float32).tensor_split(2)[g.rank()].detach().requires_grad_()
+        weight = integers(2, 3, 6, dtype=torch.float32).requires_grad_()
+        sp.all_gather_linear(x, weight, group=g, chunks=1, engine=engine).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    with Loopback(2, bytes_per_second=1e9) as loopback:
+        got = loopback.run(layer)
+    expected = 2 * integers(2, 3, 6, dtype=torch.float32).sum(0)
+    assert all(torch.equal(grad, expected.expand(2, 6)) for grad in got)
+
+
+def test_a_message_that_a_paced_link_cannot_carry_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: object, letter: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("seqpar_kernels.overlap.loopback._CopyLink.carry", broken)
+    with Loopback(2, bytes_per_second=1e9) as loopback:
+        start = time.perf_counter()
+        with pytest.raises(RankErrors, match="the link could not carry it"):
+            loopback.run(lambda g: sp.gather_sequence(torch.ones(1, 2, 3), g))
+        assert time.perf_counter() - start < loopback.timeout
 
 
 def test_groups_are_process_groups_while_the_world_is_open() -> None:
