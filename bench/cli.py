@@ -270,7 +270,7 @@ def run_loopback(args: argparse.Namespace, session: Session) -> None:
     sizes = (args.rows or (8192 if cuda else 512 if args.quick else 2048), hidden, args.inner or 4 * hidden)
     ranks = args.ranks or ([2, 4, 8] if cuda else [2])
     dtypes = args.dtype or (["bf16"] if cuda else ["fp32"])
-    planned = list(loopback.cases(args.op or OPS, sizes, dtypes, ranks, args.ratio))
+    planned = loopback.cases(args.op or OPS, sizes, dtypes, ranks, args.ratio)
     found = loopback.run(session, planned, args.chunks)
     timing_table(found, f"loopback on {found[-1].machine}, {session.rows[-1].threads} threads")
 

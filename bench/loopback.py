@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,7 @@ from torch.distributed import ProcessGroup
 
 from . import facts
 from .check import error_ratio
-from .errors import BenchError
-from .linear import LinearJob
+from .linear import LinearJob, jobs
 from .linear_providers import OPS
 from .schema import Row
 from .session import Session
@@ -34,53 +33,45 @@ Call = Callable[[ProcessGroup], list[Tensor]]
 
 @dataclass(frozen=True)
 class LoopbackCase:
-    """One question: S rows in all, K features outside, F inside, of all ranks together."""
+    """A question as to real ranks (:mod:`bench.linear`), which counts its FLOPs and bytes, to virtual ones."""
 
-    op: str
-    s: int
-    k: int
-    f: int
-    dtype: str
-    ranks: int
+    job: LinearJob
     ratio: float
 
-    def job(self) -> LinearJob:
-        """The same question on real ranks; FLOPs and bytes are counted there."""
-        return LinearJob(self.op, self.s, self.k, self.f, self.dtype, self.ranks, None)
-
     def row(self, op: str, provider: str, direction: str, device: str, **params: Any) -> Row:
+        job = self.job
         return Row(
-            op=f"{op}.{self.op}",
+            op=f"{op}.{job.op}",
             provider=provider,
             direction=direction,
-            shape=[self.s, self.k, self.f],
-            dtype=self.dtype,
-            ranks=self.ranks,
+            shape=[job.s, job.k, job.f],
+            dtype=job.dtype,
+            ranks=job.ranks,
             params=params,
             clock="cuda" if device == "cuda" else "wall",
-            flops=self.job().flops(direction),
+            flops=job.flops(direction),
         )
 
 
 class Operands:
     """What the ranks multiply: ``x[rank]`` [S/t, K] or [S, F/t], ``weight[rank]`` [F/t, K] or [K, F/t]."""
 
-    def __init__(self, case: LoopbackCase, device: str) -> None:
+    def __init__(self, job: LinearJob, device: str) -> None:
         generator = torch.Generator(device).manual_seed(0)
-        dtype = facts.DTYPES[case.dtype]
-        self.gathers = case.op == OPS[0]
-        inner = case.f // case.ranks
-        x = (case.s // case.ranks, case.k) if self.gathers else (case.s, inner)
-        weight = (inner, case.k) if self.gathers else (case.k, inner)
+        dtype = facts.DTYPES[job.dtype]
+        self.gathers = job.op == OPS[0]
+        inner = job.f // job.ranks
+        x = (job.s // job.ranks, job.k) if self.gathers else (job.s, inner)
+        weight = (inner, job.k) if self.gathers else (job.k, inner)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, device=device, generator=generator).to(dtype)
 
-        self.x = [random(*x) for _ in range(case.ranks)]
-        self.weight = [random(*weight) for _ in range(case.ranks)]
+        self.x = [random(*x) for _ in range(job.ranks)]
+        self.weight = [random(*weight) for _ in range(job.ranks)]
         # What a rank multiplies once everything is there, [S, K] or [S, F/t], and a result of it.
         self.whole = torch.cat(self.x) if self.gathers else self.x[0]
-        self.out = random(case.s, self.weight[0].shape[0])
+        self.out = random(job.s, self.weight[0].shape[0])
 
     def expected(self, dtype: torch.dtype, direction: str) -> list[list[Tensor]]:
         """What :class:`Call` returns, of every rank; a sum over ranks is rounded to ``dtype`` once."""
@@ -176,12 +167,12 @@ def check(found: list[list[Tensor]], operands: Operands, direction: str) -> floa
 def measure_pieces(session: Session, case: LoopbackCase, operands: Operands, chunks: Sequence[int]) -> None:
     """One rank's matmul as the schedules cut it: into ``ranks * chunks`` pieces."""
     runners = {1: in_pieces(operands, 1)} | {
-        case.ranks * count: in_pieces(operands, case.ranks * count) for count in chunks
+        case.job.ranks * count: in_pieces(operands, case.job.ranks * count) for count in chunks
     }
     names = {pieces: "one matmul" if pieces == 1 else "ours" for pieces in runners}
     timed = interleave({str(pieces): run for pieces, run in runners.items()}, session.device, session.effort)
     for pieces, name in names.items():
-        params = {} if pieces == 1 else {"chunks": pieces // case.ranks}
+        params = {} if pieces == 1 else {"chunks": pieces // case.job.ranks}
         row = case.row("pieces", name, "fwd", session.device, **params)
         stats = timed[str(pieces)]
         row.metrics = {"x one matmul": round(stats.p50 / timed["1"].p50, 3)}
@@ -199,15 +190,15 @@ def measure_overlap(
     def on_all(world: Loopback, call: Call) -> Callable[[], list[list[Tensor]]]:
         def on_one(group: ProcessGroup) -> list[Tensor]:
             if session.device == "cpu":  # of this thread: the ranks share the cores
-                torch.set_num_threads(max(1, threads // case.ranks))
+                torch.set_num_threads(max(1, threads // case.job.ranks))
             return call(group)
 
         return lambda: world.run(on_one)
 
-    with Loopback(case.ranks, session.device) as free:
+    with Loopback(case.job.ranks, session.device) as free:
         alone = on_all(free, matmul(operands, "fwd"))
         seconds = interleave({"": lambda _: alone()}, session.device, session.effort)[""].p50 / 1e3
-    rate = case.job().wire_bytes("fwd") / (case.ratio * seconds)
+    rate = case.job.wire_bytes("fwd") / (case.ratio * seconds)
     calls = {
         "matmul": matmul(operands, direction),
         "messages": messages(operands, direction),
@@ -215,7 +206,7 @@ def measure_overlap(
         "ours": on_ranks(operands, direction, "collective", None),
         **{f"ours/{count}": on_ranks(operands, direction, "collective", count) for count in chunks},
     }
-    with Loopback(case.ranks, session.device, bytes_per_second=rate) as world:
+    with Loopback(case.job.ranks, session.device, bytes_per_second=rate) as world:
         errors: dict[str, float] = {}
         runners: dict[str, Runner] = {}
         for name, call in calls.items():
@@ -228,7 +219,7 @@ def measure_overlap(
     for name in calls:
         cut = {"chunks": int(name.removeprefix("ours/"))} if "/" in name else {}
         row = case.row("loopback", name.partition("/")[0], direction, session.device, ratio=case.ratio, **cut)
-        row.bytes = case.job().wire_bytes(direction)
+        row.bytes = case.job.wire_bytes(direction)
         row.metrics = {"paced_mbit": round(8e-6 * rate, 1)}
         if name in errors:
             row.metrics["error"] = round(errors[name], 3)
@@ -252,20 +243,12 @@ def describe(row: Row, timed: dict[str, Stats], name: str) -> None:
 
 def cases(
     ops: Sequence[str], sizes: tuple[int, int, int], dtypes: Sequence[str], ranks: Sequence[int], ratio: float
-) -> Iterator[LoopbackCase]:
+) -> list[LoopbackCase]:
     """
     Raises:
         BenchError: sizes that do not divide by the ranks; one rank.
     """
-    s, k, f = sizes
-    for count in ranks:
-        if count < 2:
-            raise BenchError(f"--ranks {count}: expected 2 or more, one rank has nobody to send to")
-        if s % count or f % count:
-            raise BenchError(f"--ranks {count}: expected a divisor of --rows {s} and of --inner {f}")
-        for dtype in dtypes:
-            for op in ops:
-                yield LoopbackCase(op, s, k, f, dtype, count, ratio)
+    return [LoopbackCase(job, ratio) for count in ranks for job in jobs(ops, sizes, dtypes, count, None)]
 
 
 def run(session: Session, planned: Sequence[LoopbackCase], chunks: Sequence[int]) -> list[Row]:
@@ -275,8 +258,9 @@ def run(session: Session, planned: Sequence[LoopbackCase], chunks: Sequence[int]
     first = len(session.rows)
     session.progress.plan(3 * len(planned))
     for case in planned:
-        title = f"{case.op} {case.s}x{case.k}x{case.f} {case.dtype} {case.ranks} virtual ranks"
-        operands = Operands(case, session.device)
+        job = case.job
+        title = f"{job.op} {job.s}x{job.k}x{job.f} {job.dtype} {job.ranks} virtual ranks"
+        operands = Operands(job, session.device)
         session.progress.step(f"{title}: in pieces")
         measure_pieces(session, case, operands, chunks)
         for direction in ("fwd", "fwd+bwd"):

@@ -9,18 +9,16 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..overlap.agreement import per_group
+from ..overlap.agreement import Remembered, per_group
 from ..overlap.figures import Figures
 from ..overlap.planner import Plan, max_workspace_bytes
 
 _Known = tuple[Plan, tuple[Any, ...]]
-#: More kinds than this on one group mean lengths that never come again: those are forgotten.
-_MOST_KINDS = 1024
 
 
 @per_group
-def _known_of(group: ProcessGroup) -> dict[tuple[Any, ...], _Known]:
-    return {}
+def _known_of(group: ProcessGroup) -> Remembered[tuple[Any, ...], _Known]:
+    return Remembered()
 
 
 class Met:
@@ -64,6 +62,4 @@ class Met:
     def remember(self, settled: Plan, where: tuple[Any, ...]) -> None:
         """The call has been checked and planned. Whether the other engines can run may change from call to call."""
         if settled.engine in ("single", "collective"):
-            if len(self._all) >= _MOST_KINDS:
-                self._all.clear()
             self._all[self._key] = (settled, where)

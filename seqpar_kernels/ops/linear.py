@@ -20,7 +20,7 @@ from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, reshaped
 from ..overlap.schedule import Compute, Transfer
 from . import linear_uncut
 from .library import apply, group_named, register, without_autocast
-from .main_grad import add_weight_gradient
+from .main_grad import weight_gradient
 
 #: Where an op runs, in every schema.
 PLACE = "str group, int seq_dim, SymInt seq_len, int chunks, str engine"
@@ -239,7 +239,7 @@ def _gather_backward_kernel(
         dx, gradients = linear_uncut.gather_linear_backward(
             pg, x, grads, weights, want_dx, want_dw, main_grads, gathered, seq_dim, seq_len
         )
-        return _gradients(dx, gradients, grads, weights, want_dw, want_db, main_grads)
+        return _gradients(dx, gradients, grads, weights, want_db)
     wants = f"dx={want_dx} dw={want_dw} gathered={gathered}"
     details = _weights_signature(weights, f"chunks={chunks}", wants)
     call = Call("all_gather_linear backward", x, seq_dim, seq_len, pg, *details)
@@ -254,7 +254,7 @@ def _gather_backward_kernel(
     outgoing: dict[int, Sequence3D] = {}
     exchange = call.exchange(features, x, engine)
     partials = Partials(call, features, x) if want_dx else None
-    dws: dict[int, Tensor] = {}
+    dws: list[Tensor | None] = []
 
     def compute(step: Compute) -> None:
         if step.stage == "dgrad":
@@ -269,13 +269,9 @@ def _gather_backward_kernel(
         elif step.stage == "wgrad":
             rows = whole.data.reshape(-1, features)
             for i, dy in used:
-                if not want_dw[i]:
-                    continue
-                dy_rows, main_grad = dy.data.reshape(-1, dy.features), main_grads[i] if main_grads else None
-                if main_grad is None:
-                    dws[i] = dy_rows.t().mm(rows)
-                else:
-                    add_weight_gradient(main_grad, dy_rows, rows)
+                if want_dw[i]:
+                    dy_rows = dy.data.reshape(-1, dy.features)
+                    dws.append(weight_gradient(main_grads[i] if main_grads else None, dy_rows, rows))
 
     def source(transfer: Transfer) -> Tensor:
         rows = transfer.rows
@@ -296,21 +292,19 @@ def _gather_backward_kernel(
     )
     run(steps, exchange, source, target, compute)
     dx = partials.reduce(None) if partials is not None else None
-    return _gradients(dx, dws, grads, weights, want_dw, want_db, main_grads)
+    return _gradients(dx, dws, grads, weights, want_db)
 
 
 def _gradients(
     dx: Tensor | None,
-    dws: dict[int, Tensor],
+    dws: list[Tensor | None],
     grads: list[Tensor | None],
     weights: list[Tensor],
-    want_dw: list[bool],
     want_db: list[bool],
-    main_grads: list[Tensor | None] | None,
 ) -> list[Tensor]:
     """What the op returns: dx, the weights' gradients that go nowhere else, the biases'."""
     out = [] if dx is None else [dx]
-    out += [dws[i] for i, want in enumerate(returned(want_dw, main_grads)) if want]
+    out += [dw for dw in dws if dw is not None]
     for weight, grad, want in zip(weights, grads, want_db, strict=True):
         if want:
             assert grad is not None
@@ -485,18 +479,14 @@ def _scatter_backward_kernel(
     mine = call.mine(dy.contiguous())
     whole = mine if pg is None else call.around(mine)
     whole_dx = call.empty_whole(features_in, x) if want_dx else None
-    dws: list[Tensor] = []
+    dws: list[Tensor | None] = []
 
     def compute(step: Compute) -> None:
         if step.stage == "dgrad":
             assert whole_dx is not None
             matmul_into(whole_dx.matrices(step.start, step.stop), whole.matrices(step.start, step.stop), weight)
         elif step.stage == "wgrad":
-            dy_rows = whole.data.reshape(-1, features_out)
-            if main_grad is None:
-                dws.append(dy_rows.t().mm(rows_of(x)))
-            else:
-                add_weight_gradient(main_grad, dy_rows, rows_of(x))
+            dws.append(weight_gradient(main_grad, whole.data.reshape(-1, features_out), rows_of(x)))
 
     window = call.window(chunks, features_out, dy)
     steps = schedules.row_backward(shard, chunks, dgrad=want_dx, wgrad=want_dw, window=window)
@@ -508,7 +498,7 @@ def _scatter_backward_kernel(
         compute=compute,
     )
     out = [reshaped(whole_dx.data, call.shape(seq_len, features_in))] if whole_dx is not None else []
-    out += dws
+    out += [dw for dw in dws if dw is not None]
     if want_db:
         assert bias_dtype is not None
         out.append(_sum_rows(whole.data.reshape(-1, features_out), bias_dtype))

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from ..overlap.pipeline import Partials, rows_of
 from ..overlap.uncut import Uncut, uncut_kind
-from .main_grad import add_weight_gradient
+from .main_grad import weight_gradient
 
 
 def gather_linear(
@@ -39,12 +39,15 @@ def gather_linear_backward(
     gathered: bool,
     seq_dim: int,
     seq_len: int,
-) -> tuple[Tensor | None, dict[int, Tensor]]:
-    """dx and the weights' gradients, by the weights' numbers. x [..., S/t, ..., K], or all rows if ``gathered``."""
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx and the wanted gradients of weights, None where added to a main_grad.
+
+    x [..., S/t, ..., K], or all rows if ``gathered``.
+    """
     features = x.shape[-1]
     # A weight whose output nobody used has no gradient and adds nothing to dx.
     used = [(i, rows_of(g)) for i, g in enumerate(grads) if g is not None]
-    dws: dict[int, Tensor] = {}
+    dws: list[Tensor | None] = []
     wants = {"dx": want_dx, "dw": tuple(want_dw), "gathered": gathered}
     kind = uncut_kind("all_gather_linear backward", x, seq_dim, seq_len, group, features, N=_outputs(weights), **wants)
     with Uncut(kind, group) as call:
@@ -61,13 +64,8 @@ def gather_linear_backward(
             with call.label("wgrad"):
                 rows = rows_of(whole)
                 for i, dy in used:
-                    main_grad = main_grads[i] if main_grads else None
-                    if not want_dw[i]:
-                        continue
-                    if main_grad is None:
-                        dws[i] = dy.t().mm(rows)
-                    else:
-                        add_weight_gradient(main_grad, dy, rows)
+                    if want_dw[i]:
+                        dws.append(weight_gradient(main_grads[i] if main_grads else None, dy, rows))
         if not want_dx:
             return None, dws
         call.scattered()
@@ -111,10 +109,7 @@ def linear_scatter_backward(
                 dx = torch.ops.aten._unsafe_view.default(rows.mm(weight), kind.shape(seq_len, features_in))
         if want_dw:
             with call.label("wgrad"):
-                if main_grad is None:
-                    dw = rows.t().mm(rows_of(x))
-                else:
-                    add_weight_gradient(main_grad, rows, rows_of(x))
+                dw = weight_gradient(main_grad, rows, rows_of(x))
     return dx, dw, whole
 
 

@@ -27,6 +27,14 @@ def add_weight_gradient(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
             main_grad.addmm_(dy_rows.to(main_grad.dtype).t(), x_rows.to(main_grad.dtype))
 
 
+def weight_gradient(main_grad: Tensor | None, dy: Tensor, x: Tensor) -> Tensor | None:
+    """dy.T @ x [N, K] for dy [rows, N], x [rows, K]; added to ``main_grad``, and not returned, where there is one."""
+    if main_grad is None:
+        return dy.t().mm(x)
+    add_weight_gradient(main_grad, dy, x)
+    return None
+
+
 class _Announce(torch.autograd.Function):
     """Stands before a weight whose gradient went elsewhere.
 

@@ -29,6 +29,8 @@ from torch.distributed import ProcessGroup
 from .schedule import Transfer
 
 T = TypeVar("T")
+K = TypeVar("K")
+V = TypeVar("V")
 
 # What a rank says of itself: waiting for the others to meet a signature, running, failed its checks, stuck in a
 # transfer. A status is one of these letters, the rank's place, a blank and a text.
@@ -304,6 +306,18 @@ def per_group(make: Callable[[ProcessGroup], T]) -> Callable[[ProcessGroup], T]:
         return found
 
     return of
+
+
+class Remembered(dict[K, V]):
+    """What was worked out for kinds of calls. Lengths that never come again must not fill memory: a full one starts
+    anew."""
+
+    MOST = 1024
+
+    def __setitem__(self, kind: K, found: V) -> None:
+        if len(self) >= self.MOST:
+            self.clear()
+        super().__setitem__(kind, found)
 
 
 @per_group

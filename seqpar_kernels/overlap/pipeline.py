@@ -24,7 +24,7 @@ from .collective import CollectiveTransport
 from .labels import span, traced
 from .loopback import LoopbackGroup, LoopbackTransport
 from .schedule import Compute, Drain, Post, Step, Transfer, Wait
-from .transport import Message, Room, Session, Transport, in_blocks
+from .transport import Message, Room, Session, Transport, end, in_blocks
 
 # A matmul of fewer rows than this per outer index wastes the machine: rather one matmul and a copy into place.
 _MIN_ROWS_IN_PLACE = 128
@@ -137,17 +137,8 @@ class Exchange:
         """From here on the op is finished, or aborted where anything raises."""
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._session is None:
-            return
-        try:
-            if error is None:
-                self._session.finish()
-        except BaseException as failed:
-            error = failed
-            raise
-        finally:
-            if error is not None:
-                self._session.abort(error)
+        if self._session is not None:
+            end(self._session, error)
 
 
 def run(

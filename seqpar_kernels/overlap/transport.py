@@ -89,6 +89,19 @@ class Session(Protocol):
         """The op failed on this rank with ``error``: tell the peers; nothing of this op may reach a later one."""
 
 
+def end(session: Session, error: BaseException | None) -> None:
+    """Finish the op; or abort it, where ``error`` broke it off or finishing fails, which then raises."""
+    try:
+        if error is None:
+            session.finish()
+    except BaseException as failed:
+        error = failed
+        raise
+    finally:
+        if error is not None:
+            session.abort(error)
+
+
 class Transport(Protocol):
     """Moves chunks between the ranks of one group."""
 

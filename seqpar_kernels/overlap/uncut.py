@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .agreement import per_group
+from .agreement import Remembered, per_group
 from .labels import describe, listening, span
 from .pipeline import Kind, Partials, transport_of
 from .planner import max_workspace_bytes
 from .schedule import Compute, Post, Rows, Stage, Transfer, Wait
-from .transport import Message, Room, in_blocks
+from .transport import Message, Room, end, in_blocks
 
 _UNLABELLED = contextlib.nullcontext()
-#: More kinds than this on one group mean lengths that never come again: those are forgotten.
-_MOST_KINDS = 1024
 
 
 class _Peer(NamedTuple):
@@ -82,8 +80,8 @@ class UncutKind(Kind):
 
 
 @per_group
-def _kinds_of(group: ProcessGroup) -> dict[tuple[object, ...], UncutKind]:
-    return {}
+def _kinds_of(group: ProcessGroup) -> Remembered[tuple[object, ...], UncutKind]:
+    return Remembered()
 
 
 def uncut_kind(
@@ -94,8 +92,6 @@ def uncut_kind(
     key = (name, x.shape, x.dtype, x.device, seq_dim, length, features, max_workspace_bytes(), *details.values())
     found = kinds.get(key)
     if found is None:
-        if len(kinds) >= _MOST_KINDS:
-            kinds.clear()
         found = kinds[key] = UncutKind(name, x, seq_dim, length, group, features, details)
     return found
 
@@ -112,15 +108,7 @@ class Uncut:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is None:
-                self._session.finish()
-        except BaseException as failed:
-            error = failed
-            raise
-        finally:
-            if error is not None:
-                self._session.abort(error)
+        end(self._session, error)
 
     def gather(self, x: Tensor) -> Tensor:
         """Start gathering our [..., S/t, ..., H]. Returns where it goes: [..., S, ..., H], ours in its place."""
