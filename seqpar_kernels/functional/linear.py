@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
@@ -322,18 +321,7 @@ def settle_plan(
     check_chunks(chunks)
     if figures is None:
         return PLAIN
-    shape, itemsize = x.shape, x.dtype.itemsize
-    outer, inner = math.prod(shape[:seq_dim]), math.prod(shape[seq_dim + 1 : -1])
-    rows = -(-shard.length // shard.ranks)  # of the largest shard
-    work = Work(
-        ranks=shard.ranks,
-        rows=rows,
-        flops=2 * outer * shard.length * inner * elements,
-        weight_bytes=elements * itemsize,
-        shard_bytes=outer * rows * inner * features * itemsize,
-        dtype=x.dtype,
-        outer=outer,
-    )
+    work = Work.of(x, seq_dim, shard, features, elements)
     settled = plan(engine, chunks, work, figures["cpu" if x.device.type == "cpu" else "cuda"])
     if group is not None and (engine == "fused" or (engine == "auto" and FUSED_WANTED)):
         obstacle = waiting.why_not(group, x, elements) if fusible else "this op has none"

@@ -17,7 +17,9 @@ from ..layout import SequenceShard, group_rank, group_size
 from ..overlap import schedule as schedules
 from ..overlap import waiting
 from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, reshaped, rows_of, run
+from ..overlap.planner import Work, spreads_weight_gradient
 from ..overlap.schedule import Compute, Transfer
+from ..overlap.tuning import figures_of
 from . import linear_uncut
 from .library import apply, group_named, register, without_autocast
 from .main_grad import weight_gradient
@@ -468,28 +470,33 @@ def _scatter_backward_kernel(
     pg = group_named(group)
     features_out, features_in = weight.shape
     if pg is not None and engine == "single":
-        dx, dw, rows = linear_uncut.linear_scatter_backward(
+        dx, dweight, rows = linear_uncut.linear_scatter_backward(
             pg, dy, x, weight, want_dx, want_dw, want_db, main_grad, seq_dim, seq_len
         )
         db = _sum_rows(rows_of(rows), bias_dtype) if want_db and bias_dtype is not None else None
-        return [gradient for gradient in (dx, dw, db) if gradient is not None]
+        return [gradient for gradient in (dx, dweight, db) if gradient is not None]
     details = _weights_signature([weight], f"chunks={chunks}", f"dx={want_dx} dw={want_dw} db={want_db}")
     call = Call("linear_reduce_scatter backward", dy, seq_dim, seq_len, pg, *details)
     shard = call.shard
     mine = call.mine(dy.contiguous())
     whole = mine if pg is None else call.around(mine)
     whole_dx = call.empty_whole(features_in, x) if want_dx else None
-    dws: list[Tensor | None] = []
+    whole_x = call.whole(x) if want_dw else whole
+    dw: Tensor | None = None
 
     def compute(step: Compute) -> None:
+        nonlocal dw
         if step.stage == "dgrad":
             assert whole_dx is not None
             matmul_into(whole_dx.matrices(step.start, step.stop), whole.matrices(step.start, step.stop), weight)
         elif step.stage == "wgrad":
-            dws.append(weight_gradient(main_grad, whole.data.reshape(-1, features_out), rows_of(x)))
+            dy_rows, x_rows = (rows_of(of.matrices(step.start, step.stop)) for of in (whole, whole_x))
+            made = weight_gradient(main_grad if dw is None else dw, dy_rows, x_rows)
+            dw = dw if made is None else made
 
     window = call.window(chunks, features_out, dy)
-    steps = schedules.row_backward(shard, chunks, dgrad=want_dx, wgrad=want_dw, window=window)
+    spread = want_dw and _spreads(pg, call, dy, seq_dim, weight, main_grad, chunks, want_dx)
+    steps = schedules.row_backward(shard, chunks, dgrad=want_dx, wgrad=want_dw, spread=spread, window=window)
     run(
         steps,
         call.exchange(features_out, dy, engine),
@@ -498,11 +505,30 @@ def _scatter_backward_kernel(
         compute=compute,
     )
     out = [reshaped(whole_dx.data, call.shape(seq_len, features_in))] if whole_dx is not None else []
-    out += [dw for dw in dws if dw is not None]
+    out += [] if dw is None else [dw]
     if want_db:
         assert bias_dtype is not None
         out.append(_sum_rows(whole.data.reshape(-1, features_out), bias_dtype))
     return out
+
+
+def _spreads(
+    group: ProcessGroup | None,
+    call: Call,
+    dy: Tensor,
+    seq_dim: int,
+    weight: Tensor,
+    main_grad: Tensor | None,
+    chunks: int,
+    want_dx: bool,
+) -> bool:
+    """Whether wgrad runs chunk by chunk. What is sent, and when, is the same: each rank may decide for itself."""
+    summed_in = weight if main_grad is None else main_grad
+    if group is None or summed_in.dtype.itemsize < 4:  # every chunk's sum would be rounded to 16 bits
+        return False
+    figures = figures_of(group)["cpu" if dy.device.type == "cpu" else "cuda"]
+    work = Work.of(dy, seq_dim, call.shard, weight.shape[0], weight.numel())
+    return spreads_weight_gradient(chunks, work, figures, want_dx)
 
 
 def _scatter_backward_fake(

@@ -15,11 +15,14 @@ All that enters is alike on all ranks: sizes are those of the largest shard, fig
 from __future__ import annotations
 
 import functools
+import math
 import os
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from ..layout import SequenceShard
 from .figures import Figures
 from .schedule import chunk_weights
 from .transport import in_blocks
@@ -45,6 +48,22 @@ class Work(NamedTuple):
     shard_bytes: int  # of the largest shard of what travels
     dtype: torch.dtype
     outer: int  # blocks of memory in a message
+
+    @staticmethod
+    def of(x: Tensor, seq_dim: int, shard: SequenceShard, features: int, elements: int) -> Work:
+        """``features`` of each row travel, rows as those of x; one rank's weights have ``elements``."""
+        shape, itemsize = x.shape, x.dtype.itemsize
+        outer, inner = math.prod(shape[:seq_dim]), math.prod(shape[seq_dim + 1 : -1])
+        rows = -(-shard.length // shard.ranks)
+        return Work(
+            ranks=shard.ranks,
+            rows=rows,
+            flops=2 * outer * shard.length * inner * elements,
+            weight_bytes=elements * itemsize,
+            shard_bytes=outer * rows * inner * features * itemsize,
+            dtype=x.dtype,
+            outer=outer,
+        )
 
     @property
     def wire_bytes(self) -> int:
@@ -107,6 +126,23 @@ def estimate(chunks: int | None, work: Work, figures: Figures) -> Estimate:
     busy = matmul + pieces * (call + figures.message_seconds) + work.wire_bytes * figures.busy_seconds
     travelling = work.wire_bytes / figures.link_bytes + pieces * figures.message_seconds
     return Estimate(matmul, wire, max(busy, travelling) + matmul / work.ranks * _edge(chunks, work.ranks) + call)
+
+
+def spreads_weight_gradient(chunks: int, work: Work, figures: Figures, dgrad: bool) -> bool:
+    """Whether a row-parallel backward is sooner done when the weight's gradient is summed up chunk by chunk.
+
+    Once, when the last chunk is in, it costs least; but where the wire takes longer than dgrad, the time until then is
+    free. A chunk more reads and writes the gradient once more.
+    """
+    pieces = (work.ranks - 1) * chunks
+    matmul = work.flops / figures.flops(work.dtype)
+    busy = work.wire_bytes * figures.busy_seconds + pieces * figures.message_seconds
+    travelling = work.wire_bytes / figures.link_bytes + pieces * figures.message_seconds
+    last = matmul / work.ranks * _edge(chunks, work.ranks)
+    again = pieces * (figures.call_seconds + 2 * work.weight_bytes / figures.memory_bytes)
+    once = max(dgrad * (matmul + last) + busy, travelling + dgrad * last) + matmul
+    spread = max((dgrad + 1) * (matmul + last) + busy + again, travelling + (dgrad + 1) * last)
+    return spread < _WORTH_CUTTING * once
 
 
 def _edge(chunks: int, ranks: int) -> float:

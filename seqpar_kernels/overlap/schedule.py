@@ -170,18 +170,16 @@ def _arrivals(posts: list[Post]) -> list[Transfer]:
     return [transfer for post in posts for transfer in post.receives]
 
 
-def _gather_phase(shard: SequenceShard, chunks: int, stage: Stage | None, window: int | None) -> list[Step]:
+def _gather_phase(shard: SequenceShard, chunks: int, window: int | None, *stages: Stage) -> list[Step]:
     """Compute on the own shard while the first chunks travel, then on each peer's chunk as it arrives."""
-    posts = _gather(shard, chunks, tapered=window is None and stage is not None)
+    posts = _gather(shard, chunks, tapered=window is None and bool(stages))
     ahead = len(posts) if window is None else window
     steps: list[Step] = [*posts[:ahead]]
-    if stage is not None:
-        steps.append(Compute(stage, shard.start, shard.stop))
+    steps += [Compute(stage, shard.start, shard.stop) for stage in stages]
     for i, post in enumerate(posts):
         for transfer in post.receives:
             steps.append(Wait(transfer))
-            if stage is not None:
-                steps.append(Compute(stage, transfer.rows.start, transfer.rows.stop))
+            steps += [Compute(stage, transfer.rows.start, transfer.rows.stop) for stage in stages]
         if i + ahead < len(posts):
             steps += [Drain(), posts[i + ahead]]
     return steps
@@ -236,7 +234,7 @@ def gather_matmul(
     ``pipelined=False`` waits for everything and runs one matmul: the plan for sizes too small to cut.
     """
     if pipelined:
-        return _gather_phase(shard, chunks, "matmul", window)
+        return _gather_phase(shard, chunks, window, "matmul")
     posts = _gather(shard, chunks)
     return [*posts, *(Wait(t) for t in _arrivals(posts)), Compute("matmul", 0, shard.length)]
 
@@ -259,7 +257,7 @@ def gather_matmul_scatter(
     ``scatter=False``: nothing goes back.
     """
     if not scatter:
-        return _gather_phase(shard, chunks, "dgrad", window)
+        return _gather_phase(shard, chunks, window, "dgrad")
     # Counted alike on all ranks, also where a shard has no such chunk, so that messages are posted in one order.
     turns = list(itertools.product(range(1, shard.ranks), range(chunks)))
     gathers = {(k, _index(p)): p for k in range(1, shard.ranks) for p in _gather_from(shard, k, chunks, tapered=False)}
@@ -297,7 +295,7 @@ def column_backward(
     if dgrad:
         steps, pending = _scatter_phase(shard, chunks, "dgrad", window, gather=wgrad and gather)
     elif wgrad and gather:
-        steps = _gather_phase(shard, chunks, None, window)
+        steps = _gather_phase(shard, chunks, window)
     if wgrad:
         steps += [Wait(t) for t in pending if t.kind == "gather"]
         steps.append(Compute("wgrad", 0, shard.length))
@@ -309,10 +307,16 @@ def column_backward(
 
 @_remembered
 def row_backward(
-    shard: SequenceShard, chunks: int, *, dgrad: bool, wgrad: bool, window: int | None = None
+    shard: SequenceShard, chunks: int, *, dgrad: bool, wgrad: bool, spread: bool = False, window: int | None = None
 ) -> list[Step]:
-    """Backward of matmul_scatter: dy is gathered under dgrad; wgrad runs once, when the last chunk is in."""
-    steps = _gather_phase(shard, chunks, "dgrad" if dgrad else None, window)
+    """Backward of matmul_scatter: dy is gathered under dgrad; wgrad runs once, when the last chunk is in.
+
+    ``spread``: where the wire takes longer than dgrad, wgrad too runs chunk by chunk, as they arrive.
+    """
+    wanted: list[Stage] = ["dgrad"] if dgrad else []
+    if wgrad and spread:
+        return _gather_phase(shard, chunks, window, *wanted, "wgrad")
+    steps = _gather_phase(shard, chunks, window, *wanted)
     if wgrad:
         steps.append(Compute("wgrad", 0, shard.length))
     return steps

@@ -90,6 +90,51 @@ def test_equals_the_unsharded_linear(
     world.run(case, length, seq_dim, chunks, engine, strided)
 
 
+def spread_case(length: int, seq_dim: int) -> None:
+    """As if the wire were slow: the weight's gradient summed up chunk by chunk, but never in 16 bits."""
+    from seqpar_kernels.ops import linear
+
+    g, pieces = group(), 0
+    foresee, make = linear.spreads_weight_gradient, linear.weight_gradient
+
+    def counting(*args: Any) -> Tensor | None:
+        nonlocal pieces
+        pieces += 1
+        return make(*args)
+
+    def counted(call: Any) -> int:
+        nonlocal pieces
+        pieces = 0
+        call()
+        return pieces
+
+    def to_main_grad() -> None:
+        x, weight = torch.randint(-8, 9, (2, length, 5)).bfloat16(), torch.randint(-8, 9, (7, 5)).bfloat16()
+        weight, main_grad = weight.requires_grad_(), torch.ones(7, 5)
+        y = sp.linear_reduce_scatter(x, weight, group=g, chunks=2, engine="collective", main_grad=main_grad)
+        y.backward(torch.ones_like(y))
+        expected = 1 + x.double().sum((0, 1)).expand(7, 5)
+        assert torch.equal(main_grad.double(), expected)  # integers: exact however they are summed
+
+    def in_16_bits() -> None:
+        x, weight = torch.randn(2, length, 5).bfloat16(), torch.randn(7, 5).bfloat16().requires_grad_()
+        sp.linear_reduce_scatter(x, weight, group=g, chunks=2, engine="collective").sum().backward()
+
+    linear.spreads_weight_gradient, linear.weight_gradient = lambda *args: True, counting
+    try:
+        assert counted(lambda: row_case(length, seq_dim, 2, "collective", False)) == min(length, 2 * g.size() - 1)
+        assert counted(to_main_grad) > 1
+        assert counted(in_16_bits) == 1
+    finally:
+        linear.spreads_weight_gradient, linear.weight_gradient = foresee, make
+
+
+@pytest.mark.parametrize("seq_dim", [0, 1], ids=["SBH", "BSH"])
+@pytest.mark.parametrize("length", [16, 13])
+def test_a_weight_gradient_summed_up_chunk_by_chunk(world: World, length: int, seq_dim: int) -> None:
+    world.run(spread_case, length, seq_dim)
+
+
 def larger_case(dtype: torch.dtype) -> list[Tensor]:
     """Big enough that windows of several batch rows are multiplied in place. Error against fp64 within budget."""
     g = group()

@@ -18,7 +18,7 @@ import seqpar_kernels as sp
 from seqpar_kernels.functional import planned_all_gather_linear, planned_linear_reduce_scatter
 from seqpar_kernels.overlap import planner
 from seqpar_kernels.overlap.figures import Figures, default_figures
-from seqpar_kernels.overlap.planner import Work, estimate, plan
+from seqpar_kernels.overlap.planner import Work, estimate, plan, spreads_weight_gradient
 
 from ..world import RankError, World
 
@@ -104,6 +104,16 @@ def test_the_model_by_hand() -> None:
     pieces = estimate(4, job, FIGURES)
     assert pieces.total == pytest.approx(4e-3 + 4 * 5e-5 + matmul / 2 / 15 + call)  # chunks of 1, 2, 4 and 8 parts
     assert pieces.hidden == pytest.approx((matmul + wire - pieces.total) / matmul)
+
+
+def test_a_weight_gradient_is_spread_where_the_wire_is_waited_for() -> None:
+    """Matmul 43 ms, wire 8 MiB: 84 ms at this rate, 4 ms at the other."""
+    slow, fast = FIGURES, FIGURES._replace(link_bytes=2e9)
+    assert spreads_weight_gradient(4, work(2048), slow, dgrad=True)
+    assert spreads_weight_gradient(4, work(2048), slow, dgrad=False)
+    assert not spreads_weight_gradient(4, work(2048), fast, dgrad=True)
+    dear = slow._replace(memory_bytes=5e8)  # to sum it up in pieces takes longer than the wire
+    assert not spreads_weight_gradient(4, work(2048), dear, dgrad=True)
 
 
 def test_what_was_asked_for_is_done() -> None:

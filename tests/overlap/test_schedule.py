@@ -43,6 +43,7 @@ PROGRAMS: dict[str, Callable[[int], Program]] = {
     "gather_matmul_scatter": lambda c: lambda s: gather_matmul_scatter(s, c),
     "gather_matmul_scatter_nothing": lambda c: lambda s: gather_matmul_scatter(s, c, scatter=False),
     "row_backward": lambda c: lambda s: row_backward(s, c, dgrad=True, wgrad=True),
+    "row_backward_spread": lambda c: lambda s: row_backward(s, c, dgrad=True, wgrad=True, spread=True),
     "row_backward_wgrad": lambda c: lambda s: row_backward(s, c, dgrad=False, wgrad=True),
 }
 PROGRAMS |= {
@@ -52,6 +53,7 @@ PROGRAMS |= {
     "column_backward_wgrad_window": lambda c: lambda s: column_backward(s, c, dgrad=False, wgrad=True, window=1),
     "gather_matmul_scatter_window": lambda c: lambda s: gather_matmul_scatter(s, c, window=1),
     "gather_matmul_scatter_wider_window": lambda c: lambda s: gather_matmul_scatter(s, c, window=2),
+    "row_backward_spread_window": lambda c: lambda s: row_backward(s, c, dgrad=True, wgrad=True, spread=True, window=2),
     "row_backward_window": lambda c: lambda s: row_backward(s, c, dgrad=True, wgrad=True, window=2),
 }
 
@@ -118,6 +120,9 @@ def covered(steps: list[Step], stage: str) -> list[int]:
         ("gather_matmul_scatter_nothing", "dgrad"),
         ("row_backward", "dgrad"),
         ("row_backward", "wgrad"),
+        ("row_backward_spread", "dgrad"),
+        ("row_backward_spread", "wgrad"),
+        ("row_backward_spread_window", "wgrad"),
         ("gather_matmul_window", "matmul"),
         ("matmul_scatter_window", "matmul"),
         ("column_backward_window", "dgrad"),
@@ -142,6 +147,7 @@ def test_gathered_rows_are_waited_for_before_use(length: int, ranks: int, chunks
             gather_matmul_scatter(shard, chunks),
             gather_matmul_scatter(shard, chunks, window=1),
             row_backward(shard, chunks, dgrad=True, wgrad=True),
+            row_backward(shard, chunks, dgrad=True, wgrad=True, spread=True),
         )
         for steps in programs:
             here = set(range(shard.start, shard.stop))
