@@ -97,11 +97,12 @@ def measure(session: Session, job: LinearJob, chunks: Sequence[int], network: Ne
         "peers": peers,
         "effort": dataclasses.asdict(effort),
         "calibrate": False,
+        "tune": job.link is not None,
         "link_bytes": min(job.wire_bytes("fwd"), 2**22),
     }
     title = f"linear {job.op} {job.s}x{job.k}x{job.f} {job.dtype} {job.ranks} ranks"
     rate = settle_rate(session, job, order, network, title) if network is not None else None
-    session.progress.plan(len(chunks) + 1 + (job.op == OPS[0]) + len(peers) + 3)
+    session.progress.plan(len(chunks) + 1 + (job.op == OPS[0]) + len(peers) + 3 + (job.link is not None))
     answers = run_ranks(
         "bench.linear_rank:run",
         order,
@@ -122,7 +123,7 @@ def settle_rate(session: Session, job: LinearJob, order: dict[str, Any], network
         session.progress.plan(1)
         session.progress.step(f"{title}: matmul alone")
         effort = dataclasses.asdict(Effort(seconds=1.0, least=7))
-        calibrating = {**order, "calibrate": True, "effort": effort}
+        calibrating = {**order, "calibrate": True, "tune": False, "effort": effort}
         answers = run_ranks("bench.linear_rank:run", calibrating, job.ranks, network=network)
         seconds = stats_of(answers, "matmul fwd").p50 / 1e3
         rate = 8 * job.wire_bytes("fwd") / (job.link.ratio * seconds)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -45,6 +47,9 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     case = make_case(job["op"], *job["sizes"], DTYPES[job["dtype"]], device, group)
     effort = Effort(**job["effort"])
+    if job["tune"]:
+        step("tune")
+        tune(group)
     out: dict[str, Any] = {"times": {}, "notes": {}, "errors": {}}
     if job["calibrate"]:
         out["times"] = rounds({"matmul fwd": matmul_runner(case, False)}, effort, group, device)
@@ -77,6 +82,15 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
     out["times"].update(rounds({"link fwd": link_runner(job["link_bytes"], group, device)}, effort, group, device))
     out["planned"] = planned(case, group)
     return out
+
+
+def tune(group: dist.ProcessGroup) -> None:
+    """What a user of such a link does once; its figures are nobody else's, so they are not left on this machine."""
+    import seqpar_kernels as sp
+
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache
+        sp.tune(group)
 
 
 def why_not_timed(attempt: Callable[[], None], group: dist.ProcessGroup) -> str:

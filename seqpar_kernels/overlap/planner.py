@@ -30,6 +30,8 @@ from .transport import in_blocks
 ENGINES = ("auto", "single", "collective", "peer", "fused")
 
 _MAX_CHUNKS = 16
+# Matmuls of fewer rows than this in the mean cost more, and err more, than the rates of larger ones tell.
+_LEAST_ROWS = 64
 # Cut only where the model promises this much: what it leaves out must not make a small call slower than uncut.
 _WORTH_CUTTING = 0.95
 _BELOW_FLOOR = "below the size floor: cutting saves less than 5 %"
@@ -64,6 +66,12 @@ class Work(NamedTuple):
             dtype=x.dtype,
             outer=outer,
         )
+
+    @property
+    def matrix_rows(self) -> int:
+        """What the matmul has of them in the largest shard."""
+        elements = self.weight_bytes // self.dtype.itemsize
+        return self.flops // (2 * max(1, elements) * self.ranks)
 
     @property
     def wire_bytes(self) -> int:
@@ -198,7 +206,8 @@ def _best_count(work: Work, figures: Figures) -> int:
     per_count = (work.ranks - 1) * (call + figures.message_seconds)
     own = work.flops / figures.flops(work.dtype) / work.ranks
     count = 1
-    while 2 * count <= min(work.rows, _MAX_CHUNKS):
+    most = min(work.rows, _MAX_CHUNKS, work.matrix_rows // _LEAST_ROWS)
+    while 2 * count <= most:
         if count * per_count >= own * (_edge(count, work.ranks) - _edge(2 * count, work.ranks)):
             break
         count *= 2

@@ -73,6 +73,14 @@ def test_expensive_messages_mean_fewer_chunks() -> None:
     assert dear < cheap
 
 
+def test_pieces_stay_large_enough_for_a_matmul() -> None:
+    free = FIGURES._replace(message_seconds=0.0, call_seconds=0.0, memory_bytes=1e15)
+    assert plan("collective", None, work(2048), free).chunks == 16
+    assert plan("collective", None, work(300), free).chunks == 4
+    assert plan("collective", None, work(60), free).chunks == 1
+    assert plan("collective", 30, work(60), free).chunks == 30  # who asks for it gets it
+
+
 def test_a_faster_dtype_shifts_the_balance() -> None:
     matmuls = [estimate(4, work(512, dtype=d), FIGURES).matmul for d in (torch.float64, torch.float32, torch.float16)]
     assert matmuls[0] > matmuls[1] > matmuls[2]
