@@ -278,7 +278,8 @@ class Run:
         found |= {"rows": len(new)} if process.step.is_bench else {}
         with (self.out / "log.txt").open("a") as log:
             log.write(f"\n==== {process.step.name} ====\n{text}")
-        print(text if process.step.is_bench and not status else "\n".join(text.splitlines()[-40:]), flush=True)
+        if status:
+            print("\n".join(text.splitlines()[-40:]), flush=True)
         self._note(process.step.name, found)
 
     def _note(self, name: str, found: dict[str, Any]) -> None:
@@ -290,7 +291,9 @@ class Run:
         return any(found["status"] != 0 for found in self.results["steps"].values())
 
     def summary(self, out: IO[str]) -> None:
-        """A line a step, then whatever did not pass, with the reason: the end of the output is what is read first."""
+        """What is read first: figures in short, a line a step, then whatever did not pass, with the reason."""
+        for line in digest(self.rows):
+            print(line, file=out)
         for name, found in self.results["steps"].items():
             counts = ", ".join(
                 f"{found[f'{v}_count']} {v}" for v in ("passed", "failed", "skipped") if f"{v}_count" in found
@@ -305,6 +308,26 @@ class Run:
         for row in map(json.loads, self.rows):
             if row["status"] in ("wrong", "failed"):
                 print(f"{row['status']}: {row['op']} {row['provider']} {row['shape']}: {row['reason'][:160]}", file=out)
+
+
+def digest(rows: list[str]) -> list[str]:
+    """A line for each question that ours has answered: its times, percents of the ceiling, and the fastest other."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from bench.schema import parse_row
+
+    answered = [row for row in (parse_row(line, "rows.jsonl") for line in rows) if row.p50_ms is not None]
+    lines = []
+    for question in dict.fromkeys(row.question() for row in answered):
+        asked = sorted((row for row in answered if row.question() == question), key=lambda row: row.p50_ms)
+        own = [row for row in asked if row.provider.startswith("ours")]
+        if not own:
+            continue
+        told = [f"{r.who()} {r.p50_ms:.4g} ms" + (f" ({r.percent:.0f} %)" if r.percent else "") for r in own]
+        told += [f"{r.who()} {r.p50_ms:.4g}" for r in asked if r not in own and r.provider not in ("copy", "matmul")][
+            :1
+        ]
+        lines.append(f"{own[0].label()}: {', '.join(told)}")
+    return lines
 
 
 def replace(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ same: counted as autograd keeps them, and on a GPU beside what its allocator gav
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -133,8 +134,6 @@ def kept(forward: Callable[[], Tensor], x: Tensor, skip: set[int]) -> tuple[Tens
 
 def memory(layer: Whole | Virtual, device: str) -> dict[str, int]:
     """Bytes of a rank (the most of any), and on a GPU what the allocator says of all ranks together."""
-    from seqpar_kernels.kernels import NormKind  # noqa: F401 (the package is loaded before anything is counted)
-
     params = {t.untyped_storage().data_ptr() for t in held_by(layer)}
     layer.backward(layer.forward(lambda forward, x: forward()))  # workspaces of libraries are there from now on
     cuda = device == "cuda"
@@ -211,6 +210,8 @@ def run_once(layer: Whole | Virtual, both: bool) -> None:
 
 def run(session: Session, planned: Sequence[LayerCase], ranks: Sequence[int]) -> list[Row]:
     """Every case whole and on each count of virtual ranks; returns the rows added."""
+    # Every virtual rank has two streams: on the 8 connections of the default they would queue behind each other.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     first = len(session.rows)
     peers = [name for name in WHOLE if name != "ours" and session.wanted(name)]
     for case in planned:

@@ -111,6 +111,15 @@ def test_a_step_that_hangs_or_fails_takes_nothing_from_the_others(
     assert late.failed()
 
 
+def test_figures_in_short(gpu: ModuleType) -> None:
+    common = {"op": "norm.rms", "direction": "fwd", "shape": [8, 4], "dtype": "bf16", "params": {"p": 0.1}}
+    times = {"ours": 1.0, "ours-triton": 2.0, "copy": 0.5, "eager": 4.0, "compile": 3.0}
+    rows = [json.dumps({**common, "provider": name, "p50_ms": ms, "percent": 92.4}) for name, ms in times.items()]
+    rows.append(json.dumps({**common, "provider": "liger", "status": "absent", "reason": "not installed"}))
+    (line,) = gpu.digest(rows)
+    assert line == "norm.rms fwd 8x4 bf16 p=0.1: ours 1 ms (92 %), ours-triton 2 ms (92 %), compile 3"
+
+
 def test_every_file_of_gpu_tests_is_in_a_step(gpu: ModuleType) -> None:
     paths = {part for step in gpu.QUICK for part in step.command if part.startswith("tests/")} - {"tests/gpu"}
     assert {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")} <= paths
