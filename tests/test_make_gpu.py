@@ -63,7 +63,8 @@ def test_results_name_what_failed_and_why_others_were_skipped(gpu: ModuleType, t
 
 BENCH = """import json, pathlib, signal, sys, time
 what, folder = sys.argv[1], pathlib.Path(sys.argv[-1])
-row = {"op": what, "provider": "ours", "shape": [], "status": "wrong" if what == "bad" else "ok", "reason": "so"}
+row = {"op": what, "provider": "ours", "shape": [], "p50_ms": 1.0, "samples": 9}
+row |= {"status": "wrong" if what == "bad" else "ok", "reason": "so"}
 (folder / "rows.jsonl").write_text(json.dumps(row) + "\\n")
 print("ran", what)
 if what == "hangs":
@@ -96,8 +97,9 @@ def test_a_step_that_hangs_or_fails_takes_nothing_from_the_others(
     assert {name: found[name]["status"] for name in found} == {"tests": 1, "good": 0, "hangs": -9, "bad": 1}
     assert found["hangs"]["note"] == "stopped after 2 s, by force"
     assert (found["tests"]["passed_count"], found["tests"]["failed_count"]) == (1, 1)
-    rows = [json.loads(line)["op"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert rows == ["good", "hangs", "bad"]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    # Times that were taken beside other work are none.
+    assert [(row["op"], row["p50_ms"]) for row in rows] == [("good", None), ("hangs", 1.0), ("bad", 1.0)]
     assert "ran hangs" in (tmp_path / "log.txt").read_text()
     told = io.StringIO()
     run.summary(told)
