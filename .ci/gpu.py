@@ -5,7 +5,8 @@
 Uses this interpreter's own torch when it sees a GPU, and then needs no network (wheels of what is missing, such as
 pytest or pybind11, may lie in .whl/); otherwise makes .venv. ``--figures`` measures the published shapes in place of
 tests and a quick look. Whatever a step has found by the time it ends, fails or is stopped is in DIR: results.json (the
-machine, every step, every test's verdict), rows.jsonl (of the benchmarks) and log.txt.
+machine, every step, every test's verdict), rows.jsonl (of the benchmarks), ncu.csv (counters of the kernels, where
+Nsight Compute is to be had) and log.txt.
 """
 
 from __future__ import annotations
@@ -63,6 +64,13 @@ def bench(name: str, limit: float, *more: str, beside: str = "", of: str = "") -
     return Step(name, ["bench", of or name, "--device", "cuda", *more], limit, beside)
 
 
+#: What Nsight Compute reads of each kernel that figures are claimed of; our kernels by their names, torch's not.
+NCU_SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")
+NCU_KERNELS = (
+    "^(forward_kernel|backward_kernel|reduce_partials_kernel|reduce_vectors_kernel|generic_forward_kernel|"
+    "generic_backward_kernel|norm_forward_kernel|norm_forward_chunked_kernel|norm_backward_kernel|"
+    "norm_backward_chunked_kernel|sum_partials_kernel|reduce_shards_kernel|gemm_kernel)"
+)
 #: tests/ops/test_norm.py runs on either device. Other files have what only the CPU's environment has.
 KERNEL_TESTS = ("gpu/test_device.py", "gpu/test_gemm.py", "gpu/test_layer.py", "gpu/test_ops.py", "ops/test_norm.py")
 HIDDEN = ("2048", "4096", "8192", "16384")
@@ -81,6 +89,7 @@ QUICK = [
     bench("gemm", 60.0, "--quick"),
     bench("loopback", 100.0, "--quick", "--chunks", "2"),
     bench("layer", 100.0, "--quick", "--size", "llama-8b", "--virtual-ranks", "8"),
+    Step("ncu", ["ncu", "tests.gpu.profile"], 60.0),
     bench("host", 60.0, "--quick"),
 ]
 
@@ -92,6 +101,7 @@ FIGURES = [
     bench("reduce", 50.0, "--seconds", "0.1", "--dtype", "bf16"),
     bench("loopback", 110.0, "--seconds", "0.2", "--chunks", "1", "2", "4"),
     bench("norm, p 0", 80.0, "--quick", "--rows", "16384", "--hidden", *HIDDEN, "--p", "0", "--kind", "rms", of="norm"),
+    Step("ncu", ["ncu", "tests.gpu.profile"], 60.0),
     bench("norm of 512 rows", 40.0, "--quick", "--dtype", "bf16", "--rows", "512", "--hidden", "4096", of="norm"),
 ]
 
@@ -174,6 +184,20 @@ def pytest_command(step: Step, report: Path, more: list[str]) -> list[str]:
     return [*command, *more]
 
 
+def ncu_command(module: str, report: Path) -> list[str] | None:
+    """``module`` under Nsight Compute, which leaves the clocks as they are; None where there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    elsewhere = sorted(map(str, Path("/opt/nvidia/nsight-compute").glob("*")), reverse=True)
+    ncu = shutil.which("ncu", path=os.pathsep.join([os.environ.get("PATH", ""), f"{home}/bin", *elsewhere]))
+    if ncu is None:
+        return None
+    options = ["--clock-control", "none", "--target-processes", "all", "--csv", "--page", "details"]
+    for section in NCU_SECTIONS:
+        options += ["--section", section]
+    options += ["--kernel-name", f"regex:{NCU_KERNELS}", "--log-file", str(report)]
+    return [ncu, *options, sys.executable, "-m", module]
+
+
 def verdicts(report: Path) -> dict[str, Any]:
     """How many tests passed, failed, were skipped; which; and why, in the first line of what each said."""
     cases: dict[str, dict[str, str]] = {"passed": {}, "failed": {}, "skipped": {}}
@@ -237,7 +261,7 @@ class Run:
         self.deadline = time.monotonic() + seconds
         self.results: dict[str, Any] = {"machine": machine(), "steps": {}}
         self.rows: list[str] = []
-        for name in ("results.json", "rows.jsonl", "log.txt"):
+        for name in ("results.json", "rows.jsonl", "log.txt", "ncu.csv"):
             (out / name).unlink(missing_ok=True)
 
     def go(self, steps: list[Step]) -> None:
@@ -258,6 +282,12 @@ class Run:
         folder.mkdir()
         if step.is_bench:
             command = [sys.executable, "-m", *step.command, "--save", str(folder)]
+        elif step.command[0] == "ncu":
+            profiled = ncu_command(step.command[1], self.out / "ncu.csv")
+            if profiled is None:
+                self._note(step.name, {"status": 0, "note": "not run: no ncu on PATH, in CUDA_HOME or /opt/nvidia"})
+                return None
+            command = profiled
         else:
             command = pytest_command(step, folder / "tests.xml", self.more)
         print(f"== {step.name}: {' '.join(step.command)}", flush=True)
@@ -272,7 +302,7 @@ class Run:
         }
         found |= {"note": note} if note else {}
         text, report = process.log.read_text(errors="replace"), folder / "tests.xml"
-        if not process.step.is_bench:
+        if process.step.command[0] == "pytest":
             found |= verdicts(report) if report.is_file() else verdicts_told(text)
         new = [line for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
         if process.step.beside:

@@ -122,6 +122,36 @@ def test_figures_in_short(gpu: ModuleType) -> None:
     assert line == "norm.rms fwd 8x4 bf16 p=0.1: ours 1 ms (92 %), ours-triton 2 ms (92 %), compile 3"
 
 
+def test_counters_are_read_where_there_is_a_profiler(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for ncu writes what it was told to its log file."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.setenv(name, str(tmp_path / "nowhere"))
+    monkeypatch.setattr(gpu, "machine", dict)
+    step = next(step for step in gpu.QUICK if step.name == "ncu")
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    run = gpu.Run(tmp_path, 60.0, dict(os.environ), [])
+    run.go([step])
+    assert "no ncu on PATH" in run.results["steps"]["ncu"]["note"] and not run.failed()
+    ncu = tmp_path / "ncu"
+    write = "open(sys.argv[sys.argv.index('--log-file') + 1], 'w').write(str(sys.argv))"
+    ncu.write_text(f"#!{sys.executable}\nimport sys\n{write}\n")
+    ncu.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run.go([step])
+    told = (tmp_path / "ncu.csv").read_text()
+    assert "'--clock-control', 'none'" in told and told.endswith("'-m', 'tests.gpu.profile']")
+    assert not run.failed()
+
+
+def test_what_is_profiled_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.gpu import profile
+
+    profile.norms("native", torch.device("cpu"), [(5, 64)])
+    profile.sums("native", torch.device("cpu"), (3, 5, 64))
+
+
 def test_every_file_of_gpu_tests_is_in_a_step(gpu: ModuleType) -> None:
     paths = {part for step in gpu.QUICK for part in step.command if part.startswith("tests/")} - {"tests/gpu"}
     assert {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")} <= paths
