@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "flash-attn", "quack-kernels", "megatron-core")
+PACKAGES = ("triton", "transformers", "liger-kernel", "flash-attn", "quack-kernels", "megatron-core")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +24,7 @@ def versions() -> dict[str, str]:
     import seqpar_kernels
 
     found = {"seqpar_kernels": seqpar_kernels.__version__, "python": platform.python_version()}
+    found["torch"] = torch.__version__  # with what it was built for, which its package may not say
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
