@@ -2,10 +2,12 @@
 #
 #   PYTHON=python3.12   the interpreter .venv is made from (and, for `make gpu`, the one whose torch is used)
 #   RANKS=4 STEPS=40    the demo's ranks and steps          ARGS="tests/ops -x"   passed on to pytest or bench
+#   OUT=gpu_out         where `make gpu` puts what it finds
 
 PYTHON ?= python3
 RANKS ?= 2
 STEPS ?= 40
+OUT ?= gpu_out
 ARGS ?=
 
 VENV := .venv
@@ -42,8 +44,8 @@ format: $(VENV)/dev.stamp  ## rewrite the sources the way lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-gpu:  ## the tests marked gpu, then the benchmarks: one results file, gpu_out/results.json
-	$(PYTHON) .ci/gpu.py $(ARGS)
+gpu:  ## the tests marked gpu, then the benchmarks, into $(OUT); ARGS=--figures: the published figures alone
+	$(PYTHON) .ci/gpu.py --out $(OUT) $(ARGS)
 
 bench: $(DEMO_ENV)  ## all benchmarks this machine can run: tables here, rows and pictures in bench_out/
 	$(BIN)/python -m bench all --save bench_out $(ARGS)

@@ -80,28 +80,32 @@ def cuda_arguments() -> list[str]:
     return arguments
 
 
+def cmake_build(build_dir: Path) -> Path:
+    """Configure and build in ``build_dir``; where the extension lies then."""
+    import pybind11
+
+    arguments = [
+        "-G",
+        "Ninja",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        "-DCMAKE_BUILD_TYPE=Release",
+        *cuda_arguments(),
+    ]
+    build_dir.mkdir(parents=True, exist_ok=True)
+    # A cache left by an earlier isolated build names a ninja and a pybind11 that are gone with their environment.
+    (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
+    subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build_dir), *arguments], check=True)
+    subprocess.run(["cmake", "--build", str(build_dir), "-j", str(compile_jobs())], check=True)
+    return next(path for path in build_dir.glob("_native*") if path.suffix in (".so", ".pyd", ".dylib"))
+
+
 class CMakeBuild(build_ext):
     """One extension, ``seqpar_kernels._native``, built by CMake."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
-        arguments = [
-            "-G",
-            "Ninja",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            "-DCMAKE_BUILD_TYPE=Release",
-            *cuda_arguments(),
-        ]
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve() / "cmake"
-        build_dir.mkdir(parents=True, exist_ok=True)
-        # A cache left by an earlier isolated build names a ninja and a pybind11 that are gone with their environment.
-        (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build_dir), *arguments], check=True)
-        subprocess.run(["cmake", "--build", str(build_dir), "-j", str(compile_jobs())], check=True)
-        built = next(path for path in build_dir.glob("_native*") if path.suffix in (".so", ".pyd", ".dylib"))
+        built = cmake_build(Path(self.build_temp).resolve() / "cmake")
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(built, output)
 

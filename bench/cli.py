@@ -6,8 +6,9 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import BenchError
 
@@ -94,6 +95,27 @@ def add_layer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=positive, help="default: 1024")
     parser.add_argument("--heads", type=positive, help="default: hidden / 64")
     parser.add_argument("--p", type=probability, default=0.1, help="dropout of the GPT layer (default: 0.1)")
+    text = "layers of these models instead, 8192 rows, on one device (with --virtual-ranks)"
+    parser.add_argument("--size", choices=("llama-8b", "gpt3-13b"), nargs="+", help=text)
+    text = "whole and in so many parts, of one process on one device, instead of --ranks"
+    parser.add_argument("--virtual-ranks", type=positive, nargs="+", metavar="T", help=text)
+
+
+def add_project_options(commands: Any) -> None:
+    text = "the planner's cost model fitted to saved rows, and what it projects for links that were not measured"
+    project = commands.add_parser("project", help=text, description=text)
+    project.add_argument("folder", type=Path, metavar="DIR")
+    text = (
+        "assumed, each way, a GPU (default: 450, half of the 900 that NVIDIA's H200 datasheet gives NVLink both ways)"
+    )
+    project.add_argument("--nvlink-gbytes", type=ratio, default=450.0, metavar="GB/s", help=text)
+    text = "assumed, each way, a GPU (default: 50, one NDR port of 400 Gbit/s by NVIDIA's ConnectX-7 datasheet)"
+    project.add_argument("--infiniband-gbytes", type=ratio, default=50.0, metavar="GB/s", help=text)
+    text = "assumed cost of one message in microseconds (default: the planner's for the device of the rows)"
+    project.add_argument("--message-us", type=ratio, metavar="US", help=text)
+    project.add_argument("--nvlink-ranks", type=positive, default=8, help="default: 8")
+    project.add_argument("--infiniband-ranks", type=positive, default=64, help="default: 64")
+    project.add_argument("--size", choices=("llama-8b", "gpt3-13b"), nargs="+", default=["llama-8b", "gpt3-13b"])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -144,6 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     readme = commands.add_parser("readme", help=text, description=text)
     readme.add_argument("--file", type=Path, help="default: README.md of this checkout")
     readme.add_argument("--results", type=Path, metavar="DIR", help="default: bench/results")
+    add_project_options(commands)
     text = "two runs side by side, noise marked"
     compare = commands.add_parser("compare", help=text, description=text)
     compare.add_argument("first", type=Path, metavar="A", help="a file or a folder of --save")
@@ -242,21 +265,29 @@ def run_linear(args: argparse.Namespace, session: Session) -> None:
 
 
 def run_layer(args: argparse.Namespace, session: Session) -> None:
-    from . import layer
+    from . import layer, layer_loopback
     from .report import timing_table
 
     check_peers(session)
+    if args.size and not args.virtual_ranks:
+        raise BenchError("--size needs --virtual-ranks: such a layer is measured on one device")
     cuda = session.device == "cuda"
+    counts = args.virtual_ranks or [args.ranks]
     hidden = args.hidden or (256 if args.quick and not cuda else 4096 if cuda else 1024)
     rows = args.rows or (128 if args.quick and not cuda else 2048 if cuda else 1024)
-    heads = args.heads or max(args.ranks, hidden // 64)
+    heads = args.heads or max(*counts, 1, hidden // 64)
     dtypes = args.dtype or ["bf16"]
     planned = [
-        layer.make_case(kind, rows, args.batch, hidden, heads, args.ranks, dtype, args.p)
+        layer.make_case(kind, rows, args.batch, hidden, heads, max(counts), dtype, args.p)
         for dtype in dtypes
         for kind in args.kind
     ]
-    found = layer.run(session, planned, args.ranks)
+    if args.size:
+        planned = [replace(layer_loopback.SIZES[name], dtype=dtype) for dtype in dtypes for name in args.size]
+    if args.virtual_ranks:
+        found = layer_loopback.run(session, planned, args.virtual_ranks)
+    else:
+        found = layer.run(session, planned, args.ranks)
     timing_table(found, f"layer on {found[-1].machine}, one thread a rank")
 
 
@@ -378,6 +409,13 @@ def run_command(args: argparse.Namespace) -> int:
 
         for path in plot.run(args.folder):
             print(f"drawn: {path}")
+        return 0
+    if args.command == "project":
+        from . import project
+
+        nvlink = project.Link("NVLink", args.nvlink_ranks, args.nvlink_gbytes)
+        infiniband = project.Link("InfiniBand", args.infiniband_ranks, args.infiniband_gbytes)
+        project.run(args.folder, [nvlink, infiniband], args.size, args.message_us)
         return 0
     if args.command == "readme":
         from . import facts, readme

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "flash-attn", "quack-kernels", "megatron-core")
+PACKAGES = ("triton", "transformers", "liger-kernel", "flash-attn", "quack-kernels", "megatron-core")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +24,7 @@ def versions() -> dict[str, str]:
     import seqpar_kernels
 
     found = {"seqpar_kernels": seqpar_kernels.__version__, "python": platform.python_version()}
+    found["torch"] = torch.__version__  # with what it was built for, which its package may not say
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -74,11 +75,15 @@ def memory_budget(device: str) -> int:
 
 @cache
 def commit() -> str:
-    """The checkout's commit, marked where tracked files differ from it; "" outside a checkout."""
+    """The checkout's commit, marked where tracked files differ from it; SEQPAR_COMMIT where that is set; else ""."""
+    if os.environ.get("SEQPAR_COMMIT"):
+        return os.environ["SEQPAR_COMMIT"]
 
     def git(*args: str) -> str:
         try:
-            done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=20)
+            done = subprocess.run(
+                ["git", "-c", "safe.directory=*", *args], cwd=ROOT, capture_output=True, text=True, timeout=20
+            )
         except (OSError, subprocess.TimeoutExpired):
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""

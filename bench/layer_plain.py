@@ -6,6 +6,7 @@ Megatron keeps: each norm's input and result, the activation beside its pre-acti
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -55,21 +56,26 @@ class LayerCase:
         return (linear + attention) // ranks * (1 if direction == "fwd" else 3)
 
 
-def whole_weights(case: LayerCase) -> dict[str, Tensor]:
-    """fp64, alike on all ranks; no vector at its initial value."""
-    generator = torch.Generator().manual_seed(0)
+def whole_weights(case: LayerCase, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """fp64, alike on all ranks; no vector at its initial value. A second call gives the same tensors: leave them be."""
+    return _weights(case.llama, case.h, tuple(case.linears().items()), torch.device(device).type)
+
+
+@functools.lru_cache(maxsize=1)
+def _weights(llama: bool, h: int, linears: tuple[tuple[str, tuple[int, int]], ...], device: str) -> dict[str, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
 
     found = {}
     for name in ("norm1", "norm2"):
-        found[f"{name}.weight"] = 1 + random(case.h) / 4
-        if not case.llama:
-            found[f"{name}.bias"] = random(case.h) / 4
-    for name, (out, into) in case.linears().items():
+        found[f"{name}.weight"] = 1 + random(h) / 4
+        if not llama:
+            found[f"{name}.bias"] = random(h) / 4
+    for name, (out, into) in linears:
         found[f"{name}.weight"] = random(out, into) / into**0.5
-        if not case.llama:
+        if not llama:
             found[f"{name}.bias"] = random(out) / 4
     return found
 
@@ -179,7 +185,7 @@ class PlainLayer(nn.Module):
         self.case, self.dtype, self.device = case, dtype, torch.device(device)
         self.mode, self.group, self.partial_sums = mode, group, partial_sums
         self._ranks, self._rank = (group.size(), group.rank()) if group is not None and mode != "whole" else (1, 0)
-        self._weights = whole_weights(case)
+        self._weights = whole_weights(case, device)
         for name in ("norm1", "norm2"):
             norm = (nn.RMSNorm if case.llama else nn.LayerNorm)(case.h, EPS, device=device, dtype=dtype)
             self._fill(norm, name)

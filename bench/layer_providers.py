@@ -51,7 +51,7 @@ def ours(*off: str) -> Builder:
             make = sp.TransformerLayer.llama
             options["num_kv_heads"] = case.kv
         whole = make(case.h, case.a, **options, device=device, dtype=DTYPES[case.dtype])
-        whole.load_state_dict(whole_weights(case))
+        whole.load_state_dict(whole_weights(case, device))
         layer = sp.TransformerLayer.from_torch(whole, group)
         return Provider(layer, dict(layer.named_parameters()))
 
@@ -146,7 +146,7 @@ def megatron(case: LayerCase, device: str, group: Group) -> Provider:
 @torch.no_grad()
 def _megatron_weights(layer: nn.Module, case: LayerCase, group: dist.ProcessGroup) -> dict[str, Tensor]:
     """Fills it with ours; q, k and v of a head lie together there, so their gradients are not compared."""
-    weights = whole_weights(case)
+    weights = whole_weights(case, "cuda")
     size = case.h // case.a
     names = {
         "norm1": "input_layernorm",

@@ -18,6 +18,7 @@ from .schema import Row, check_writable, save
 from .timing import Effort, Stats, interleave
 
 CaseT = TypeVar("CaseT")
+SAVE_EVERY = 0.25  # seconds
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Session:
     rows: list[Row] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
     _copy_rate: float | None = None
+    _saved_at: float = 0.0
 
     def __post_init__(self) -> None:
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -57,6 +59,8 @@ class Session:
         row.commit = facts.commit()
         row.time = facts.now()
         self.rows.append(row)
+        if time.monotonic() - self._saved_at > SAVE_EVERY:
+            self.save()
         return row
 
     def add_timed(self, row: Row, stats: Stats) -> Row:
@@ -100,6 +104,17 @@ class Session:
             self._copy_rate = 2 * size / (stats.p20 / 1e3)
         return self._copy_rate
 
+    def save(self) -> None:
+        """What there is so far: a run that is killed, as one that hangs on a GPU must be, leaves it behind."""
+        self._saved_at = time.monotonic()
+        if self.folder is None or not self.rows:
+            return
+        path = self.folder / self.file_name
+        try:
+            save(path, self.rows)
+        except OSError as error:
+            raise BenchError(f"{path}: cannot be saved ({error.strerror}): name another folder") from None
+
     @contextlib.contextmanager
     def saved(self) -> Iterator[None]:
         """Whatever happens inside, the rows found until then are saved."""
@@ -107,9 +122,4 @@ class Session:
             yield
         finally:
             self.progress.stop()
-            if self.folder is not None and self.rows:
-                path = self.folder / self.file_name
-                try:
-                    save(path, self.rows)
-                except OSError as error:
-                    raise BenchError(f"{path}: cannot be saved ({error.strerror}): name another folder") from None
+            self.save()

@@ -83,6 +83,17 @@ class Device(Protocol):
         """Take a signal of ``peer``."""
 
 
+class _CudaMemory(NamedTuple):
+    """A handle of torch, and the tensor that it is the handle of: who lets go of that may meet others in its memory."""
+
+    handle: Any
+    workspace: Tensor
+
+    def get_buffer(self, rank: int, sizes: Sequence[int], dtype: torch.dtype, storage_offset: int) -> Tensor:
+        buffer: Tensor = self.handle.get_buffer(rank, sizes, dtype, storage_offset)
+        return buffer
+
+
 class CudaDevice:
     """The real thing."""
 
@@ -94,9 +105,11 @@ class CudaDevice:
         self.channels = self._symmetric.get_signal_pad_size() // 4 // self._ranks
 
     def allocate(self, nbytes: int) -> Memory:
-        workspace = self._symmetric.empty(nbytes, dtype=torch.uint8, device=self._device)
-        memory: Memory = self._symmetric.rendezvous(workspace, self._group_name)
-        return memory
+        # Not symm_mem.empty: since torch 2.11 that takes from a pool, which gives memory that has been freed again with
+        # its signals as they were left, up where an epoch broke.
+        empty = self._symmetric._SymmetricMemory.empty_strided_p2p
+        workspace = empty((nbytes,), (1,), torch.uint8, self._device)
+        return _CudaMemory(self._symmetric.rendezvous(workspace, self._group_name), workspace)
 
     def new_stream(self) -> Stream:
         return torch.cuda.Stream(self._device, priority=-1)
@@ -125,11 +138,11 @@ class CudaDevice:
 
     def signal(self, stream: Stream, memory: Any, peer: int, channel: int) -> None:
         with torch.cuda.stream(stream):
-            memory.put_signal(peer, channel, self._timeout_ms)
+            memory.handle.put_signal(peer, channel, self._timeout_ms)
 
     def await_signal(self, stream: Stream, memory: Any, peer: int, channel: int) -> None:
         with torch.cuda.stream(stream):
-            memory.wait_signal(peer, channel, self._timeout_ms)
+            memory.handle.wait_signal(peer, channel, self._timeout_ms)
 
 
 class PeerTransport:
@@ -140,6 +153,7 @@ class PeerTransport:
         self.sending, self.pulling, self.settling = (device.new_stream() for _ in range(3))
         self.memory: Memory  # once an op has sent something
         self.watch = _Overdue(self.agreement, self.rank, device)
+        self._in_graphs: list[Memory] = []  # captured ops go on using theirs when it has grown
         self._half_bytes = 0
         self._free: list[Event | None] = [None, None]  # when the peers have pulled the last of either half
         self._next = 0
@@ -157,6 +171,8 @@ class PeerTransport:
         half, self._next = self._next, 1 - self._next
         free, self._free[half] = self._free[half], None
         if self.device.capturing():  # which began on a device at rest; what it does not know it does not capture
+            if nbytes and not any(memory is self.memory for memory in self._in_graphs):
+                self._in_graphs.append(self.memory)
             for stream in (self.sending, self.pulling, self.settling):
                 self.device.wait(stream, self.device.record(self.device.current()))
         elif free is not None:

@@ -175,7 +175,11 @@ class _Flags:
         if self.words.is_cuda:
             from torch._C._distributed_c10d import _SymmetricMemory
 
-            _SymmetricMemory.stream_write_value32(self.words.view(torch.uint32), flag, 1)
+            words = self.words.view(torch.uint32)
+            if torch.cuda.is_current_stream_capturing():  # graphs have no memory operations, but memsets
+                _SymmetricMemory.memset32(words, flag, 1)
+            else:
+                _SymmetricMemory.stream_write_value32(words, flag, 1)
         else:
             self.words[flag] = 1
 

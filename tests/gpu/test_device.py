@@ -207,6 +207,7 @@ def test_graph_replay_on_new_inputs(backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
 
 
+@pytest.mark.alone
 def test_offsets_beyond_2_to_the_31(backend: str) -> None:
     """The last rows of a tensor of 2**31 elements and more, forward and backward, are those of a small one."""
     rows, cols, last = 2**31 // 8192 + 3, 8192, 2

@@ -74,6 +74,7 @@ def test_tf32_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert strict < 1e-4 < loose < 1e-1
 
 
+@pytest.mark.alone
 def test_rows_far_apart() -> None:
     """Offsets beyond 2**31 elements, of x and of out."""
     from seqpar_kernels.kernels.triton_gemm import matmul

@@ -49,3 +49,30 @@ def test_a_gpt_layer_keeps_20_sbh_at_16_bit_and_compiles() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
     layer.eval()
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=2e-2, atol=2e-2)
+
+
+def test_a_training_step_of_a_layer_in_a_graph() -> None:
+    """Forward and backward, replayed on new inputs; what attention's own kernels round may differ between runs."""
+    layer = sp.TransformerLayer(256, 4, dropout=0.0, device="cuda", dtype=torch.bfloat16)
+    x, dy = (torch.randn(2, 64, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    leaves = [x.requires_grad_(), *layer.parameters()]
+
+    def step() -> list[torch.Tensor]:
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    for _ in range(2):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        for got, expected in zip(replayed, step(), strict=True):
+            scale = float(expected.float().abs().max())
+            torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2 * scale)

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import tempfile
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
 
 import seqpar_kernels as sp
 
+from .processes import exit_codes, join
+
 pytestmark = pytest.mark.gpu
 
 
 def _rank(rank: int, ranks: int, store: str, fused: bool) -> None:
-    devices = torch.cuda.device_count()
-    if devices < ranks:
-        os.environ["NCCL_HOSTID"] = f"virtual-host-{rank}"  # NCCL refuses two ranks of one host on one device
-    torch.cuda.set_device(rank % devices)
-    device = torch.device("cuda", rank % devices)
-    dist.init_process_group(
-        "nccl", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-    )
-    group = dist.group.WORLD
+    group = join(rank, ranks, store)
+    device = torch.device("cuda", torch.cuda.current_device())
     torch.manual_seed(0)
     x = torch.randn(2, 64 * ranks + 1, 128).to(device).requires_grad_()
     up, down = torch.randn(256 * ranks, 128).to(device), torch.randn(128, 256 * ranks).to(device)
@@ -59,14 +49,4 @@ def _rank(rank: int, ranks: int, store: str, fused: bool) -> None:
 def test_a_layer_over_nccl(ranks: int, fused: bool) -> None:
     if ranks > 2 and torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    context = multiprocessing.get_context("spawn")
-    store = os.path.join(tempfile.mkdtemp(), "store")
-    processes = [context.Process(target=_rank, args=(rank, ranks, store, fused)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * ranks
+    assert exit_codes(_rank, ranks, fused) == [0] * ranks

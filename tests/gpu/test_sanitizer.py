@@ -63,7 +63,7 @@ def running() -> Iterator[dict[str, subprocess.Popen[str]]]:
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_every_kernel_is_clean(tool: str, running: dict[str, subprocess.Popen[str]]) -> None:
-    output, _ = running[tool].communicate(timeout=240)
+    output, _ = running[tool].communicate(timeout=180)
     if "Device not supported" in output:
         pytest.skip("compute-sanitizer does not support this device or its driver (Device not supported)")
     assert running[tool].returncode == 0 and TOOLS[tool] in output, output[-4000:]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import tempfile
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -15,7 +11,9 @@ from torch import Tensor
 
 import seqpar_kernels as sp
 from seqpar_kernels.overlap.loopback import Loopback
-from seqpar_kernels.overlap.peer import reserve_workspace
+from seqpar_kernels.overlap.peer import reserve_workspace, transport_over
+
+from .processes import exit_codes, join
 
 pytestmark = pytest.mark.gpu
 
@@ -53,6 +51,7 @@ def test_virtual_ranks_on_streams_give_the_unsharded_result(ranks: int, rate: fl
             assert torch.equal(torch.cat([rank[1] for rank in got]), y)
 
 
+@pytest.mark.alone
 def test_a_paced_link_keeps_its_rate() -> None:
     """16 MiB at 4 GB/s take 4.2 ms at least."""
 
@@ -71,19 +70,11 @@ def test_a_paced_link_keeps_its_rate() -> None:
 
 
 def _rank(rank: int, ranks: int, store: str, expected: list[list[Tensor]], what: str) -> None:
-    devices = torch.cuda.device_count()
-    if devices < ranks:
-        os.environ["NCCL_HOSTID"] = f"virtual-host-{rank}"  # NCCL refuses two ranks of one host on one device
-        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-    torch.cuda.set_device(rank % devices)
-    dist.init_process_group(
-        "nccl", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-    )
-    g = dist.group.WORLD
-    assert g is not None
+    g = join(rank, ranks, store)
     if what == "graph":
         _captured(g)
+    elif what == "groups":
+        _two_groups(g, expected[rank])
     else:
         for length in (64 * ranks + 1, 64 * ranks, 1, 64 * ranks + 1):
             got = layer(g, length, what, torch.float32)
@@ -116,20 +107,25 @@ def _captured(g: dist.ProcessGroup) -> None:
         assert torch.equal(y, both())
 
 
-@pytest.mark.parametrize("what", ["peer", "collective", "fused", "graph"])
+def _two_groups(g: dist.ProcessGroup, expected: list[Tensor]) -> None:
+    """Workspaces of two groups share no byte, also when one has grown; both have signals of their own."""
+    other, length = dist.new_group(list(range(g.size()))), 64 * g.size() + 1
+    for nbytes in (1 << 22, 1 << 24):
+        for group in (g, other, g):
+            got = layer(group, length, "peer", torch.float32)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        spans = []
+        for group in (g, other):
+            workspace = transport_over(group).memory.workspace  # type: ignore[attr-defined]
+            spans.append((workspace.data_ptr(), workspace.data_ptr() + workspace.nbytes))
+        assert spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0]
+        reserve_workspace(g, nbytes)
+
+
+@pytest.mark.parametrize("what", ["peer", "collective", "fused", "graph", "groups"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_real_ranks_give_the_bits_of_virtual_ones(ranks: int, what: str) -> None:
     """On one device where there are no more: function only, never timing."""
     with Loopback(ranks, "cuda") as loopback:
         expected = loopback.run(layer, 64 * ranks + 1, "collective", torch.float32)
-    context = multiprocessing.get_context("spawn")
-    store = os.path.join(tempfile.mkdtemp(), "store")
-    processes = [context.Process(target=_rank, args=(rank, ranks, store, expected, what)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * ranks
+    assert exit_codes(_rank, ranks, expected, what) == [0] * ranks

@@ -1,0 +1,50 @@
+"""The kernels that figures are claimed of, each launched once, for a profiler: ``ncu ... python -m tests.gpu.profile``.
+
+``make gpu`` runs it under Nsight Compute where there is one (.ci/gpu.py), which reads bytes, occupancy and stalls.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from seqpar_kernels.kernels import NormKind, NormSpec, NormWants, RowMap, select, why_not
+
+SHAPES = [(16384, 4096), (16384, 16384), (8192, 1024), (4096, 32768)]  # [rows, hidden], tensors beyond the cache
+SHARDS = (8, 2048, 8192)
+MATMUL = (8192, 7168, 8192)  # M, N, K: gate and up of Llama-70B on 8 ranks
+DTYPE = torch.bfloat16
+
+
+def norms(backend: str, device: torch.device, shapes: list[tuple[int, int]]) -> None:
+    """dropout + residual + LayerNorm, forward and backward with both vector gradients."""
+    kernels, seed = select(backend, device), torch.tensor(7, device=device)
+    spec = NormSpec(NormKind.LAYER, False, 1e-5, 0.1, RowMap(0, 0, 0), *[DTYPE] * 4)
+    for rows, cols in shapes:
+        x, residual, dy = (torch.randn(rows, cols, device=device).to(DTYPE) for _ in range(3))
+        weight, bias = (torch.randn(cols, device=device).to(DTYPE) for _ in range(2))
+        own = spec._replace(rows=RowMap(rows, 0, 0))
+        out = kernels.norm_forward(x, None, None, residual, weight, bias, None, None, seed, own, store_z=True)
+        wants = NormWants(True, True, True, True, False, False, False)
+        kernels.norm_backward(dy, None, dy, out.z, out.statistics, None, weight, None, seed, own, wants)
+
+
+def sums(backend: str, device: torch.device, shape: tuple[int, int, int]) -> None:
+    select(backend, device).reduce_shards(torch.randn(shape, device=device).to(DTYPE), None)
+
+
+def matmul(device: torch.device, sizes: tuple[int, int, int]) -> None:
+    from seqpar_kernels.kernels.triton_gemm import matmul, unavailable
+
+    if unavailable(device) is None:
+        m, n, k = sizes
+        matmul(torch.randn(m, k, device=device).to(DTYPE), torch.randn(n, k, device=device).to(DTYPE))
+
+
+if __name__ == "__main__":
+    cuda = torch.device("cuda", 0)
+    for name in ("native", "triton"):
+        if why_not(name, cuda) is None:
+            norms(name, cuda, SHAPES)
+            sums(name, cuda, SHARDS)
+    matmul(cuda, MATMUL)
+    torch.cuda.synchronize()
