@@ -33,6 +33,7 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "site"  # where carried wheels are unpacked
 NEEDED = {"pytest": 7, "pybind11": 2, "setuptools": 0}  # and the oldest major version that will do
+MOST_TOLD = 30  # of what did not pass, at the end of the output
 GRACE_SECONDS = 15.0  # between being asked to end and being ended
 
 
@@ -324,23 +325,23 @@ class Run:
         return any(found["status"] != 0 for found in self.results["steps"].values())
 
     def summary(self, out: IO[str]) -> None:
-        """What is read first: figures in short, a line a step, then whatever did not pass, with the reason."""
-        for line in digest(self.rows):
-            print(line, file=out)
-        for name, found in self.results["steps"].items():
-            counts = ", ".join(
-                f"{found[f'{v}_count']} {v}" for v in ("passed", "failed", "skipped") if f"{v}_count" in found
-            )
-            told = [counts, f"{found['rows']} rows" if "rows" in found else "", found.get("note", "")]
-            state = "ok" if found["status"] == 0 else f"status {found['status']}"
-            print(f"{name:<16} {state:<12} {found.get('seconds', 0):>6} s  {', '.join(filter(None, told))}", file=out)
+        """Whatever did not pass, with the reason; figures in short; a line a step: a reader may get the end alone."""
+        told = []
         for found in self.results["steps"].values():
             for verdict in ("failed", "skipped"):
                 for test, reason in found.get(verdict, {}).items():
-                    print(f"{verdict}: {test.removeprefix('tests.')}: {reason[:160]}", file=out)
+                    told.append(f"{verdict}: {test.removeprefix('tests.')}: {reason[:160]}")
         for row in map(json.loads, self.rows):
             if row["status"] in ("wrong", "failed"):
-                print(f"{row['status']}: {row['op']} {row['provider']} {row['shape']}: {row['reason'][:160]}", file=out)
+                told.append(f"{row['status']}: {row['op']} {row['provider']} {row['shape']}: {row['reason'][:160]}")
+        told[MOST_TOLD:] = [f"and {len(told) - MOST_TOLD} more: results.json"] if len(told) > MOST_TOLD else []
+        for line in (*told, *digest(self.rows)):
+            print(line, file=out)
+        for name, found in self.results["steps"].items():
+            counts = [f"{found[f'{v}_count']} {v}" for v in ("passed", "failed", "skipped") if f"{v}_count" in found]
+            more = [*counts, *([f"{found['rows']} rows"] if "rows" in found else []), found.get("note", "")]
+            state = "ok" if found["status"] == 0 else f"status {found['status']}"
+            print(f"{name:<16} {state:<12} {found.get('seconds', 0):>6} s  {', '.join(filter(None, more))}", file=out)
 
 
 def untimed(line: str) -> str:

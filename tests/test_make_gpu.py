@@ -106,6 +106,11 @@ def test_a_step_that_hangs_or_fails_takes_nothing_from_the_others(
     assert "failed: test_three::test_bad: assert 1 == 2" in told.getvalue()
     assert "wrong: bad ours []: so" in told.getvalue()
     assert run.failed()
+    monkeypatch.setattr(gpu, "MOST_TOLD", 1)
+    short = io.StringIO()
+    run.summary(short)
+    assert "and 2 more: results.json" in short.getvalue() and "wrong: bad" not in short.getvalue()
+    assert short.getvalue().splitlines()[-1].startswith("bad ")
 
     late = gpu.Run(tmp_path, 1.0, dict(os.environ), [])
     late.go(steps[3:])
