@@ -9,7 +9,6 @@ other (engine "single") and pipelined. The pace stands for a network; what a net
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -253,8 +252,6 @@ def cases(
 
 def run(session: Session, planned: Sequence[LoopbackCase], chunks: Sequence[int]) -> list[Row]:
     """Measure every case; returns the rows added."""
-    # 8 ranks have 16 streams, which would queue behind each other on the 8 connections of the default.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     first = len(session.rows)
     session.progress.plan(3 * len(planned))
     for case in planned:
