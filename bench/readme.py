@@ -127,20 +127,39 @@ def norm(rows: Sequence[Row]) -> list[str]:
 
 
 def linear(rows: Sequence[Row]) -> list[str]:
+    """A table for each size and number of ranks; below the size floor last."""
     found = _timed(rows, "linear.")
-    if not found:
-        return []
+    settings = dict.fromkeys((_small(row), row.ranks, *row.shape) for row in found)
+    links = [row for row in rows if row.op == "ceiling.link"]
+    return [
+        line
+        for setting in sorted(settings)
+        for line in _linear([row for row in found if (_small(row), row.ranks, *row.shape) == setting], links)
+    ]
+
+
+def _small(row: Row) -> bool:
+    return "small" in row.params.get("link", "")
+
+
+def _linear(found: Sequence[Row], ceilings: Sequence[Row]) -> list[str]:
     links = [
         link for link in dict.fromkeys(row.params.get("link", "") for row in found) if ":" in link or "bit" in link
     ]
     s, k, f = found[0].shape
-    ranks = max(row.ranks for row in found)
-    command = f"python -m bench linear --ranks {ranks} --rows {s} --hidden {k} --inner {f} --dtype {found[0].dtype}"
+    ranks = found[0].ranks
+    command = f"python -m bench linear --ranks {ranks} --dtype {found[0].dtype}"
+    command += "" if _small(found[0]) else f" --rows {s} --hidden {k} --inner {f}"
     command += f" --link {' '.join(links)}" if links else ""
     text = f"Matmul with its collective, {ranks} ranks, `{_on(command, found)}`"
-    text += " (as root; `ratio:R`: a link on which the wire takes R times as long as the matmul):\n" if links else ":\n"
+    if links:
+        bursts = {row.metrics.get("burst") for row in ceilings if row.ranks == ranks and row.params["link"] in links}
+        text += " (as root; `ratio:R`: a link on which the wire takes R times as long as the matmul; token buckets of "
+        text += f"{', '.join(sorted(filter(None, bursts)))})"
+    elif _small(found[0]):
+        text += f", its question below the size floor, {s} x {k} x {f}"
     return [
-        text,
+        f"{text}:\n",
         *_comparison(found, lambda row: f"{row.op.removeprefix('linear.')} {row.direction}, {row.params.get('link')}"),
     ]
 
