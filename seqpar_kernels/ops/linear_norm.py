@@ -17,7 +17,8 @@ from ..kernels.spec import accumulation_dtype
 from ..overlap.labels import span
 from ..overlap.pipeline import rows_of
 from .library import group_named, register, without_autocast
-from .linear import PLACE, partial_results, scatter_gradients, scattered_shape
+from .linear_common import PLACE
+from .linear_scatter import partial_results, scatter_gradients, scattered_shape
 from .norm import SCALARS, as_matrix, as_vector, dropout_add_norm_backward, prepared, shaped
 from .recompute import activate, activation_linear_reduce_scatter_backward
 

@@ -1,4 +1,6 @@
-"""The kernels of :mod:`.linear` below the size floor: one exchange, one matmul each for result and gradients.
+"""The kernels of :mod:`.gather_linear` and :mod:`.linear_scatter` below the size floor.
+
+One exchange, one matmul each for result and gradients.
 
 A backward has two of each, so there they overlap all the same: x is gathered under dgrad, dx is scattered under wgrad.
 """

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..kernels import NormKind, NormSpec, RowMap, select
 from ..kernels.spec import accumulation_dtype
 from ..overlap.pipeline import reshaped, rows_of
-from . import linear
+from . import gather_linear, linear_scatter
 from .library import register, without_autocast
-from .linear import PLACE
+from .linear_common import PLACE
 
 # --- all_gather_linear_of_norm ---------------------------------------------------------------------------------------
 
@@ -60,7 +60,7 @@ def _gather_kernel(
     biases: list[Tensor | None],
     *place: Any,
 ) -> list[Tensor]:
-    return linear.all_gather_linear.below_autograd(x, weights, biases, *place)
+    return gather_linear.all_gather_linear.below_autograd(x, weights, biases, *place)
 
 
 class _AllGatherLinearOfNorm(torch.autograd.Function):
@@ -101,11 +101,11 @@ class _AllGatherLinearOfNorm(torch.autograd.Function):
         args = (list(grads), list(weights), needs[0], want_dw, want_db, *ctx.place)
         if any(main_grad is not None for main_grad in main_grads):
             x = _input_again(*recipe, any(want_dw))
-            out = iter(linear.all_gather_linear_backward_into(x, *args[:5], False, *args[5:], main_grads))
+            out = iter(gather_linear.all_gather_linear_backward_into(x, *args[:5], False, *args[5:], main_grads))
         else:
             out = iter(all_gather_linear_of_norm_backward(*recipe, *args))
         dx = next(out) if needs[0] else None
-        dws = [next(out) if want else None for want in linear.returned(want_dw, main_grads)]
+        dws = [next(out) if want else None for want in gather_linear.returned(want_dw, main_grads)]
         dbs = [next(out) if want else None for want in want_db]
         return (dx, *(None,) * (first - 1), *dws, *dbs, *(None,) * len(ctx.place))
 
@@ -168,7 +168,9 @@ def _gather_backward_kernel(
     *place: Any,
 ) -> list[Tensor]:
     x = _input_again(z, norm_weight, norm_bias, kind, zero_centered, eps, x_dtype, any(want_dw))
-    return linear.all_gather_linear_backward.below_autograd(x, grads, weights, want_dx, want_dw, want_db, False, *place)
+    return gather_linear.all_gather_linear_backward.below_autograd(
+        x, grads, weights, want_dx, want_dw, want_db, False, *place
+    )
 
 
 def _gather_backward_fake(
@@ -187,7 +189,9 @@ def _gather_backward_fake(
     *place: Any,
 ) -> list[Tensor]:
     x = z.new_empty(z.shape, dtype=x_dtype)
-    return linear.all_gather_linear_backward.below_autograd(x, grads, weights, want_dx, want_dw, want_db, False, *place)
+    return gather_linear.all_gather_linear_backward.below_autograd(
+        x, grads, weights, want_dx, want_dw, want_db, False, *place
+    )
 
 
 # --- activation_linear_reduce_scatter --------------------------------------------------------------------------------
@@ -230,13 +234,13 @@ def _activation_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
 def _scatter_kernel(
     x: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str, *place: Any
 ) -> Tensor:
-    return linear.linear_reduce_scatter.below_autograd(activate(x, gate, activation), weight, bias, *place)
+    return linear_scatter.linear_reduce_scatter.below_autograd(activate(x, gate, activation), weight, bias, *place)
 
 
 def _scatter_fake(
     x: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str, *place: Any
 ) -> Tensor:
-    return linear.linear_reduce_scatter.below_autograd(x, weight, bias, *place)
+    return linear_scatter.linear_reduce_scatter.below_autograd(x, weight, bias, *place)
 
 
 class _ActivationLinearReduceScatter(torch.autograd.Function):
@@ -284,7 +288,7 @@ def _scatter_backward_kernel(
     else:
         activated = activate(gate, None, activation)
         a = activated * x if want_dw else x
-    out = linear.linear_reduce_scatter_backward.below_autograd(
+    out = linear_scatter.linear_reduce_scatter_backward.below_autograd(
         dy, a, weight, bias_dtype, want_da, want_dw, want_db, *place
     )
     if not want_da:

@@ -92,7 +92,7 @@ def test_equals_the_unsharded_linear(
 
 def spread_case(length: int, seq_dim: int) -> None:
     """As if the wire were slow: the weight's gradient summed up chunk by chunk, but never in 16 bits."""
-    from seqpar_kernels.ops import linear
+    from seqpar_kernels.ops import linear_scatter as linear
 
     g, pieces = group(), 0
     foresee, make = linear.spreads_weight_gradient, linear.weight_gradient

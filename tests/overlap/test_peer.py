@@ -214,9 +214,9 @@ def test_a_peer_that_never_comes_is_named_and_the_workspace_lives(
 @pytest.mark.parametrize("what", ["error", "straggler"])
 def test_faults_amid_an_op(peers: Open, monkeypatch: pytest.MonkeyPatch, engine: str, what: str) -> None:
     """Over virtual ranks ("collective" is loopback there) and over symmetric memory."""
-    from seqpar_kernels.ops import linear
+    from seqpar_kernels.ops import linear_scatter
 
-    healthy, armed = linear.matmul_into, [True]
+    healthy, armed = linear_scatter.matmul_into, [True]
 
     def acting(*args: Any, **options: Any) -> None:
         if armed[0] and threading.current_thread().name == "rank-1":
@@ -229,7 +229,7 @@ def test_faults_amid_an_op(peers: Open, monkeypatch: pytest.MonkeyPatch, engine:
         x = integers(g.rank(), 2, 12, 4, dtype=torch.float32)
         return sp.linear_reduce_scatter(x, torch.ones(3, 4), group=g, chunks=2, engine=engine)
 
-    monkeypatch.setattr(linear, "matmul_into", acting)
+    monkeypatch.setattr(linear_scatter, "matmul_into", acting)
     expected = sum(integers(r, 2, 12, 4, dtype=torch.float32) @ torch.ones(4, 3) for r in range(3))
     with peers(3, timeout=4.0) as loopback:
         outcomes = loopback.outcomes(scatter)

@@ -1,0 +1,33 @@
+"""What the ops around a matmul share: where they run, sizes, what ranks agree on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import SequenceShard, group_rank, group_size
+from .library import group_named
+
+#: Where an op runs, in every schema.
+PLACE = "str group, int seq_dim, SymInt seq_len, int chunks, str engine"
+
+
+def sum_rows(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """Column sums of [rows, N], accumulated in fp32 (fp64) and rounded once. [N]"""
+    acc = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    return dy.sum(0, dtype=acc).to(dtype)
+
+
+def weights_signature(weights: list[Tensor], *more: object) -> tuple[object, ...]:
+    return (f"K={weights[0].shape[1]}", f"N={[w.shape[0] for w in weights]}", *more)
+
+
+def shape_with(x: Tensor, seq_dim: int, length: int, features: int) -> list[int]:
+    shape = list(x.shape)
+    shape[seq_dim], shape[-1] = length, features
+    return shape
+
+
+def rows_here(group: str, seq_len: int) -> int:
+    pg = group_named(group)
+    return SequenceShard(seq_len, group_size(pg), group_rank(pg)).size

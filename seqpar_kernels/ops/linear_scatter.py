@@ -1,0 +1,268 @@
+"""``seqpar::linear_reduce_scatter``: schemas, fakes, autograd.
+
+Keeps its input and gathers dy in the backward (Korthikanti et al. 2022, section 4.2.2). The bias gradient is complete
+on every rank, because dy has been gathered anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..overlap import schedule as schedules
+from ..overlap import waiting
+from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, reshaped, rows_of, run
+from ..overlap.planner import Work, spreads_weight_gradient
+from ..overlap.schedule import Compute, Transfer
+from ..overlap.tuning import figures_of
+from . import linear_uncut
+from .library import apply, group_named, register, without_autocast
+from .linear_common import PLACE, rows_here, shape_with, sum_rows, weights_signature
+from .main_grad import weight_gradient
+
+
+@without_autocast
+def _scatter_kernel(
+    x: Tensor, weight: Tensor, bias: Tensor | None, group: str, seq_dim: int, seq_len: int, chunks: int, engine: str
+) -> Tensor:
+    pg = group_named(group)
+    if pg is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    return partial_results("linear_reduce_scatter", x, weight, pg, seq_dim, chunks, engine).reduce(bias)
+
+
+def partial_results(
+    name: str, x: Tensor, weight: Tensor, group: ProcessGroup, seq_dim: int, chunks: int, engine: str
+) -> Partials:
+    """What every rank's part of ``linear(x, weight)`` is for our rows, the exchange hidden behind the matmul."""
+    if engine == "single":
+        return linear_uncut.partial_results(name, group, x, weight, seq_dim)
+    seq_len = x.shape[seq_dim]
+    details = weights_signature([weight], f"chunks={chunks}", f"engine={engine}")
+    call = Call(name, x, seq_dim, seq_len, group, *details)
+    shard, features = call.shard, weight.shape[0]
+    whole = call.whole(x)
+    outgoing: dict[int, Sequence3D] = {}
+    exchange = call.exchange(features, x, engine)
+    partials = Partials(call, features, x)
+    if engine == "fused":
+        waiting.matmul_scatter(call, exchange, chunks, whole, weight, partials)
+        return partials
+
+    def compute(step: Compute) -> None:
+        if step.stage != "matmul":
+            return
+        if (step.start, step.stop) == (shard.start, shard.stop):
+            out = partials.own_matrices(step.start, step.stop)
+        else:
+            buffer = outgoing[step.start] = exchange.empty(step.start, step.stop, features, x)
+            out = buffer.matrices(step.start, step.stop)
+        matmul_into(out, whole.matrices(step.start, step.stop), weight.t())
+
+    def source(transfer: Transfer) -> Tensor:
+        return outgoing.pop(transfer.rows.start).data  # the session keeps it until it has left
+
+    window = call.window(chunks, features, x)
+    run(
+        schedules.matmul_scatter(shard, chunks, window=window),
+        exchange,
+        source=source,
+        target=lambda t: partials.window(t.source, t.rows.start, t.rows.stop),
+        compute=compute,
+    )
+    return partials
+
+
+def _scatter_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, group: str, seq_dim: int, seq_len: int, chunks: int, engine: str
+) -> Tensor:
+    return x.new_empty(scattered_shape(x, weight, group, seq_dim, seq_len))
+
+
+def scattered_shape(x: Tensor, weight: Tensor, group: str, seq_dim: int, seq_len: int) -> list[int]:
+    """[..., S/t, ..., N], our shard of ``linear(x, weight)``."""
+    return shape_with(x, seq_dim, rows_here(group, seq_len), weight.shape[0])
+
+
+class _LinearReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, place: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.main_grad, ctx.place = main_grad, place  # not saved: other micro-batches may add to it first
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return linear_reduce_scatter.below_autograd(x, weight, bias, *place)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        dx, dweight, dbias = scatter_gradients(ctx.main_grad, dy, x, weight, ctx.bias_dtype, *needs, *ctx.place)
+        return dx, dweight, dbias, None, None
+
+
+def scatter_gradients(
+    main_grad: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_dtype: torch.dtype | None,
+    want_dx: bool,
+    want_dw: bool,
+    want_db: bool,
+    *place: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight (None where it goes to ``main_grad``), dbias: those wanted."""
+    args = (dy, x, weight, bias_dtype, want_dx, want_dw, want_db, *place)
+    if main_grad is not None and want_dw:
+        out = iter(linear_reduce_scatter_backward_into(*args, main_grad))
+    else:
+        out = iter(linear_reduce_scatter_backward(*args))
+    dx, dw, db = (next(out) if want else None for want in (want_dx, want_dw and main_grad is None, want_db))
+    return dx, dw, db
+
+
+def _scatter_autograd(x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any) -> Tensor:
+    return linear_reduce_scatter_into(None, x, weight, bias, *place)
+
+
+def linear_reduce_scatter_into(
+    main_grad: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any
+) -> Tensor:
+    """linear_reduce_scatter with the gradient of its weight added to ``main_grad``; not traceable if there is one."""
+    return apply(_LinearReduceScatter, x, weight, bias, main_grad, place)  # type: ignore[no-any-return]
+
+
+@without_autocast
+def _scatter_backward_kernel(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_dtype: torch.dtype | None,
+    want_dx: bool,
+    want_dw: bool,
+    want_db: bool,
+    group: str,
+    seq_dim: int,
+    seq_len: int,
+    chunks: int,
+    engine: str,
+    main_grad: Tensor | None = None,
+) -> list[Tensor]:
+    pg = group_named(group)
+    features_out, features_in = weight.shape
+    if pg is not None and engine == "single":
+        dx, dweight, rows = linear_uncut.linear_scatter_backward(
+            pg, dy, x, weight, want_dx, want_dw, want_db, main_grad, seq_dim, seq_len
+        )
+        db = sum_rows(rows_of(rows), bias_dtype) if want_db and bias_dtype is not None else None
+        return [gradient for gradient in (dx, dweight, db) if gradient is not None]
+    details = weights_signature([weight], f"chunks={chunks}", f"dx={want_dx} dw={want_dw} db={want_db}")
+    call = Call("linear_reduce_scatter backward", dy, seq_dim, seq_len, pg, *details)
+    shard = call.shard
+    mine = call.mine(dy.contiguous())
+    whole = mine if pg is None else call.around(mine)
+    whole_dx = call.empty_whole(features_in, x) if want_dx else None
+    whole_x = call.whole(x) if want_dw else whole
+    dw: Tensor | None = None
+
+    def compute(step: Compute) -> None:
+        nonlocal dw
+        if step.stage == "dgrad":
+            assert whole_dx is not None
+            matmul_into(whole_dx.matrices(step.start, step.stop), whole.matrices(step.start, step.stop), weight)
+        elif step.stage == "wgrad":
+            dy_rows, x_rows = (rows_of(of.matrices(step.start, step.stop)) for of in (whole, whole_x))
+            made = weight_gradient(main_grad if dw is None else dw, dy_rows, x_rows)
+            dw = dw if made is None else made
+
+    window = call.window(chunks, features_out, dy)
+    spread = want_dw and _spreads(pg, call, dy, seq_dim, weight, main_grad, chunks, want_dx)
+    steps = schedules.row_backward(shard, chunks, dgrad=want_dx, wgrad=want_dw, spread=spread, window=window)
+    run(
+        steps,
+        call.exchange(features_out, dy, engine),
+        source=lambda t: mine.window(t.rows.start, t.rows.stop),
+        target=lambda t: whole.window(t.rows.start, t.rows.stop),
+        compute=compute,
+    )
+    out = [reshaped(whole_dx.data, call.shape(seq_len, features_in))] if whole_dx is not None else []
+    out += [] if dw is None else [dw]
+    if want_db:
+        assert bias_dtype is not None
+        out.append(sum_rows(whole.data.reshape(-1, features_out), bias_dtype))
+    return out
+
+
+def _spreads(
+    group: ProcessGroup | None,
+    call: Call,
+    dy: Tensor,
+    seq_dim: int,
+    weight: Tensor,
+    main_grad: Tensor | None,
+    chunks: int,
+    want_dx: bool,
+) -> bool:
+    """Whether wgrad runs chunk by chunk. What is sent, and when, is the same: each rank may decide for itself."""
+    summed_in = weight if main_grad is None else main_grad
+    if group is None or summed_in.dtype.itemsize < 4:  # every chunk's sum would be rounded to 16 bits
+        return False
+    figures = figures_of(group)["cpu" if dy.device.type == "cpu" else "cuda"]
+    work = Work.of(dy, seq_dim, call.shard, weight.shape[0], weight.numel())
+    return spreads_weight_gradient(chunks, work, figures, want_dx)
+
+
+def _scatter_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_dtype: torch.dtype | None,
+    want_dx: bool,
+    want_dw: bool,
+    want_db: bool,
+    group: str,
+    seq_dim: int,
+    seq_len: int,
+    chunks: int,
+    engine: str,
+    main_grad: Tensor | None = None,
+) -> list[Tensor]:
+    out = [x.new_empty(x.shape)] if want_dx else []
+    if want_dw and main_grad is None:
+        out.append(weight.new_empty(weight.shape))
+    if want_db:
+        out.append(weight.new_empty(weight.shape[0], dtype=bias_dtype))
+    return out
+
+
+linear_reduce_scatter = register(
+    f"linear_reduce_scatter(Tensor x, Tensor weight, Tensor? bias, {PLACE}) -> Tensor",
+    _scatter_kernel,
+    _scatter_fake,
+    _scatter_autograd,
+)
+
+_SCATTER_BACKWARD = (
+    "Tensor dy, Tensor x, Tensor weight, ScalarType? bias_dtype, bool want_dx, bool want_dw, bool want_db, " + PLACE
+)
+
+#: Returns the wanted ones among dx, dweight, dbias.
+linear_reduce_scatter_backward = register(
+    f"linear_reduce_scatter_backward({_SCATTER_BACKWARD}) -> Tensor[]",
+    _scatter_backward_kernel,
+    _scatter_backward_fake,
+    None,
+)
+
+#: The same with dweight, if wanted, added to main_grad.
+linear_reduce_scatter_backward_into = register(
+    f"linear_reduce_scatter_backward_into({_SCATTER_BACKWARD}, Tensor(a!) main_grad) -> Tensor[]",
+    _scatter_backward_kernel,
+    _scatter_backward_fake,
+    None,
+)
