@@ -91,7 +91,7 @@ def test_a_step_that_hangs_or_fails_takes_nothing_from_the_others(
         gpu.bench("hangs", 2.0),
         gpu.bench("bad", 60.0),
     ]
-    run = gpu.Run(tmp_path, 120.0, dict(os.environ), [])
+    run = gpu.Run(tmp_path, 120.0, os.environ | {"PYTHONUNBUFFERED": "1"}, [])
     run.go(steps)
     found = json.loads((tmp_path / "results.json").read_text())["steps"]
     assert {name: found[name]["status"] for name in found} == {"tests": 1, "good": 0, "hangs": -9, "bad": 1}
