@@ -279,6 +279,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("reduce_shards", &reduce_shards);
     m.def("cpu_isa", &cpu::isa);
     m.def("cpu_threading", &cpu::threading);
+    m.def("cpu_stream_beyond", &cpu::stream_beyond);
 #ifdef SEQPAR_WITH_CUDA
     m.attr("has_cuda") = true;
     m.def("cuda_archs", &cuda::archs);

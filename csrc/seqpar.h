@@ -106,6 +106,9 @@ int64_t norm_backward_workspace(const NormBackward& args);
 Status reduce_shards(const ReduceShards& args, int threads);
 const char* isa();        // the instruction set chosen for this machine: "avx512", "avx2", "neon", "baseline"
 const char* threading();  // "openmp" (the runtime torch has loaded) or "std::thread"
+// From now on, norms whose results exceed so many bytes store them past the cache; returns the bound until now,
+// first half of the last-level cache.
+int64_t stream_beyond(int64_t bytes);
 }  // namespace cpu
 
 namespace cuda {

@@ -1,7 +1,7 @@
 // Dropout + residual + norm, backward. A few rows are taken together, twice: the first pass reads dy and z from memory
 // and takes the two row sums and the column sums of dweight and dbias; the second finds dy and z in cache and writes.
 #include "dropout.h"
-#include "loops.h"
+#include "stream.h"
 
 namespace seqpar::cpu::SEQPAR_ISA {
 namespace {
@@ -34,6 +34,7 @@ struct BackwardPlan {
     A* dx_bias;               // column sums of the first run, or null
     int64_t run_stride;       // from the sums of one run to those of the next
     RowRuns runs;
+    bool past_cache;  // dx and dresidual would not stay in it
 
     A* sums_of(A* first_run, int64_t run) const { return first_run ? first_run + run * run_stride : nullptr; }
 };
@@ -143,6 +144,7 @@ struct BackwardKernel {
         X* dx[kCount];
         Z* dresidual[kCount];
         A factor[kCount];
+        bool past_cache = plan.past_cache;
         for (int i = 0; i < kCount; ++i) {
             const int64_t r = r0 + i;
             z[i] = row_of<Z>(args.z, r, args.z_stride);
@@ -151,6 +153,7 @@ struct BackwardKernel {
             dy2[i] = plan.term2.template row<X>(r);
             dx[i] = row_of<X>(args.dx, r, args.dx_stride);
             dresidual[i] = row_of<Z>(args.dresidual, r, args.dresidual_stride);
+            past_cache = past_cache && streamable(dx[i]) && streamable(dresidual[i]);
             factor[i] = kDropout ? static_cast<A>(args.dropout.scale) : A(1);
             if (args.row_scale) factor[i] *= args.row_scale[r];
         }
@@ -175,10 +178,10 @@ struct BackwardKernel {
                         }
                         g = fma(dxhat, splat(rows[i].rstd), fma(v, splat(rows[i].slope), g));
                     }
-                    if (dresidual[i]) store<O>(dresidual[i] + c, g, n);
+                    if (dresidual[i]) put<O>(dresidual[i] + c, g, n, past_cache);
                     const P d = kDropout ? keep_mul(keep[i][(c - begin) / P::lanes], g, splat(factor[i]))
                                          : g * splat(factor[i]);
-                    if (dx[i]) store<O>(dx[i] + c, d, n);
+                    if (dx[i]) put<O>(dx[i] + c, d, n, past_cache);
                     dxb = dxb + d;
                 }
                 accumulate(dx_bias, c, dxb);
@@ -204,6 +207,7 @@ struct BackwardKernel {
         int64_t r = run * plan.runs.rows;
         for (; r + kRows<A> <= end; r += kRows<A>) run_rows<kRows<A>>(plan, r, run);
         for (; r < end; ++r) run_rows<1>(plan, r, run);
+        if (plan.past_cache) settle();
     }
 };
 
@@ -272,7 +276,8 @@ Status run(Type<X>, Type<Z>, const NormBackward& args, int threads) {
     const auto vector = [&](const void* weight) {
         return widen_vector<O, A>(weight, args.w_dtype, args.cols, args.zero_centered ? A(1) : A(0), free);
     };
-    BackwardPlan<A, O> plan{&args, DropoutPlan<A, O>(args.dropout), {}, {}, nullptr, 0, row_runs(args.rows, args.cols)};
+    BackwardPlan<A, O> plan{&args, DropoutPlan<A, O>(args.dropout), {},   {}, nullptr,
+                            0,     row_runs(args.rows, args.cols),  false};
     A *dweight = sums(args.dweight, first), *dbias = sums(args.dbias, first);
     A *dweight2 = sums(args.dweight2, second), *dbias2 = sums(args.dbias2, second);
     if (first) plan.term = {args.dy, args.dy_stride, vector(args.weight), dweight, dbias};
@@ -282,6 +287,8 @@ Status run(Type<X>, Type<Z>, const NormBackward& args, int threads) {
     }
     plan.dx_bias = sums(args.dx_bias, true);
     plan.run_stride = wanted * padded;
+    plan.past_cache = exceeds_cache(args.rows * args.cols *
+                                    (sizeof(X) * (args.dx != nullptr) + sizeof(Z) * (args.dresidual != nullptr)));
 
     const bool dropout = args.dropout.seed && (args.dx || args.dx_bias);
     parallel(plan.runs.count, threads, choose<X, Z>(first || second ? args.norm : Norm::none, dropout), &plan);

@@ -1,7 +1,7 @@
 // Dropout + residual + norm, forward: three passes over a row, of which only the first touches memory; the other two
 // find z in a scratch row that stays in cache.
 #include "dropout.h"
-#include "loops.h"
+#include "stream.h"
 
 namespace seqpar::cpu::SEQPAR_ISA {
 namespace {
@@ -13,6 +13,7 @@ struct ForwardPlan {
     const A *x_bias, *scale, *shift, *scale2, *shift2;
     A* rows;  // one scratch row a worker
     int64_t padded, rows_per_task;
+    bool past_cache;  // z, y and y2 would not stay in it
 };
 
 // The sum of (z - mean)^2. Two accumulators, since one addition after the other would wait for its latency.
@@ -41,10 +42,11 @@ A spread(const A* row, int64_t cols, A mean) {
 
 // y = (row - mean) * rstd * scale + shift.
 template <class X, Norm kNorm, class A>
-void normalize(const A* row, int64_t cols, A mean, A rstd, const A* scale, const A* shift, X* y) {
+void normalize(const A* row, int64_t cols, A mean, A rstd, const A* scale, const A* shift, X* y, bool past_cache) {
     using P = typename PackFor<A>::Pack;
     constexpr Order O = order_of<X>;
     const P centre = splat(mean), factor = splat(rstd);
+    past_cache = past_cache && streamable(y);
     for_packs<P::lanes>(0, cols, [&](int64_t c, auto n) SEQPAR_BODY {
         P v = load_scratch(row + c);
         if (kNorm == Norm::layer) v = v - centre;
@@ -56,7 +58,7 @@ void normalize(const A* row, int64_t cols, A mean, A rstd, const A* scale, const
         } else if (shift) {
             v = v + load_scratch(shift + c);
         }
-        store<O>(y + c, v, n);
+        put<O>(y + c, v, n, past_cache);
     });
 }
 
@@ -75,6 +77,7 @@ struct ForwardKernel {
         const int64_t shard_stride = args.shard_stride;
         const Z* const residual = row_of<Z>(args.residual, r, args.residual_stride);
         Z* const z = row_of<Z>(args.z, r, args.z_stride);
+        const bool past_cache = plan.past_cache && streamable(z);
         const A* const x_bias = plan.x_bias;
         A factor = kDropout ? static_cast<A>(args.dropout.scale) : A(1);
         if (args.row_scale) factor *= args.row_scale[r];
@@ -96,8 +99,8 @@ struct ForwardKernel {
                     const P base = residual ? load<O>(residual + c, n) : zero;
                     v = kDropout ? keep_fma(keep[(c - chunk) / P::lanes], v, factors, base) : fma(v, factors, base);
                     if (z) {
-                        store<O>(z + c, v, n);
-                        if (sizeof(Z) < sizeof(A)) v = load<O>(z + c, n);  // the norm is that of z as stored
+                        put<O>(z + c, v, n, past_cache);
+                        if (sizeof(Z) < sizeof(A)) v = as_stored<O>(z + c, v, n, past_cache);  // what y is the norm of
                     }
                     if (kNorm != Norm::none) store_scratch(row + c, v);
                     if (kNorm == Norm::layer) partial = partial + v;
@@ -118,12 +121,12 @@ struct ForwardKernel {
         const double squares = kNorm == Norm::layer ? spread<O>(row, args.cols, mean) : total;
         const A rstd = static_cast<A>(1.0 / __builtin_sqrt(squares / count + args.eps));
         if (args.y) {
-            normalize<X, kNorm>(row, args.cols, mean, rstd, plan.scale, plan.shift,
-                                row_of<X>(args.y, r, args.y_stride));
+            normalize<X, kNorm>(row, args.cols, mean, rstd, plan.scale, plan.shift, row_of<X>(args.y, r, args.y_stride),
+                                plan.past_cache);
         }
         if (args.y2) {
             normalize<X, kNorm>(row, args.cols, mean, rstd, plan.scale2, plan.shift2,
-                                row_of<X>(args.y2, r, args.y2_stride));
+                                row_of<X>(args.y2, r, args.y2_stride), plan.past_cache);
         }
         if (args.mean && kNorm == Norm::layer) static_cast<A*>(args.mean)[r] = mean;
         if (args.rstd) static_cast<A*>(args.rstd)[r] = rstd;
@@ -133,6 +136,7 @@ struct ForwardKernel {
         const Plan& plan = *static_cast<const Plan*>(context);
         const int64_t end = smaller(plan.args->rows, (task + 1) * plan.rows_per_task);
         for (int64_t r = task * plan.rows_per_task; r < end; ++r) run_row(plan, r, plan.rows + worker * plan.padded);
+        if (plan.past_cache) settle();
     }
 };
 
@@ -165,13 +169,16 @@ Status run(Type<X>, Type<Z>, const NormForward& args, int threads) {
     };
     const A one = args.zero_centered ? A(1) : A(0);
     ForwardPlan<A, O> plan{
-        &args, DropoutPlan<A, O>(args.dropout), nullptr, nullptr, nullptr, nullptr, nullptr, free, padded, 0};
+        &args, DropoutPlan<A, O>(args.dropout), nullptr, nullptr, nullptr, nullptr, nullptr, free, padded, 0, false};
     plan.x_bias = vector(args.x_bias, 0);
     plan.scale = vector(args.weight, one);
     plan.shift = vector(args.bias, 0);
     plan.scale2 = vector(args.weight2, one);
     plan.shift2 = vector(args.bias2, 0);
     plan.rows = free;
+    plan.past_cache =
+        exceeds_cache(args.rows * args.cols *
+                      (sizeof(X) * ((args.y != nullptr) + (args.y2 != nullptr)) + sizeof(Z) * (args.z != nullptr)));
     // Enough tasks to even out the load, but no more than 64 Ki elements in each where rows are many.
     plan.rows_per_task = smaller(ceil_div(args.rows, threads), larger<int64_t>(1, 65536 / args.cols));
     parallel(ceil_div(args.rows, plan.rows_per_task), threads, choose<X, Z>(args.norm, args.dropout.seed != nullptr),

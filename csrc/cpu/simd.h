@@ -13,7 +13,8 @@
 #else
 namespace seqpar::cpu::SEQPAR_ISA {
 constexpr int kVectorBytes = 16;
-}
+constexpr bool kStreams = false;
+}  // namespace seqpar::cpu::SEQPAR_ISA
 #include "simd_baseline.h"
 #endif
 

@@ -8,6 +8,7 @@
 namespace seqpar::cpu::SEQPAR_ISA {
 
 constexpr int kVectorBytes = 32;
+constexpr bool kStreams = true;
 
 struct Pack {
     using Scalar = float;
@@ -109,6 +110,9 @@ inline __m256i round_bf16(__m256 v) {
     const __m256i up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
     return _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_and_si256(up, number)), 16);
 }
+inline __m256i narrow_bf16(Pack x) {
+    return _mm256_packus_epi32(round_bf16(x.a), round_bf16(x.b));
+}
 template <Order O>
 inline Pack load(const bf16* p, Whole) {
     static_assert(O == Order::unpacked);
@@ -118,7 +122,7 @@ inline Pack load(const bf16* p, Whole) {
 template <Order O>
 inline void store(bf16* p, Pack x, Whole) {
     static_assert(O == Order::unpacked);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_packus_epi32(round_bf16(x.a), round_bf16(x.b)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x));
 }
 
 template <Order O>
@@ -133,6 +137,29 @@ inline void store(f16* p, Pack x, Whole) {
     __m128i* const halves = reinterpret_cast<__m128i*>(p);
     _mm_storeu_si128(halves, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128(halves + 1, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// Stores past the cache, to addresses that are multiples of kVectorBytes; settle() makes them visible to other threads.
+template <Order O>
+inline void stream(float* p, Pack x) {
+    x = reorder<O>(x);
+    _mm256_stream_ps(p, x.a);
+    _mm256_stream_ps(p + 8, x.b);
+}
+template <Order O>
+inline void stream(bf16* p, Pack x) {
+    static_assert(O == Order::unpacked);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x));
+}
+template <Order O>
+inline void stream(f16* p, Pack x) {
+    static_assert(O == Order::natural);
+    const __m128i a = _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT),
+                  b = _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_set_m128i(b, a));
+}
+inline void settle() {
+    _mm_sfence();
 }
 
 // Partial Packs go through a buffer: AVX2 cannot mask 16-bit elements, and a tail comes once a row.

@@ -8,6 +8,7 @@
 namespace seqpar::cpu::SEQPAR_ISA {
 
 constexpr int kVectorBytes = 64;
+constexpr bool kStreams = true;
 
 struct Pack {
     using Scalar = float;
@@ -179,6 +180,27 @@ template <Order O>
 inline void store(f16* p, Pack x, int n) {
     static_assert(O == Order::natural);
     _mm512_mask_storeu_epi16(p, first_bits(n), narrow_f16(x));
+}
+
+// Stores past the cache, to addresses that are multiples of kVectorBytes; settle() makes them visible to other threads.
+template <Order O>
+inline void stream(float* p, Pack x) {
+    x = to_natural<O>(x);
+    _mm512_stream_ps(p, x.a);
+    _mm512_stream_ps(p + 16, x.b);
+}
+template <Order O>
+inline void stream(bf16* p, Pack x) {
+    static_assert(O == Order::unpacked);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_bf16(x));
+}
+template <Order O>
+inline void stream(f16* p, Pack x) {
+    static_assert(O == Order::natural);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_f16(x));
+}
+inline void settle() {
+    _mm_sfence();
 }
 
 // What dropout.h needs: 32-bit words in the low halves of 64-bit lanes, the high halves being free to hold anything.

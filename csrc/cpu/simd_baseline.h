@@ -135,5 +135,10 @@ inline void store(T* p, Pack x, Whole) {
         narrow_all(p, x);
     }
 }
+template <Order O, class T>
+inline void stream(T* p, Pack x) {
+    store<O>(p, x, Whole{});
+}
+inline void settle() {}
 
 }  // namespace seqpar::cpu::SEQPAR_ISA

@@ -128,5 +128,10 @@ template <Order>
 inline void store(double* p, GenericPack<double> x, int n) {
     memcpy(p, &x, static_cast<size_t>(n) * sizeof(double));
 }
+// Doubles go through the cache: they are here for checking gradients.
+template <Order O>
+inline void stream(double* p, GenericPack<double> x) {
+    store<O>(p, x, Whole{});
+}
 
 }  // namespace seqpar::cpu::SEQPAR_ISA

@@ -457,6 +457,21 @@ def test_same_bits_for_any_number_of_threads_and_every_run(dtypes):
             assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
+def test_stores_past_the_cache_change_nothing(dtypes):
+    """The way of large results; among rows that begin on a vector's boundary are others that do not."""
+    for cols, kind in itertools.product((1, 64, 192, 1031), NormKind):
+        case = Case(7, cols, dtypes, kind, x_bias=True, two=kind != NormKind.NONE)
+        want = everything(case)
+        bound = native._native.cpu_stream_beyond(0)
+        try:
+            got = everything(case)
+        finally:
+            native._native.cpu_stream_beyond(bound)
+        for ours, expected in zip(got, want, strict=True):
+            assert torch.equal(ours, expected)
+
+
 def test_outputs_end_where_they_should(monkeypatch):
     """Every output is a window of a larger buffer whose margins must keep their contents."""
     buffers = []
@@ -558,6 +573,7 @@ for i, dtypes in enumerate(t.DTYPES):
     t.check(t.Case(5, 45, dtypes, t.NormKind.NONE, p=1.0, row_scale=True))
     t.test_sum_of_shards(dtypes)
     t.test_reduce_shards_is_exact(dtypes[0])
+    t.test_stores_past_the_cache_change_nothing(dtypes)
 for dtype in (t.F32, t.BF16, t.F16, t.F64):
     t.test_mask_is_the_reference_mask(dtype, 0.1, "far")
     t.test_mask_is_the_reference_mask(dtype, 1.0, "unsharded")

@@ -1,0 +1,42 @@
+// Stores past the cache. An ordinary store first reads the line it changes; where the results of a call would not stay
+// in the cache anyway, that is one more read of every byte written, and pushes out what other rows still need.
+#pragma once
+
+#include "loops.h"
+
+namespace seqpar::cpu::SEQPAR_ISA {
+
+// Whether this row can be stored past the cache: streaming stores want whole vectors in place.
+inline bool streamable(const void* row) {
+    return kStreams && reinterpret_cast<uintptr_t>(row) % kVectorBytes == 0;
+}
+
+template <Order O, class T, class P>
+inline void put(T* p, P x, Whole whole, bool past_cache) {
+    if (kStreams && past_cache) {
+        stream<O>(p, x);
+    } else {
+        store<O>(p, x, whole);
+    }
+}
+template <Order O, class T, class P>
+inline void put(T* p, P x, int n, bool) {
+    store<O>(p, x, n);
+}
+
+// What loading x would give after put(); without touching memory that has been streamed to.
+template <Order O, class T, class P>
+inline P as_stored(const T* p, P x, Whole whole, bool past_cache) {
+    if (kStreams && past_cache) {
+        T copy[P::lanes];
+        store<O>(static_cast<T*>(copy), x, whole);
+        return load<O>(static_cast<const T*>(copy), whole);
+    }
+    return load<O>(p, whole);
+}
+template <Order O, class T, class P>
+inline P as_stored(const T* p, P, int n, bool) {
+    return load<O>(p, n);
+}
+
+}  // namespace seqpar::cpu::SEQPAR_ISA
