@@ -46,20 +46,32 @@ def verdict(a: Row, b: Row, drift: Drift = Drift()) -> str:  # noqa: B008 (a tup
 
 
 def drifts(both: list[tuple[Row, Row]]) -> dict[tuple[Any, ...], Drift]:
-    """Question -> what its peers say of the machine, and what those of the same kind of op typically differ by."""
+    """Question -> what its peers say of the machine, and what befell those of the same kind of op elsewhere.
+
+    That is what they typically differ by, or the most that lay between the bands of one: what parts two runs of the
+    same code in one place may part ours in another.
+    """
     ratios: dict[tuple[Any, ...], list[float]] = {}
     typical: dict[str, list[float]] = {}
+    apart: dict[str, float] = {}
     for a, b in both:
         if is_peer(a) and a.p50_ms and b.p50_ms:
-            ratio = b.p50_ms / a.p50_ms
+            ratio, family = b.p50_ms / a.p50_ms, _family(a)
             ratios.setdefault(a.question(), []).append(ratio)
-            typical.setdefault(_family(a), []).append(abs(math.log(ratio)))
-    spread = {family: math.exp(statistics.median(logs)) for family, logs in typical.items()}
+            typical.setdefault(family, []).append(abs(math.log(ratio)))
+            apart[family] = max(apart.get(family, 1.0), _gap(a, b))
+    spread = {family: max(math.exp(statistics.median(logs)), apart[family]) for family, logs in typical.items()}
     found = {}
     for question in dict.fromkeys(a.question() for a, _ in both):
         seen, more = [1.0, *ratios.get(question, [])], spread.get(question[0].partition(".")[0], 1.0)
         found[question] = Drift(min(seen) / more, max(seen) * more)
     return found
+
+
+def _gap(a: Row, b: Row) -> float:
+    """By how much the slower of two lies above the faster, band from band; 1 or less where they overlap."""
+    assert a.p20_ms and a.p80_ms and b.p20_ms and b.p80_ms
+    return max(b.p20_ms / a.p80_ms, a.p20_ms / b.p80_ms)
 
 
 def _family(row: Row) -> str:

@@ -13,7 +13,7 @@ from . import facts
 from .check import WrongResult, check_norm, run_backward
 from .providers import OURS, PEERS, Absent, NormFunction
 from .schema import Row
-from .session import Session
+from .session import Session, copy_runner
 from .timing import Runner, interleave
 
 KINDS = ("layer", "rms")
@@ -84,12 +84,6 @@ def make_buffers(case: NormCase, device: str) -> list[Buffers]:
     return found
 
 
-def copy_runner(buffers: list[Buffers]) -> Runner:
-    """The floor in the same table: one tensor read, one written."""
-    outs = [torch.empty_like(b.grads[0]) for b in buffers[:2]]
-    return lambda i: outs[i % len(outs)].copy_(buffers[i % len(buffers)].grads[0])
-
-
 def forward_runner(fn: NormFunction, case: NormCase, buffers: list[Buffers]) -> Runner:
     """A training forward: gradients are wanted, statistics are kept."""
     return lambda i: fn(*buffers[i % len(buffers)].inputs, case.p)
@@ -128,8 +122,7 @@ def measure(session: Session, case: NormCase) -> None:
                 row.status, row.reason = status, reason
     for direction, make in (("fwd", forward_runner), ("fwd+bwd", both_runner)):
         runners = {name: make(fn, case, buffers) for name, fn in functions.items()}
-        if direction == "fwd":
-            runners["copy"] = copy_runner(buffers)
+        runners["copy"] = copy_runner([b.grads[0] for b in buffers])
         for name, stats in interleave(runners, session.device, session.effort).items():
             row = case.row(name, direction, session.device)
             if name == "copy":

@@ -18,7 +18,7 @@ from seqpar_kernels.kernels import NormKind, NormSpec, RowMap, select, why_not
 from . import facts
 from .check import error_ratio
 from .schema import Row
-from .session import Session
+from .session import Session, copy_runner
 from .timing import interleave
 
 EPS, SEED = 1e-5, 7
@@ -141,8 +141,11 @@ def measure(session: Session, case: ReduceCase) -> None:
     if session.wanted("eager"):
         calls["eager"] = eager(case)
     runners = {name: lambda i, call=call: call(buffers[i % len(buffers)]) for name, call in calls.items()}
+    runners["copy"] = copy_runner([b.residual for b in buffers])
     for name, stats in interleave(runners, device, session.effort).items():
         row = case.row(name, device)
+        if name == "copy":
+            row.bytes = 2 * buffers[0].residual.nbytes
         if name in errors:
             row.metrics["error"] = round(errors[name], 3)
         session.add_bandwidth(row, stats)

@@ -10,15 +10,23 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from . import facts
 from .errors import BenchError
 from .report import Progress
 from .schema import Row, check_writable, save
-from .timing import Effort, Stats, interleave
+from .timing import Effort, Runner, Stats, interleave
 
 CaseT = TypeVar("CaseT")
 SAVE_EVERY = 0.25  # seconds
+
+
+def copy_runner(sources: Sequence[Tensor]) -> Runner:
+    """One tensor read, one written, in the rounds of those who move memory: a floor for them, and what the machine's
+    memory gave just then."""
+    outs = [torch.empty_like(source) for source in sources[:2]]
+    return lambda i: outs[i % len(outs)].copy_(sources[i % len(sources)])
 
 
 @dataclass
