@@ -135,6 +135,18 @@ def test_compare_marks_noise_and_takes_the_machine_out() -> None:
     assert compare.verdict(a[0], wrong) == "ok -> wrong"
 
 
+def test_compare_allows_ours_what_befell_a_peer_elsewhere() -> None:
+    """One peer of nine stood still at its own question and lay 1.3 times its band above it at another."""
+    still = [norm_row("eager", shape=[8, n]) for n in range(1, 9)]
+    a = [norm_row(), norm_row("eager"), *still, norm_row("copy", shape=[9, 9])]
+    b = [norm_row(), norm_row("eager"), *still, norm_row("copy", 1.3 * 1.1 / 0.9, shape=[9, 9])]
+    drift = compare.drifts(compare.pairs(a, b))[a[0].question()]
+    assert compare.verdict(a[0], norm_row(p50=1.25 * 1.1 / 0.9)) == "slower"
+    assert compare.verdict(a[0], norm_row(p50=1.25 * 1.1 / 0.9), drift) == "noise"
+    assert compare.verdict(a[0], norm_row(p50=1.4 * 1.1 / 0.9), drift) == "slower"
+    assert compare.verdict(a[0], norm_row(p50=0.9 / 1.1 / 1.4), drift) == "faster"
+
+
 def test_two_runs_of_one_commit_do_not_differ(capsys: pytest.CaptureFixture[str]) -> None:
     """Two recorded runs of the same code, on a machine busy with other things; and one of them with ours slowed."""
     first, second = (RUNS / f"run{i}.jsonl" for i in (1, 2))
