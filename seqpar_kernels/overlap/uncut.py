@@ -114,10 +114,9 @@ class Uncut:
         """Start gathering our [..., S/t, ..., H]. Returns where it goes: [..., S, ..., H], ours in its place."""
         kind = self._kind
         whole = x.new_empty(kind.shape(kind.shard.length, kind.features))
-        windows = whole.split(kind.sizes, kind.seq_dim)
-        windows[kind.shard.rank].copy_(x)
-        x = x.contiguous()
-        sends = self._messages([(peer.sends, x) for peer in kind.gathers])
+        windows = whole.split_with_sizes(kind.sizes, kind.seq_dim)
+        rows = x.contiguous()
+        sends = self._messages([(peer.sends, rows) for peer in kind.gathers])
         receives = []
         for peer in kind.gathers:
             window = windows[peer.rank]
@@ -127,6 +126,7 @@ class Uncut:
                 window = buffer
             receives.append((peer.receives, window))
         self._post(sends, self._messages(receives))
+        windows[kind.shard.rank].copy_(x)
         return whole
 
     def gathered(self) -> None:
@@ -140,12 +140,12 @@ class Uncut:
         """Start sending the rows of our contiguous [..., S, ..., features] to their owners, and receiving ours."""
         kind = self._kind
         partials = Partials(kind, whole.shape[-1], whole)
-        windows = whole.split(kind.sizes, kind.seq_dim)
+        windows = whole.split_with_sizes(kind.sizes, kind.seq_dim)
         parts = partials.data.unbind(0)
-        parts[kind.shard.rank].copy_(windows[kind.shard.rank])
         sends = self._messages([(peer.sends, windows[peer.rank]) for peer in kind.scatters])
         receives = self._messages([(peer.receives, parts[peer.rank]) for peer in kind.scatters])
         self._post(sends, receives)
+        parts[kind.shard.rank].copy_(windows[kind.shard.rank])
         return partials
 
     def scattered(self) -> None:

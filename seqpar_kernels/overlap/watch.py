@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from .agreement import PATIENCE_SECONDS, Agreement, Ticket, agreement_of, per_group
+from .gloo_threads import calm_gloo
 
 
 class Blocked(NamedTuple):
@@ -43,6 +44,7 @@ class Watch:
         self._verdict: tuple[int, str] | None = None
         self._freed: set[tuple[int, str]] = set()
         self._rank, self._ranks = group.rank(), group.size()
+        calm_gloo()
         thread = threading.Thread(target=self._watch, args=(weakref.ref(group),), daemon=True, name="seqpar-watch")
         thread.start()
 
