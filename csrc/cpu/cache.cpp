@@ -7,25 +7,34 @@
 namespace seqpar::cpu {
 namespace {
 
+// The number that a file about a cache of the first CPU begins with; 0 where there is none.
+int64_t cache_number(int index, const char* name) {
+    char path[64];
+    std::snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu0/cache/index%d/%s", index, name);
+    std::FILE* const file = std::fopen(path, "r");
+    if (!file) return 0;
+    long long number = 0;  // of KiB in "32768K"
+    if (std::fscanf(file, "%lld", &number) != 1) number = 0;
+    std::fclose(file);
+    return number;
+}
+
 // The kernel's word for it: of one cache. sysconf(_SC_LEVEL3_CACHE_SIZE) gives the sum over a socket's on some
 // machines.
 int64_t cache_bytes() {
     int64_t largest = 0;
     for (int index = 0; index < 8; ++index) {
-        char path[64];
-        std::snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu0/cache/index%d/size", index);
-        std::FILE* const file = std::fopen(path, "r");
-        if (!file) break;
-        long long kib = 0;
-        if (std::fscanf(file, "%lldK", &kib) == 1 && kib * 1024 > largest) largest = kib * 1024;
-        std::fclose(file);
+        if (cache_number(index, "level") < 3) continue;  // a hypervisor may hide what lies behind the second
+        const int64_t bytes = cache_number(index, "size") * 1024;
+        if (bytes > largest) largest = bytes;
     }
     constexpr int64_t usual = int64_t{32} << 20;
     return largest > 0 ? largest : usual;
 }
 
 // What a call reads goes through the cache as well, so results have half of it. Measured with a reader right behind the
-// norm: from there on, stores past the cache make the two together faster.
+// norm, on one 32 MiB cache: from a third of it on, stores past it make the two together faster. Threads that run on
+// several such caches have more room than this allows them; other ranks on this one, less.
 std::atomic<int64_t>& most_cached() {
     static std::atomic<int64_t> most{cache_bytes() / 2};
     return most;

@@ -17,7 +17,7 @@ void parallel(int64_t count, int threads, Task run, const void* context);
 // How many of `threads` are worth waking for so many elements.
 int useful_threads(int64_t elements, int threads);
 
-// Whether so many bytes of results would not stay in the last-level cache until someone reads them.
+// Whether so many bytes of results are taken not to stay in the last-level cache until someone reads them.
 bool exceeds_cache(int64_t bytes);
 
 // 64-byte aligned memory for one call; null where there is none to be had. Small blocks are kept for the next call.

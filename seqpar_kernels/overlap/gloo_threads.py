@@ -6,7 +6,7 @@ thread that wakes may take the core of one that runs. Where that is the one with
 next tick of the scheduler, up to 4 ms; on as many cores as ranks this befalls every sixth small message.
 
 A thread under SCHED_BATCH is scheduled like any other but takes no core from a running thread when it wakes. It needs
-no privilege.
+no privilege. A mover is known by its name, which gloo gives it since January 2026: with an older one nothing changes.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ import contextlib
 import os
 from pathlib import Path
 
-_NAME = "gloo_tcp_loop"
+_NAME = b"gloo_tcp_loop"
 
 
 def calm_gloo() -> int:
-    """Put gloo's movers of this process under SCHED_BATCH; returns how many. None where there is no such scheduler."""
-    if not hasattr(os, "sched_setscheduler"):
-        return 0
+    """Put gloo's movers of this process under SCHED_BATCH; returns how many that changes.
+
+    Another system, a sandbox or SEQPAR_CALM_GLOO=0 may stand against it: then nothing happens, and no op fails for it.
+    """
     calmed = 0
-    for thread in Path("/proc/self/task").glob("*/comm"):
-        with contextlib.suppress(OSError):  # it has ended, or a sandbox forbids
-            number = int(thread.parent.name)
-            if thread.read_text().strip() == _NAME and os.sched_getscheduler(number) == os.SCHED_OTHER:
-                os.sched_setscheduler(number, os.SCHED_BATCH, os.sched_param(0))
-                calmed += 1
+    with contextlib.suppress(Exception):
+        if os.environ.get("SEQPAR_CALM_GLOO") == "0" or os.readlink("/proc/self") != str(os.getpid()):
+            return 0  # not wanted; or /proc numbers threads otherwise than the system does
+        for comm in Path("/proc/self/task").glob("*/comm"):
+            with contextlib.suppress(OSError):  # it has ended
+                thread = int(comm.parent.name)
+                if comm.read_bytes().strip() == _NAME and os.sched_getscheduler(thread) == os.SCHED_OTHER:
+                    os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+                    calmed += 1
     return calmed

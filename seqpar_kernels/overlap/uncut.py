@@ -126,7 +126,7 @@ class Uncut:
                 window = buffer
             receives.append((peer.receives, window))
         self._post(sends, self._messages(receives))
-        windows[kind.shard.rank].copy_(x)
+        windows[kind.shard.rank].copy_(rows)
         return whole
 
     def gathered(self) -> None:

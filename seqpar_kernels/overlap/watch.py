@@ -44,7 +44,7 @@ class Watch:
         self._verdict: tuple[int, str] | None = None
         self._freed: set[tuple[int, str]] = set()
         self._rank, self._ranks = group.rank(), group.size()
-        calm_gloo()
+        calm_gloo()  # a group has been used first now: its mover is there
         thread = threading.Thread(target=self._watch, args=(weakref.ref(group),), daemon=True, name="seqpar-watch")
         thread.start()
 

@@ -441,6 +441,17 @@ def test_reduce_shards_is_exact(dtype):
         assert torch.equal(out[:, :cols], reference.reduce_shards(parts, bias)) and (out[:, cols:] == 5).all()
 
 
+@contextlib.contextmanager
+def stored_past_the_cache():
+    """Results of any size."""
+    bound = native._native.cpu_stream_beyond(0)
+    assert bound >= 1 << 20  # of some last-level cache; and put back by whoever came before
+    try:
+        yield
+    finally:
+        assert native._native.cpu_stream_beyond(bound) == 0
+
+
 def everything(case):
     outputs = case.forward(native)
     return [t for t in (*outputs, *case.backward(native, outputs)) if t is not None]
@@ -459,20 +470,20 @@ def test_same_bits_for_any_number_of_threads_and_every_run(dtypes):
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
 def test_stores_past_the_cache_change_nothing(dtypes):
-    """The way of large results; among rows that begin on a vector's boundary are others that do not."""
-    for cols, kind in itertools.product((1, 64, 192, 1031), NormKind):
-        case = Case(7, cols, dtypes, kind, x_bias=True, two=kind != NormKind.NONE)
-        want = everything(case)
-        bound = native._native.cpu_stream_beyond(0)
-        try:
-            got = everything(case)
-        finally:
-            native._native.cpu_stream_beyond(bound)
-        for ours, expected in zip(got, want, strict=True):
-            assert torch.equal(ours, expected)
+    """The way of large results: rows that begin on a vector's boundary, with a tail and without; rows that do not; more
+    than one chunk of dropout; rows of several threads."""
+    for rows, cols in ((7, 1), (7, 64), (7, 192), (8, 1031), (9, 304), (9, 672), (130, 336)):
+        for kind in NormKind:
+            case = Case(rows, cols, dtypes, kind, x_bias=True, two=kind != NormKind.NONE)
+            want = everything(case)
+            with stored_past_the_cache():
+                got = everything(case)
+            for ours, expected in zip(got, want, strict=True):
+                assert torch.equal(ours, expected)
 
 
-def test_outputs_end_where_they_should(monkeypatch):
+@pytest.mark.parametrize("way", [contextlib.nullcontext, stored_past_the_cache], ids=["plain", "past the cache"])
+def test_outputs_end_where_they_should(monkeypatch, way):
     """Every output is a window of a larger buffer whose margins must keep their contents."""
     buffers = []
 
@@ -485,9 +496,9 @@ def test_outputs_end_where_they_should(monkeypatch):
         buffers.append(buffer)
         return buffer[64 : 64 + count].view(size)
 
-    for dtypes, cols in itertools.product(DTYPES, (1, 5, 31, 33, 67, 200)):
+    for dtypes, cols in itertools.product(DTYPES, (1, 5, 31, 33, 67, 200, 304)):
         case = Case(3, cols, dtypes, x_bias=True, two=True)
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, way():
             patch.setattr(torch, "empty", windowed)
             patch.setattr(torch, "empty_like", lambda like, dtype, memory_format: windowed(*like.shape, dtype=dtype))
             everything(case)
