@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -190,7 +191,7 @@ def make_session(args: argparse.Namespace) -> Session:
             raise BenchError(f"--seconds {args.seconds}: expected more than 0")
         effort = Effort(seconds=args.seconds, warmup=effort.warmup, least=effort.least, most=effort.most)
     peers = None if args.peers is None else [name for name in args.peers if name != "none"]
-    return Session(args.command, args.device, effort, args.quick, peers, args.save)
+    return Session(args.command, args.device, effort, args.quick, peers, args.save, args.command_line)
 
 
 def check_peers(session: Session) -> None:
@@ -436,9 +437,18 @@ def run_command(args: argparse.Namespace) -> int:
     return measure(args)
 
 
+def command_line(argv: Sequence[str]) -> str:
+    """What was typed, without where to save: somebody else's rows come out of it as well."""
+    kept = list(argv)
+    if "--save" in kept:
+        del kept[kept.index("--save") : kept.index("--save") + 2]
+    return shlex.join(["python", "-m", "bench", *kept])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 where ours was wrong or failed; 2 where the question was."""
     args = build_parser().parse_args(argv)
+    args.command_line = command_line(sys.argv[1:] if argv is None else argv)
     # As exceptions, so that namespaces and ranks are cleaned up and what was measured is saved.
     before = {number: signal.signal(number, lambda *_: sys.exit(130)) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:

@@ -1,14 +1,17 @@
 """``bench compare A B``: two runs or two commits side by side.
 
-A difference within the p20..p80 bands is noise. Ours is judged beside those whose code is the same in both runs, timed
-in the same rounds: as much as they became faster or slower, the machine may have made ours. A peer that differs is
-marked "machine".
+A difference within the p20..p80 bands is noise. Runs minutes apart differ by more, so ours are judged beside the peers,
+whose code is the same in both. What these changed by together at the same question, in the same rounds, the machine may
+have done to ours too, and beside it the most that parted a single peer from the others at any question. That much is
+shown as "allowed"; differences within it are marked "machine", as those of the peers themselves are. A link that was
+paced to the matmul of its own run (ratio) is another link in another run: such times are compared in units of their
+floor.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +26,12 @@ class Drift(NamedTuple):
     least: float = 1.0
     most: float = 1.0
 
-
-def is_peer(row: Row) -> bool:
-    return not row.provider.startswith("ours")
+    def __str__(self) -> str:
+        return f"{self.least:.2f}..{self.most:.2f}" if self.most > self.least else ""
 
 
 def verdict(a: Row, b: Row, drift: Drift = Drift()) -> str:  # noqa: B008 (a tuple)
-    """What the second says beside the first: "noise" where some ``drift`` makes the two bands overlap."""
+    """What the second says beside the first: "noise" where the bands overlap, "machine" where ``drift`` explains it."""
     if a.status != b.status:
         return f"{a.status} -> {b.status}"
     if a.p50_ms is None or b.p50_ms is None:
@@ -37,54 +39,63 @@ def verdict(a: Row, b: Row, drift: Drift = Drift()) -> str:  # noqa: B008 (a tup
             return "more" if (b.bytes or 0) > a.bytes else "less"
         return "same"
     assert a.p20_ms is not None and a.p80_ms is not None and b.p20_ms is not None and b.p80_ms is not None
-    faster, slower = b.p80_ms < a.p20_ms * drift.least, b.p20_ms > a.p80_ms * drift.most
+    faster, slower = b.p80_ms < a.p20_ms, b.p20_ms > a.p80_ms
     if not faster and not slower:
         return "noise"
-    if is_peer(a) and a.versions.get("torch") == b.versions.get("torch"):
+    explained = a.p20_ms * drift.least <= b.p80_ms and b.p20_ms <= a.p80_ms * drift.most
+    if _same_code(a, b) or explained:
         return "machine"
     return "slower" if slower else "faster"
 
 
-def drifts(both: list[tuple[Row, Row]]) -> dict[tuple[Any, ...], Drift]:
-    """Question -> what its peers say of the machine, and what befell those of the same kind of op elsewhere.
+def _same_code(a: Row, b: Row) -> bool:
+    """Whether nothing of ours is measured, and with the same versions of everything else."""
+    ours = "seqpar_kernels"
+    theirs = ({k: v for k, v in row.versions.items() if k != ours} for row in (a, b))
+    return a.is_peer() and next(theirs) == next(theirs)
 
-    That is what they typically differ by, or the most that lay between the bands of one: what parts two runs of the
-    same code in one place may part ours in another.
-    """
-    ratios: dict[tuple[Any, ...], list[float]] = {}
-    typical: dict[str, list[float]] = {}
-    apart: dict[str, float] = {}
+
+def drifts(both: list[tuple[Row, Row]]) -> dict[tuple[Any, ...], Drift]:
+    """Question -> what its peers, and those of all others, say of the machine."""
+    peers: dict[tuple[Any, ...], list[tuple[Row, Row]]] = {}
     for a, b in both:
-        if is_peer(a) and a.p50_ms and b.p50_ms:
-            ratio, family = b.p50_ms / a.p50_ms, _family(a)
-            ratios.setdefault(a.question(), []).append(ratio)
-            typical.setdefault(family, []).append(abs(math.log(ratio)))
-            apart[family] = max(apart.get(family, 1.0), _gap(a, b))
-    spread = {family: max(math.exp(statistics.median(logs)), apart[family]) for family, logs in typical.items()}
+        if _same_code(a, b) and a.p50_ms and b.p50_ms:
+            peers.setdefault(a.question(), []).append((a, b))
+    together: dict[tuple[Any, ...], float] = {}
+    apart = 1.0
+    for question, rows in peers.items():
+        together[question] = statistics.median((b.p50_ms or 0.0) / (a.p50_ms or 1.0) for a, b in rows)
+        common = together[question] if len(rows) > 2 else 1.0  # of two, who is apart?
+        apart = max([apart, *(_gap(a, b, common) for a, b in rows)])
     found = {}
-    for question in dict.fromkeys(a.question() for a, _ in both):
-        seen, more = [1.0, *ratios.get(question, [])], spread.get(question[0].partition(".")[0], 1.0)
-        found[question] = Drift(min(seen) / more, max(seen) * more)
+    for a, _ in both:
+        shift = together.get(a.question(), 1.0)
+        found[a.question()] = Drift(min(1.0, shift) / apart, max(1.0, shift) * apart)
     return found
 
 
-def _gap(a: Row, b: Row) -> float:
-    """By how much the slower of two lies above the faster, band from band; 1 or less where they overlap."""
+def _paced_alike(a: Row, b: Row) -> Row:
+    """``b``, on a link paced to the matmul of its run as if that had taken what it took in ``a``."""
+    floors = [max(row.metrics.get("matmul_ms") or 0.0, row.metrics.get("wire_ms") or 0.0) for row in (a, b)]
+    if "ratio" not in str(a.params) or not all(floors) or b.p50_ms is None or b.p20_ms is None or b.p80_ms is None:
+        return b
+    factor = floors[0] / floors[1]
+    return replace(b, p20_ms=factor * b.p20_ms, p50_ms=factor * b.p50_ms, p80_ms=factor * b.p80_ms)
+
+
+def _gap(a: Row, b: Row, common: float) -> float:
+    """By how much the slower lies above the faster, band from band, what is common to all aside; 1: they overlap."""
     assert a.p20_ms and a.p80_ms and b.p20_ms and b.p80_ms
-    return max(b.p20_ms / a.p80_ms, a.p20_ms / b.p80_ms)
-
-
-def _family(row: Row) -> str:
-    return row.op.partition(".")[0]
+    return max(1.0, b.p20_ms / common / a.p80_ms, a.p20_ms * common / b.p80_ms)
 
 
 def pairs(a: list[Row], b: list[Row]) -> list[tuple[Row, Row]]:
     second = {row.key(): row for row in b}
-    return [(row, second[row.key()]) for row in a if row.key() in second]
+    return [(row, _paced_alike(row, second[row.key()])) for row in a if row.key() in second]
 
 
 def run(first: Path, second: Path) -> int:
-    """Prints the table; returns how many rows differ beyond noise.
+    """Prints the table; returns how many rows differ beyond noise, or are of ours and gone.
 
     Raises:
         BenchError: nothing in common.
@@ -95,7 +106,8 @@ def run(first: Path, second: Path) -> int:
         raise BenchError(f"{first} and {second} have no measurement in common: run the same command for both")
     lines, drift = [], drifts(both)
     for x, y in both:
-        said = verdict(x, y) if is_peer(x) else verdict(x, y, drift[x.question()])
+        allowed = Drift() if _same_code(x, y) else drift[x.question()]
+        said = verdict(x, y, allowed)
         if x.p50_ms is not None and y.p50_ms is not None:
             figures = [number(x.p50_ms, 4), number(y.p50_ms, 4), f"{y.p50_ms / x.p50_ms:.2f}" if x.p50_ms else ""]
         elif x.bytes is not None and y.bytes is not None and x.op.startswith("memory"):
@@ -104,18 +116,24 @@ def run(first: Path, second: Path) -> int:
             continue
         else:
             figures = ["", "", ""]
-        lines.append([x.label(), x.who(), *figures, said])
+        lines.append([x.label(), x.who(), *figures, str(allowed) if x.p50_ms is not None else "", said])
     title = f"A {_name(a, first)}   B {_name(b, second)}"
-    table(title, ["what", "who", "A ms or bytes", "B", "B/A", ""], lines, left=2)
-    for name, rows, others in (("A", a, b), ("B", b, a)):
-        missing = len({row.key() for row in rows} - {row.key() for row in others})
-        if missing:
-            print(f"only in {name}: {missing} rows")
+    table(title, ["what", "who", "A ms or bytes", "B", "B/A", "allowed", ""], lines, left=2)
+    kept = {row.key() for row in b}
+    lost = [row for row in a if row.key() not in kept]
+    vanished = [row for row in lost if not row.is_peer() and row.status == "ok"]
+    added = len({row.key() for row in b} - {row.key() for row in a})
+    if lost or added:
+        names = "".join(f"; {row.label()} of {row.who()}" for row in vanished[:3])
+        print(f"only in A: {len(lost)} rows, {len(vanished)} of them ours{names}; only in B: {added} rows")
     if a[0].machine != b[0].machine:
         print(f"different machines: {a[0].machine} and {b[0].machine}")
     differing = [line for line in lines if line[-1] not in ("noise", "same", "machine")]
-    print(f"{len(differing)} of {len(lines)} differ by more than noise")
-    return len(differing)
+    explained = sum(line[-1] == "machine" for line in lines)
+    print(
+        f"{len(differing)} of {len(lines)} differ by more than noise; {explained} by no more than the machine may have"
+    )
+    return len(differing) + len(vanished)
 
 
 def _name(rows: list[Row], path: Path) -> str:

@@ -19,6 +19,8 @@ from .schema import Row
 from .session import Session
 from .timing import Effort, Stats
 
+#: Who keeps all of x for the backward: one exchange the fewer, paid in memory.
+KEEPS_GATHERED = ("ours-kept", "dtensor")
 #: S, K, F that no planner cuts: ours must then be what one matmul and one collective are.
 SMALL = (64, 128, 512)
 
@@ -40,15 +42,15 @@ class LinearJob:
         """Of one rank: one matmul forward, two backward."""
         return 2 * self.s * self.k * self.f // self.ranks * (1 if direction == "fwd" else 3)
 
-    def wire_bytes(self, direction: str) -> int:
+    def wire_bytes(self, direction: str, provider: str = "ours") -> int:
         """What one rank must send, and as much receive.
 
-        One exchange of the activation is (t - 1) / t of it. AG -> matmul: one forward; backward a gather of x, which
-        was not kept, and a scatter of dx (a peer that keeps all of x, as DTensor does, saves the gather and pays in
-        memory). Matmul -> RS: one forward; backward a gather of dy.
+        One exchange of the activation is (t - 1) / t of it. AG -> matmul: one forward; backward a scatter of dx, and a
+        gather of x by those who did not keep it. Matmul -> RS: one forward; backward a gather of dy.
         """
         one = self.s * self.k * facts.DTYPES[self.dtype].itemsize * (self.ranks - 1) // self.ranks
-        return one * (1 if direction == "fwd" else 3 if self.op == OPS[0] else 2)
+        again = self.op == OPS[0] and provider not in KEEPS_GATHERED
+        return one * (1 if direction == "fwd" else 3 if again else 2)
 
 
 def jobs(
@@ -160,8 +162,6 @@ def report(session: Session, job: LinearJob, answers: list[dict[str, Any]], rate
     session.add_timed(row, link_stats)
     for direction in ("fwd", "fwd+bwd"):
         matmul = stats_of(answers, f"matmul {direction}").p50
-        wire = job.wire_bytes(direction) * 8 / (rate or measured) * 1e3
-        floors = {"matmul_ms": round(matmul, 3), "wire_ms": round(wire, 3)}
 
         def new_row(provider: str, **params: Any) -> Row:
             return Row(
@@ -170,7 +170,7 @@ def report(session: Session, job: LinearJob, answers: list[dict[str, Any]], rate
                 direction=direction,  # noqa: B023 (called in this turn of the loop)
                 shape=[job.s, job.k, job.f],
                 params={"link": link_text, **params},
-                bytes=job.wire_bytes(direction),  # noqa: B023
+                bytes=job.wire_bytes(direction, provider),  # noqa: B023
                 flops=job.flops(direction),  # noqa: B023
                 **base,
             )
@@ -182,8 +182,11 @@ def report(session: Session, job: LinearJob, answers: list[dict[str, Any]], rate
                 continue
             stats = stats_of(answers, f"{name} {direction}")
             row = new_row("ours", **own_params(name)) if name.startswith("ours/") else new_row(name)
-            row.percent, row.ceiling = 100 * max(matmul, wire) / stats.p50, "the slower of matmul and wire"
-            row.metrics = {**floors, "x_floor": round(stats.p50 / max(matmul, wire), 3)}
+            assert row.bytes is not None
+            wire = row.bytes * 8 / (rate or measured) * 1e3
+            row.percent, row.ceiling = 100 * max(matmul, wire) / stats.p50, "the slower of matmul and its wire"
+            row.metrics = {"matmul_ms": round(matmul, 3), "wire_ms": round(wire, 3)}
+            row.metrics |= {"x_floor": round(stats.p50 / max(matmul, wire), 3)}
             row.metrics["error"] = round(max(answer["errors"][name] for answer in answers), 3)
             if name == "ours":
                 row.metrics.update(answers[0]["planned"])

@@ -64,8 +64,11 @@ def chapter(name: str, rows: Sequence[Row]) -> str:
     intro = (
         f"**{newest.machine}**, torch {newest.versions.get('torch', '?')}, {span}, commit {commits or 'unknown'}; rows "
         f"with versions, p20 and p80 in `bench/results/{name}/`. Median ms; the fastest in bold; in brackets percent "
-        "of the ceiling measured in the same run: of copy bandwidth for norms, of the slower of matmul and wire for "
-        "linears, of the linears and attention alone for layers."
+        "of the ceiling of the same run: of the best memory bandwidth that copies and reads showed for norms, of the "
+        "slower of matmul and wire for linears, of the linears and attention alone for layers. *copy* (one tensor "
+        "read, one written) and *matmul* (alone, everything at hand) are floors. *by-hand* is one collective and one "
+        "matmul, one after the other; *ours-kept* keeps the gathered input, like DTensor, which saves an exchange and "
+        "costs memory."
     )
     text = [textwrap.fill(intro, 118) + "\n"]
     for write in (norm, linear, layer, memory, host):
@@ -111,19 +114,25 @@ def _values(rows: Sequence[Row], pick: Callable[[Row], object]) -> str:
     return " ".join(dict.fromkeys(str(pick(row)) for row in rows))
 
 
+def _commands(rows: Sequence[Row]) -> str:
+    """What was typed for these rows."""
+    typed = dict.fromkeys(row.command or f"python -m bench {row.op.partition('.')[0]}" for row in rows)
+    return " and ".join(f"`{command}`" for command in typed)
+
+
 def norm(rows: Sequence[Row]) -> list[str]:
     found = _timed(rows, "norm.")
     if not found:
         return []
-    sizes = f"--rows {_values(found, lambda r: r.shape[0])} --hidden {_values(found, lambda r: r.shape[1])}"
     several = len({tuple(row.shape) for row in found}) > 1
 
     def label(row: Row) -> str:
         size = f" {row.shape[0]} x {row.shape[1]}" if several else ""
         return f"{row.op.removeprefix('norm.')} {row.dtype} p={row.params['p']}{size} {row.direction}"
 
-    command = f"python -m bench norm {sizes} --dtype {_values(found, lambda r: r.dtype)}"
-    return [f"Dropout + residual + norm, `{_on(command, found)}`:\n", *_comparison(found, label)]
+    s, h = found[0].shape
+    where = "" if several else f", {s} x {h}"
+    return [f"Dropout + residual + norm{where}, {_commands(found)}:\n", *_comparison(found, label)]
 
 
 def linear(rows: Sequence[Row]) -> list[str]:
@@ -146,18 +155,19 @@ def _linear(found: Sequence[Row], ceilings: Sequence[Row]) -> list[str]:
     links = [
         link for link in dict.fromkeys(row.params.get("link", "") for row in found) if ":" in link or "bit" in link
     ]
-    s, k, f = found[0].shape
     ranks = found[0].ranks
-    command = f"python -m bench linear --ranks {ranks} --dtype {found[0].dtype}"
-    command += "" if _small(found[0]) else f" --rows {s} --hidden {k} --inner {f}"
-    command += f" --link {' '.join(links)}" if links else ""
-    text = f"Matmul with its collective, {ranks} ranks, `{_on(command, found)}`"
+    size = " x ".join(map(str, found[0].shape))
+    text = f"Matmul with its collective, {ranks} ranks of one thread each, sequence x hidden x inner = {size}, "
+    text += _commands(found)
     if links:
         bursts = {row.metrics.get("burst") for row in ceilings if row.ranks == ranks and row.params["link"] in links}
-        text += " (as root; `ratio:R`: a link on which the wire takes R times as long as the matmul; token buckets of "
-        text += f"{', '.join(sorted(filter(None, bursts)))})"
+        text += (
+            " (as root; `ratio:R`: a link shaped so that the wire takes R times as long as the matmul; token buckets "
+        )
+        text += f"of {', '.join(sorted(filter(None, bursts)))}; the wire's time is its bytes over that rate, and ours "
+        text += "has measured the link once, by `tune`)"
     elif _small(found[0]):
-        text += f", its question below the size floor, {s} x {k} x {f}"
+        text += ", below the size floor: nothing is cut"
     return [
         f"{text}:\n",
         *_comparison(found, lambda row: f"{row.op.removeprefix('linear.')} {row.direction}, {row.params.get('link')}"),
@@ -165,35 +175,40 @@ def _linear(found: Sequence[Row], ceilings: Sequence[Row]) -> list[str]:
 
 
 def layer(rows: Sequence[Row]) -> list[str]:
+    """A table for each size, and for each way of having ranks."""
     found = [row for row in _timed(rows, "layer.") if " without " not in row.provider]
-    if not found:
-        return []
-    s, b, h, a = found[0].shape
-    ranks = max(row.ranks for row in found)
-    command = f"python -m bench layer --ranks {ranks} --rows {s} --batch {b} --hidden {h} --heads {a}"
-    command += f" --dtype {_values(found, lambda r: r.dtype)}"
+    settings = dict.fromkeys((tuple(row.shape), row.params.get("place", "")) for row in found)
+    return [
+        line
+        for shape, place in settings
+        for line in _layer([r for r in found if (tuple(r.shape), r.params.get("place", "")) == (shape, place)])
+    ]
 
+
+def _layer(found: Sequence[Row]) -> list[str]:
     def label(row: Row) -> str:
         where = f"{row.ranks} rank{'s' if row.ranks > 1 else ''}"
         return f"{row.op.removeprefix('layer.')} {row.dtype} p={row.params['p']} {where} {row.direction}"
 
-    return [f"A transformer layer, `{_on(command, found)}`:\n", *_comparison(found, label)]
+    s, b, h, a = found[0].shape[:4]
+    text = f"A transformer layer, sequence {s}, batch {b}, hidden {h}, {a} heads, {_commands(found)}"
+    return [f"{text}:\n", *_comparison(found, label)]
 
 
 def memory(rows: Sequence[Row]) -> list[str]:
     found = [row for row in rows if row.op.startswith("memory.") and row.bytes is not None]
     if not found:
         return []
-    s, b, h, a = found[0].shape
     ranks = max(row.ranks for row in found)
     lines = [
         [row.op.removeprefix("memory."), row.provider, str(row.ranks), f"{row.bytes or 0:,}", _units(row)]
         for row in found
         if row.ranks == ranks or not row.provider.startswith("ours")
     ]
-    command = f"python -m bench memory --ranks {ranks} --rows {s} --batch {b} --hidden {h} --heads {a}"
+    s, b, h, a = found[0].shape
     return [
-        f"Bytes a rank keeps of one layer for the backward, `{command} --dtype {found[0].dtype}`:\n",
+        f"Bytes a rank keeps of one layer for the backward, sequence {s}, batch {b}, hidden {h}, {a} heads, "
+        f"{found[0].dtype}, {_commands(found)}:\n",
         *_table(["layer", "who", "ranks", "bytes", "sbh/t"], lines),
     ]
 
@@ -213,26 +228,22 @@ def host(rows: Sequence[Row]) -> list[str]:
         return f"{row.op.removeprefix('host.')}{dropout} {row.direction}"
 
     return [
-        f"CPU time of one call on a tiny tensor, in microseconds, `{_on('python -m bench host', found)}`:\n",
+        f"CPU time of one call on a tiny tensor, in microseconds, {_commands(found)}:\n",
         *_comparison(found, label, 1e3),
     ]
-
-
-def _on(command: str, rows: Sequence[Row]) -> str:
-    return command + (" --device cuda" if rows[0].device == "cuda" else "")
 
 
 def losses(rows: Sequence[Row]) -> list[str]:
     """Who is faster than ours: one's median lies outside the other's p20..p80. And what of ours was wrong or failed."""
     text = []
-    for family in ("norm", "linear", "layer", "host"):
+    for family in ("norm", "features", "reduce", "linear", "layer", "gemm", "host"):
         timed = _timed(rows, f"{family}.")
         found: list[tuple[float, str]] = []
         asked = 0
         for question in dict.fromkeys(row.question() for row in timed):
             answers = [row for row in timed if row.question() == question]
             own = next((row for row in answers if row.provider == "ours"), None)
-            peers = [row for row in answers if row.provider not in FLOORS and not row.provider.startswith("ours")]
+            peers = [row for row in answers if row.provider not in FLOORS and row.is_peer()]
             if own is None or not peers:
                 continue
             asked += 1
@@ -252,11 +263,16 @@ def losses(rows: Sequence[Row]) -> list[str]:
 
 
 def absent(rows: Sequence[Row]) -> list[str]:
-    """Peers that could not take part, one reason each."""
-    found: dict[str, str] = {}
+    """Peers that could not take part, one reason each, and where, if they could elsewhere."""
+    found: dict[str, tuple[str, dict[str, None]]] = {}
+    present = {(row.provider, row.op.partition(".")[0]) for row in rows if row.status == "ok"}
     for row in rows:
-        if row.status == "absent" and not row.op.startswith("coverage") and not row.provider.startswith("ours"):
-            found.setdefault(row.provider, row.reason)
-    present = {row.provider for row in rows if row.status == "ok"}
-    missing = [f"{who} ({reason})" for who, reason in found.items() if who not in present]
+        family = row.op.partition(".")[0]
+        if row.status == "absent" and family != "coverage" and row.is_peer() and (row.provider, family) not in present:
+            found.setdefault(row.provider, (row.reason, {}))[1][family] = None
+    elsewhere = {who for who, _ in present}
+    missing = [
+        f"{who}{' in ' + ' and '.join(families) if who in elsewhere else ''} ({reason})"
+        for who, (reason, families) in found.items()
+    ]
     return [f"Absent here: {'; '.join(missing)}.\n"] if missing else []

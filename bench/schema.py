@@ -16,6 +16,10 @@ from .errors import BenchError
 STATUSES = ("ok", "wrong", "absent", "failed")
 
 
+#: Providers of which at least a part is ours: the op itself, its kernels one by one, its schedule cut otherwise.
+OWN_CODE = ("ours", "two-steps", "one after the other", "messages")
+
+
 @dataclass
 class Row:
     """One measurement, or the reason why there is none.
@@ -32,6 +36,7 @@ class Row:
         bytes, flops: what the op must move and compute, whoever does it; in memory rows, the bytes kept.
         percent: percent of ``ceiling``, a rate measured in the same run.
         metrics: further results: floors, error, units.
+        command: what was typed, --save left out.
     """
 
     op: str
@@ -59,11 +64,16 @@ class Row:
     machine: str = ""
     commit: str = ""
     time: str = ""
+    command: str = ""
 
     def question(self) -> tuple[Any, ...]:
         """What was asked, whoever answered: rows with the same question are ranked against each other."""
         params = tuple(sorted((k, str(v)) for k, v in self.params.items() if k != "chunks"))
         return self.op, self.direction, tuple(self.shape), self.dtype, self.device, self.ranks, params
+
+    def is_peer(self) -> bool:
+        """Whether none of our code is measured."""
+        return not self.provider.startswith(OWN_CODE)
 
     def key(self) -> tuple[Any, ...]:
         """Identity across runs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +25,11 @@ SAVE_EVERY = 0.25  # seconds
 
 def copy_runner(sources: Sequence[Tensor]) -> Runner:
     """One tensor read, one written, in the rounds of those who move memory: a floor for them, and what the machine's
-    memory gave just then."""
-    outs = [torch.empty_like(source) for source in sources[:2]]
-    return lambda i: outs[i % len(outs)].copy_(sources[i % len(sources)])
+    memory gave just then. How the two lie to one another changes a copy by half on some CPUs, so that varies."""
+    like = sources[0]
+    apart = [like.new_empty(like.numel() + 160 * i)[160 * i :].view_as(like) for i in range(4)]
+    calls = itertools.count()
+    return lambda i: apart[next(calls) % len(apart)].copy_(sources[i % len(sources)])
 
 
 @dataclass
@@ -46,9 +49,10 @@ class Session:
     quick: bool = False
     peers: list[str] | None = None
     folder: Path | None = None
+    command_line: str = ""
     rows: list[Row] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
-    _copy_rate: float | None = None
+    _memory_rate: float | None = None
     _saved_at: float = 0.0
 
     def __post_init__(self) -> None:
@@ -66,6 +70,7 @@ class Session:
         row.machine = facts.machine(self.device)
         row.commit = facts.commit()
         row.time = facts.now()
+        row.command = self.command_line
         self.rows.append(row)
         if time.monotonic() - self._saved_at > SAVE_EVERY:
             self.save()
@@ -77,19 +82,19 @@ class Session:
         return self.add(row)
 
     def add_bandwidth(self, row: Row, stats: Stats) -> Row:
-        """A row with its times and its percent of the measured copy bandwidth."""
-        rate = self.copy_rate()
+        """A row with its times and its percent of the measured memory bandwidth."""
+        rate = self.memory_rate()
         row.percent = 100 * (row.bytes or 0) / (stats.p50 / 1e3) / rate
-        row.ceiling = f"copy {rate / 1e9:.4g} GB/s"
+        row.ceiling = f"memory {rate / 1e9:.4g} GB/s"
         return self.add_timed(row, stats)
 
     def measured(
         self, planned: Sequence[CaseT], title: Callable[[CaseT], str], measure: Callable[[Session, CaseT], None]
     ) -> list[Row]:
-        """Measure cases that are compared with a copy; returns the rows added, the copy's first."""
+        """Measure cases that memory bounds; returns the rows added, those of its bandwidth first."""
         first = len(self.rows)
         self.progress.plan(len(planned))
-        self.copy_rate()
+        self.memory_rate()
         for case in planned:
             self.progress.step(title(case))
             measure(self, case)
@@ -98,19 +103,38 @@ class Session:
     def wanted(self, provider: str) -> bool:
         return self.peers is None or provider in self.peers
 
-    def copy_rate(self) -> float:
-        """Bytes a second, read and written, of a large copy in this run: from p20, so that noise flatters nobody."""
-        if self._copy_rate is None:
-            size = (2**31 if self.device == "cuda" else 2**27) >> (3 if self.quick else 0)
-            count = max(2, min(8, 2 * facts.cache_bytes(self.device) // size))
-            pairs = [[torch.ones(size, dtype=torch.uint8, device=self.device) for _ in "io"] for _ in range(count)]
-            runners = {"copy": lambda i: pairs[i % count][1].copy_(pairs[i % count][0])}
-            stats = interleave(runners, self.device, self.effort)["copy"]
-            row = Row(op="ceiling.copy", provider="torch", shape=[size], dtype="uint8", bytes=2 * size)
-            row.clock = "cuda" if self.device == "cuda" else "wall"
-            self.add_timed(row, stats)
-            self._copy_rate = 2 * size / (stats.p20 / 1e3)
-        return self._copy_rate
+    def memory_rate(self) -> float:
+        """Bytes a second of this run's memory: the best of several large copies and, on a CPU, of reading alone.
+
+        Several, since on a CPU the addresses of two tensors change what their copy takes by half; reading, since
+        ordinary stores also read what they replace. From p20, so that noise flatters nobody.
+        """
+        if self._memory_rate is None:
+            cuda = self.device == "cuda"
+            size = (2**31 if cuda else 2**27) >> (3 if self.quick else 0)
+            count = max(4, min(8, 2 * facts.cache_bytes(self.device) // size))
+
+            def tensor(offset: int) -> Tensor:
+                return torch.ones(size + offset, dtype=torch.uint8, device=self.device)[offset:].view(torch.float32)
+
+            pairs = [(tensor(0), tensor(offset * 1088)) for offset in range(count)]
+            runners: dict[str, Runner] = {
+                f"copy {i}": lambda _, into=into, source=source: into.copy_(source)  # type: ignore[misc]
+                for i, (source, into) in enumerate(pairs)
+            }
+            if not cuda:
+                runners["read"] = lambda i: pairs[i % count][0].sum()
+            rates = {}
+            for name, stats in interleave(runners, self.device, self.effort.share(2)).items():
+                moved = size * (1 if name == "read" else 2)
+                rates[name] = moved / (stats.p20 / 1e3)
+                row = Row(op=f"ceiling.{name.split()[0]}", provider="torch", shape=[size], dtype="fp32", bytes=moved)
+                row.clock = "cuda" if cuda else "wall"
+                if name != "read":
+                    row.params = {"pair": int(name.split()[1])}
+                self.add_timed(row, stats)
+            self._memory_rate = max(rates.values())
+        return self._memory_rate
 
     def save(self) -> None:
         """What there is so far: a run that is killed, as one that hangs on a GPU must be, leaves it behind."""
