@@ -15,7 +15,7 @@ import subprocess
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from .errors import BenchError
+from .errors import BenchError, NotHere
 
 PREFIX = "seqpar-bench"
 # Tokens saved up while idle: little beside any message that is timed, but room for a whole segment of 64 KiB. Of a
@@ -105,7 +105,7 @@ class Network:
     def __enter__(self) -> Network:
         reason = why_not()
         if reason is not None:
-            raise BenchError(f"--link: {reason}")
+            raise NotHere(f"--link: {reason}")
         sweep_stale()
         atexit.register(self.remove)
         try:
