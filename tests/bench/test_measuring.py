@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -366,6 +367,72 @@ def test_links_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run(["ip", "netns", "add", left], check=True)
     assert links.sweep_stale() == [left]
     assert left not in namespaces()
+
+
+class FakeKernel:
+    """``subprocess.run`` for ``ip`` and ``tc``: the namespaces there are; Ctrl-C in the calls of chosen numbers."""
+
+    def __init__(self, *interrupted: int, lacks: str = "nothing") -> None:
+        self.interrupted, self.lacks = interrupted, lacks
+        self.calls, self.namespaces = 0, set[str]()
+
+    def run(self, command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+        self.calls += 1
+        deletes = list(command[1:3]) == ["netns", "del"]
+        if self.calls in self.interrupted and deletes:
+            raise KeyboardInterrupt  # before it took effect
+        if deletes:
+            self.namespaces.discard(command[3])
+        elif list(command[1:3]) == ["netns", "add"]:
+            self.namespaces.add(command[3])
+        if self.calls in self.interrupted:
+            raise KeyboardInterrupt  # after
+        return subprocess.CompletedProcess(command, int(self.lacks in command), "", "Unknown device type")
+
+
+def install(monkeypatch: pytest.MonkeyPatch, kernel: FakeKernel) -> list[Callable[[], None]]:
+    """Returns what is to be called at exit."""
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(links.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(links.subprocess, "run", kernel.run)
+    monkeypatch.setattr(links.atexit, "register", at_exit.append)
+    monkeypatch.setattr(links.atexit, "unregister", at_exit.remove)
+    return at_exit
+
+
+def test_links_interrupted_anywhere_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in any one call, and a second one while the first is cleaned up after."""
+    whole = FakeKernel()
+    install(monkeypatch, whole)
+    with links.Network(2):
+        assert len(whole.namespaces) == 3
+    assert whole.namespaces == set()
+    for first in range(1, whole.calls + 1):
+        for second in range(first, whole.calls + 2):
+            left = _left_by(monkeypatch, first, second)
+            swept_by_the_next_run = {name for name in left if name.endswith("-probe")}
+            assert left == swept_by_the_next_run, (first, second)
+    assert _left_by(monkeypatch, 1) == set()  # in `ip netns add` of the probe
+
+
+def _left_by(monkeypatch: pytest.MonkeyPatch, *interrupted: int) -> set[str]:
+    kernel = FakeKernel(*interrupted)
+    at_exit = install(monkeypatch, kernel)
+    with contextlib.suppress(KeyboardInterrupt), links.Network(2):
+        pass
+    kernel.interrupted = ()
+    for call in list(at_exit):
+        call()
+    return kernel.namespaces
+
+
+@pytest.mark.parametrize(("lacks", "module"), [("tbf", "sch_tbf"), ("veth", "veth"), ("bridge", "bridge")])
+def test_links_say_which_kernel_module_is_missing(monkeypatch: pytest.MonkeyPatch, lacks: str, module: str) -> None:
+    kernel = FakeKernel(lacks=lacks)
+    install(monkeypatch, kernel)
+    with pytest.raises(NotHere, match=rf"Unknown device type.*modprobe {module}"), links.Network(2):
+        pass
+    assert kernel.namespaces == set()
 
 
 def test_interrupted_links_are_removed_too(tmp_path: Path) -> None:
