@@ -7,14 +7,18 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BenchError
+from .errors import BenchError, NotHere
 
 if TYPE_CHECKING:  # torch is imported late: --help is instant
+    from .layer_plain import LayerCase
+    from .linear import LinearJob
+    from .memory import Sizes
     from .session import Session
 
 DTYPE_NAMES = ("fp32", "bf16", "fp16", "fp64")
@@ -194,7 +198,7 @@ def make_session(args: argparse.Namespace) -> Session:
     return Session(args.command, args.device, effort, args.quick, peers, args.save, args.command_line)
 
 
-def check_peers(session: Session) -> None:
+def check_peers(names: Sequence[str]) -> None:
     """
     Raises:
         BenchError: a name that is nobody's.
@@ -202,8 +206,8 @@ def check_peers(session: Session) -> None:
     from . import gemm, layer_providers, linear_providers, providers
 
     known = list(dict.fromkeys([*providers.PEERS, *linear_providers.PEERS, *layer_providers.PEERS, *gemm.PEERS]))
-    for name in session.peers or ():
-        if name not in known:
+    for name in names:
+        if name not in (*known, "none"):
             raise BenchError(f"--peers {name}: unknown; known are {', '.join(known)}, or none")
 
 
@@ -211,7 +215,6 @@ def run_norm(args: argparse.Namespace, session: Session) -> None:
     from . import norm, norm_features
     from .report import timing_table
 
-    check_peers(session)
     for name in args.features or ():
         if name not in norm_features.FEATURES:
             raise BenchError(f"--features {name}: unknown; known are {', '.join(norm_features.FEATURES)}")
@@ -239,7 +242,6 @@ def run_reduce(args: argparse.Namespace, session: Session) -> None:
     from . import reduce
     from .report import timing_table
 
-    check_peers(session)
     rows = args.rows or [128 if args.quick else 2048]
     hidden = args.hidden or ([512] if args.quick else [4096, 8192] if session.device == "cuda" else [4096])
     planned = list(reduce.cases(args.shards, args.p, args.dtype or ["bf16", "fp32"], rows, hidden))
@@ -247,13 +249,16 @@ def run_reduce(args: argparse.Namespace, session: Session) -> None:
     timing_table(found, f"reduce on {session.rows[-1].machine}, {session.rows[-1].threads} threads")
 
 
-def run_linear(args: argparse.Namespace, session: Session) -> None:
+def plan_linear(args: argparse.Namespace) -> list[tuple[list[LinearJob], list[int]]]:
+    """Jobs that share a link, and the chunk counts to try in them.
+
+    Raises:
+        BenchError: no such link; sizes that do not divide by the ranks.
+    """
     from . import linear
     from .linear_providers import OPS
     from .links import parse_link
-    from .report import timing_table
 
-    check_peers(session)
     hidden = args.hidden or (256 if args.quick else 1024)
     sizes = (args.rows or (512 if args.quick else 2048), hidden, args.inner or 4 * hidden)
     links = [parse_link(text) for text in args.link] if args.link else [None]
@@ -261,31 +266,47 @@ def run_linear(args: argparse.Namespace, session: Session) -> None:
     plans = [(linear.jobs(ops, sizes, dtypes, args.ranks, link), args.chunks) for link in links]
     if args.rows is None:
         plans.append((linear.jobs(ops, linear.SMALL, dtypes, args.ranks, None, small=True), []))
-    for planned, chunks in plans:
+    return plans
+
+
+def run_linear(args: argparse.Namespace, session: Session) -> None:
+    from . import linear
+    from .report import timing_table
+
+    for planned, chunks in plan_linear(args):
         found = linear.run(session, planned, chunks)
         timing_table(found, f"linear on {found[-1].machine}, {args.ranks} ranks, one thread each")
+
+
+def plan_layer(args: argparse.Namespace) -> list[LayerCase]:
+    """
+    Raises:
+        BenchError: sizes that do not divide by the ranks.
+    """
+    from . import layer, layer_loopback
+
+    if args.size and not args.virtual_ranks:
+        raise BenchError("--size needs --virtual-ranks: such a layer is measured on one device")
+    cuda = args.device == "cuda"
+    counts = args.virtual_ranks or [args.ranks]
+    hidden = args.hidden or (256 if args.quick and not cuda else 4096 if cuda else 1024)
+    rows = args.rows or (128 if args.quick and not cuda else 2048 if cuda else 1024)
+    heads = args.heads or max(*counts, 1, hidden // 64)
+    dtypes = args.dtype or ["bf16"]
+    if args.size:
+        return [replace(layer_loopback.SIZES[name], dtype=dtype) for dtype in dtypes for name in args.size]
+    return [
+        layer.make_case(kind, rows, args.batch, hidden, heads, max(counts), dtype, args.p)
+        for dtype in dtypes
+        for kind in args.kind
+    ]
 
 
 def run_layer(args: argparse.Namespace, session: Session) -> None:
     from . import layer, layer_loopback
     from .report import timing_table
 
-    check_peers(session)
-    if args.size and not args.virtual_ranks:
-        raise BenchError("--size needs --virtual-ranks: such a layer is measured on one device")
-    cuda = session.device == "cuda"
-    counts = args.virtual_ranks or [args.ranks]
-    hidden = args.hidden or (256 if args.quick and not cuda else 4096 if cuda else 1024)
-    rows = args.rows or (128 if args.quick and not cuda else 2048 if cuda else 1024)
-    heads = args.heads or max(*counts, 1, hidden // 64)
-    dtypes = args.dtype or ["bf16"]
-    planned = [
-        layer.make_case(kind, rows, args.batch, hidden, heads, max(counts), dtype, args.p)
-        for dtype in dtypes
-        for kind in args.kind
-    ]
-    if args.size:
-        planned = [replace(layer_loopback.SIZES[name], dtype=dtype) for dtype in dtypes for name in args.size]
+    planned = plan_layer(args)
     if args.virtual_ranks:
         found = layer_loopback.run(session, planned, args.virtual_ranks)
     else:
@@ -312,7 +333,6 @@ def run_gemm(args: argparse.Namespace, session: Session) -> None:
     from . import gemm
     from .report import timing_table
 
-    check_peers(session)
     rows = args.rows or ([8192] if args.quick else [8192, 16384])
     found = gemm.run(session, list(gemm.cases(args.dtype or ["bf16"], rows)))
     timing_table(found, f"gemm on {found[-1].machine}")
@@ -324,17 +344,29 @@ def run_host(args: argparse.Namespace, session: Session) -> None:
     host.show(host.run(session))
 
 
-def run_memory(args: argparse.Namespace, session: Session) -> None:
-    from . import memory
+def plan_memory(args: argparse.Namespace) -> list[Sizes]:
+    """
+    Raises:
+        BenchError: sizes that do not divide by the ranks.
+    """
+    from . import layer, memory
 
-    if session.device == "cuda":
-        raise BenchError("memory counts bytes, which are the same on a GPU: use --device cpu")
     hidden = args.hidden or (128 if args.quick else 1024)
     rows = args.rows or (64 if args.quick else 1024)
     heads = args.heads or max(args.ranks, hidden // 64)
     dtypes = args.dtype or ["bf16"]
     for dtype in dtypes:
-        memory.show(memory.run(session, memory.Sizes(rows, args.batch, hidden, heads, dtype), args.ranks))
+        layer.make_case("gpt", rows, args.batch, hidden, heads, args.ranks, dtype, 0.1)
+    return [memory.Sizes(rows, args.batch, hidden, heads, dtype) for dtype in dtypes]
+
+
+def run_memory(args: argparse.Namespace, session: Session) -> None:
+    from . import memory
+
+    if session.device == "cuda":
+        raise NotHere("memory counts bytes, which are the same on a GPU: use --device cpu")
+    for sizes in plan_memory(args):
+        memory.show(memory.run(session, sizes, args.ranks))
 
 
 def run_coverage(args: argparse.Namespace, session: Session) -> None:
@@ -364,24 +396,44 @@ def run_models(args: argparse.Namespace, session: Session) -> None:
         raise BenchError(f"wrong: {', '.join(wrong)}")
 
 
-def run_all(args: argparse.Namespace, session: Session) -> None:
-    """Each at its default sizes or, to be done in minutes, below. What cannot run here says why; the rest goes on."""
-    brief = session.device == "cpu" and not args.quick
+def commands_of_all(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
+    """Each at its default sizes or, to be done in minutes, below.
+
+    Raises:
+        BenchError: sizes that do not divide by --ranks.
+    """
+    brief = args.device == "cpu" and not args.quick
+    found = {}
     for name in COMMANDS:
-        given = [name, "--device", session.device]
+        given = [name, "--device", args.device]
         given += ["--quick"] if args.quick else []
         given += ["--dtype", *args.dtype] if args.dtype else []
         given += ["--ranks", str(args.ranks)] if name in ("linear", "layer", "memory") else []
         given += ["--chunks"] if name == "loopback" else []  # the planner's choice alone
         given += ["--rows", "512"] if name == "layer" and brief else []
-        own = build_parser().parse_args(given)
+        found[name] = build_parser().parse_args(given)
+    plan_memory(found["memory"])
+    plan_linear(found["linear"])
+    plan_layer(found["layer"])
+    return found
+
+
+def run_all(args: argparse.Namespace, session: Session) -> None:
+    """What cannot run here and what fails say why, in a row of their own; the rest goes on."""
+    from .schema import Row
+
+    for name, own in commands_of_all(args).items():
         try:
             COMMANDS[name](own, session)
-        except BenchError as error:
-            from .schema import Row
-
+        except NotHere as error:
             print(f"{name}: not run: {error}")
             session.add(Row(op=name, provider="ours", status="absent", reason=str(error)))
+        except Exception as error:
+            if not isinstance(error, BenchError):  # ours to mend: where it was raised helps
+                traceback.print_exc()
+            reason = str(error) if isinstance(error, BenchError) else f"{type(error).__name__}: {error}"
+            print(f"{name}: failed: {reason}")
+            session.add(Row(op=name, provider="ours", status="failed", reason=reason))
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Session], None]] = {
@@ -401,6 +453,7 @@ def measure(args: argparse.Namespace) -> int:
     # 8 virtual ranks have 16 streams, which would queue behind each other on the 8 connections of the default. Read
     # once, when CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    check_peers(args.peers or ())
     session = make_session(args)
     with session.saved():
         (run_all if args.command == "all" else COMMANDS[args.command])(args, session)

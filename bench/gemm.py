@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import facts
 from .check import WrongResult, error_ratio
-from .errors import BenchError
+from .errors import BenchError, NotHere
 from .schema import Row
 from .session import Session
 from .timing import Runner, interleave
@@ -181,13 +181,13 @@ def run(session: Session, planned: Sequence[GemmCase]) -> list[Row]:
     """Measure every case; returns the rows added.
 
     Raises:
-        BenchError: the kernel cannot run here.
+        NotHere: the kernel cannot run here.
     """
     from seqpar_kernels.kernels.triton_gemm import unavailable
 
     reason = "it is measured with --device cuda" if session.device != "cuda" else unavailable(torch.device("cuda"))
     if reason is not None:
-        raise BenchError(f"gemm: {reason}")
+        raise NotHere(f"gemm: {reason}")
     first = len(session.rows)
     session.progress.plan(len(planned))
     for case in planned:

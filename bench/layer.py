@@ -36,11 +36,7 @@ def make_case(kind: str, s: int, b: int, h: int, a: int, ranks: int, dtype: str,
 
 
 def run(session: Session, planned: Sequence[LayerCase], ranks: int) -> list[Row]:
-    """Every case on one rank and on ``ranks``; returns the rows added.
-
-    Raises:
-        BenchError: fewer devices than ranks.
-    """
+    """Every case on one rank and on ``ranks``, where there are devices enough; returns the rows added."""
     first = len(session.rows)
     counts = sorted({1, ranks})
     have = torch.cuda.device_count()

@@ -15,7 +15,7 @@ import subprocess
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from .errors import BenchError
+from .errors import BenchError, NotHere
 
 PREFIX = "seqpar-bench"
 # Tokens saved up while idle: little beside any message that is timed, but room for a whole segment of 64 KiB. Of a
@@ -59,15 +59,21 @@ def why_not() -> str | None:
     if missing:
         return f"{' and '.join(missing)} not found: install iproute2 (apt install iproute2, dnf install iproute-tc)"
     probe = f"{PREFIX}-{os.getpid()}-probe"
-    done = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
-    if done.returncode != 0:
-        return f"no privilege to make network namespaces ({done.stderr.strip()}): run as root or with CAP_SYS_ADMIN"
+    inside = ["-n", probe]
+    needs = {
+        "sch_tbf": ["tc", *inside, "qdisc", "replace", "dev", "lo", *_bucket(1e9)],
+        "veth": ["ip", *inside, "link", "add", "one", "type", "veth", "peer", "name", "other"],
+        "bridge": ["ip", *inside, "link", "add", "bridge", "type", "bridge"],
+    }
     try:
-        done = subprocess.run(
-            ["tc", "-n", probe, "qdisc", "replace", "dev", "lo", *_bucket(1e9)], capture_output=True, text=True
-        )
+        done = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
         if done.returncode != 0:
-            return f"tc cannot shape ({done.stderr.strip()}): the kernel needs the module sch_tbf (modprobe sch_tbf)"
+            return f"no privilege to make network namespaces ({done.stderr.strip()}): run as root or with CAP_SYS_ADMIN"
+        for module, command in needs.items():
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                said = f"`{' '.join(command)}` failed ({done.stderr.strip()})"
+                return f"{said}: the kernel needs the module {module} (modprobe {module})"
     finally:
         subprocess.run(["ip", "netns", "del", probe], capture_output=True)
     return None
@@ -105,7 +111,7 @@ class Network:
     def __enter__(self) -> Network:
         reason = why_not()
         if reason is not None:
-            raise BenchError(f"--link: {reason}")
+            raise NotHere(f"--link: {reason}")
         sweep_stale()
         atexit.register(self.remove)
         try:
@@ -137,15 +143,16 @@ class Network:
 
     def remove(self) -> None:
         """Whatever was made; processes inside must be gone, or the kernel keeps a nameless namespace until they are."""
-        while self._made:
-            subprocess.run(["ip", "netns", "del", self._made.pop()], capture_output=True)
+        while self._made:  # forgotten once deleted: what is interrupted here is done again at exit
+            subprocess.run(["ip", "netns", "del", self._made[-1]], capture_output=True)
+            self._made.pop()
         atexit.unregister(self.remove)
 
     def _make(self) -> None:
         switch = self.namespace("switch")
         for name in (switch, *map(self.namespace, range(self.ranks))):
+            self._made.append(name)  # first: to delete what was never made does no harm
             _run("ip", "netns", "add", name)
-            self._made.append(name)
             _run("ip", "-n", name, "link", "set", "lo", "up")
         _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
         _run("ip", "-n", switch, "link", "set", "bridge", "up")

@@ -39,12 +39,26 @@ def run(folder: Path) -> list[Path]:
     pictures = {"norm": draw_norm, "linear": draw_linear, "memory": draw_memory}
     written = []
     for name, draw in pictures.items():
-        chosen = [row for row in rows if row.op.startswith(f"{name}.")]
+        chosen = [row for row in rows if row.op.startswith(f"{name}.") and _can_be_drawn(row)]
         if chosen:
             written.append(_save(draw(chosen), target / f"{name}.png"))
     if not written:
         raise BenchError(f"{folder}: no norm, linear or memory rows to draw: measure with --save {folder}")
     return written
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _can_be_drawn(row: Row) -> bool:
+    """Whether it has what its picture shows: a file need not be of this version of the benchmarks."""
+    kind = row.op.partition(".")[0]
+    if kind == "memory":
+        return _is_number(row.metrics.get("sbh_over_t"))
+    if kind == "norm":
+        return bool(row.p50_ms and row.bytes) and len(row.shape) == 2
+    return bool(row.p50_ms) and _is_number(row.params.get("chunks", 1))
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -92,13 +106,16 @@ def _powers_of_two(axis: Any, ticks: Sequence[int]) -> None:
     axis.minorticks_off()
 
 
+def _norm_panel(row: Row) -> tuple[Any, ...]:
+    return row.op, row.direction, row.dtype, str(row.params.get("p")), row.shape[0], row.device
+
+
 def draw_norm(rows: Sequence[Row]) -> Any:
     """Bandwidth against hidden size, the measured copy bandwidth drawn in."""
-    timed = [row for row in rows if row.p50_ms and row.bytes]
-    panels = list(dict.fromkeys((r.op, r.direction, r.dtype, r.params.get("p"), r.shape[0], r.device) for r in timed))
+    panels = list(dict.fromkeys(map(_norm_panel, rows)))
     figure, axes = _grid(rows, panels)
     for axis, panel in zip(axes, panels, strict=False):
-        inside = [r for r in timed if (r.op, r.direction, r.dtype, r.params.get("p"), r.shape[0], r.device) == panel]
+        inside = [row for row in rows if _norm_panel(row) == panel]
         for provider in dict.fromkeys(row.provider for row in inside):
             own = sorted((row for row in inside if row.provider == provider), key=lambda row: row.shape[1])
             _series(axis, [r.shape[1] for r in own], own, lambda r, ms: r.bytes / ms / 1e6, provider)
@@ -116,22 +133,21 @@ def draw_norm(rows: Sequence[Row]) -> Any:
 
 def draw_linear(rows: Sequence[Row]) -> Any:
     """Time against chunk count, with the matmul and wire floors, and everybody who has no chunks as a line."""
-    timed = [row for row in rows if row.p50_ms]
-    panels = list(dict.fromkeys(row.question() for row in timed))
+    panels = list(dict.fromkeys(row.question() for row in rows))
     figure, axes = _grid(rows, panels)
     for axis, question in zip(axes, panels, strict=False):
-        inside = [row for row in timed if row.question() == question]
+        inside = [row for row in rows if row.question() == question]
         chunked = sorted((row for row in inside if "chunks" in row.params), key=lambda row: row.params["chunks"])
         if chunked:
             _series(axis, [row.params["chunks"] for row in chunked], chunked, lambda r, ms: ms, "ours")
         for row in inside:
             if "chunks" not in row.params and row.provider not in ("matmul", "ours"):
                 axis.axhline(row.p50_ms, color=STYLES.get(row.provider, (None,))[0], label=row.provider, linewidth=1.2)
-            elif row.provider == "ours" and "chunks" in row.metrics:
+            elif row.provider == "ours" and _is_number(row.metrics.get("chunks")):
                 axis.plot(row.metrics["chunks"], row.p50_ms, "*", color="black", label="ours, as planned")
         floors = next((row.metrics for row in inside if "wire_ms" in row.metrics), {})
         for name, style in (("matmul_ms", "--"), ("wire_ms", ":")):
-            if name in floors:
+            if _is_number(floors.get(name)):
                 axis.axhline(floors[name], color="black", linestyle=style, linewidth=1, label=f"floor: {name[:-3]}")
         row = inside[0]
         link = row.params.get("link", "")

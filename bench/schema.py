@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import reprlib
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .errors import BenchError
 
@@ -92,7 +94,36 @@ class Row:
         return " ".join(filter(None, parts))
 
 
-_FIELDS = {f.name for f in dataclasses.fields(Row)}
+_SPELLED = {f.name: f.type for f in dataclasses.fields(Row)}
+_TYPES = get_type_hints(Row)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether what JSON gave is of an annotated type of :class:`Row`."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin is UnionType:
+        return any(_is(value, one) for one in inside)
+    if origin is list:
+        return isinstance(value, list) and all(_is(one, inside[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(one, inside[1]) for one in value.values())
+    return type(value) is kind or (kind is float and type(value) is int)  # exactly: True is no whole number
+
+
+def _what_is_wrong(found: dict[str, Any]) -> str | None:
+    """What of the fields was expected and what came; None where nothing is wrong."""
+    for name, value in found.items():
+        if not _is(value, _TYPES[name]):
+            return f"{name}: expected {_SPELLED[name]}, got {reprlib.repr(value)}"
+    status = found.get("status", "ok")
+    if status not in STATUSES:
+        return f"status: expected one of {', '.join(STATUSES)}, got {status!r}"
+    times = [found.get(name) for name in ("p20_ms", "p50_ms", "p80_ms")]
+    if times != [None] * 3 and (None in times or not 0 < times[0] <= times[1] <= times[2] < float("inf")):
+        return f"p20_ms, p50_ms, p80_ms: expected positive times in this order or none of them, got {times}"
+    return None
 
 
 def parse_row(text: str, where: str) -> Row:
@@ -108,14 +139,13 @@ def parse_row(text: str, where: str) -> Row:
         raise BenchError(f"{where}: damaged, not JSON ({error.msg} at column {error.colno}): {advice}") from None
     if not isinstance(found, dict) or not {"op", "provider"} <= found.keys():
         raise BenchError(f"{where}: not a line of a results file (no op and provider): {advice}")
-    unknown = sorted(found.keys() - _FIELDS)
+    unknown = sorted(found.keys() - _TYPES.keys())
     if unknown:
         raise BenchError(f"{where}: fields of another schema ({', '.join(unknown)}): {advice}")
-    row = Row(**found)
-    times = (row.p20_ms, row.p50_ms, row.p80_ms)
-    if row.status not in STATUSES or not all(t is None or isinstance(t, int | float) for t in times):
-        raise BenchError(f"{where}: a field has a value that this schema does not know: {advice}")
-    return row
+    wrong = _what_is_wrong(found)
+    if wrong is not None:
+        raise BenchError(f"{where}: {wrong}: {advice}")
+    return Row(**found)
 
 
 def load(path: Path) -> list[Row]:

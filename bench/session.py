@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import facts
-from .errors import BenchError
+from .errors import BenchError, NotHere
 from .report import Progress
 from .schema import Row, check_writable, save
 from .timing import Effort, Runner, Stats, interleave
@@ -57,7 +57,7 @@ class Session:
 
     def __post_init__(self) -> None:
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise BenchError("--device cuda: torch sees no CUDA device here: use --device cpu, or another machine")
+            raise NotHere("--device cuda: torch sees no CUDA device here: use --device cpu, or another machine")
         if self.folder is not None:
             check_writable(self.folder)
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import links, loopback, norm, norm_features, ranks
+from bench import cli, links, loopback, norm, norm_features, ranks
 from bench.check import WrongResult, check_norm
 from bench.cli import main
-from bench.errors import BenchError
+from bench.errors import BenchError, NotHere
 from bench.providers import eager
 from bench.schema import load
+from bench.session import Session
 from seqpar_kernels.nn.transformer import FUSIONS
 
 BRIEF = ["--quick", "--seconds", "0.01"]
@@ -226,6 +229,13 @@ def test_memory_smoke(tmp_path: Path) -> None:
     ("command", "message"),
     [
         (["norm", "--peers", "nobody"], "--peers nobody: unknown; known are eager"),
+        *(
+            ([name, "--peers", "nobody"], "--peers nobody: unknown")
+            for name in ("host", "memory", "coverage", "loopback")
+        ),
+        (["all", "--peers", "nobody"], "--peers nobody: unknown"),
+        (["all", "--ranks", "3"], "expected an even multiple of --heads 3"),
+        (["all", "--ranks", "1"], "at least 2 ranks"),
         (["norm", "--seconds", "-1"], "expected more than 0"),
         (["norm", "--save", "/dev/null/folder"], "cannot be written to"),
         (["linear", "--rows", "15"], "--rows 15: expected a multiple of --ranks 2"),
@@ -245,6 +255,55 @@ def test_memory_smoke(tmp_path: Path) -> None:
 def test_bad_input_says_what_to_do(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--quick"] if command[0] != "compare" else command) == 2
     assert message in capsys.readouterr().err
+
+
+def test_bad_input_of_all_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in cli.COMMANDS:
+        monkeypatch.setitem(cli.COMMANDS, name, lambda args, session: pytest.fail("measured"))
+    for extra in (["--peers", "nobody"], ["--ranks", "3"]):
+        assert main(["all", "--quick", *extra]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (NotHere("no such device"), "absent", "no such device"),
+        (BenchError("rank 1 of 2 failed"), "failed", "rank 1 of 2 failed"),
+        (ZeroDivisionError("by zero"), "failed", "ZeroDivisionError: by zero"),
+    ],
+)
+def test_all_goes_on_after_what_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str, reason: str
+) -> None:
+    """Only what this machine cannot do is absent; anything else is a failure, and the exit status says so."""
+    done = []
+
+    def fail(args: argparse.Namespace, session: Session) -> None:
+        raise error
+
+    for name in cli.COMMANDS:
+        monkeypatch.setitem(cli.COMMANDS, name, lambda args, session: done.append(args.command))
+    monkeypatch.setitem(cli.COMMANDS, "memory", fail)
+    assert main(["all", "--quick", "--save", str(tmp_path)]) == (0 if status == "absent" else 1)
+    assert done == [name for name in cli.COMMANDS if name != "memory"]
+    (row,) = load(tmp_path)
+    assert (row.op, row.provider, row.status, row.reason) == ("memory", "ours", status, reason)
+
+
+def test_what_this_machine_cannot_do_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = ["--quick", "--seconds", "0.01"]
+    for command in (["gemm", *quick], ["memory", *quick]):
+        args = cli.build_parser().parse_args(command)
+        session = cli.make_session(args)
+        session.device = "cpu" if command[0] == "gemm" else "cuda"
+        with pytest.raises(NotHere):
+            cli.COMMANDS[command[0]](args, session)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NotHere):
+        Session("norm", "cuda")
+    monkeypatch.setattr(links.shutil, "which", lambda tool: None)
+    with pytest.raises(NotHere), links.Network(2):
+        pass
 
 
 def test_all_peers_are_listed_with_the_reason(tmp_path: Path) -> None:
@@ -308,6 +367,72 @@ def test_links_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run(["ip", "netns", "add", left], check=True)
     assert links.sweep_stale() == [left]
     assert left not in namespaces()
+
+
+class FakeKernel:
+    """``subprocess.run`` for ``ip`` and ``tc``: the namespaces there are; Ctrl-C in the calls of chosen numbers."""
+
+    def __init__(self, *interrupted: int, lacks: str = "nothing") -> None:
+        self.interrupted, self.lacks = interrupted, lacks
+        self.calls, self.namespaces = 0, set[str]()
+
+    def run(self, command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+        self.calls += 1
+        deletes = list(command[1:3]) == ["netns", "del"]
+        if self.calls in self.interrupted and deletes:
+            raise KeyboardInterrupt  # before it took effect
+        if deletes:
+            self.namespaces.discard(command[3])
+        elif list(command[1:3]) == ["netns", "add"]:
+            self.namespaces.add(command[3])
+        if self.calls in self.interrupted:
+            raise KeyboardInterrupt  # after
+        return subprocess.CompletedProcess(command, int(self.lacks in command), "", "Unknown device type")
+
+
+def install(monkeypatch: pytest.MonkeyPatch, kernel: FakeKernel) -> list[Callable[[], None]]:
+    """Returns what is to be called at exit."""
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(links.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(links.subprocess, "run", kernel.run)
+    monkeypatch.setattr(links.atexit, "register", at_exit.append)
+    monkeypatch.setattr(links.atexit, "unregister", at_exit.remove)
+    return at_exit
+
+
+def test_links_interrupted_anywhere_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in any one call, and a second one while the first is cleaned up after."""
+    whole = FakeKernel()
+    install(monkeypatch, whole)
+    with links.Network(2):
+        assert len(whole.namespaces) == 3
+    assert whole.namespaces == set()
+    for first in range(1, whole.calls + 1):
+        for second in range(first, whole.calls + 2):
+            left = _left_by(monkeypatch, first, second)
+            swept_by_the_next_run = {name for name in left if name.endswith("-probe")}
+            assert left == swept_by_the_next_run, (first, second)
+    assert _left_by(monkeypatch, 1) == set()  # in `ip netns add` of the probe
+
+
+def _left_by(monkeypatch: pytest.MonkeyPatch, *interrupted: int) -> set[str]:
+    kernel = FakeKernel(*interrupted)
+    at_exit = install(monkeypatch, kernel)
+    with contextlib.suppress(KeyboardInterrupt), links.Network(2):
+        pass
+    kernel.interrupted = ()
+    for call in list(at_exit):
+        call()
+    return kernel.namespaces
+
+
+@pytest.mark.parametrize(("lacks", "module"), [("tbf", "sch_tbf"), ("veth", "veth"), ("bridge", "bridge")])
+def test_links_say_which_kernel_module_is_missing(monkeypatch: pytest.MonkeyPatch, lacks: str, module: str) -> None:
+    kernel = FakeKernel(lacks=lacks)
+    install(monkeypatch, kernel)
+    with pytest.raises(NotHere, match=rf"Unknown device type.*modprobe {module}"), links.Network(2):
+        pass
+    assert kernel.namespaces == set()
 
 
 def test_interrupted_links_are_removed_too(tmp_path: Path) -> None:

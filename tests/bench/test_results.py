@@ -61,7 +61,18 @@ def test_of_the_same_measurement_the_latest_counts(tmp_path: Path) -> None:
         ('{"op": "norm', r"damaged.jsonl:1: damaged, not JSON .*measure again"),
         ("[1, 2]", "not a line of a results file"),
         ('{"op": "x", "provider": "y", "speed": 3}', r"another schema \(speed\)"),
-        ('{"op": "x", "provider": "y", "p50_ms": "fast"}', "does not know"),
+        (
+            '{"op": "x", "provider": "y", "p50_ms": "fast"}',
+            r"damaged.jsonl:1: p50_ms: expected float \| None, got 'fast'",
+        ),
+        ('{"op": "x", "provider": "y", "params": null}', r"params: expected dict\[str, Any\], got None"),
+        ('{"op": 1, "provider": "y"}', "op: expected str, got 1"),
+        ('{"op": "x", "provider": "y", "shape": [8, "n"]}', r"shape: expected list\[int\], got \[8, 'n'\]"),
+        ('{"op": "x", "provider": "y", "ranks": true}', "ranks: expected int, got True"),
+        ('{"op": "x", "provider": "y", "versions": {"torch": 2}}', r"versions: expected dict\[str, str\]"),
+        ('{"op": "x", "provider": "y", "status": "fine"}', "status: expected one of ok, wrong, .*, got 'fine'"),
+        ('{"op": "x", "provider": "y", "p50_ms": 1.0}', r"in this order or none of them, got \[None, 1.0, None\]"),
+        ('{"op": "x", "provider": "y", "p20_ms": 2, "p50_ms": 1, "p80_ms": 3}', r"in this order .* got \[2, 1, 3\]"),
         ("", "empty"),
     ],
 )
@@ -207,6 +218,21 @@ def test_plot_from_files_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "empty").mkdir()
     assert main(["plot", str(tmp_path / "empty")]) == 2
     assert "measure first" in capsys.readouterr().err
+
+
+def test_plot_leaves_out_what_it_cannot_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of another version of the benchmarks: without the figure that is drawn, or with another kind of it."""
+    pytest.importorskip("matplotlib")
+    memory, linear = memory_rows(), linear_rows()
+    memory[0].metrics, linear[0].params = {}, {"link": "1gbit", "chunks": "two"}
+    linear[1].metrics = {"matmul_ms": None, "wire_ms": "slow", "chunks": []}
+    save(tmp_path / "a.jsonl", [norm_row(), norm_row("eager", shape=[8]), norm_row(params={"p": []}), *linear, *memory])
+    assert main(["plot", str(tmp_path)]) == 0
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"norm", "linear", "memory"}
+    memory[0].provider, linear[0].params = "ours", {"chunks": None}
+    save(tmp_path / "a.jsonl", [norm_row(bytes=None), linear[0], memory[0]])
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "no norm, linear or memory rows to draw" in capsys.readouterr().err
 
 
 def test_the_readme_is_what_the_committed_results_say() -> None:
