@@ -1,7 +1,7 @@
-"""``bench host``: CPU time of the calling thread for one small call, in microseconds.
+"""``bench host``: CPU time of one small call, in microseconds.
 
 Tensors are tiny and torch runs on one thread, so what is counted is Python, the op boundary, autograd and allocation;
-on a GPU it is the cost of launching. No collective is involved: ``group=None``.
+on a GPU it is the cost of launching, in whatever thread. No collective is involved: ``group=None``.
 """
 
 from __future__ import annotations

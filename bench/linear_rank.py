@@ -191,16 +191,28 @@ def _whole(case: LinearCase) -> tuple[Tensor, Tensor, Tensor]:
 def rounds(
     runners: dict[str, Callable[[], object]], effort: Effort, group: dist.ProcessGroup, device: str
 ) -> dict[str, list[tuple[int, int]]]:
-    """Start and end of each call on the clock that all processes of a machine share."""
+    """Start and end of each call on the clock that all processes of a machine share.
+
+    Each runner is warmed up for ``effort.warmup`` seconds; how often is up to rank 0, as is the number of rounds.
+    """
+
+    def over(since: float, seconds: float) -> bool:
+        told = torch.tensor(int(time.perf_counter() - since > seconds), device=device)
+        dist.broadcast(told, 0, group=group)
+        return bool(told.item())
+
     for run in runners.values():
-        run()
+        run()  # what this does once, such as compiling, is not warming up
+        synchronize(device)
+        begin = time.perf_counter()
+        while not over(begin, effort.warmup):
+            run()
+            synchronize(device)
     found: dict[str, list[tuple[int, int]]] = {name: [] for name in runners}
     order, shuffler = list(runners), random.Random(0)
     begin = time.perf_counter()
     for index in range(effort.most):
-        over = torch.tensor(int(time.perf_counter() - begin > effort.seconds * len(runners)), device=device)
-        dist.broadcast(over, 0, group=group)
-        if index >= effort.least and over.item():
+        if over(begin, effort.seconds * len(runners)) and index >= effort.least:
             break
         shuffler.shuffle(order)
         for name in order:

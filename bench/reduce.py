@@ -5,7 +5,6 @@ The kernels themselves, without ranks: partial results lie in memory as they do 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from . import facts
 from .check import error_ratio
 from .schema import Row
 from .session import Session, copy_runner
-from .timing import interleave
+from .timing import interleave, sets_to_rotate
 
 EPS, SEED = 1e-5, 7
 BACKENDS = {"cpu": {"": "native"}, "cuda": {"": "cuda", "-triton": "triton"}}  # suffix of "ours" -> backend
@@ -67,8 +66,8 @@ Call = Callable[[Buffers], list[Tensor]]
 
 
 def make_buffers(case: ReduceCase, device: str) -> list[Buffers]:
-    count = math.ceil(1.5 * facts.cache_bytes(device) / case.bytes())
-    count = max(1, min(count, 16, facts.memory_budget(device) // case.bytes()))
+    tensor = case.rows * case.hidden * facts.DTYPES[case.dtype].itemsize
+    count = sets_to_rotate(case.shards * tensor, (case.shards + 1) * tensor, device)
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
