@@ -19,7 +19,7 @@ BRIEF = Effort(seconds=0.0, warmup=0.0, least=5, most=5)
 def test_consecutive_calls_take_consecutive_buffers() -> None:
     """Else all but the first of a round read what their predecessor has just read."""
     seen: list[int] = []
-    timing.interleave({name: seen.append for name in ("a", "b", "c")}, "cpu", BRIEF)
+    timing.interleave(dict.fromkeys(("a", "b", "c"), seen.append), "cpu", BRIEF)
     assert seen == list(range(len(seen)))
     assert len(seen) == 3 * (2 + 5)
 
