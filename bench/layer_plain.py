@@ -7,6 +7,7 @@ Megatron keeps: each norm's input and result, the activation beside its pre-acti
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear_providers import GatherThenLinear, LinearThenScatter
+from .linear_providers import LinearThenScatter, _gathered, _scattered, _weight_gradient
 
 EPS = 1e-5
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # cut along their outputs; rows along their inputs
@@ -117,6 +118,46 @@ class _Reduce(torch.autograd.Function):
         return dy, None
 
 
+class _GatherThenLinears(torch.autograd.Function):
+    """One gather for linears of the same rows, again in the backward; one reduce-scatter of the sum of their dx.
+
+    So many collectives as Megatron has with its fused QKV, and as little kept: the shard.
+    """
+
+    @staticmethod
+    def forward(ctx, x, group, *weights):  # type: ignore[no-untyped-def,override]
+        ctx.save_for_backward(x, *weights)
+        ctx.group = group
+        whole = _gathered(x, group)
+        return tuple(F.linear(whole, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *dys):  # type: ignore[no-untyped-def,override]
+        x, *weights = ctx.saved_tensors
+        whole = _gathered(x, ctx.group)
+        rows = [dy.flatten(0, 1) for dy in dys]
+        dx = rows[0] @ weights[0]
+        for dy, weight in zip(rows[1:], weights[1:], strict=True):
+            dx.addmm_(dy, weight)
+        dweights = [_weight_gradient(dy, whole) for dy in dys]
+        return _scattered(dx.view_as(whole), ctx.group), None, *dweights
+
+
+class _CopyVectors(torch.autograd.Function):
+    """Identity of [H] parameters; the backward sums all their gradients over ranks at once."""
+
+    @staticmethod
+    def forward(ctx, group, *params):  # type: ignore[no-untyped-def,override]
+        ctx.group = group
+        return tuple(param.view_as(param) for param in params)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def,override]
+        packed = torch.cat(grads)
+        dist.all_reduce(packed, group=ctx.group)
+        return None, *packed.split([grad.numel() for grad in grads])
+
+
 def _rotation(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     inverse = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64, device=device) / size)
     angles = (torch.arange(length, dtype=torch.float64, device=device)[:, None] * inverse).repeat(1, 2)
@@ -144,7 +185,7 @@ class Attention(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """[B, S or S/t, H] -> the same"""
         size = self.case.h // self.case.a
-        outs = (self.column(linear, y) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        outs = self.column((self.q_proj, self.k_proj, self.v_proj), y)
         q, k, v = (t.unflatten(-1, (-1, size)).transpose(1, 2) for t in outs)  # [B, heads/t, S, d]
         if self.case.llama:
             q, k = self._rotated(q), self._rotated(k)
@@ -161,9 +202,11 @@ class MLP(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """[B, S or S/t, H] -> the same"""
-        up = self.column(self.up_proj, y)
-        hidden = F.silu(self.column(self.gate_proj, y)) * up if self.case.llama else F.gelu(up)
-        return self.row(self.down_proj, hidden)
+        if self.case.llama:
+            gate, up = self.column((self.gate_proj, self.up_proj), y)
+            return self.row(self.down_proj, F.silu(gate) * up)
+        (up,) = self.column((self.up_proj,), y)
+        return self.row(self.down_proj, F.gelu(up))
 
 
 class PlainLayer(nn.Module):
@@ -206,14 +249,16 @@ class PlainLayer(nn.Module):
             key = f"{name}.{leaf}"
             param.copy_(part_of(key, self._weights[key], self._ranks, self._rank))
 
-    def column(self, linear: nn.Linear, y: Tensor) -> Tensor:
-        """Column-parallel: [B, S, F/t]"""
+    def column(self, linears: Sequence[nn.Linear], y: Tensor) -> list[Tensor]:
+        """Column-parallel, of the same rows: [B, S, F/t] each"""
         if self.mode == "whole":
-            return linear(y)
+            return [linear(y) for linear in linears]
         if self.mode == "tp":
-            return F.linear(_Copy.apply(y, self.group), linear.weight, linear.bias)
-        out = GatherThenLinear.apply(y, linear.weight, self.group)
-        return out if linear.bias is None else out + linear.bias
+            y = _Copy.apply(y, self.group)
+            return [F.linear(y, linear.weight, linear.bias) for linear in linears]
+        outs = _GatherThenLinears.apply(y, self.group, *(linear.weight for linear in linears))
+        pairs = zip(outs, linears, strict=True)
+        return [out if linear.bias is None else out + linear.bias for out, linear in pairs]
 
     def row(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """Row-parallel: [B, S or S/t, H]"""
@@ -229,9 +274,14 @@ class PlainLayer(nn.Module):
             out = LinearThenScatter.apply(x, linear.weight, self.group)
         return out if linear.bias is None else out + self._shared(linear.bias)
 
+    def _share(self) -> None:
+        """Before a forward: what each rank uses on its own rows, its gradients to be summed over ranks."""
+        modules = (self.norm1, self.norm2, self.attention.out_proj, self.mlp.down_proj)
+        params = [p for module in modules for p in module.parameters() if p.dim() == 1]
+        self._copies = dict(zip(params, _CopyVectors.apply(self.group, *params), strict=True))
+
     def _shared(self, param: Tensor) -> Tensor:
-        """A parameter that each rank uses on its own rows."""
-        return _Copy.apply(param, self.group) if self.mode == "sp" else param
+        return self._copies[param] if self.mode == "sp" else param
 
     def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         if self.mode != "sp":
@@ -247,6 +297,8 @@ class PlainLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S or S/t, H] -> the same"""
+        if self.mode == "sp":
+            self._share()
         x = x + self._dropped(self.attention(self._norm(self.norm1, x)))
         return x + self._dropped(self.mlp(self._norm(self.norm2, x)))
 

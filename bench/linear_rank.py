@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+import seqpar_kernels as sp
+
 from .check import WrongResult, error_ratio
 from .facts import DTYPES
 from .linear_providers import (
@@ -47,9 +49,12 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     case = make_case(job["op"], *job["sizes"], DTYPES[job["dtype"]], device, group)
     effort = Effort(**job["effort"])
-    if job["tune"]:
+    # What somebody measured of another link has no place here, and what is measured of this one none elsewhere.
+    cache = tempfile.TemporaryDirectory()
+    os.environ["XDG_CACHE_HOME"] = cache.name
+    if job["tune"]:  # as users of such a link do once
         step("tune")
-        tune(group)
+        sp.tune(group)
     out: dict[str, Any] = {"times": {}, "notes": {}, "errors": {}}
     if job["calibrate"]:
         out["times"] = rounds({"matmul fwd": matmul_runner(case, False)}, effort, group, device)
@@ -82,15 +87,6 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
     out["times"].update(rounds({"link fwd": link_runner(job["link_bytes"], group, device)}, effort, group, device))
     out["planned"] = planned(case, group)
     return out
-
-
-def tune(group: dist.ProcessGroup) -> None:
-    """What a user of such a link does once; its figures are nobody else's, so they are not left on this machine."""
-    import seqpar_kernels as sp
-
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["XDG_CACHE_HOME"] = cache
-        sp.tune(group)
 
 
 def why_not_timed(attempt: Callable[[], None], group: dist.ProcessGroup) -> str:
@@ -191,16 +187,28 @@ def _whole(case: LinearCase) -> tuple[Tensor, Tensor, Tensor]:
 def rounds(
     runners: dict[str, Callable[[], object]], effort: Effort, group: dist.ProcessGroup, device: str
 ) -> dict[str, list[tuple[int, int]]]:
-    """Start and end of each call on the clock that all processes of a machine share."""
+    """Start and end of each call on the clock that all processes of a machine share.
+
+    Each runner is warmed up for ``effort.warmup`` seconds; how often is up to rank 0, as is the number of rounds.
+    """
+
+    def over(since: float, seconds: float) -> bool:
+        told = torch.tensor(int(time.perf_counter() - since > seconds), device=device)
+        dist.broadcast(told, 0, group=group)
+        return bool(told.item())
+
     for run in runners.values():
-        run()
+        run()  # what this does once, such as compiling, is not warming up
+        synchronize(device)
+        begin = time.perf_counter()
+        while not over(begin, effort.warmup):
+            run()
+            synchronize(device)
     found: dict[str, list[tuple[int, int]]] = {name: [] for name in runners}
     order, shuffler = list(runners), random.Random(0)
     begin = time.perf_counter()
     for index in range(effort.most):
-        over = torch.tensor(int(time.perf_counter() - begin > effort.seconds * len(runners)), device=device)
-        dist.broadcast(over, 0, group=group)
-        if index >= effort.least and over.item():
+        if over(begin, effort.seconds * len(runners)) and index >= effort.least:
             break
         shuffler.shuffle(order)
         for name in order:

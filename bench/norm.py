@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from .check import WrongResult, check_norm, run_backward
 from .providers import OURS, PEERS, Absent, NormFunction
 from .schema import Row
 from .session import Session, copy_runner
-from .timing import Runner, interleave
+from .timing import Runner, interleave, sets_to_rotate
 
 KINDS = ("layer", "rms")
 
@@ -59,16 +58,14 @@ class NormCase:
 
 @dataclass
 class Buffers:
-    """Inputs and gradients of one round; as many of them rotate as exceed the cache."""
+    """Inputs and gradients of one call; as many of them rotate as exceed the cache with x and residual alone."""
 
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
     grads: tuple[Tensor, Tensor]
 
 
 def make_buffers(case: NormCase, device: str) -> list[Buffers]:
-    per_set = 4 * case.tensor_bytes()
-    count = math.ceil(1.5 * facts.cache_bytes(device) / per_set)
-    count = max(1, min(count, 64, facts.memory_budget(device) // per_set))
+    count = sets_to_rotate(2 * case.tensor_bytes(), 4 * case.tensor_bytes(), device)
     generator = torch.Generator(device).manual_seed(0)
     dtype = facts.DTYPES[case.dtype]
 

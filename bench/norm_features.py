@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from .check import SEED, WrongResult, error_ratio, run_backward
 from .providers import EPS, Absent, eager_norm
 from .schema import Row
 from .session import Session, copy_runner
-from .timing import Runner, interleave
+from .timing import Runner, interleave, sets_to_rotate
 
 P = 0.1
 Call = Callable[..., tuple[Tensor, ...]]
@@ -92,7 +91,7 @@ class Case:
 
 @dataclass
 class Buffers:
-    """Named inputs of one round, and a gradient for each output."""
+    """Named inputs of one call, and a gradient for each output."""
 
     inputs: dict[str, Tensor]
     grads: tuple[Tensor, ...]
@@ -118,9 +117,9 @@ def make_buffers(case: Case, device: str) -> list[Buffers]:
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, device=device, generator=generator).to(dtype)
 
-    size = case.bytes("fwd")
-    count = math.ceil(1.5 * facts.cache_bytes(device) / size)
-    count = max(1, min(count, 64, facts.memory_budget(device) // (2 * size)))
+    norms = 2 if "weight2" in f.vectors else 1
+    read = case.rows * case.hidden * (dtype.itemsize + wide.itemsize)  # x and residual; the rest is shared
+    count = sets_to_rotate(read, 2 * read + (norms - 1) * case.rows * case.hidden * dtype.itemsize, device)
     shared = {name: random(case.hidden).requires_grad_(not f.float8) for name in f.vectors}
     if f.row_scale:
         shared["row_scale"] = random(case.rows, dtype=torch.float32).abs()
@@ -129,7 +128,6 @@ def make_buffers(case: Case, device: str) -> list[Buffers]:
     found = []
     for _ in range(count):
         made = {"x": random(case.rows, case.hidden), "residual": random(case.rows, case.hidden, dtype=wide)}
-        norms = 2 if "weight2" in f.vectors else 1
         grads = [random(case.rows, case.hidden) for _ in range(norms)] + [random(case.rows, case.hidden, dtype=wide)]
         found.append(Buffers({k: t.requires_grad_(not f.float8) for k, t in made.items()} | shared, tuple(grads)))
     return found

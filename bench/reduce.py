@@ -5,9 +5,8 @@ The kernels themselves, without ranks: partial results lie in memory as they do 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +15,11 @@ from torch import Tensor
 from seqpar_kernels.kernels import NormKind, NormSpec, RowMap, select, why_not
 
 from . import facts
-from .check import error_ratio
+from .check import WrongResult, error_ratio
+from .providers import Absent
 from .schema import Row
 from .session import Session, copy_runner
-from .timing import interleave
+from .timing import interleave, sets_to_rotate
 
 EPS, SEED = 1e-5, 7
 BACKENDS = {"cpu": {"": "native"}, "cuda": {"": "cuda", "-triton": "triton"}}  # suffix of "ours" -> backend
@@ -67,8 +67,8 @@ Call = Callable[[Buffers], list[Tensor]]
 
 
 def make_buffers(case: ReduceCase, device: str) -> list[Buffers]:
-    count = math.ceil(1.5 * facts.cache_bytes(device) / case.bytes())
-    count = max(1, min(count, 16, facts.memory_budget(device) // case.bytes()))
+    tensor = case.rows * case.hidden * facts.DTYPES[case.dtype].itemsize
+    count = sets_to_rotate(case.shards * tensor, (case.shards + 1) * tensor, device)
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -118,28 +118,57 @@ def error(case: ReduceCase, call: Call, device: str, b: Buffers) -> float:
     return max(map(error_ratio, call(b), reference, oracle))
 
 
+def check(case: ReduceCase, call: Call, device: str, b: Buffers) -> float:
+    """As :func:`error`.
+
+    Raises:
+        WrongResult: it is more than 2.
+    """
+    found = error(case, call, device, b)
+    if found > 2:
+        raise WrongResult(f"errs {found:.1f} times as much as the reference (2 allowed)")
+    return found
+
+
+def candidates(case: ReduceCase, session: Session) -> dict[str, Callable[[ReduceCase], Call]]:
+    """Who may run; each is built for a case, since eager is checked without dropout."""
+    device = session.device
+    found: dict[str, Callable[[ReduceCase], Call]] = {}
+
+    def own(backend: str, steps: int) -> Callable[[ReduceCase], Call]:
+        def build(case: ReduceCase) -> Call:
+            reason = why_not(backend, torch.device(device))
+            if reason is not None:
+                raise Absent(reason)
+            return kernels(case, backend, device, steps)
+
+        return build
+
+    for suffix, backend in BACKENDS[device].items():
+        found["ours" + suffix] = own(backend, 1)
+        if case.fused:
+            found["two-steps" + suffix] = own(backend, 2)
+    if session.wanted("eager"):
+        found["eager"] = eager
+    return found
+
+
 def measure(session: Session, case: ReduceCase) -> None:
-    """Ours checked, then everybody interleaved."""
+    """Everybody checked, then interleaved."""
     device = session.device
     buffers = make_buffers(case, device)
     calls: dict[str, Call] = {}
     errors: dict[str, float] = {}
-    for suffix, backend in BACKENDS[device].items():
-        reason = why_not(backend, torch.device(device))
-        for name, steps in (("ours", 1), *([("two-steps", 2)] if case.fused else [])):
-            row = case.row(name + suffix, device)
-            if reason is None:
-                call = kernels(case, backend, device, steps)
-                errors[row.provider] = error(case, call, device, buffers[0])
-                if errors[row.provider] <= 2:
-                    calls[row.provider] = call
-                    continue
-                row.status, row.reason = "wrong", f"errs {errors[row.provider]:.1f} times as much as the reference"
-            else:
-                row.status, row.reason = "absent", reason
-            session.add(row)
-    if session.wanted("eager"):
-        calls["eager"] = eager(case)
+    for name, build in candidates(case, session).items():
+        checked = replace(case, p=0.0) if name == "eager" else case  # eager draws masks of its own
+        try:
+            errors[name] = check(checked, build(checked), device, buffers[0])
+            calls[name] = build(case)
+        except (Absent, WrongResult) as found:
+            row = session.add(case.row(name, device))
+            row.status, row.reason = "absent" if isinstance(found, Absent) else "wrong", str(found)
+    if not calls:
+        return
     runners = {name: lambda i, call=call: call(buffers[i % len(buffers)]) for name, call in calls.items()}
     runners["copy"] = copy_runner([b.residual for b in buffers])
     for name, stats in interleave(runners, device, session.effort).items():
