@@ -181,7 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_session(args: argparse.Namespace) -> Session:
+def make_session(args: argparse.Namespace, typed: str = "") -> Session:
     import torch
 
     from .session import Session
@@ -195,7 +195,7 @@ def make_session(args: argparse.Namespace) -> Session:
             raise BenchError(f"--seconds {args.seconds}: expected more than 0")
         effort = Effort(seconds=args.seconds, warmup=effort.warmup, least=effort.least, most=effort.most)
     peers = None if args.peers is None else [name for name in args.peers if name != "none"]
-    return Session(args.command, args.device, effort, args.quick, peers, args.save, args.command_line)
+    return Session(args.command, args.device, effort, args.quick, peers, args.save, typed)
 
 
 def check_peers(names: Sequence[str]) -> None:
@@ -449,12 +449,12 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Session], None]] = {
 }
 
 
-def measure(args: argparse.Namespace) -> int:
+def measure(args: argparse.Namespace, typed: str) -> int:
     # 8 virtual ranks have 16 streams, which would queue behind each other on the 8 connections of the default. Read
     # once, when CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     check_peers(args.peers or ())
-    session = make_session(args)
+    session = make_session(args, typed)
     with session.saved():
         (run_all if args.command == "all" else COMMANDS[args.command])(args, session)
     if session.folder is not None:
@@ -463,7 +463,7 @@ def measure(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def run_command(args: argparse.Namespace) -> int:
+def run_command(args: argparse.Namespace, typed: str) -> int:
     if args.command == "plot":
         from . import plot
 
@@ -487,7 +487,7 @@ def run_command(args: argparse.Namespace) -> int:
         from . import compare
 
         return 1 if compare.run(args.first, args.second) and args.fail else 0
-    return measure(args)
+    return measure(args, typed)
 
 
 def command_line(argv: Sequence[str]) -> str:
@@ -501,11 +501,10 @@ def command_line(argv: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 where ours was wrong or failed; 2 where the question was."""
     args = build_parser().parse_args(argv)
-    args.command_line = command_line(sys.argv[1:] if argv is None else argv)
     # As exceptions, so that namespaces and ranks are cleaned up and what was measured is saved.
     before = {number: signal.signal(number, lambda *_: sys.exit(130)) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        return run_command(args)
+        return run_command(args, command_line(sys.argv[1:] if argv is None else argv))
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

@@ -34,7 +34,7 @@ class Row:
         params: the rest of the question: dropout probability, chunks, link. Part of the row's identity.
         status: "ok"; "wrong" (failed the check against the oracle, not timed); "absent" or "failed", with ``reason``.
         p20_ms, p50_ms, p80_ms: quantiles over ``samples`` runs, milliseconds of ``clock``.
-        clock: "wall", "cpu" (time of the calling thread) or "cuda" (events).
+        clock: "wall", "cpu" (time of the calling thread; of the process where the device is cuda) or "cuda" (events).
         bytes, flops: what the op must move and compute, whoever does it; in memory rows, the bytes kept.
         percent: percent of ``ceiling``, a rate measured in the same run.
         metrics: further results: floors, error, units.
