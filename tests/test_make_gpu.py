@@ -63,7 +63,7 @@ def test_results_name_what_failed_and_why_others_were_skipped(gpu: ModuleType, t
 
 BENCH = """import json, pathlib, signal, sys, time
 what, folder = sys.argv[1], pathlib.Path(sys.argv[-1])
-row = {"op": what, "provider": "ours", "shape": [], "p50_ms": 1.0, "samples": 9}
+row = {"op": what, "provider": "ours", "shape": [], "p20_ms": 1.0, "p50_ms": 1.0, "p80_ms": 1.0, "samples": 9}
 row |= {"status": "wrong" if what == "bad" else "ok", "reason": "so"}
 (folder / "rows.jsonl").write_text(json.dumps(row) + "\\n")
 print("ran", what)
@@ -121,7 +121,10 @@ def test_a_step_that_hangs_or_fails_takes_nothing_from_the_others(
 def test_figures_in_short(gpu: ModuleType) -> None:
     common = {"op": "norm.rms", "direction": "fwd", "shape": [8, 4], "dtype": "bf16", "params": {"p": 0.1}}
     times = {"ours": 1.0, "ours-triton": 2.0, "copy": 0.5, "eager": 4.0, "compile": 3.0}
-    rows = [json.dumps({**common, "provider": name, "p50_ms": ms, "percent": 92.4}) for name, ms in times.items()]
+    rows = [
+        json.dumps({**common, "provider": name, "p20_ms": ms, "p50_ms": ms, "p80_ms": ms, "percent": 92.4})
+        for name, ms in times.items()
+    ]
     rows.append(json.dumps({**common, "provider": "liger", "status": "absent", "reason": "not installed"}))
     (line,) = gpu.digest(rows)
     assert line == "norm.rms fwd 8x4 bf16 p=0.1: ours 1 ms (92 %), ours-triton 2 ms (92 %), compile 3"

@@ -46,7 +46,8 @@ def test_movers_take_no_core_from_a_running_thread(world2: World) -> None:
     for first, second, own, again in world2.run(after_ops):
         if MOVER not in first and torch.__version__ < "2.12":
             pytest.skip("this gloo does not name its threads")
-        assert set(first[MOVER]) == set(second[MOVER]) == {os.SCHED_BATCH}
+        assert os.SCHED_BATCH in first[MOVER]  # those of groups that nobody has used may be as they were
+        assert set(second[MOVER]) == {os.SCHED_BATCH}
         assert len(second[MOVER]) > len(first[MOVER])
         assert {policy for name, of in second.items() if name != MOVER for policy in of} == {own}
         assert again == 0
