@@ -12,8 +12,8 @@ from . import facts
 from .check import WrongResult, check_norm, run_backward
 from .providers import OURS, PEERS, Absent, NormFunction
 from .schema import Row
-from .session import Session, copy_runner
-from .timing import Runner, interleave, sets_to_rotate
+from .session import Session
+from .timing import Runner, sets_to_rotate
 
 KINDS = ("layer", "rms")
 
@@ -119,14 +119,8 @@ def measure(session: Session, case: NormCase) -> None:
                 row.status, row.reason = status, reason
     for direction, make in (("fwd", forward_runner), ("fwd+bwd", both_runner)):
         runners = {name: make(fn, case, buffers) for name, fn in functions.items()}
-        runners["copy"] = copy_runner([b.grads[0] for b in buffers])
-        for name, stats in interleave(runners, session.device, session.effort).items():
-            row = case.row(name, direction, session.device)
-            if name == "copy":
-                row.bytes = 2 * case.tensor_bytes()
-            else:
-                row.metrics["error"] = round(errors[name], 3)
-            session.add_bandwidth(row, stats)
+        sources = [b.grads[0] for b in buffers]
+        session.time_beside_copy(runners, sources, errors, lambda name: case.row(name, direction, session.device))  # noqa: B023
 
 
 def cases(

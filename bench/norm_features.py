@@ -20,8 +20,8 @@ from . import facts
 from .check import SEED, WrongResult, error_ratio, run_backward
 from .providers import EPS, Absent, eager_norm
 from .schema import Row
-from .session import Session, copy_runner
-from .timing import Runner, interleave, sets_to_rotate
+from .session import Session
+from .timing import Runner, sets_to_rotate
 
 P = 0.1
 Call = Callable[..., tuple[Tensor, ...]]
@@ -241,14 +241,8 @@ def measure(session: Session, case: Case) -> None:
         return
     for direction in directions:
         runners = {name: runner(fn, buffers, direction != "fwd") for name, fn in functions.items()}
-        runners["copy"] = copy_runner([b.grads[0] for b in buffers])
-        for name, stats in interleave(runners, session.device, session.effort).items():
-            row = case.row(name, direction, session.device)
-            if name == "copy":
-                row.bytes = 2 * buffers[0].grads[0].nbytes
-            else:
-                row.metrics["error"] = round(errors[name], 3)
-            session.add_bandwidth(row, stats)
+        sources = [b.grads[0] for b in buffers]
+        session.time_beside_copy(runners, sources, errors, lambda name: case.row(name, direction, session.device))  # noqa: B023
 
 
 def cases(names: Sequence[str], dtype: str, rows: int, hidden: int) -> list[Case]:

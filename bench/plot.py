@@ -53,7 +53,7 @@ def _is_number(value: Any) -> bool:
 
 def _can_be_drawn(row: Row) -> bool:
     """Whether it has what its picture shows: a file need not be of this version of the benchmarks."""
-    kind = row.op.partition(".")[0]
+    kind = row.family
     if kind == "memory":
         return _is_number(row.metrics.get("sbh_over_t"))
     if kind == "norm":

@@ -116,7 +116,7 @@ def _values(rows: Sequence[Row], pick: Callable[[Row], object]) -> str:
 
 def _commands(rows: Sequence[Row]) -> str:
     """What was typed for these rows."""
-    typed = dict.fromkeys(row.command or f"python -m bench {row.op.partition('.')[0]}" for row in rows)
+    typed = dict.fromkeys(row.command or f"python -m bench {row.family}" for row in rows)
     return " and ".join(f"`{command}`" for command in typed)
 
 
@@ -265,11 +265,11 @@ def losses(rows: Sequence[Row]) -> list[str]:
 def absent(rows: Sequence[Row]) -> list[str]:
     """Peers that could not take part, one reason each, and where, if they could elsewhere."""
     found: dict[str, tuple[str, dict[str, None]]] = {}
-    present = {(row.provider, row.op.partition(".")[0]) for row in rows if row.status == "ok"}
+    present = {(row.provider, row.family) for row in rows if row.status == "ok"}
     for row in rows:
-        family = row.op.partition(".")[0]
-        if row.status == "absent" and family != "coverage" and row.is_peer() and (row.provider, family) not in present:
-            found.setdefault(row.provider, (row.reason, {}))[1][family] = None
+        took_part = (row.provider, row.family) in present
+        if row.status == "absent" and row.family != "coverage" and row.is_peer() and not took_part:
+            found.setdefault(row.provider, (row.reason, {}))[1][row.family] = None
     elsewhere = {who for who, _ in present}
     missing = [
         f"{who}{' in ' + ' and '.join(families) if who in elsewhere else ''} ({reason})"

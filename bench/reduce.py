@@ -18,8 +18,8 @@ from . import facts
 from .check import WrongResult, error_ratio
 from .providers import Absent
 from .schema import Row
-from .session import Session, copy_runner
-from .timing import interleave, sets_to_rotate
+from .session import Session
+from .timing import sets_to_rotate
 
 EPS, SEED = 1e-5, 7
 BACKENDS = {"cpu": {"": "native"}, "cuda": {"": "cuda", "-triton": "triton"}}  # suffix of "ours" -> backend
@@ -110,21 +110,16 @@ def eager(case: ReduceCase) -> Call:
     return run
 
 
-def error(case: ReduceCase, call: Call, device: str, b: Buffers) -> float:
-    """Against fp64, in units of the error of the two steps of the reference."""
-    wide = Buffers(*(t.double() for t in (b.parts, b.residual, b.weight, b.bias)), b.seed)
-    oracle = kernels(case, "reference", device, 1, torch.float64)(wide)
-    reference = kernels(case, "reference", device, 2)(b)
-    return max(map(error_ratio, call(b), reference, oracle))
-
-
 def check(case: ReduceCase, call: Call, device: str, b: Buffers) -> float:
-    """As :func:`error`.
+    """The error against fp64, in units of that of the two steps of the reference.
 
     Raises:
         WrongResult: it is more than 2.
     """
-    found = error(case, call, device, b)
+    wide = Buffers(*(t.double() for t in (b.parts, b.residual, b.weight, b.bias)), b.seed)
+    oracle = kernels(case, "reference", device, 1, torch.float64)(wide)
+    reference = kernels(case, "reference", device, 2)(b)
+    found = max(map(error_ratio, call(b), reference, oracle))
     if found > 2:
         raise WrongResult(f"errs {found:.1f} times as much as the reference (2 allowed)")
     return found
@@ -170,14 +165,7 @@ def measure(session: Session, case: ReduceCase) -> None:
     if not calls:
         return
     runners = {name: lambda i, call=call: call(buffers[i % len(buffers)]) for name, call in calls.items()}
-    runners["copy"] = copy_runner([b.residual for b in buffers])
-    for name, stats in interleave(runners, device, session.effort).items():
-        row = case.row(name, device)
-        if name == "copy":
-            row.bytes = 2 * buffers[0].residual.nbytes
-        if name in errors:
-            row.metrics["error"] = round(errors[name], 3)
-        session.add_bandwidth(row, stats)
+    session.time_beside_copy(runners, [b.residual for b in buffers], errors, lambda name: case.row(name, device))
 
 
 def cases(

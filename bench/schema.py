@@ -73,6 +73,11 @@ class Row:
         params = tuple(sorted((k, str(v)) for k, v in self.params.items() if k != "chunks"))
         return self.op, self.direction, tuple(self.shape), self.dtype, self.device, self.ranks, params
 
+    @property
+    def family(self) -> str:
+        """The kind of op: "norm" of "norm.layer"."""
+        return self.op.partition(".")[0]
+
     def is_peer(self) -> bool:
         """Whether none of our code is measured."""
         return not self.provider.startswith(OWN_CODE)

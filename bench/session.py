@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -87,6 +87,23 @@ class Session:
         row.percent = 100 * (row.bytes or 0) / (stats.p50 / 1e3) / rate
         row.ceiling = f"memory {rate / 1e9:.4g} GB/s"
         return self.add_timed(row, stats)
+
+    def time_beside_copy(
+        self,
+        runners: Mapping[str, Runner],
+        sources: Sequence[Tensor],
+        errors: Mapping[str, float],
+        new_row: Callable[[str], Row],
+    ) -> None:
+        """Time the runners and a copy of ``sources`` in the same rounds; a row each, with its error."""
+        timed = interleave({**runners, "copy": copy_runner(sources)}, self.device, self.effort)
+        for name, stats in timed.items():
+            row = new_row(name)
+            if name == "copy":
+                row.bytes = 2 * sources[0].nbytes
+            else:
+                row.metrics["error"] = round(errors[name], 3)
+            self.add_bandwidth(row, stats)
 
     def measured(
         self, planned: Sequence[CaseT], title: Callable[[CaseT], str], measure: Callable[[Session, CaseT], None]
