@@ -21,25 +21,28 @@ def _known_of(group: ProcessGroup) -> Remembered[tuple[Any, ...], _Known]:
     return Remembered()
 
 
+_known_alone: Remembered[tuple[Any, ...], _Known] = Remembered()
+
+
 class Met:
     """One kind of call on one group: its plan and place, if it has been met before."""
 
     __slots__ = ("_all", "_key", "known")
 
-    def __init__(self, group: ProcessGroup, key: tuple[Any, ...]):
-        self._all, self._key = _known_of(group), key
+    def __init__(self, group: ProcessGroup | None, key: tuple[Any, ...]):
+        self._all, self._key = _known_alone if group is None else _known_of(group), key
         self.known = self._all.get(key)
 
     @staticmethod
     def before(
         group: ProcessGroup | None, figures: Mapping[str, Figures] | None, options: tuple[Any, ...], *operands: object
     ) -> Met | None:
-        """None where nothing can be looked up: without a group, under torch.compile or autocast.
+        """None where nothing can be looked up: under torch.compile or autocast.
 
         Operands are tensors, None or sequences of such; whatever else there is among them, or of a kind that cannot be
         compared, is for the checks to refuse.
         """
-        if group is None or figures is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return None
         try:
             # The type too: True is equal to 1.
@@ -54,7 +57,8 @@ class Met:
             device: torch.device = operands[0].device  # type: ignore[attr-defined]
             if torch.is_autocast_enabled(device.type):
                 return None
-            key.append(figures["cpu" if device.type == "cpu" else "cuda"])
+            if figures is not None:
+                key.append(figures["cpu" if device.type == "cpu" else "cuda"])
             return Met(group, tuple(key))
         except (AttributeError, TypeError):
             return None

@@ -206,11 +206,14 @@ def _gather_backward_kernel(
     main_grads: list[Tensor | None] | None = None,
 ) -> list[Tensor]:
     pg = group_named(group)
-    if pg is not None and engine == "single":
-        dx, gradients = linear_uncut.gather_linear_backward(
+    if pg is None:
+        dx, dws = linear_uncut.local_backward(x, grads, weights, want_dx, want_dw, main_grads)
+        return _gradients(dx, dws, grads, weights, want_db)
+    if engine == "single":
+        dx, dws = linear_uncut.gather_linear_backward(
             pg, x, grads, weights, want_dx, want_dw, main_grads, gathered, seq_dim, seq_len
         )
-        return _gradients(dx, gradients, grads, weights, want_db)
+        return _gradients(dx, dws, grads, weights, want_db)
     wants = f"dx={want_dx} dw={want_dw} gathered={gathered}"
     details = weights_signature(weights, f"chunks={chunks}", wants)
     call = Call("all_gather_linear backward", x, seq_dim, seq_len, pg, *details)
@@ -221,11 +224,11 @@ def _gather_backward_kernel(
         mine = whole = call.whole(x)
     else:
         mine = call.mine(x)
-        whole = call.around(mine) if pg is not None and any(want_dw) else mine
+        whole = call.around(mine) if any(want_dw) else mine
     outgoing: dict[int, Sequence3D] = {}
     exchange = call.exchange(features, x, engine)
     partials = Partials(call, features, x) if want_dx else None
-    dws: list[Tensor | None] = []
+    dws = []
 
     def compute(step: Compute) -> None:
         if step.stage == "dgrad":

@@ -155,17 +155,21 @@ def _scatter_backward_kernel(
 ) -> list[Tensor]:
     pg = group_named(group)
     features_out, features_in = weight.shape
-    if pg is not None and engine == "single":
-        dx, dweight, rows = linear_uncut.linear_scatter_backward(
-            pg, dy, x, weight, want_dx, want_dw, want_db, main_grad, seq_dim, seq_len
-        )
+    if pg is None or engine == "single":
+        if pg is None:
+            rows, main_grads = dy, None if main_grad is None else [main_grad]
+            dx, dws = linear_uncut.local_backward(x, [dy], [weight], want_dx, [want_dw], main_grads)
+        else:
+            dx, dws, rows = linear_uncut.linear_scatter_backward(
+                pg, dy, x, weight, want_dx, want_dw, want_db, main_grad, seq_dim, seq_len
+            )
         db = sum_rows(rows_of(rows), bias_dtype) if want_db and bias_dtype is not None else None
-        return [gradient for gradient in (dx, dweight, db) if gradient is not None]
+        return [gradient for gradient in (dx, *dws, db) if gradient is not None]
     details = weights_signature([weight], f"chunks={chunks}", f"dx={want_dx} dw={want_dw} db={want_db}")
     call = Call("linear_reduce_scatter backward", dy, seq_dim, seq_len, pg, *details)
     shard = call.shard
     mine = call.mine(dy.contiguous())
-    whole = mine if pg is None else call.around(mine)
+    whole = call.around(mine)
     whole_dx = call.empty_whole(features_in, x) if want_dx else None
     whole_x = call.whole(x) if want_dw else whole
     dw: Tensor | None = None
@@ -199,7 +203,7 @@ def _scatter_backward_kernel(
 
 
 def _spreads(
-    group: ProcessGroup | None,
+    group: ProcessGroup,
     call: Call,
     dy: Tensor,
     seq_dim: int,
@@ -210,7 +214,7 @@ def _spreads(
 ) -> bool:
     """Whether wgrad runs chunk by chunk. What is sent, and when, is the same: each rank may decide for itself."""
     summed_in = weight if main_grad is None else main_grad
-    if group is None or summed_in.dtype.itemsize < 4:  # every chunk's sum would be rounded to 16 bits
+    if summed_in.dtype.itemsize < 4:  # every chunk's sum would be rounded to 16 bits
         return False
     figures = figures_of(group)["cpu" if dy.device.type == "cpu" else "cuda"]
     work = Work.of(dy, seq_dim, call.shard, weight.shape[0], weight.numel())

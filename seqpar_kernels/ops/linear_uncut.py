@@ -1,11 +1,13 @@
-"""The kernels of :mod:`.gather_linear` and :mod:`.linear_scatter` below the size floor.
+"""The kernels of :mod:`.gather_linear` and :mod:`.linear_scatter` below the size floor, and without a group.
 
-One exchange, one matmul each for result and gradients.
+One exchange, one matmul each for result and gradients; without a group no exchange.
 
 A backward has two of each, so there they overlap all the same: x is gathered under dgrad, dx is scattered under wgrad.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,31 +49,64 @@ def gather_linear_backward(
     x [..., S/t, ..., K], or all rows if ``gathered``.
     """
     features = x.shape[-1]
-    # A weight whose output nobody used has no gradient and adds nothing to dx.
-    used = [(i, rows_of(g)) for i, g in enumerate(grads) if g is not None]
-    dws: list[Tensor | None] = []
+    used = _used(grads)
     wants = {"dx": want_dx, "dw": tuple(want_dw), "gathered": gathered}
     kind = uncut_kind("all_gather_linear backward", x, seq_dim, seq_len, group, features, N=_outputs(weights), **wants)
+    dws: list[Tensor | None] = []
     with Uncut(kind, group) as call:
         whole = x if gathered or not any(want_dw) else call.gather(x)
         if want_dx:
             with call.label("dgrad"):
-                dx = used[0][1].mm(weights[used[0][0]])
-                for i, dy in used[1:]:
-                    dx.addmm_(dy, weights[i])
+                dx = _dgrad(used, weights)
             partials = call.scatter(dx.view(kind.shape(seq_len, features)))
         if any(want_dw):
             if not gathered:
                 call.gathered()
             with call.label("wgrad"):
-                rows = rows_of(whole)
-                for i, dy in used:
-                    if want_dw[i]:
-                        dws.append(weight_gradient(main_grads[i] if main_grads else None, dy, rows))
+                dws = _wgrads(used, whole, want_dw, main_grads)
         if not want_dx:
             return None, dws
         call.scattered()
         return partials.reduce(None), dws
+
+
+def local_backward(
+    x: Tensor,
+    grads: list[Tensor | None],
+    weights: list[Tensor],
+    want_dx: bool,
+    want_dw: list[bool],
+    main_grads: Sequence[Tensor | None] | None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Without a group: dx and the wanted gradients of weights, None where added to a main_grad. x [..., K]"""
+    used = _used(grads)
+    dx = torch.ops.aten._unsafe_view.default(_dgrad(used, weights), x.shape) if want_dx else None
+    return dx, _wgrads(used, x, want_dw, main_grads) if any(want_dw) else []
+
+
+_Used = list[tuple[int, Tensor]]
+
+
+def _used(grads: list[Tensor | None]) -> _Used:
+    """A weight whose output nobody used has no gradient and adds nothing to dx. [rows, N] by the weight's index."""
+    return [(i, rows_of(g)) for i, g in enumerate(grads) if g is not None]
+
+
+def _dgrad(used: _Used, weights: list[Tensor]) -> Tensor:
+    """[rows, K]"""
+    (first, dy), *others = used
+    dx = dy.mm(weights[first])
+    for i, dy in others:
+        dx.addmm_(dy, weights[i])
+    return dx
+
+
+def _wgrads(
+    used: _Used, x: Tensor, want_dw: list[bool], main_grads: Sequence[Tensor | None] | None
+) -> list[Tensor | None]:
+    """[N, K] for each that is wanted, None where added to a main_grad. x [..., K]"""
+    rows = rows_of(x)
+    return [weight_gradient(main_grads[i] if main_grads else None, dy, rows) for i, dy in used if want_dw[i]]
 
 
 def partial_results(name: str, group: ProcessGroup, x: Tensor, weight: Tensor, seq_dim: int) -> Partials:
@@ -96,12 +131,12 @@ def linear_scatter_backward(
     main_grad: Tensor | None,
     seq_dim: int,
     seq_len: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """dx, dweight, and all rows of dy. dy [..., S/t, ..., N]"""
+) -> tuple[Tensor | None, list[Tensor | None], Tensor]:
+    """dx, the weight's gradient if wanted, None where added to main_grad, and all rows of dy. dy [..., S/t, ..., N]"""
     features_out, features_in = weight.shape
     wants = {"K": features_in, "dx": want_dx, "dw": want_dw, "db": want_db}
     kind = uncut_kind("linear_reduce_scatter backward", dy, seq_dim, seq_len, group, features_out, **wants)
-    dx = dw = None
+    dx, dws = None, []
     with Uncut(kind, group) as call:
         whole = call.gather(dy)
         call.gathered()
@@ -111,8 +146,8 @@ def linear_scatter_backward(
                 dx = torch.ops.aten._unsafe_view.default(rows.mm(weight), kind.shape(seq_len, features_in))
         if want_dw:
             with call.label("wgrad"):
-                dw = weight_gradient(main_grad, rows, rows_of(x))
-    return dx, dw, whole
+                dws = [weight_gradient(main_grad, rows, rows_of(x))]
+    return dx, dws, whole
 
 
 def _outputs(weights: list[Tensor]) -> tuple[int, ...]:
