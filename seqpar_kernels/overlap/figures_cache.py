@@ -1,4 +1,4 @@
-"""Measured figures on disk, one file for each machine, device, backend, group size and version.
+"""Measured figures on disk, one file for each machine, device, backend, kind of group and version.
 
 Whatever is wrong with a file, it is passed over and the reason is told: a cache never stops a program.
 """
@@ -18,7 +18,7 @@ import torch
 
 from .figures import Figures
 
-_FORMAT = 1  # raised when figures change their meaning
+_FORMAT = 2  # raised when figures change their meaning
 
 
 class Place(NamedTuple):
@@ -30,11 +30,12 @@ class Place(NamedTuple):
     threads: int
     backend: str
     ranks: int
+    one_host: bool | None  # whether they share one; None: not known
     torch: str
     format: int
 
     @staticmethod
-    def here(device_type: str, backend: str, ranks: int) -> Place:
+    def here(device_type: str, backend: str, ranks: int, one_host: bool | None = None) -> Place:
         cuda = device_type == "cuda" and torch.cuda.is_available()
         return Place(
             machine=platform.node(),
@@ -43,6 +44,7 @@ class Place(NamedTuple):
             threads=torch.get_num_threads(),
             backend=backend,
             ranks=ranks,
+            one_host=one_host,
             torch=torch.__version__,
             format=_FORMAT,
         )

@@ -23,6 +23,7 @@ from ..layout import Group, resolve_group
 from .agreement import agreement_of
 from .figures import Figures, default_figures
 from .figures_cache import Place, load, save
+from .hosts import on_one_host
 
 _known: weakref.WeakKeyDictionary[ProcessGroup, dict[str, Figures]] = weakref.WeakKeyDictionary()
 
@@ -65,11 +66,16 @@ def _agree(group: ProcessGroup) -> dict[str, Figures]:
 
 def _local(group: ProcessGroup, device_type: str) -> Figures:
     """The tuned figures of this machine, or the defaults with the reason why."""
-    figures, reason = load(Place.here(device_type, _backend(group, device_type), group.size()))
+    place = _place(group, device_type)
+    figures, reason = load(place)
     if figures is not None:
         return figures
-    defaults = default_figures(device_type)
+    defaults = default_figures(device_type, place.one_host)
     return defaults._replace(source=f"{defaults.source} ({reason})")
+
+
+def _place(group: ProcessGroup, device_type: str) -> Place:
+    return Place.here(device_type, _backend(group, device_type), group.size(), on_one_host(group))
 
 
 def _backend(group: ProcessGroup, device_type: str) -> str:
@@ -82,7 +88,7 @@ def tune(group: Group = None, *, device: str | torch.device | None = None) -> Fi
 
     To be called on every rank, with nothing else running on the machine; takes some seconds. The slowest rank counts.
     The file is one of ``$XDG_CACHE_HOME/seqpar_kernels`` (``~/.cache`` without it) and holds for this machine, device,
-    backend, number of ranks and of threads, and torch version.
+    backend, number of ranks and of threads, whether the ranks are known to share a host, and torch version.
 
     Args:
         group: ProcessGroup or 1-D DeviceMesh; None: all ranks.
@@ -108,7 +114,7 @@ def tune(group: Group = None, *, device: str | torch.device | None = None) -> Fi
         raise ValueError(f"device: expected one of {types}, which the group's backends move, got {kind!r}")
     figures_of(pg)
     measured = _measure(pg, kind)
-    place = Place.here(kind, _backend(pg, kind), pg.size())
+    place = _place(pg, kind)
     answer: list[str | None] = [None]
     if pg.rank() == 0:
         measured = measured._replace(source=f"measured on {place.machine}, {time.strftime('%Y-%m-%d')}")

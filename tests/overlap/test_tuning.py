@@ -18,6 +18,7 @@ import seqpar_kernels as sp
 from seqpar_kernels.overlap import tuning
 from seqpar_kernels.overlap.figures import Figures, default_figures
 from seqpar_kernels.overlap.figures_cache import Place, load, save
+from seqpar_kernels.overlap.planner import Work, plan
 from seqpar_kernels.overlap.tuning import figures_of, tune
 
 from ..world import World
@@ -43,7 +44,9 @@ def test_what_is_saved_is_loaded(cache: Path) -> None:
     assert os.listdir(cache) == [HERE.file.name]  # nothing half-written is left
 
 
-@pytest.mark.parametrize("change", [{"ranks": 4}, {"backend": "nccl"}, {"torch": "1.0"}, {"threads": 99}])
+@pytest.mark.parametrize(
+    "change", [{"ranks": 4}, {"one_host": True}, {"backend": "nccl"}, {"torch": "1.0"}, {"threads": 99}]
+)
 def test_another_place_has_other_figures(cache: Path, change: dict[str, Any]) -> None:
     save(HERE, FIGURES)
     assert load(HERE._replace(**change)) == (None, "never tuned here")
@@ -133,6 +136,26 @@ def test_tuning_measures_keeps_and_agrees(world2: World) -> None:
     assert "unmeasured" in first["cuda"] and "never tuned here" in first["cuda"]
     assert all(value > 0 for value in figures[:-1])
     assert figures.flops_32 > figures.flops_64 / 4 and figures.link_bytes > 1e5
+
+
+def one_host_case(interface: str) -> tuple[Figures, Figures]:
+    """Before and after something has proved that the ranks share a host."""
+    try:
+        unknown = figures_of(dist.new_group(list(range(group().size()))))["cpu"]
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+        return unknown, figures_of(dist.new_group(list(range(group().size()))))["cpu"]
+    finally:
+        del os.environ["GLOO_SOCKET_IFNAME"]
+
+
+def test_ranks_of_one_host_plan_with_its_link(world2: World) -> None:
+    """A matmul of 21 ms with 4 MiB: worth cutting over 1 Gbit/s, not between processes."""
+    (unknown, here), other = world2.run(one_host_case, "lo")
+    assert (unknown, here) == other
+    assert "assumed, 1 Gbit/s" in unknown.source and "processes of one host" in here.source
+    job = Work(2, 1024, 2 * 2048 * 1024 * 1024, 4 << 20, 4 << 20, torch.float32, 1)
+    assert plan("auto", None, job, unknown).engine == "collective"
+    assert plan("auto", None, job, here).reason.startswith("below the size floor")
 
 
 def foreign_case(folder: str) -> tuple[Figures, bool]:
