@@ -75,6 +75,9 @@ class CollectiveSession:
         self._arrivals.update((m.transfer, (m, work)) for m, work in zip(receives, works, strict=False))
         self._departures += zip(sends, works[len(receives) :], strict=True)
 
+    def takes_receives_early(self, device_type: str) -> bool:
+        return device_type == "cpu"  # NCCL's stream would wait in such a receive and send nothing
+
     def wait(self, transfer: Transfer) -> None:
         self._wait(*self._arrivals[transfer], "receiving")
         del self._arrivals[transfer]

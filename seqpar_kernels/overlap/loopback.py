@@ -352,6 +352,9 @@ class LoopbackSession:
         for message in sends:
             self._bring(message.transfer, message.buffer, None)
 
+    def takes_receives_early(self, device_type: str) -> bool:
+        return False  # nothing is asked for first
+
     def wait(self, transfer: Transfer) -> None:
         self._await(transfer, "receiving")
 

@@ -253,6 +253,9 @@ class PeerSession:
             transport.watch.add(arrival, self._ticket, "receiving", transfer)
             self._sources[transfer.source] = transfer
 
+    def takes_receives_early(self, device_type: str) -> bool:
+        return False  # pulls run one after the other
+
     def wait(self, transfer: Transfer) -> None:
         try:
             self._device.wait(self._device.current(), self._arrivals.pop(transfer))

@@ -91,6 +91,10 @@ class Exchange:
             self._session = self._transport.session(self._call.signature, room)
         return self
 
+    @property
+    def takes_receives_early(self) -> bool:
+        return self._session is not None and self._session.takes_receives_early(self._call.device_type)
+
     def empty(self, start: int, stop: int, features: int, like: Tensor) -> Sequence3D:
         """Room for partial results of rows that another rank owns, where they can be sent from."""
         assert self._session is not None
@@ -142,7 +146,7 @@ class Exchange:
 
 
 def run(
-    steps: Sequence[Step],
+    steps: list[Step],
     exchange: Exchange,
     source: Callable[[Transfer], Tensor],
     target: Callable[[Transfer], Tensor],
@@ -150,6 +154,8 @@ def run(
 ) -> None:
     """Execute a schedule. ``source``/``target`` give the [outer, rows, ...] window of a transfer at either end."""
     with exchange.open(steps):
+        if exchange.takes_receives_early:
+            steps = schedules.receives_first(steps)
         for step in traced(exchange.name, steps):
             match step:
                 case Post():
@@ -208,12 +214,13 @@ class Kind:
         self.name = name
         self.shard = SequenceShard(length, group_size(group), group_rank(group))
         self.layout = layout_of(x, seq_dim)
+        self.device_type = x.device.type
         bound = planner.max_workspace_bytes()
         if bound is not None:  # what waits for what, and where chunks are cut, depends on it
             details = (*details, f"max_workspace_bytes={bound}")
         self.signature = (
             f"{name}(S={length} at dim {seq_dim}, other sizes {(*self.layout.lead, *self.layout.tail)}, "
-            f"{x.dtype}, {x.device.type}, {', '.join(map(str, details))})"
+            f"{x.dtype}, {self.device_type}, {', '.join(map(str, details))})"
         )
 
     def mine(self, x: Tensor) -> Sequence3D:

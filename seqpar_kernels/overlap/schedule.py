@@ -211,6 +211,20 @@ def _scatter_phase(
     return steps, _arrivals(under_way)
 
 
+def receives_first(steps: list[Step]) -> list[Step]:
+    """The same steps, but what is yet to arrive is posted before the first computation, all at once.
+
+    For transports where a send that finds its receive there sets off at once. With a window nothing changes: buffers
+    are waited for there.
+    """
+    first = next((i for i, step in enumerate(steps) if isinstance(step, Compute)), len(steps))
+    early = tuple(t for step in steps[first:] if isinstance(step, Post) for t in step.receives)
+    if not early or Drain() in steps:
+        return steps
+    rest = (Post(step.sends, ()) if isinstance(step, Post) else step for step in steps[first:])
+    return [*steps[:first], Post((), early), *(step for step in rest if step != _NOTHING)]
+
+
 @_remembered
 def gather_only(shard: SequenceShard) -> list[Step]:
     """All-gather, nothing to compute."""

@@ -76,6 +76,12 @@ class Session(Protocol):
     def post(self, sends: list[Message], receives: list[Message]) -> None:
         """Start moving; buffers of sends must stay as they are until :meth:`drain` or :meth:`finish`."""
 
+    def takes_receives_early(self, device_type: str) -> bool:
+        """Whether receives may be posted long before the peers' sends, without keeping anything else from moving.
+
+        A send that finds its receive there needs not ask for it first.
+        """
+
     def wait(self, transfer: Transfer) -> None:
         """Return when ``transfer`` has arrived (on CUDA: when the current stream may use it)."""
 

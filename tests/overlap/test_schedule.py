@@ -24,6 +24,7 @@ from seqpar_kernels.overlap.schedule import (
     gather_matmul_scatter,
     gather_only,
     matmul_scatter,
+    receives_first,
     row_backward,
     scatter_only,
 )
@@ -55,6 +56,11 @@ PROGRAMS |= {
     "gather_matmul_scatter_wider_window": lambda c: lambda s: gather_matmul_scatter(s, c, window=2),
     "row_backward_spread_window": lambda c: lambda s: row_backward(s, c, dgrad=True, wgrad=True, spread=True, window=2),
     "row_backward_window": lambda c: lambda s: row_backward(s, c, dgrad=True, wgrad=True, window=2),
+}
+
+PROGRAMS |= {
+    f"{name}_receives_first": lambda c, program=program: lambda s: receives_first(program(c)(s))
+    for name, program in PROGRAMS.items()
 }
 
 sizes = given(st.integers(0, 23), st.integers(1, 6), st.integers(1, 5))
@@ -244,6 +250,22 @@ def test_chunks_are_small_where_nothing_hides_them() -> None:
     assert done == 310  # beside 300 of matmul and 300 of wire
     bounded = [s for s in matmul_scatter(shard, 4, window=1) if isinstance(s, Compute) and s.stage == "matmul"]
     assert max(s.stop - s.start for s in bounded[:-1]) == 38  # within a bound the largest counts
+
+
+def test_receives_come_first_but_for_what_a_window_bounds() -> None:
+    steps = matmul_scatter(SequenceShard(24, 3, 0), 2)
+    sooner = receives_first(steps)
+    received = [t for step in steps if isinstance(step, Post) for t in step.receives]
+    assert sooner[0] == Post((), tuple(received)) and len(received) == 4
+    assert [step for step in sooner if not isinstance(step, Post)] == [s for s in steps if not isinstance(s, Post)]
+    sends = [step.sends for step in steps if isinstance(step, Post)]
+    assert [(step.sends, step.receives) for step in sooner[1:] if isinstance(step, Post)] == [(s, ()) for s in sends]
+    # What is gathered keeps its place before what is scattered: each connection delivers in order.
+    backward = column_backward(SequenceShard(24, 3, 0), 2, dgrad=True, wgrad=True)
+    posts = [step for step in receives_first(backward) if isinstance(step, Post)]
+    assert [t.kind for post in posts for t in post.receives] == ["gather"] * 4 + ["scatter"] * 4
+    for unchanged in (matmul_scatter(SequenceShard(24, 3, 0), 2, window=1), gather_matmul(SequenceShard(24, 3, 0), 2)):
+        assert receives_first(unchanged) is unchanged
 
 
 @given(st.integers(0, 50), st.integers(1, 5), st.integers(1, 9), st.sampled_from(["none", "rising", "falling"]))
