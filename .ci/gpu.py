@@ -65,6 +65,9 @@ def bench(name: str, limit: float, *more: str, beside: str = "", of: str = "") -
     return Step(name, ["bench", of or name, "--device", "cuda", *more], limit, beside)
 
 
+#: First of all: without it nothing else can run.
+BUILD = Step("build", ["build"], 280.0)
+
 #: What Nsight Compute reads of each kernel that figures are claimed of; our kernels by their names, torch's not.
 NCU_SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")
 NCU_KERNELS = (
@@ -103,6 +106,8 @@ FIGURES = [
     bench("loopback", 110.0, "--seconds", "0.2", "--chunks", "1", "2", "4"),
     bench("norm, p 0", 80.0, "--quick", "--rows", "16384", "--hidden", *HIDDEN, "--p", "0", "--kind", "rms", of="norm"),
     Step("ncu", ["ncu", "tests.gpu.profile"], 60.0),
+    # Processes that take turns on one device: which of them are right, not how well they overlap.
+    bench("linear", 60.0, "--quick", "--dtype", "bf16", "--chunks", "2"),
     bench("norm of 512 rows", 40.0, "--quick", "--dtype", "bf16", "--rows", "512", "--hidden", "4096", of="norm"),
 ]
 
@@ -152,7 +157,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def build(env: dict[str, str]) -> None:
+def build() -> None:
     """The extension beside its sources, for this machine's device alone unless SEQPAR_CUDA_ARCHS says otherwise.
 
     By CMake, without setuptools: a machine's own may be too old for pyproject.toml.
@@ -162,7 +167,7 @@ def build(env: dict[str, str]) -> None:
     major, minor = torch.cuda.get_device_capability()
     given = {"SEQPAR_CUDA_ARCHS": f"{major}{minor}{'a' if major >= 9 else ''}-real"}
     given["SEQPAR_JOBS"] = str(len(os.sched_getaffinity(0)))  # memory of a small virtual machine grows as it is used
-    os.environ.update({**given, **env, "SEQPAR_REQUIRE_CUDA": "1"})
+    os.environ.update({**given, **os.environ, "SEQPAR_REQUIRE_CUDA": "1"})
     spec = importlib.util.spec_from_file_location("seqpar_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     setup = importlib.util.module_from_spec(spec)
@@ -283,6 +288,8 @@ class Run:
         folder.mkdir()
         if step.is_bench:
             command = [sys.executable, "-m", *step.command, "--save", str(folder)]
+        elif step is BUILD:
+            command = [sys.executable, __file__, "--build-only"]
         elif step.command[0] == "ncu":
             profiled = ncu_command(step.command[1], self.out / "ncu.csv")
             if profiled is None:
@@ -419,6 +426,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--seconds", type=float, default=None, help="of all steps together (default: 470; figures: 570)"
     )
+    parser.add_argument("--build-only", action="store_true", help="build the extension for this machine, here")
     parser.add_argument("--only", nargs="+", default=None, metavar="STEP", help="these steps alone")
     args, more = parser.parse_known_args(arguments)
     known = [step.name for step in (FIGURES if args.figures else QUICK)]
@@ -433,18 +441,20 @@ def main() -> int:
     args, more = parse(sys.argv[1:])
     if not sees_gpu():
         use_venv()
+    if args.build_only:
+        build()
+        return 0
     began = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     env = environment()
-    build(env)
-    took = time.monotonic() - began
     steps = [s for s in (FIGURES if args.figures else QUICK) if args.only is None or s.name in args.only]
     if args.only is not None:  # what they would run beside may not be among them
         steps = [Step(s.name, s.command, s.limit) for s in steps]
-    run = Run(args.out, args.seconds - took, env, more)
-    run.results["build_seconds"] = round(took, 1)
-    run.go(steps)
-    print(f"\nbuild {took:.0f} s, results in {args.out}")
+    run = Run(args.out, args.seconds - (time.monotonic() - began), env, more)
+    run.go([BUILD])
+    if not run.failed():
+        run.go(steps)
+    print(f"\nresults in {args.out}")
     run.summary(sys.stdout)
     return 1 if run.failed() else 0
 

@@ -118,6 +118,19 @@ def test_a_step_that_hangs_or_fails_takes_nothing_from_the_others(
     assert late.failed()
 
 
+@pytest.mark.skipif(torch.cuda.is_available() or any(Path("/dev").glob("nvidia*")), reason="there it would build")
+def test_a_build_that_fails_is_in_the_results(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is run then, and why is told. It fails here for want of a GPU."""
+    monkeypatch.setattr(gpu, "machine", dict)
+    monkeypatch.setattr(gpu, "sees_gpu", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.main() == 1
+    steps = json.loads((tmp_path / "results.json").read_text())["steps"]
+    assert list(steps) == ["build"] and steps["build"]["status"] == 1
+    assert "no GPU to test on" in (tmp_path / "log.txt").read_text()
+
+
 def test_figures_in_short(gpu: ModuleType) -> None:
     common = {"op": "norm.rms", "direction": "fwd", "shape": [8, 4], "dtype": "bf16", "params": {"p": 0.1}}
     times = {"ours": 1.0, "ours-triton": 2.0, "copy": 0.5, "eager": 4.0, "compile": 3.0}
