@@ -1,6 +1,6 @@
 """What a GPU machine is for: the tests marked gpu, then the benchmarks, each step on its own clock.
 
-    python .ci/gpu.py [--out DIR] [--figures] [--seconds N] [--only STEP ...] [pytest's arguments]
+    python .ci/gpu.py [--out DIR] [--figures] [--seconds N] [--only STEP ...] [--build-only] [pytest's arguments]
 
 Uses this interpreter's own torch when it sees a GPU, and then needs no network (wheels of what is missing, such as
 pytest or pybind11, may lie in .whl/); otherwise makes .venv. ``--figures`` measures the published shapes in place of
@@ -447,6 +447,7 @@ def main() -> int:
     began = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     env = environment()
+    os.environ.update(env)
     steps = [s for s in (FIGURES if args.figures else QUICK) if args.only is None or s.name in args.only]
     if args.only is not None:  # what they would run beside may not be among them
         steps = [Step(s.name, s.command, s.limit) for s in steps]

@@ -22,9 +22,9 @@ from ..layout import Group, SequenceShard, group_rank, group_size, resolve_group
 from ..overlap.agreement import checked_together
 from ..overlap.planner import Plan
 from ..overlap.tuning import figures_of
-from ..random import as_seed, check_seeds_alike, debug_enabled
+from ..random import as_seed, debug_enabled
 from .linear import autocast, check_activation, check_no_activation, place, settle_plan
-from .norm import Meta, NormOptions, metas_of, replicated, settle
+from .norm import Meta, NormOptions, compare_seeds, metas_of, replicated, settle
 
 Norm = Literal["layer", "rms"] | None
 KINDS = {"layer": NormKind.LAYER, "rms": NormKind.RMS, None: NormKind.NONE}
@@ -171,7 +171,7 @@ def planned_linear_reduce_scatter_dropout_add_norm(
         seed_tensor = None
     elif pg is not None and debug_enabled() and not torch.compiler.is_compiling():
         assert seed_tensor is not None
-        check_seeds_alike(seed_tensor, pg)
+        compare_seeds(seed_tensor, pg, "linear_reduce_scatter_dropout_add_norm")
     if residual is not None:
         residual = residual.to(settled.scalars.z_dtype)
     if settled.vector_dtype is not None:

@@ -21,11 +21,12 @@ def _known_of(group: ProcessGroup) -> Remembered[tuple[Any, ...], _Known]:
     return Remembered()
 
 
+#: Without a group.
 _known_alone: Remembered[tuple[Any, ...], _Known] = Remembered()
 
 
 class Met:
-    """One kind of call on one group: its plan and place, if it has been met before."""
+    """One kind of call on one group, or on none: its plan and place, if it has been met before."""
 
     __slots__ = ("_all", "_key", "known")
 

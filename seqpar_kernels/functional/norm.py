@@ -238,10 +238,11 @@ def run_norm(
             ready, seed_tensor = _checked(tensors, options, pg, seed)
         if seed_tensor is not None and not torch.compiler.is_compiling():
             # Shards of different lengths would drop different rows without anybody noticing.
-            length = ready.settled.length
-            agreement_of(pg).require(f"dropout over S={length} at dim {options.seq_dim} of {tensors.x.dim()}")
+            dropped = f"dropout over S={ready.settled.length} at dim {options.seq_dim} of {tensors.x.dim()}"
             if debug_enabled():
-                check_seeds_alike(seed_tensor, pg)
+                compare_seeds(seed_tensor, pg, dropped)
+            else:
+                agreement_of(pg).require(dropped)
     settled, call = ready
     if settled.returned == 0:
         return tensors.x  # nothing is dropped, added or normalised
@@ -267,6 +268,12 @@ def _converted(tensors: NormTensors, settled: Settled) -> NormTensors:
     if settled.vector_dtype is not None:
         vectors = [None if v is None else v.to(settled.vector_dtype) for v in vectors]
     return NormTensors(x, residual, *vectors, row_scale, y_scale)  # type: ignore[call-arg]
+
+
+def compare_seeds(seed: Tensor, group: ProcessGroup, where: str) -> None:
+    """:func:`check_seeds_alike` among ranks that all do so: SEQPAR_DEBUG on some of them alone is an error."""
+    agreement_of(group).require(f"{where}, seeds compared: SEQPAR_DEBUG=1")
+    check_seeds_alike(seed, group)
 
 
 def _checked(

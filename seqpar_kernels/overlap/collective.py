@@ -76,7 +76,8 @@ class CollectiveSession:
         self._departures += zip(sends, works[len(receives) :], strict=True)
 
     def takes_receives_early(self, device_type: str) -> bool:
-        return device_type == "cpu"  # NCCL's stream would wait in such a receive and send nothing
+        # On a CPU works are independent of one another; NCCL's stream would wait in such a receive and send nothing.
+        return device_type == "cpu"
 
     def wait(self, transfer: Transfer) -> None:
         self._wait(*self._arrivals[transfer], "receiving")

@@ -10,10 +10,11 @@ from torch.distributed import ProcessGroup
 
 
 def on_one_host(group: ProcessGroup, environment: Mapping[str, str] = os.environ) -> bool | None:
-    """True or False where something here proves it, None where nothing does.
+    """True or False where something here tells, None where nothing does.
 
-    torchrun tells which of the ranks it has started are here; ranks that meet at a loopback address, or talk over the
-    loopback interface, share a host.
+    torchrun tells which ranks this host's agent has started: False stands for ranks of several agents. Ranks that gloo
+    connects over the loopback interface share a host. An address at which they met tells nothing: the host of a store
+    may call itself localhost.
     """
     try:
         members, me = dist.get_process_group_ranks(group), dist.get_rank()
@@ -22,25 +23,17 @@ def on_one_host(group: ProcessGroup, environment: Mapping[str, str] = os.environ
     here = _started_here(environment)
     if me in here:
         return all(member in here for member in members)
-    return True if environment.get("GLOO_SOCKET_IFNAME") == "lo" or _is_loopback(_meeting_point()) else None
+    return True if environment.get("GLOO_SOCKET_IFNAME") == "lo" else None
 
 
 def _started_here(environment: Mapping[str, str]) -> range:
     """The ranks of the world that torchrun has started on this host; none without it."""
     try:
-        rank, local, count = (int(environment[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+        rank, local, count, world = (int(environment[name]) for name in names)
     except (KeyError, ValueError):
         return range(0)
+    # Other launchers set these too, some with ranks dealt out round-robin; and a rank may have spawned this world.
+    if "TORCHELASTIC_RUN_ID" not in environment or world != dist.get_world_size():
+        return range(0)
     return range(rank - local, rank - local + count)
-
-
-def _meeting_point() -> str:
-    """The host of the store by which the ranks of this process found one another; "" for none."""
-    store = dist.distributed_c10d._get_default_store()
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    return store.host if isinstance(store, dist.TCPStore) else ""
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")

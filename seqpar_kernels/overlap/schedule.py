@@ -214,12 +214,12 @@ def _scatter_phase(
 def receives_first(steps: list[Step]) -> list[Step]:
     """The same steps, but what is yet to arrive is posted before the first computation, all at once.
 
-    For transports where a send that finds its receive there sets off at once. With a window nothing changes: buffers
-    are waited for there.
+    For transports where a send that finds its receive there sets off at once. Where a window makes steps wait for
+    buffers nothing changes.
     """
     first = next((i for i, step in enumerate(steps) if isinstance(step, Compute)), len(steps))
     early = tuple(t for step in steps[first:] if isinstance(step, Post) for t in step.receives)
-    if not early or Drain() in steps:
+    if not early or any(isinstance(step, Drain) for step in steps):
         return steps
     rest = (Post(step.sends, ()) if isinstance(step, Post) else step for step in steps[first:])
     return [*steps[:first], Post((), early), *(step for step in rest if step != _NOTHING)]

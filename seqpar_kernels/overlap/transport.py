@@ -79,7 +79,7 @@ class Session(Protocol):
     def takes_receives_early(self, device_type: str) -> bool:
         """Whether receives may be posted long before the peers' sends, without keeping anything else from moving.
 
-        A send that finds its receive there needs not ask for it first.
+        A send that finds its receive there need not ask for it first.
         """
 
     def wait(self, transfer: Transfer) -> None:

@@ -71,7 +71,8 @@ def _local(group: ProcessGroup, device_type: str) -> Figures:
     if figures is not None:
         return figures
     defaults = default_figures(device_type, place.one_host)
-    return defaults._replace(source=f"{defaults.source} ({reason})")
+    where = {True: "on one host", False: "on several hosts", None: "who may be on several hosts"}[place.one_host]
+    return defaults._replace(source=f"{defaults.source} ({reason}; ranks {where})")
 
 
 def _place(group: ProcessGroup, device_type: str) -> Place:

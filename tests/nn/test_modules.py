@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from seqpar_kernels import linear_reduce_scatter_dropout_add_norm
 from seqpar_kernels import nn as spnn
 
 from ..world import World
@@ -276,6 +277,27 @@ def seeds_case() -> None:
             spnn.Dropout(0.5, group=g)(x)
     finally:
         del os.environ["SEQPAR_DEBUG"]
+
+
+def half_debugged_case() -> None:
+    """Only rank 0 compares seeds."""
+    import os
+
+    g = dist.new_group(list(range(group().size())))  # where nothing has been agreed on yet
+    x, weight = torch.ones(2, 4, 8), torch.ones(8, 8)
+    if g.rank() == 0:
+        os.environ["SEQPAR_DEBUG"] = "1"
+    try:
+        with pytest.raises(RuntimeError, match=r"the ranks disagree, nothing was sent: .*SEQPAR_DEBUG=1"):
+            spnn.Dropout(0.5, group=g)(x)
+        with pytest.raises(RuntimeError, match=r"the ranks disagree, nothing was sent: .*SEQPAR_DEBUG=1"):
+            linear_reduce_scatter_dropout_add_norm(x, weight, norm="rms", norm_weight=torch.ones(8), p=0.5, group=g)
+    finally:
+        os.environ.pop("SEQPAR_DEBUG", None)
+
+
+def test_seeds_compared_by_some_ranks_alone_are_an_error(world2: World) -> None:
+    world2.run(half_debugged_case)
 
 
 def test_debug_check_finds_ranks_seeded_differently(world2: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -362,6 +363,24 @@ def bad_case(case: str) -> None:
     fn = sp.all_gather_linear if which == "ag" else sp.linear_reduce_scatter
     with pytest.raises(ValueError, match=message):
         fn(**{**arguments, **changed})
+
+
+@pytest.mark.parametrize("op", [sp.all_gather_linear, sp.linear_reduce_scatter])
+def test_a_call_like_one_that_was_right_is_checked_all_the_same(op: Callable[..., Tensor]) -> None:
+    """What has been met before is looked up: by everything that the checks look at."""
+    x, weight = torch.randn(1, 4, 8), torch.randn(6, 8)
+    op(x, weight, group=None, main_grad=torch.zeros(6, 8), chunks=1, seq_dim=1)
+    for wrong in (
+        {"main_grad": torch.zeros(6, 8, requires_grad=True)},
+        {"main_grad": torch.zeros(6, 8, dtype=torch.float64)},
+        {"chunks": True},
+        {"seq_dim": 1.0},
+        {"engine": "none"},
+    ):
+        good = {"main_grad": torch.zeros(6, 8), "chunks": 1, "seq_dim": 1, "group": None}
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+            op(x, weight, **{**good, **wrong})  # type: ignore[arg-type]
+        op(x, weight, **good)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", bad_calls())

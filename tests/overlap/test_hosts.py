@@ -1,4 +1,4 @@
-"""What one rank can prove about where the others are."""
+"""What one rank can tell about where the others are."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from seqpar_kernels.overlap.loopback import Loopback
 GROUP = cast(dist.ProcessGroup, None)  # its members are made up
 
 
-def known(monkeypatch: pytest.MonkeyPatch, rank: int, members: Sequence[int], store: dist.Store | None = None) -> None:
+def known(monkeypatch: pytest.MonkeyPatch, rank: int, members: Sequence[int], ranks: int) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: list(members))
-    met_at = dist.HashStore() if store is None else store
-    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: dist.PrefixStore("a", met_at))
+
+
+def torchrun(rank: int, local: int, here: int, ranks: int) -> dict[str, str]:
+    numbers = {"RANK": rank, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": here, "WORLD_SIZE": ranks}
+    return {"TORCHELASTIC_RUN_ID": "none", **{name: str(number) for name, number in numbers.items()}}
 
 
 @pytest.mark.parametrize(
@@ -27,36 +31,32 @@ def known(monkeypatch: pytest.MonkeyPatch, rank: int, members: Sequence[int], st
 )
 def test_torchrun_tells(monkeypatch: pytest.MonkeyPatch, members: list[int], expected: bool) -> None:
     """Four ranks a host; this is rank 5, the second of the second host."""
-    known(monkeypatch, 5, members)
-    assert on_one_host(GROUP, {"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}) is expected
+    known(monkeypatch, 5, members, 12)
+    assert on_one_host(GROUP, torchrun(5, 1, 4, 12)) is expected
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     "environment",
     [
         {},
-        {"RANK": "1"},
-        {"RANK": "one", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
-        {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},  # of whoever started the process that spawned us
-        {"GLOO_SOCKET_IFNAME": "eth0"},
+        {"RANK": "1", "TORCHELASTIC_RUN_ID": "none"},
+        {**torchrun(0, 0, 2, 2), "RANK": "zero"},
+        torchrun(0, 0, 1, 1),  # of whoever started the process that spawned us
+        {k: v for k, v in torchrun(1, 0, 1, 2).items() if k != "TORCHELASTIC_RUN_ID"},  # another launcher
+        {"GLOO_SOCKET_IFNAME": "eth0", "MASTER_ADDR": "localhost"},
     ],
 )
-def test_nothing_is_proved(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
-    known(monkeypatch, 1, [0, 1])
+def test_nothing_is_told(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], rank: int) -> None:
+    known(monkeypatch, rank, [0, 1], 2)
     assert on_one_host(GROUP, environment) is None
 
 
 def test_ranks_on_the_loopback_interface(monkeypatch: pytest.MonkeyPatch) -> None:
-    known(monkeypatch, 1, [0, 1])
+    known(monkeypatch, 1, [0, 1], 2)
     assert on_one_host(GROUP, {"GLOO_SOCKET_IFNAME": "lo"}) is True
-
-
-def test_ranks_that_met_at_a_loopback_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
-    known(monkeypatch, 1, [0, 1], store)
-    assert on_one_host(GROUP, {}) is True
-    # torchrun knows better: the first host may call itself so.
-    assert on_one_host(GROUP, {"RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}) is False
+    # torchrun knows better.
+    assert on_one_host(GROUP, {"GLOO_SOCKET_IFNAME": "lo", **torchrun(1, 0, 1, 2)}) is False
 
 
 def test_a_group_that_torch_does_not_know() -> None:
@@ -71,6 +71,6 @@ def test_defaults_follow() -> None:
     assert "InfiniBand" in default_figures("cuda", False).source
 
 
-def test_virtual_ranks_prove_nothing() -> None:
+def test_virtual_ranks_tell_nothing() -> None:
     with Loopback(2) as world:
         assert on_one_host(world.groups[0], {}) is None
