@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from . import __version__
+from .convert.checks import why_not_convert
 from .kernels import BACKENDS, native, why_not
 from .overlap.tuning import tune
 
@@ -45,6 +46,8 @@ def report() -> str:
     for name in ("gloo", "nccl", "ucc", "mpi"):
         available = dist.is_available() and getattr(dist, f"is_{name}_available")()
         lines.append(f"  {name:<18} {'yes' if available else 'no: this torch was built without it'}")
+    reason = why_not_convert()
+    lines += ["", "models", f"  {'parallelize':<18} {'yes' if reason is None else 'no: ' + reason}"]
     return "\n".join(lines)
 
 

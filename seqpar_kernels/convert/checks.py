@@ -18,6 +18,25 @@ from .conversion import Conversion
 from .modules import converted_norm
 from .plans import ParallelPlan, matches
 
+#: Older DTensors take parameters that are cut in several sections for something else, and 2.9 drops gradients of
+#: parameters that are listed as DTensors and used in a penalty: neither is noticed there.
+LEAST_TORCH = (2, 12)
+
+
+def why_not_convert() -> str | None:
+    """Why this torch cannot run converted models on several ranks; None if it can."""
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if release >= LEAST_TORCH:
+        return None
+    wanted = ".".join(map(str, LEAST_TORCH))
+    return f"parallelize needs the DTensors of torch {wanted} or newer, this is {torch.__version__}"
+
+
+def check_torch(ranks: int) -> None:
+    reason = why_not_convert() if ranks > 1 else None
+    if reason is not None:
+        raise RuntimeError(f"torch: {reason}; functions and modules run with 2.9 or newer")
+
 
 def check_arguments(model: Any, seq_dim: Any, loss_parallel: Any) -> None:
     if not isinstance(model, nn.Module):

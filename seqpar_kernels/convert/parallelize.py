@@ -19,6 +19,7 @@ from .checks import (
     check_fields,
     check_sizes,
     check_ties,
+    check_torch,
     count_of,
     digest,
     divided,
@@ -74,13 +75,14 @@ def parallelize(
     Raises:
         ValueError: no plan, a pattern that matches nothing, sizes or head counts that do not divide, tied weights that
             would be torn apart. Nothing has been changed then.
-        RuntimeError: the ranks hold different models or weights.
+        RuntimeError: the ranks hold different models or weights, or a torch older than 2.12 with several ranks.
     """
     region = Region(group_or_mesh, -2 if seq_dim is None else seq_dim)
     agreement = None if region.group is None else agreement_of(region.group)
     if agreement is not None:
         agreement.conversions += 1
     with checked_together(region.group):
+        check_torch(region.ranks)
         check_engine(engine)
         check_arguments(model, seq_dim, loss_parallel)
         if getattr(model, "_seqpar", None) is not None:
