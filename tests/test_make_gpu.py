@@ -124,7 +124,8 @@ def test_a_build_that_fails_is_in_the_results(gpu: ModuleType, tmp_path: Path, m
     monkeypatch.setattr(gpu, "machine", dict)
     monkeypatch.setattr(gpu, "sees_gpu", lambda: True)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # it sets variables for whatever it starts
+    os.environ["PATH"] = str(tmp_path)
     assert gpu.main() == 1
     steps = json.loads((tmp_path / "results.json").read_text())["steps"]
     assert list(steps) == ["build"] and steps["build"]["status"] == 1

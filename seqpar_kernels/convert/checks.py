@@ -18,13 +18,14 @@ from .conversion import Conversion
 from .modules import converted_norm
 from .plans import ParallelPlan, matches
 
-#: Older DTensors take parameters that are cut in several sections for something else, and 2.9 drops gradients of
-#: parameters that are listed as DTensors and used in a penalty: neither is noticed there.
+#: The DTensors of 2.11 refuse parameters that are cut in several sections; with those of 2.9 the gradients of penalties
+#: on listed parameters come out wrong, and nobody notices.
 LEAST_TORCH = (2, 12)
 
 
 def why_not_convert() -> str | None:
     """Why this torch cannot run converted models on several ranks; None if it can."""
+    # By numbers: what NVIDIA's containers call 2.12.0a0 has the DTensors of 2.12.
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if release >= LEAST_TORCH:
         return None

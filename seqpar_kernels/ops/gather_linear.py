@@ -18,7 +18,7 @@ from ..overlap.schedule import Compute, Transfer
 from . import linear_uncut
 from .library import apply, group_named, register, without_autocast
 from .linear_common import PLACE, rows_here, shape_with, sum_rows, weights_signature
-from .main_grad import weight_gradient
+from .main_grad import weight_gradients
 
 
 @without_autocast
@@ -206,10 +206,7 @@ def _gather_backward_kernel(
     main_grads: list[Tensor | None] | None = None,
 ) -> list[Tensor]:
     pg = group_named(group)
-    if pg is None:
-        dx, dws = linear_uncut.local_backward(x, grads, weights, want_dx, want_dw, main_grads)
-        return _gradients(dx, dws, grads, weights, want_db)
-    if engine == "single":
+    if pg is None or engine == "single":
         dx, dws = linear_uncut.gather_linear_backward(
             pg, x, grads, weights, want_dx, want_dw, main_grads, gathered, seq_dim, seq_len
         )
@@ -241,11 +238,8 @@ def _gather_backward_kernel(
             for position, (i, dy) in enumerate(used):
                 matmul_into(out, dy.matrices(step.start, step.stop), weights[i], add=position > 0)
         elif step.stage == "wgrad":
-            rows = whole.data.reshape(-1, features)
-            for i, dy in used:
-                if want_dw[i]:
-                    dy_rows = dy.data.reshape(-1, dy.features)
-                    dws.append(weight_gradient(main_grads[i] if main_grads else None, dy_rows, rows))
+            dys = [(i, dy.data.reshape(-1, dy.features)) for i, dy in used]
+            dws.extend(weight_gradients(main_grads, dys, whole.data.reshape(-1, features), want_dw))
 
     def source(transfer: Transfer) -> Tensor:
         rows = transfer.rows

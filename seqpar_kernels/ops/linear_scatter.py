@@ -156,13 +156,9 @@ def _scatter_backward_kernel(
     pg = group_named(group)
     features_out, features_in = weight.shape
     if pg is None or engine == "single":
-        if pg is None:
-            rows, main_grads = dy, None if main_grad is None else [main_grad]
-            dx, dws = linear_uncut.local_backward(x, [dy], [weight], want_dx, [want_dw], main_grads)
-        else:
-            dx, dws, rows = linear_uncut.linear_scatter_backward(
-                pg, dy, x, weight, want_dx, want_dw, want_db, main_grad, seq_dim, seq_len
-            )
+        dx, dws, rows = linear_uncut.linear_scatter_backward(
+            pg, dy, x, weight, want_dx, want_dw, want_db, main_grad, seq_dim, seq_len
+        )
         db = sum_rows(rows_of(rows), bias_dtype) if want_db and bias_dtype is not None else None
         return [gradient for gradient in (dx, *dws, db) if gradient is not None]
     details = weights_signature([weight], f"chunks={chunks}", f"dx={want_dx} dw={want_dw} db={want_db}")

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from ..overlap.pipeline import Partials, rows_of
 from ..overlap.uncut import Uncut, uncut_kind
-from .main_grad import weight_gradient
+from .main_grad import weight_gradient, weight_gradients
 
 
 def gather_linear(
@@ -33,13 +33,13 @@ def gather_linear(
 
 
 def gather_linear_backward(
-    group: ProcessGroup,
+    group: ProcessGroup | None,
     x: Tensor,
     grads: list[Tensor | None],
     weights: list[Tensor],
     want_dx: bool,
     want_dw: list[bool],
-    main_grads: list[Tensor | None] | None,
+    main_grads: Sequence[Tensor | None] | None,
     gathered: bool,
     seq_dim: int,
     seq_len: int,
@@ -48,8 +48,12 @@ def gather_linear_backward(
 
     x [..., S/t, ..., K], or all rows if ``gathered``.
     """
+    # A weight whose output nobody used has no gradient and adds nothing to dx.
+    used = [(i, rows_of(g)) for i, g in enumerate(grads) if g is not None]
+    if group is None:
+        local_dx = torch.ops.aten._unsafe_view.default(_dgrad(used, weights), x.shape) if want_dx else None
+        return local_dx, weight_gradients(main_grads, used, rows_of(x), want_dw) if any(want_dw) else []
     features = x.shape[-1]
-    used = _used(grads)
     wants = {"dx": want_dx, "dw": tuple(want_dw), "gathered": gathered}
     kind = uncut_kind("all_gather_linear backward", x, seq_dim, seq_len, group, features, N=_outputs(weights), **wants)
     dws: list[Tensor | None] = []
@@ -63,50 +67,20 @@ def gather_linear_backward(
             if not gathered:
                 call.gathered()
             with call.label("wgrad"):
-                dws = _wgrads(used, whole, want_dw, main_grads)
+                dws = weight_gradients(main_grads, used, rows_of(whole), want_dw)
         if not want_dx:
             return None, dws
         call.scattered()
         return partials.reduce(None), dws
 
 
-def local_backward(
-    x: Tensor,
-    grads: list[Tensor | None],
-    weights: list[Tensor],
-    want_dx: bool,
-    want_dw: list[bool],
-    main_grads: Sequence[Tensor | None] | None,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Without a group: dx and the wanted gradients of weights, None where added to a main_grad. x [..., K]"""
-    used = _used(grads)
-    dx = torch.ops.aten._unsafe_view.default(_dgrad(used, weights), x.shape) if want_dx else None
-    return dx, _wgrads(used, x, want_dw, main_grads) if any(want_dw) else []
-
-
-_Used = list[tuple[int, Tensor]]
-
-
-def _used(grads: list[Tensor | None]) -> _Used:
-    """A weight whose output nobody used has no gradient and adds nothing to dx. [rows, N] by the weight's index."""
-    return [(i, rows_of(g)) for i, g in enumerate(grads) if g is not None]
-
-
-def _dgrad(used: _Used, weights: list[Tensor]) -> Tensor:
+def _dgrad(used: list[tuple[int, Tensor]], weights: list[Tensor]) -> Tensor:
     """[rows, K]"""
     (first, dy), *others = used
     dx = dy.mm(weights[first])
     for i, dy in others:
         dx.addmm_(dy, weights[i])
     return dx
-
-
-def _wgrads(
-    used: _Used, x: Tensor, want_dw: list[bool], main_grads: Sequence[Tensor | None] | None
-) -> list[Tensor | None]:
-    """[N, K] for each that is wanted, None where added to a main_grad. x [..., K]"""
-    rows = rows_of(x)
-    return [weight_gradient(main_grads[i] if main_grads else None, dy, rows) for i, dy in used if want_dw[i]]
 
 
 def partial_results(name: str, group: ProcessGroup, x: Tensor, weight: Tensor, seq_dim: int) -> Partials:
@@ -121,7 +95,7 @@ def partial_results(name: str, group: ProcessGroup, x: Tensor, weight: Tensor, s
 
 
 def linear_scatter_backward(
-    group: ProcessGroup,
+    group: ProcessGroup | None,
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -133,6 +107,9 @@ def linear_scatter_backward(
     seq_len: int,
 ) -> tuple[Tensor | None, list[Tensor | None], Tensor]:
     """dx, the weight's gradient if wanted, None where added to main_grad, and all rows of dy. dy [..., S/t, ..., N]"""
+    if group is None:  # then it is the backward of a column-parallel linear
+        place = (True, seq_dim, seq_len)
+        return *gather_linear_backward(None, x, [dy], [weight], want_dx, [want_dw], [main_grad], *place), dy
     features_out, features_in = weight.shape
     wants = {"K": features_in, "dx": want_dx, "dw": want_dw, "db": want_db}
     kind = uncut_kind("linear_reduce_scatter backward", dy, seq_dim, seq_len, group, features_out, **wants)

@@ -6,6 +6,7 @@ and adds to what is there, and no gradient of the weight's own dtype exists.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,13 @@ def weight_gradient(main_grad: Tensor | None, dy: Tensor, x: Tensor) -> Tensor |
         return dy.t().mm(x)
     add_weight_gradient(main_grad, dy, x)
     return None
+
+
+def weight_gradients(
+    main_grads: Sequence[Tensor | None] | None, dys: Iterable[tuple[int, Tensor]], x: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """:func:`weight_gradient` of each wanted weight, of several that share x; ``dys`` by the weight's index."""
+    return [weight_gradient(main_grads[i] if main_grads else None, dy, x) for i, dy in dys if wanted[i]]
 
 
 class _Announce(torch.autograd.Function):

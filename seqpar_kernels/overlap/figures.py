@@ -52,29 +52,29 @@ class Figures(NamedTuple):
 def default_figures(device_type: str, one_host: bool | None = None) -> Figures:
     """What is taken where nothing has been measured. ``one_host``: whether the ranks share one; None: not known."""
     if device_type != "cpu":
-        links = "InfiniBand, 400 Gbit/s a GPU" if one_host is False else "NVLink"
+        link, rate = ("InfiniBand, 400 Gbit/s a GPU", 50e9) if one_host is False else ("NVLink", 200e9)
         return Figures(
             flops_64=30e12,
             flops_32=50e12,
             flops_16=600e12,
             memory_bytes=3e12,
             call_seconds=10e-6,
-            link_bytes=50e9 if one_host is False else 200e9,
+            link_bytes=rate,
             message_seconds=20e-6,
             busy_seconds=0.0,
-            source=f"defaults for {device_type}: assumed, a GPU of the H100's class on {links}, unmeasured",
+            source=f"defaults for {device_type}: assumed, a GPU of the H100's class on {link}, unmeasured",
         )
     threads = torch.get_num_threads()
-    # Where ranks may be on several hosts: if the link is faster than this, a needless cut costs a few percent; if it is
-    # slower than assumed, a missing cut costs the whole wire time.
-    link = "between processes of one host, measured" if one_host else "assumed, 1 Gbit/s"
+    # Where the link is faster than assumed, a needless cut costs a few percent; where it is slower, a missing cut would
+    # cost the whole wire time.
+    link, rate = ("between processes of one host, measured", 2e9) if one_host else ("assumed, 1 Gbit/s", 125e6)
     return Figures(
         flops_64=100e9 * threads,
         flops_32=200e9 * threads,
         flops_16=800e9 * threads,
         memory_bytes=15e9,
         call_seconds=2e-6,
-        link_bytes=2e9 if one_host else 125e6,
+        link_bytes=rate,
         message_seconds=50e-6,
         busy_seconds=0.3e-9 / threads,
         source=f"defaults for cpu: {threads} threads of a 2026 Xeon with gloo, measured; its link {link}",
