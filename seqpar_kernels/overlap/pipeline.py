@@ -23,7 +23,7 @@ from . import schedule as schedules
 from .collective import CollectiveTransport
 from .labels import span, traced
 from .loopback import LoopbackGroup, LoopbackTransport
-from .schedule import Compute, Drain, Post, Step, Transfer, Wait
+from .schedule import Compute, Drain, Post, Schedule, Step, Transfer, Wait
 from .transport import Message, Room, Session, Transport, end, in_blocks
 
 # A matmul of fewer rows than this per outer index wastes the machine: rather one matmul and a copy into place.
@@ -146,7 +146,7 @@ class Exchange:
 
 
 def run(
-    steps: list[Step],
+    steps: Schedule,
     exchange: Exchange,
     source: Callable[[Transfer], Tensor],
     target: Callable[[Transfer], Tensor],
@@ -155,7 +155,7 @@ def run(
     """Execute a schedule. ``source``/``target`` give the [outer, rows, ...] window of a transfer at either end."""
     with exchange.open(steps):
         if exchange.takes_receives_early:
-            steps = schedules.receives_first(steps)
+            steps = steps.receives_first
         for step in traced(exchange.name, steps):
             match step:
                 case Post():

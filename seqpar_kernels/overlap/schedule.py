@@ -19,13 +19,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, ParamSpec
 
 from ..layout import SequenceShard, split_point
-
-# Building one takes longer than a small matmul, and layers ask for the same few: nobody changes what comes back.
-_remembered = functools.lru_cache(1024)
 
 Stage = Literal["matmul", "dgrad", "wgrad", "reduce"]
 
@@ -85,6 +83,38 @@ class Compute:
 
 
 Step = Post | Wait | Drain | Compute
+
+
+class Schedule(list[Step]):
+    """The steps of one rank, from first to last."""
+
+    @functools.cached_property
+    def receives_first(self) -> Schedule:
+        """The same steps, but what is yet to arrive is posted before the first computation, all at once.
+
+        For transports where a send that finds its receive there sets off at once. Where a window makes steps wait for
+        buffers nothing changes.
+        """
+        first = next((i for i, step in enumerate(self) if isinstance(step, Compute)), len(self))
+        early = tuple(t for step in self[first:] if isinstance(step, Post) for t in step.receives)
+        if not early or any(isinstance(step, Drain) for step in self):
+            return self
+        rest = (Post(step.sends, ()) if isinstance(step, Post) else step for step in self[first:])
+        return Schedule([*self[:first], Post((), early), *(step for step in rest if step != _NOTHING)])
+
+
+_Arguments = ParamSpec("_Arguments")
+
+
+def _remembered(build: Callable[_Arguments, list[Step]]) -> Callable[_Arguments, Schedule]:
+    """Building one takes longer than a small matmul, and layers ask for the same few. Nobody changes one."""
+
+    @functools.lru_cache(1024)
+    @functools.wraps(build)
+    def schedule(*args: _Arguments.args, **options: _Arguments.kwargs) -> Schedule:
+        return Schedule(build(*args, **options))
+
+    return schedule  # type: ignore[return-value]  # mypy sees a cache of anything hashable
 
 
 Taper = Literal["none", "rising", "falling"]
@@ -209,20 +239,6 @@ def _scatter_phase(
             under_way.append(post)
     steps.append(Compute(stage, shard.start, shard.stop))
     return steps, _arrivals(under_way)
-
-
-def receives_first(steps: list[Step]) -> list[Step]:
-    """The same steps, but what is yet to arrive is posted before the first computation, all at once.
-
-    For transports where a send that finds its receive there sets off at once. Where a window makes steps wait for
-    buffers nothing changes.
-    """
-    first = next((i for i, step in enumerate(steps) if isinstance(step, Compute)), len(steps))
-    early = tuple(t for step in steps[first:] if isinstance(step, Post) for t in step.receives)
-    if not early or any(isinstance(step, Drain) for step in steps):
-        return steps
-    rest = (Post(step.sends, ()) if isinstance(step, Post) else step for step in steps[first:])
-    return [*steps[:first], Post((), early), *(step for step in rest if step != _NOTHING)]
 
 
 @_remembered

@@ -14,6 +14,7 @@ from seqpar_kernels.overlap.schedule import (
     Compute,
     Drain,
     Post,
+    Schedule,
     Step,
     Taper,
     Transfer,
@@ -24,12 +25,11 @@ from seqpar_kernels.overlap.schedule import (
     gather_matmul_scatter,
     gather_only,
     matmul_scatter,
-    receives_first,
     row_backward,
     scatter_only,
 )
 
-Program = Callable[[SequenceShard], list[Step]]
+Program = Callable[[SequenceShard], Schedule]
 
 PROGRAMS: dict[str, Callable[[int], Program]] = {
     "gather_only": lambda c: gather_only,
@@ -59,7 +59,7 @@ PROGRAMS |= {
 }
 
 PROGRAMS |= {
-    f"{name}_receives_first": lambda c, program=program: lambda s: receives_first(program(c)(s))
+    f"{name}_receives_first": lambda c, program=program: lambda s: program(c)(s).receives_first
     for name, program in PROGRAMS.items()
 }
 
@@ -254,7 +254,7 @@ def test_chunks_are_small_where_nothing_hides_them() -> None:
 
 def test_receives_come_first_but_for_what_a_window_bounds() -> None:
     steps = matmul_scatter(SequenceShard(24, 3, 0), 2)
-    sooner = receives_first(steps)
+    sooner = steps.receives_first
     received = [t for step in steps if isinstance(step, Post) for t in step.receives]
     assert sooner[0] == Post((), tuple(received)) and len(received) == 4
     assert [step for step in sooner if not isinstance(step, Post)] == [s for s in steps if not isinstance(s, Post)]
@@ -262,10 +262,10 @@ def test_receives_come_first_but_for_what_a_window_bounds() -> None:
     assert [(step.sends, step.receives) for step in sooner[1:] if isinstance(step, Post)] == [(s, ()) for s in sends]
     # What is gathered keeps its place before what is scattered: each connection delivers in order.
     backward = column_backward(SequenceShard(24, 3, 0), 2, dgrad=True, wgrad=True)
-    posts = [step for step in receives_first(backward) if isinstance(step, Post)]
+    posts = [step for step in backward.receives_first if isinstance(step, Post)]
     assert [t.kind for post in posts for t in post.receives] == ["gather"] * 4 + ["scatter"] * 4
     for unchanged in (matmul_scatter(SequenceShard(24, 3, 0), 2, window=1), gather_matmul(SequenceShard(24, 3, 0), 2)):
-        assert receives_first(unchanged) is unchanged
+        assert unchanged.receives_first is unchanged
 
 
 @given(st.integers(0, 50), st.integers(1, 5), st.integers(1, 9), st.sampled_from(["none", "rising", "falling"]))
