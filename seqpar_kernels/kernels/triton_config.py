@@ -1,7 +1,8 @@
 """How the Triton kernels cut a [rows, cols] problem: a fixed table, so that nothing is tuned on a first call.
 
-A thread gets 8 or 16 elements of a row, 32 in the longest, which leaves every value in registers (but for two of the
-forward at 32768 columns); where a row has too many for one thread block, the chunked kernels take over.
+A thread gets 8 or 16 elements of a row, 32 in the longest, which leaves every value in registers (but for some of the
+forward at 32768 columns, the more the more terms it has); where a row has too many for one thread block, the chunked
+kernels take over.
 ``tests/kernels/test_norm_triton.py`` holds the table to that.
 """
 
@@ -59,6 +60,9 @@ _SMALLEST_BLOCK = 16
 _LARGEST_STAGES = 3
 #: Shared memory for the backward's tiles in flight on one multiprocessor; the smallest supported has 99 KiB.
 _SHARED_BYTES = 80 * 1024
+
+#: What every launch asks of the compiler: multiply-add in one instruction, which Triton 3.10 stops doing unasked.
+LAUNCH = {"enable_fp_fusion": True}
 
 #: The sum over partial sums: few columns a program, since there are only ``cols`` of them to share out.
 PARTIALS = Tile(128, 32, 8, held=False)

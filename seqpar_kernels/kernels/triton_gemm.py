@@ -39,6 +39,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .triton_config import LAUNCH
 from .triton_gemm_config import gemm_tile
 from .triton_gemm_kernel import await_kernel, gemm_kernel
 
@@ -178,7 +179,7 @@ def await_flag(flags: Tensor, flag: int, epoch: int, status: Tensor, *, timeout:
     """
     _check_words("await_flag", flags, flags=flags, status=status)
     with torch.cuda.device_of(flags):
-        await_kernel[(1,)](flags, status, flag, epoch, _polls("await_flag", timeout), num_warps=1)
+        await_kernel[(1,)](flags, status, flag, epoch, _polls("await_flag", timeout), num_warps=1, **LAUNCH)
 
 
 def check_status(status: Tensor, op: str = "gather_matmul") -> None:
@@ -281,7 +282,7 @@ def _launch(
             epoch, polls, table.shape[0], n, k, x.stride(0), weight.stride(0), weight.stride(1), out.stride(0),
             tile.tma, tile.tma and not _INTERPRETED, k % tile.depth == 0, transposed, "tf32" if tf32 else "ieee",
             tile.tma, tile.rows, tile.cols, tile.depth, tile.group,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **LAUNCH,
         )  # fmt: skip
     return out
 

@@ -23,7 +23,7 @@ from .spec import (
     dropout_threshold,
     on_matrices,
 )
-from .triton_config import PARTIALS, backward_tile, forward_tile, shards_tile
+from .triton_config import LAUNCH, PARTIALS, backward_tile, forward_tile, shards_tile
 from .triton_norm_backward import norm_backward_chunked_kernel, norm_backward_kernel, sum_partials_kernel
 from .triton_norm_forward import norm_forward_chunked_kernel, norm_forward_kernel
 from .triton_reduce import reduce_shards_kernel
@@ -131,7 +131,7 @@ def norm_forward(
                 x, x_bias, row_scale, residual, seed, weight, bias, weight2, bias2, y_scale, z, y, y2, mean, rstd,
                 x.stride(-2), shard_stride, _stride(residual), rows, cols, *_dropout(spec.p),
                 *_positive_block(spec.rows), int(spec.kind), spec.zero_centered, spec.eps, _ACC[x.dtype], shards,
-                tile.rows, tile.block, tile.early, num_warps=tile.warps,
+                tile.rows, tile.block, tile.early, num_warps=tile.warps, **LAUNCH,
             )  # fmt: skip
     return NormOutputs(y, y2, z, statistics)
 
@@ -179,13 +179,13 @@ def norm_backward(
             dy, dy2, dz, z, mean, rstd, row_scale, seed, weight, weight2, dx, dresidual, partials,
             _stride(dy), _stride(dy2), _stride(dz), _stride(z), rows, cols, *_dropout(spec.p),
             *_positive_block(spec.rows), *slots, int(kind), spec.zero_centered, _ACC[spec.x_dtype],
-            tile.rows, tile.block, tile.early, tile.stages, num_warps=tile.warps,
+            tile.rows, tile.block, tile.early, tile.stages, num_warps=tile.warps, **LAUNCH,
         )  # fmt: skip
         if count:
             out = [vector for vector, slot in zip(vectors, slots, strict=True) if slot >= 0]
             sum_partials_kernel[(-(-cols // PARTIALS.block), count)](
                 partials, *out, *(None,) * (5 - count), programs, cols, PARTIALS.rows, PARTIALS.block,
-                num_warps=PARTIALS.warps,
+                num_warps=PARTIALS.warps, **LAUNCH,
             )  # fmt: skip
     return NormGrads(dx, dresidual, *vectors)
 
@@ -200,6 +200,6 @@ def reduce_shards(parts: Tensor, bias: Tensor | None, out: Tensor | None = None)
         with torch.cuda.device_of(parts):
             reduce_shards_kernel[(-(-rows // tile.rows) * -(-cols // tile.block),)](
                 parts, bias, out, parts.stride(0), parts.stride(1), out.stride(0), rows, cols,
-                count, _ACC[parts.dtype], tile.rows, tile.block, num_warps=tile.warps,
+                count, _ACC[parts.dtype], tile.rows, tile.block, num_warps=tile.warps, **LAUNCH,
             )  # fmt: skip
     return out
