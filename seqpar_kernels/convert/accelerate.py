@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .conversion import conversion_of
+from .pretrained import tell_data_parallel
 
 
 def parallelism_config(model: nn.Module) -> ParallelismConfig | None:
@@ -54,7 +55,7 @@ def parallelism_config(model: nn.Module) -> ParallelismConfig | None:
     _check_ranks(model, data_parallel, tensor_parallel)
     told: Any = model
     if hasattr(model, "save_pretrained"):
-        told._fsdp_size = data_parallel
+        tell_data_parallel(model, data_parallel)
     elif getattr(model, "tp_size", None) is None:
         told.tp_size = tensor_parallel
     if data_parallel > 1:  # fully_shard renames the class; by its name Trainer knows whether labels are shifted

@@ -33,6 +33,7 @@ PROVEN = frozenset({
 _COLWISE = ("colwise", "colwise_gather_output", "colwise_rep")
 _ROWWISE = ("rowwise", "rowwise_split_input", "rowwise_rep")
 _PARTIAL = ("replicated_with_grad_allreduce", "mla_kv_a_proj")  # whole on every rank, gradients summed
+_LOCAL = "local_params"  # computes with plain tensors: all modules do here, so it says nothing
 _EXPERTS = ("experts", "router", "shared_experts", "shared_expert")
 #: Attributes by which attention code counts its heads.
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads", "n_head")
@@ -56,7 +57,8 @@ class _WholeOnly(Exception):
 class _Derivation:
     def __init__(self, model: nn.Module, ranks: int):
         self.model, self.ranks = model, ranks
-        self.carried: dict[str, str] = dict(getattr(model, "_tp_plan", None) or {})
+        carried: dict[str, str] = getattr(model, "_tp_plan", None) or {}
+        self.carried = {name: style for name, style in carried.items() if style != _LOCAL}
         if not self.carried:
             raise ValueError(
                 f"plan: there is no built-in plan for {type(model).__name__} and it carries no tensor-parallel plan; "

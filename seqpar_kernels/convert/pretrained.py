@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .state import full_state_dict
+
+_TOLD = "distributed_config"
 
 
 def answer_for_ranks(model: Any, mesh: DeviceMesh) -> None:
@@ -23,6 +26,8 @@ def answer_for_ranks(model: Any, mesh: DeviceMesh) -> None:
     if not hasattr(model, "save_pretrained"):
         return
     model._tp_size, model._device_mesh = mesh.size(), mesh
+    model._is_distributed_loading_by_transformers = True  # what Trainer asks since Transformers 5.19
+    tell_data_parallel(model, 1)
     save = model.save_pretrained
 
     @functools.wraps(save)
@@ -33,7 +38,8 @@ def answer_for_ranks(model: Any, mesh: DeviceMesh) -> None:
         collective = state_dict is None
         if collective:
             state_dict = full_state_dict(model)
-        save(save_directory, is_main_process, state_dict, *args, **kwargs)
+        with _untold(model.config):
+            save(save_directory, is_main_process, state_dict, *args, **kwargs)
         if collective:
             dist.barrier(mesh.get_group())  # nobody reads what is not there yet
             listed = next(model.parameters())
@@ -41,6 +47,31 @@ def answer_for_ranks(model: Any, mesh: DeviceMesh) -> None:
                 dist.barrier(listed.device_mesh.get_group(0))
 
     model.save_pretrained = save_pretrained
+
+
+def tell_data_parallel(model: Any, ranks: int) -> None:
+    """How many ranks besides the tensor-parallel ones ``model`` lies on, where ``Trainer`` looks for it.
+
+    Since Transformers 5.23 that is the ``DistributedConfig`` of a model that it has cut when loading.
+    """
+    model._fsdp_size = ranks
+    with contextlib.suppress(ImportError):
+        from transformers.distributed import DistributedConfig
+
+        if hasattr(DistributedConfig, "dp_size"):
+            # Of tensor parallelism it says nothing: an unsharded model may have the same configuration.
+            setattr(model.config, _TOLD, DistributedConfig(tp_size=1, fsdp_size=ranks))
+
+
+@contextlib.contextmanager
+def _untold(config: Any) -> Iterator[None]:
+    """Transformers would put weights together that are whole already."""
+    told = vars(config).pop(_TOLD, None)
+    try:
+        yield
+    finally:
+        if told is not None:
+            setattr(config, _TOLD, told)
 
 
 def refuse_adapters(model: nn.Module, names: Iterable[str] | None = None) -> None:
