@@ -3,10 +3,11 @@
 "single" moves everything at once around one matmul; "collective" pipelines chunks over torch.distributed; "peer" does
 over symmetric memory, and "fused" around a matmul that waits by itself, where they were asked for (:func:`rather`). The
 choice between one matmul and a pipelined one is that of a small cost model. With m the seconds of the whole matmul and
-w those of the wire, an unpipelined call takes m + w. A pipelined one takes max(m, w) plus the smallest piece of the
-matmul (the first that leaves, or the last to arrive), and each piece costs a message and a matmul call that reads the
-weight again; where the processor that multiplies also moves the bytes (gloo), that adds to m. Where cutting does not
-pay, nothing is cut: that is the size floor.
+w those of the wire, an unpipelined call takes m + w. A pipelined one takes whichever is longer: w plus the smallest
+piece of the matmul (the first that leaves, or the last to arrive); or m plus what the own rows, a t-th of the matmul,
+leave of the largest piece's travel (the first to arrive, or the last that leaves). Each piece costs a message and a
+matmul call that reads the weight again; where the processor that multiplies also moves the bytes (gloo), that adds to
+m. Where cutting does not pay, nothing is cut: that is the size floor.
 
 All that enters is alike on all ranks: sizes are those of the largest shard, figures those that the group has agreed on
 (:mod:`.tuning`), so all come to the same plan.
@@ -133,7 +134,9 @@ def estimate(chunks: int | None, work: Work, figures: Figures) -> Estimate:
     call = figures.call_seconds + work.weight_bytes / figures.memory_bytes
     busy = matmul + pieces * (call + figures.message_seconds) + work.wire_bytes * figures.busy_seconds
     travelling = work.wire_bytes / figures.link_bytes + pieces * figures.message_seconds
-    return Estimate(matmul, wire, max(busy, travelling) + matmul / work.ranks * _edge(chunks, work.ranks) + call)
+    smallest, largest = _extremes(chunks, work.ranks)
+    own, first = matmul / work.ranks, travelling / peers * largest
+    return Estimate(matmul, wire, max(busy + max(0.0, first - own), travelling + own * smallest + call))
 
 
 def spreads_weight_gradient(chunks: int, work: Work, figures: Figures, dgrad: bool) -> bool:
@@ -146,19 +149,24 @@ def spreads_weight_gradient(chunks: int, work: Work, figures: Figures, dgrad: bo
     matmul = work.flops / figures.flops(work.dtype)
     busy = work.wire_bytes * figures.busy_seconds + pieces * figures.message_seconds
     travelling = work.wire_bytes / figures.link_bytes + pieces * figures.message_seconds
-    last = matmul / work.ranks * _edge(chunks, work.ranks)
+    last = matmul / work.ranks * _extremes(chunks, work.ranks).smallest
     again = pieces * (figures.call_seconds + 2 * work.weight_bytes / figures.memory_bytes)
     once = max(dgrad * (matmul + last) + busy, travelling + dgrad * last) + matmul
     spread = max((dgrad + 1) * (matmul + last) + busy + again, travelling + (dgrad + 1) * last)
     return spread < _WORTH_CUTTING * once
 
 
-def _edge(chunks: int, ranks: int) -> float:
-    """The part of a shard that nothing hides: on two ranks the smallest chunk; else the last chunk of every peer."""
-    if ranks > 2:
-        return (ranks - 1) / chunks
-    weights = chunk_weights(chunks, "rising")
-    return weights[0] / sum(weights)
+class _Extremes(NamedTuple):
+    """Parts of a shard."""
+
+    smallest: float
+    largest: float
+
+
+def _extremes(chunks: int, ranks: int) -> _Extremes:
+    """On two ranks chunks are tapered, else they are all alike."""
+    weights = chunk_weights(chunks, "rising" if ranks == 2 else "none")
+    return _Extremes(min(weights) / sum(weights), max(weights) / sum(weights))
 
 
 def plan(engine: str, chunks: int | None, work: Work, figures: Figures) -> Plan:
@@ -201,16 +209,17 @@ def _plan(engine: str, chunks: int | None, work: Work, figures: Figures, bound: 
 
 
 def _best_count(work: Work, figures: Figures) -> int:
-    """The power of two beyond which twice as many pieces would cost more than they save."""
-    call = figures.call_seconds + work.weight_bytes / figures.memory_bytes
-    per_count = (work.ranks - 1) * (call + figures.message_seconds)
-    own = work.flops / figures.flops(work.dtype) / work.ranks
-    count = 1
+    """The power of two that the model likes best. Beyond it more pieces only cost more.
+
+    One length is compared with the next, so that a compiled function is made anew where the plan is another.
+    """
     most = min(work.rows, _MAX_CHUNKS, work.matrix_rows // _LEAST_ROWS)
+    count, total = 1, estimate(1, work, figures).total
     while 2 * count <= most:
-        if count * per_count >= own * (_edge(count, work.ranks) - _edge(2 * count, work.ranks)):
+        finer = estimate(2 * count, work, figures).total
+        if finer >= total:
             break
-        count *= 2
+        count, total = 2 * count, finer
     return count
 
 

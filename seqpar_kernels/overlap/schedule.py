@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, ParamSpec
 
@@ -90,17 +90,59 @@ class Schedule(list[Step]):
 
     @functools.cached_property
     def receives_first(self) -> Schedule:
-        """The same steps, but what is yet to arrive is posted before the first computation, all at once.
+        """The same steps, but all that is yet to arrive is posted before the first computation.
 
-        For transports where a send that finds its receive there sets off at once. Where a window makes steps wait for
-        buffers nothing changes.
+        For transports where a send that finds its receive there sets off at once. Where what is gathered is worked on
+        as it arrives, sends then go out peer by peer, each only when as much has arrived: connections may share the
+        link evenly (TCP does), and were all sends posted at once, the last chunks of all peers would arrive together,
+        with nothing left to hide their matmuls.
+
+        Where a window makes steps wait for buffers nothing changes.
         """
+        if any(isinstance(step, Drain) for step in self):
+            return self
+        posts = [step for step in self if isinstance(step, Post)]
+        chunks = max(map(_index, posts), default=0) + 1
+        if len(posts) > chunks and self._works_on_arrivals:
+            return self._sends_in_turn(posts, chunks)
         first = next((i for i, step in enumerate(self) if isinstance(step, Compute)), len(self))
         early = tuple(t for step in self[first:] if isinstance(step, Post) for t in step.receives)
-        if not early or any(isinstance(step, Drain) for step in self):
-            return self
-        rest = (Post(step.sends, ()) if isinstance(step, Post) else step for step in self[first:])
-        return Schedule([*self[:first], Post((), early), *(step for step in rest if step != _NOTHING)])
+        return Schedule(_nonempty([*self[:first], Post((), early), *map(_sends_only, self[first:])]))
+
+    @property
+    def _works_on_arrivals(self) -> bool:
+        """Whether all that travels is gathered, and each arrival computed on before the next is waited for."""
+        transfers = [t for step in self if isinstance(step, Post) for t in (*step.sends, *step.receives)]
+        after_waits = [then for step, then in itertools.pairwise([*self, None]) if isinstance(step, Wait)]
+        return all(t.kind == "gather" for t in transfers) and all(isinstance(then, Compute) for then in after_waits)
+
+    def _sends_in_turn(self, posts: list[Post], ahead: int) -> Schedule:
+        """Sends stay ``ahead`` posts before the arrivals.
+
+        Nothing can deadlock: the sends that a rank holds back wait for messages that are earlier on every rank, and the
+        earliest of all that have not arrived waits for none.
+        """
+        leaving: dict[Transfer | None, list[Step]] = {None: []}
+        arrival: Transfer | None = None
+        for i, post in enumerate(posts):
+            if i >= ahead and posts[i - ahead].receives:
+                (arrival,) = posts[i - ahead].receives
+            leaving.setdefault(arrival, []).append(_sends_only(post))
+        steps: list[Step] = [Post((), tuple(t for post in posts for t in post.receives)), *leaving[None]]
+        for step in self:
+            if not isinstance(step, Post):
+                steps.append(step)
+            if isinstance(step, Wait):
+                steps += leaving.get(step.transfer, [])
+        return Schedule(_nonempty(steps))
+
+
+def _sends_only(step: Step) -> Step:
+    return Post(step.sends, ()) if isinstance(step, Post) else step
+
+
+def _nonempty(steps: Iterable[Step]) -> list[Step]:
+    return [step for step in steps if step != _NOTHING]
 
 
 _Arguments = ParamSpec("_Arguments")
@@ -155,13 +197,8 @@ def _gather_from(shard: SequenceShard, k: int, chunks: int, tapered: bool) -> li
 
 
 def _gather(shard: SequenceShard, chunks: int, tapered: bool = False) -> list[Post]:
-    """Own chunks to every peer, every peer's chunks here.
-
-    The first chunks of all peers come before any second one: connections may share the link evenly (TCP), and then the
-    last chunk of the first peer arrives no sooner than those of the others.
-    """
-    posts = [post for k in range(1, shard.ranks) for post in _gather_from(shard, k, chunks, tapered)]
-    return sorted(posts, key=_index)
+    """Own chunks to every peer, every peer's chunks here."""
+    return [post for k in range(1, shard.ranks) for post in _gather_from(shard, k, chunks, tapered)]
 
 
 def _scatter_to(shard: SequenceShard, k: int, chunks: int, tapered: bool = False) -> list[Post]:

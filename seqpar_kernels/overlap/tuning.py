@@ -28,11 +28,12 @@ from .hosts import on_one_host
 _known: weakref.WeakKeyDictionary[ProcessGroup, dict[str, Figures]] = weakref.WeakKeyDictionary()
 
 _ROUNDS = 9
-# Two sizes of each kind: the slope is the rate, what is left the overhead.
+# One matmul and the same in pieces, one message and the same in pieces: the whole tells the rate, what is more the
+# overhead. Weights as layers have them, that caches do not hold from one piece to the next.
 _MESSAGE_BYTES = 2**18
 _PIECES = 16
-_WIDTH = {"cpu": 1024, "cuda": 8192}
-_SHORT, _LONG = 64, 1024  # rows
+_ROWS_AND_WIDTH = {"cpu": (512, 2048), "cuda": (1024, 8192)}
+_PIECE_ROWS = 64
 
 
 def figures_of(group: ProcessGroup) -> Mapping[str, Figures]:
@@ -130,22 +131,24 @@ def tune(group: Group = None, *, device: str | torch.device | None = None) -> Fi
 def _measure(group: ProcessGroup, kind: str) -> Figures:
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
     clock = _Clock(group, device)
-    width = _WIDTH[kind]
+    rows, width = _ROWS_AND_WIDTH[kind]
     rates: dict[torch.dtype, float] = {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         # Not zeros, which GPUs multiply faster than anything else.
         own = torch.Generator(device).manual_seed(0)
         x, weight, out = (
-            torch.randn(rows, width, device=device, generator=own).to(dtype) for rows in (_LONG, width, _LONG)
+            torch.randn(length, width, device=device, generator=own).to(dtype) for length in (rows, width, rows)
         )
 
-        def multiply(rows: int, x: Tensor = x, weight: Tensor = weight, out: Tensor = out) -> None:
-            torch.mm(x[:rows], weight.t(), out=out[:rows])
+        def multiply(piece: int, x: Tensor = x, weight: Tensor = weight, out: Tensor = out) -> None:
+            for x_rows, out_rows in zip(x.split(piece), out.split(piece), strict=True):
+                torch.mm(x_rows, weight.t(), out=out_rows)
 
-        rates[dtype] = 2 * _LONG * width * width / clock(lambda: multiply(_LONG))
+        whole = clock(lambda: multiply(rows))
+        rates[dtype] = 2 * rows * width * width / whole
         if dtype == torch.float32:
-            extra = clock(lambda: multiply(_SHORT)) - 2 * _SHORT * width * width / rates[dtype]
-            memory = weight.nbytes / max(extra, 1e-7)
+            again = (clock(lambda: multiply(_PIECE_ROWS)) - whole) / (rows // _PIECE_ROWS - 1)
+            memory = weight.nbytes / max(again, 1e-7)
     tiny = torch.zeros(16, 16, device=device)
     call = clock(lambda: [torch.mm(tiny, tiny, out=tiny) for _ in range(100)]) / 100
     large, small = _Ring(group, device, _PIECES * _MESSAGE_BYTES), _Ring(group, device, _PIECES * 64)

@@ -354,4 +354,4 @@ def dynamic_case() -> tuple[int, int]:
 
 def test_a_compiled_function_knows_one_plan_for_many_lengths(world2: World) -> None:
     for graphs, plans in world2.run(dynamic_case):
-        assert 1 < plans <= graphs <= plans + 1
+        assert 1 < plans <= graphs <= plans + 2  # one with too few rows to cut, one with other chunks below the floor

@@ -164,7 +164,10 @@ def test_gathered_rows_are_waited_for_before_use(length: int, ranks: int, chunks
                     assert here >= set(range(step.start, step.stop))
 
 
-@pytest.mark.parametrize("name", ["matmul_scatter", "gather_matmul_scatter", "gather_matmul_scatter_wider_window"])
+SCATTERS = ["matmul_scatter", "gather_matmul_scatter", "gather_matmul_scatter_wider_window"]
+
+
+@pytest.mark.parametrize("name", SCATTERS + [f"{name}_receives_first" for name in SCATTERS])
 @sizes
 def test_scattered_rows_are_computed_before_they_leave_and_summed_after_all_came(
     name: str, length: int, ranks: int, chunks: int
@@ -218,7 +221,7 @@ def test_own_shard_comes_first_in_a_gather_and_last_in_a_scatter() -> None:
     gather = [s for s in gather_matmul(shard, 2) if isinstance(s, Compute)]
     scatter = [s for s in matmul_scatter(shard, 2) if isinstance(s, Compute) and s.stage == "matmul"]
     assert (gather[0].start, gather[0].stop) == (4, 8)
-    assert [s.start for s in gather[1:]] == [8, 12, 0, 10, 14, 2]  # rotated: rank 2, 3, 0; first chunks first
+    assert [s.start for s in gather[1:]] == [8, 10, 12, 14, 0, 2]  # rotated: rank 2, 3, 0
     assert (scatter[-1].start, scatter[-1].stop) == (4, 8)
     assert [s.start for s in scatter[:-1]] == [8, 9, 12, 14, 0, 2]  # the first chunk that leaves is small
 
@@ -264,8 +267,31 @@ def test_receives_come_first_but_for_what_a_window_bounds() -> None:
     backward = column_backward(SequenceShard(24, 3, 0), 2, dgrad=True, wgrad=True)
     posts = [step for step in backward.receives_first if isinstance(step, Post)]
     assert [t.kind for post in posts for t in post.receives] == ["gather"] * 4 + ["scatter"] * 4
-    for unchanged in (matmul_scatter(SequenceShard(24, 3, 0), 2, window=1), gather_matmul(SequenceShard(24, 3, 0), 2)):
-        assert unchanged.receives_first is unchanged
+    unchanged = matmul_scatter(SequenceShard(24, 3, 0), 2, window=1)
+    assert unchanged.receives_first is unchanged
+
+
+def test_sends_take_turns_where_arrivals_are_worked_on() -> None:
+    """Never more than one peer's chunks ahead of what has arrived, and all the same every rank runs to its end."""
+    for steps in (
+        gather_matmul(SequenceShard(48, 4, 1), 3),
+        row_backward(SequenceShard(48, 4, 1), 3, dgrad=True, wgrad=True),
+    ):
+        turns = steps.receives_first
+        first, *rest = (step for step in turns if isinstance(step, Post))
+        assert len(first.receives) == 9 and not first.sends and not any(post.receives for post in rest)
+        assert [t for post in rest for t in post.sends] == [t for s in steps if isinstance(s, Post) for t in s.sends]
+        sent = arrived = 0
+        for step in turns:
+            sent += len(step.sends) if isinstance(step, Post) else 0
+            arrived += isinstance(step, Wait)
+            assert sent <= arrived + 3
+        assert [step for step in turns if not isinstance(step, Post)] == [s for s in steps if not isinstance(s, Post)]
+    # Where nothing is computed in between, or partial results travel too, all sends go at once.
+    for steps in (gather_only(SequenceShard(48, 4, 1)), gather_matmul_scatter(SequenceShard(48, 4, 1), 3)):
+        kinds = [type(step) for step in steps.receives_first]
+        gathers = [s for s in steps.receives_first if isinstance(s, Post) and s.sends and s.sends[0].kind == "gather"]
+        assert kinds.index(Wait) > max(steps.receives_first.index(post) for post in gathers)
 
 
 @given(st.integers(0, 50), st.integers(1, 5), st.integers(1, 9), st.sampled_from(["none", "rising", "falling"]))
