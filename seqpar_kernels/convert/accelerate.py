@@ -16,7 +16,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .conversion import conversion_of
-from .pretrained import tell_data_parallel
 
 
 def parallelism_config(model: nn.Module) -> ParallelismConfig | None:
@@ -55,7 +54,7 @@ def parallelism_config(model: nn.Module) -> ParallelismConfig | None:
     _check_ranks(model, data_parallel, tensor_parallel)
     told: Any = model
     if hasattr(model, "save_pretrained"):
-        tell_data_parallel(model, data_parallel)
+        told._fsdp_size = data_parallel
     elif getattr(model, "tp_size", None) is None:
         told.tp_size = tensor_parallel
     if data_parallel > 1:  # fully_shard renames the class; by its name Trainer knows whether labels are shifted
@@ -93,6 +92,11 @@ def _check_ranks(model: nn.Module, data_parallel: int, tensor_parallel: int) -> 
 
 class _OverRanks(ParallelismConfig):  # type: ignore[misc]
     """Accelerate's, valid on CPU ranks, for accelerators in which several ranks compute one batch."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Trainer of Transformers 5.23 writes how many data-parallel ranks it believes in: that of the making stays."""
+        if name != "dp_shard_size" or vars(self).get(name) is None:
+            super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Trainer saves its arguments with each checkpoint: process groups stay behind."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -13,8 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .state import full_state_dict
-
-_TOLD = "distributed_config"
 
 
 def answer_for_ranks(model: Any, mesh: DeviceMesh) -> None:
@@ -27,7 +24,7 @@ def answer_for_ranks(model: Any, mesh: DeviceMesh) -> None:
         return
     model._tp_size, model._device_mesh = mesh.size(), mesh
     model._is_distributed_loading_by_transformers = True  # what Trainer asks since Transformers 5.19
-    tell_data_parallel(model, 1)
+    _describe(model)
     save = model.save_pretrained
 
     @functools.wraps(save)
@@ -38,8 +35,7 @@ def answer_for_ranks(model: Any, mesh: DeviceMesh) -> None:
         collective = state_dict is None
         if collective:
             state_dict = full_state_dict(model)
-        with _untold(model.config):
-            save(save_directory, is_main_process, state_dict, *args, **kwargs)
+        save(save_directory, is_main_process, state_dict, *args, **kwargs)
         if collective:
             dist.barrier(mesh.get_group())  # nobody reads what is not there yet
             listed = next(model.parameters())
@@ -49,29 +45,18 @@ def answer_for_ranks(model: Any, mesh: DeviceMesh) -> None:
     model.save_pretrained = save_pretrained
 
 
-def tell_data_parallel(model: Any, ranks: int) -> None:
-    """How many ranks besides the tensor-parallel ones ``model`` lies on, where ``Trainer`` looks for it.
+def _describe(model: Any) -> None:
+    """Give Transformers' models the description that its Trainer reads since Transformers 5.23: one that says nothing.
 
-    Since Transformers 5.23 that is the ``DistributedConfig`` of a model that it has cut when loading.
+    It lies in the configuration, which other models may share, also whole ones, and so is never taken away. Sizes of 1
+    leave those as they are; how many ranks there are Trainer learns from ``_tp_size`` and ``parallelism_config``.
     """
-    model._fsdp_size = ranks
-    with contextlib.suppress(ImportError):
-        from transformers.distributed import DistributedConfig
+    if not any(kind.__module__ == "transformers.modeling_utils" for kind in type(model).__mro__):
+        return
+    from transformers.distributed import DistributedConfig
 
-        if hasattr(DistributedConfig, "dp_size"):
-            # Of tensor parallelism it says nothing: an unsharded model may have the same configuration.
-            setattr(model.config, _TOLD, DistributedConfig(tp_size=1, fsdp_size=ranks))
-
-
-@contextlib.contextmanager
-def _untold(config: Any) -> Iterator[None]:
-    """Transformers would put weights together that are whole already."""
-    told = vars(config).pop(_TOLD, None)
-    try:
-        yield
-    finally:
-        if told is not None:
-            setattr(config, _TOLD, told)
+    if hasattr(DistributedConfig, "dp_size") and getattr(model.config, "distributed_config", None) is None:
+        model.config.distributed_config = DistributedConfig(tp_size=1, fsdp_size=1)
 
 
 def refuse_adapters(model: nn.Module, names: Iterable[str] | None = None) -> None:

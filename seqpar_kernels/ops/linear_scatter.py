@@ -208,7 +208,7 @@ def _spreads(
     chunks: int,
     want_dx: bool,
 ) -> bool:
-    """Whether wgrad runs chunk by chunk. What is sent, and when, is the same: each rank may decide for itself."""
+    """Whether wgrad runs chunk by chunk. What is sent is the same either way: each rank may decide for itself."""
     summed_in = weight if main_grad is None else main_grad
     if summed_in.dtype.itemsize < 4:  # every chunk's sum would be rounded to 16 bits
         return False

@@ -18,7 +18,7 @@ import torch
 
 from .figures import Figures
 
-_FORMAT = 2  # raised when figures change their meaning
+_FORMAT = 3  # raised when figures change their meaning
 
 
 class Place(NamedTuple):

@@ -164,7 +164,7 @@ class _Extremes(NamedTuple):
 
 
 def _extremes(chunks: int, ranks: int) -> _Extremes:
-    """On two ranks chunks are tapered, else they are all alike."""
+    """Of a gather: on two ranks its chunks are tapered, else all alike. A scatter's are taken to be the same."""
     weights = chunk_weights(chunks, "rising" if ranks == 2 else "none")
     return _Extremes(min(weights) / sum(weights), max(weights) / sum(weights))
 
@@ -209,9 +209,10 @@ def _plan(engine: str, chunks: int | None, work: Work, figures: Figures, bound: 
 
 
 def _best_count(work: Work, figures: Figures) -> int:
-    """The power of two that the model likes best. Beyond it more pieces only cost more.
+    """Doubled as long as the model gains by it.
 
-    One length is compared with the next, so that a compiled function is made anew where the plan is another.
+    With pieces all alike that ends at the best count. On two ranks, where they are tapered, a later one may be some
+    percent better; to look for it would have a compiled function made anew for lengths that come to the same plan.
     """
     most = min(work.rows, _MAX_CHUNKS, work.matrix_rows // _LEAST_ROWS)
     count, total = 1, estimate(1, work, figures).total

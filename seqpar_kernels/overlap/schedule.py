@@ -119,8 +119,8 @@ class Schedule(list[Step]):
     def _sends_in_turn(self, posts: list[Post], ahead: int) -> Schedule:
         """Sends stay ``ahead`` posts before the arrivals.
 
-        Nothing can deadlock: the sends that a rank holds back wait for messages that are earlier on every rank, and the
-        earliest of all that have not arrived waits for none.
+        Nothing can deadlock: a send waits only for messages before it in the order of peers and chunks, which all ranks
+        share, and arrivals are waited for in that order; so the earliest one that has not arrived has left.
         """
         leaving: dict[Transfer | None, list[Step]] = {None: []}
         arrival: Transfer | None = None
@@ -239,7 +239,7 @@ def _arrivals(posts: list[Post]) -> list[Transfer]:
 
 def _gather_phase(shard: SequenceShard, chunks: int, window: int | None, *stages: Stage) -> list[Step]:
     """Compute on the own shard while the first chunks travel, then on each peer's chunk as it arrives."""
-    posts = _gather(shard, chunks, tapered=window is None and bool(stages))
+    posts = _gather(shard, chunks, tapered=window is None)
     ahead = len(posts) if window is None else window
     steps: list[Step] = [*posts[:ahead]]
     steps += [Compute(stage, shard.start, shard.stop) for stage in stages]

@@ -29,7 +29,7 @@ _known: weakref.WeakKeyDictionary[ProcessGroup, dict[str, Figures]] = weakref.We
 
 _ROUNDS = 9
 # One matmul and the same in pieces, one message and the same in pieces: the whole tells the rate, what is more the
-# overhead. Weights as layers have them, that caches do not hold from one piece to the next.
+# overhead. Weights of the size that layers have, which few caches hold from one piece to the next.
 _MESSAGE_BYTES = 2**18
 _PIECES = 16
 _ROWS_AND_WIDTH = {"cpu": (512, 2048), "cuda": (1024, 8192)}
@@ -131,6 +131,8 @@ def tune(group: Group = None, *, device: str | torch.device | None = None) -> Fi
 def _measure(group: ProcessGroup, kind: str) -> Figures:
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
     clock = _Clock(group, device)
+    tiny = torch.zeros(16, 16, device=device)
+    call = clock(lambda: [torch.mm(tiny, tiny, out=tiny) for _ in range(100)]) / 100
     rows, width = _ROWS_AND_WIDTH[kind]
     rates: dict[torch.dtype, float] = {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -148,9 +150,7 @@ def _measure(group: ProcessGroup, kind: str) -> Figures:
         rates[dtype] = 2 * rows * width * width / whole
         if dtype == torch.float32:
             again = (clock(lambda: multiply(_PIECE_ROWS)) - whole) / (rows // _PIECE_ROWS - 1)
-            memory = weight.nbytes / max(again, 1e-7)
-    tiny = torch.zeros(16, 16, device=device)
-    call = clock(lambda: [torch.mm(tiny, tiny, out=tiny) for _ in range(100)]) / 100
+            memory = weight.nbytes / max(again - call, 1e-7)
     large, small = _Ring(group, device, _PIECES * _MESSAGE_BYTES), _Ring(group, device, _PIECES * 64)
     whole = clock(lambda: large.move(1))
     busy = large.processor_seconds() if kind == "cpu" else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import Shard
 
 import seqpar_kernels as sp
+from seqpar_kernels.convert.pretrained import answer_for_ranks
 
 from ..world import World
 from .models import MODELS, VOCAB, assert_same_gradients, gpt2, group, llama, transformers
@@ -26,6 +28,8 @@ def save_case(kind: str, loss_parallel: bool, folder: str) -> None:
     sp.parallelize(model, group(), loss_parallel=loss_parallel)
     assert model.tp_size == 2
     model.save_pretrained(folder)
+    if group().rank() == 0:  # a whole model with the same configuration object saves without the others
+        type(model)(model.config).save_pretrained(f"{folder}/whole")
     plain, before = type(model).from_pretrained(folder), MODELS[kind]()
     for (name, got), expected in zip(plain.named_parameters(), before.parameters(), strict=True):
         assert torch.equal(got, expected), name
@@ -36,6 +40,12 @@ def save_case(kind: str, loss_parallel: bool, folder: str) -> None:
 @pytest.mark.parametrize(("kind", "loss_parallel"), [("gpt2", True), ("llama", False)])
 def test_save_pretrained_writes_the_whole_model(world2: World, tmp_path: Path, kind: str, loss_parallel: bool) -> None:
     world2.run(save_case, kind, loss_parallel, str(tmp_path))
+
+
+def test_models_that_are_not_of_transformers_need_no_configuration() -> None:
+    model: Any = types.SimpleNamespace(save_pretrained=lambda *args, **kwargs: None)
+    answer_for_ranks(model, types.SimpleNamespace(size=lambda: 2))  # type: ignore[arg-type]
+    assert model._tp_size == 2 and not hasattr(model, "config")
 
 
 def phi3() -> nn.Module:

@@ -84,7 +84,7 @@ def record(function: Any, *args: Any, **kwargs: Any) -> list[Launch]:
 
 def compile_launch(launch: Launch, arch: int) -> Binary:
     """Specialised as the launcher would: aligned pointers, sizes divisible by 16, ones and Nones as constants."""
-    assert launch.options["enable_fp_fusion"], "a launch leaves fusing multiply-adds to the version of Triton"
+    assert launch.options.get("enable_fp_fusion"), "a launch leaves fusing multiply-adds to the version of Triton"
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}

@@ -114,6 +114,31 @@ def test_the_model_by_hand() -> None:
     assert pieces.hidden == pytest.approx((matmul + wire - pieces.total) / matmul)
 
 
+@pytest.mark.parametrize(("ranks", "largest", "smallest"), [(2, 8 / 15, 1 / 15), (4, 1 / 4, 1 / 4)])
+def test_the_model_where_the_matmul_takes_longer(ranks: int, largest: float, smallest: float) -> None:
+    """What the own rows leave of the largest piece's travel is waited for; a slower link then decides alone."""
+    job = work(1000, k=1000, n=1000, ranks=ranks)
+    free = FIGURES._replace(memory_bytes=1e15, call_seconds=0.0, message_seconds=0.0)
+    own = 2 * 1000 * 1000 * 1000 / 2e11  # 10 ms a shard
+    for shard_wire in (5e-3, 15e-3, 25e-3, 200e-3):
+        wire = (ranks - 1) * shard_wire
+        expected = max(ranks * own + max(0.0, shard_wire * largest - own), wire + own * smallest)
+        rate = 4e6 / shard_wire
+        assert estimate(4, job, free._replace(link_bytes=rate)).total == pytest.approx(expected, rel=1e-5)
+
+
+@given(st.integers(64, 9000), st.integers(2, 5), st.floats(1e7, 1e11), st.floats(1e8, 1e12), st.floats(0, 1e-9))
+def test_the_best_of_all_counts_is_chosen_or_nearly(
+    rows: int, ranks: int, link: float, memory: float, busy: float
+) -> None:
+    figures = FIGURES._replace(link_bytes=link, memory_bytes=memory, busy_seconds=busy)
+    job = work(rows, ranks=ranks)
+    counts = [count for count in (1, 2, 4, 8, 16) if count <= max(1, rows // 64)]
+    best = min(estimate(count, job, figures).total for count in counts)
+    chosen = estimate(plan("collective", None, job, figures).chunks, job, figures).total
+    assert chosen <= best * (1.15 if ranks == 2 else 1 + 1e-9)
+
+
 def test_a_weight_gradient_is_spread_where_the_wire_is_waited_for() -> None:
     """Matmul 43 ms, wire 8 MiB: 84 ms at this rate, 4 ms at the other."""
     slow, fast = FIGURES, FIGURES._replace(link_bytes=2e9)

@@ -155,7 +155,7 @@ def test_gathered_rows_are_waited_for_before_use(length: int, ranks: int, chunks
             row_backward(shard, chunks, dgrad=True, wgrad=True),
             row_backward(shard, chunks, dgrad=True, wgrad=True, spread=True),
         )
-        for steps in programs:
+        for steps in (*programs, *(program.receives_first for program in programs)):
             here = set(range(shard.start, shard.stop))
             for step in steps:
                 if isinstance(step, Wait) and step.transfer.kind == "gather":
@@ -167,7 +167,7 @@ def test_gathered_rows_are_waited_for_before_use(length: int, ranks: int, chunks
 SCATTERS = ["matmul_scatter", "gather_matmul_scatter", "gather_matmul_scatter_wider_window"]
 
 
-@pytest.mark.parametrize("name", SCATTERS + [f"{name}_receives_first" for name in SCATTERS])
+@pytest.mark.parametrize("name", [*SCATTERS, *(f"{name}_receives_first" for name in SCATTERS[:2])])
 @sizes
 def test_scattered_rows_are_computed_before_they_leave_and_summed_after_all_came(
     name: str, length: int, ranks: int, chunks: int
