@@ -1,7 +1,7 @@
 """Whether a provider computes the right thing, before anybody times it.
 
 The oracle is fp64; the error may be twice that of PyTorch in the same dtype, plus one rounding (the package's own rule,
-README "Numbers"). Ours must keep to that. A peer may sum its weight gradients in the plainest way, one running fp32
+docs/numerics.md). Ours must keep to that. A peer may sum its weight gradients in the plainest way, one running fp32
 total over the rows, which is less precise but not wrong; what it errs is reported either way. A dropout mask is
 recovered from the provider itself, which must drop the same elements again when the generator is seeded again.
 """

@@ -168,10 +168,10 @@ def build_parser() -> argparse.ArgumentParser:
     everything.add_argument("--ranks", type=positive, default=2)
     plot = commands.add_parser("plot", help="pictures from saved files alone", description="Writes DIR/*.png.")
     plot.add_argument("folder", type=Path, metavar="DIR")
-    text = "README's figures from the committed results"
-    readme = commands.add_parser("readme", help=text, description=text)
-    readme.add_argument("--file", type=Path, help="default: README.md of this checkout")
-    readme.add_argument("--results", type=Path, metavar="DIR", help="default: bench/results")
+    text = "the tables of docs/benchmarks.md from the committed results"
+    tables = commands.add_parser("tables", help=text, description=text)
+    tables.add_argument("--file", type=Path, help="default: docs/benchmarks.md of this checkout")
+    tables.add_argument("--results", type=Path, metavar="DIR", help="default: bench/results")
     add_project_options(commands)
     text = "two runs side by side, noise marked"
     compare = commands.add_parser("compare", help=text, description=text)
@@ -477,11 +477,11 @@ def run_command(args: argparse.Namespace, typed: str) -> int:
         infiniband = project.Link("InfiniBand", args.infiniband_ranks, args.infiniband_gbytes)
         project.run(args.folder, [nvlink, infiniband], args.size, args.message_us)
         return 0
-    if args.command == "readme":
-        from . import facts, readme
+    if args.command == "tables":
+        from . import tables
 
-        path = args.file or facts.ROOT / "README.md"
-        print(f"{path}: {'written' if readme.run(path, args.results or readme.RESULTS) else 'up to date'}")
+        path = args.file or tables.PAGE
+        print(f"{path}: {'written' if tables.run(path, args.results or tables.RESULTS) else 'up to date'}")
         return 0
     if args.command == "compare":
         from . import compare

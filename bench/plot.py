@@ -17,7 +17,8 @@ STYLES = {
     "eager": ("#1f77b4", "v"),
     "compile": ("#2ca02c", "^"),
     "copy": ("#7f7f7f", "x"),
-    "by-hand": ("#1f77b4", "v"),
+    "by-hand": ("#17becf", "<"),
+    "ours-kept": ("#ff9896", "o"),
     "dtensor": ("#9467bd", "D"),
     "megatron": ("#8c564b", "P"),
 }
@@ -42,6 +43,9 @@ def run(folder: Path) -> list[Path]:
         chosen = [row for row in rows if row.op.startswith(f"{name}.") and _can_be_drawn(row)]
         if chosen:
             written.append(_save(draw(chosen), target / f"{name}.png"))
+    balanced = [row for row in rows if _is_balanced(row)]
+    if balanced:
+        written.append(_save(draw_overview(balanced), target / "overview.png"))
     if not written:
         raise BenchError(f"{folder}: no norm, linear or memory rows to draw: measure with --save {folder}")
     return written
@@ -59,6 +63,12 @@ def _can_be_drawn(row: Row) -> bool:
     if kind == "norm":
         return bool(row.p50_ms and row.bytes) and len(row.shape) == 2
     return bool(row.p50_ms) and _is_number(row.params.get("chunks", 1))
+
+
+def _is_balanced(row: Row) -> bool:
+    """Whether it times a planned linear on two ranks whose wire takes as long as the matmul."""
+    planned = row.family == "linear" and "chunks" not in row.params and bool(row.p50_ms)
+    return planned and row.params.get("link") == "ratio:1" and row.ranks == 2
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -157,6 +167,38 @@ def draw_linear(rows: Sequence[Row]) -> Any:
         _powers_of_two(axis, [row.params["chunks"] for row in chunked])
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=6)
+    return figure
+
+
+def draw_overview(rows: Sequence[Row]) -> Any:
+    """Bars for ours and its peers over the time of the matmul alone: the picture of the README."""
+    import matplotlib.pyplot as plt
+
+    newest = max(rows, key=lambda row: row.time)
+    rows = [row for row in rows if row.shape == newest.shape and row.dtype == newest.dtype]
+    calls = list(dict.fromkeys((row.op, row.direction) for row in rows))
+    alone = {(r.op, r.direction): r.p50_ms for r in rows if r.provider == "matmul"}
+    providers = [who for who in ("ours", "megatron", "dtensor", "by-hand") if any(r.provider == who for r in rows)]
+    figure, axis = plt.subplots(figsize=(8.4, 3.2), layout="constrained")
+    width = 0.8 / len(providers)
+    for nth, who in enumerate(providers):
+        times = {(r.op, r.direction): r.p50_ms for r in rows if r.provider == who}
+        heights = [(times.get(call) or 0.0) / (alone.get(call) or 1.0) for call in calls]
+        places = [group + (nth - (len(providers) - 1) / 2) * width for group in range(len(calls))]
+        bars = axis.bar(places, heights, 0.92 * width, label=who, color=STYLES[who][0])
+        axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+    axis.axhline(1.0, color="black", linestyle="--", linewidth=1, label="matmul alone")
+    names = [f"{op.removeprefix('linear.')}\n{direction}" for op, direction in calls]
+    axis.set_xticks(range(len(calls)), names, fontsize=8)
+    axis.set_ylabel("time / matmul alone")
+    shape = " x ".join(map(str, newest.shape))
+    axis.set_title(
+        f"Matmul with its collective, {shape} {newest.dtype}, 2 ranks, wire time = matmul time ({newest.machine})",
+        fontsize=9,
+    )
+    axis.margins(y=0.12)
+    axis.legend(fontsize=7, ncols=len(providers) + 1, loc="upper left", frameon=False)
+    axis.set_ylim(top=1.12 * axis.get_ylim()[1])
     return figure
 
 

@@ -58,7 +58,7 @@ def dropout_add_layer_norm(
         residual: like ``x``, in ``x``'s dtype or ``residual_dtype``; None adds nothing.
         weight, bias: [H]; None for none. With ``group``, their gradients are summed over its ranks.
         p: dropout probability. The mask is a function of (seed, global row, column) alone, so it does not change with
-            the number of ranks, the device or the backend (README, "Numerics").
+            the number of ranks, the device or the backend (docs/numerics.md).
         eps: added to the variance.
         training: dropout only where True.
         prenorm: return ``(y, z)``, z being the residual of the next block.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import compare, facts, readme
+from bench import compare, tables
 from bench.cli import main
 from bench.errors import BenchError
 from bench.schema import Row, load, parse_row, save
@@ -235,19 +235,18 @@ def test_plot_leaves_out_what_it_cannot_draw(tmp_path: Path, capsys: pytest.Capt
     assert "no norm, linear or memory rows to draw" in capsys.readouterr().err
 
 
-def test_the_readme_is_what_the_committed_results_say() -> None:
-    text = (facts.ROOT / "README.md").read_text()
-    written = text.partition(readme.BEGIN)[2].partition(readme.END)[0].strip()
-    assert written == readme.section(readme.RESULTS).strip(), "run `python -m bench readme`"
+def test_the_tables_are_what_the_committed_results_say() -> None:
+    written = tables.PAGE.read_text().partition(tables.BEGIN)[2].partition(tables.END)[0].strip()
+    assert written == tables.section(tables.RESULTS).strip(), "run `python -m bench tables`"
 
 
 def page(folder: Path) -> Path:
-    path = folder / "README.md"
-    path.write_text(f"before\n{readme.BEGIN}\nstale\n{readme.END}\nafter\n")
+    path = folder / "benchmarks.md"
+    path.write_text(f"before\n{tables.BEGIN}\nstale\n{tables.END}\nafter\n")
     return path
 
 
-def test_readme_says_where_we_lose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_say_where_we_lose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results" / "box"
     results.mkdir(parents=True)
     mine = [norm_row(p50=3.0, command="python -m bench norm --rows 8"), norm_row(p50=1.0, direction="fwd+bwd")]
@@ -256,7 +255,7 @@ def test_readme_says_where_we_lose(tmp_path: Path, capsys: pytest.CaptureFixture
     wrong = Row("layer.gpt", "ours", status="wrong", reason="dx errs", time="2026-01-01T00:00:00Z")
     save(results / "a.jsonl", [*mine, *theirs, norm_row("copy", 0.5), absent, wrong, *linear_rows(), *memory_rows()])
     path = page(tmp_path)
-    command = ["readme", "--file", str(path), "--results", str(results.parent)]
+    command = ["tables", "--file", str(path), "--results", str(results.parent)]
     assert main(command) == 0
     text = path.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
@@ -273,17 +272,17 @@ def test_readme_says_where_we_lose(tmp_path: Path, capsys: pytest.CaptureFixture
     assert path.read_text() == text
 
 
-def test_readme_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = page(tmp_path)
     before = path.read_text()
     for extra, message in (
         (["--results", str(tmp_path / "none")], "no folder of results: measure with --save"),
         (["--file", str(tmp_path / "no.md")], "cannot be read"),
     ):
-        assert main(["readme", "--file", str(path), *extra]) == 2
+        assert main(["tables", "--file", str(path), *extra]) == 2
         assert message in capsys.readouterr().err
     assert path.read_text() == before
     path.write_text("no marks")
-    assert main(["readme", "--file", str(path)]) == 2
+    assert main(["tables", "--file", str(path)]) == 2
     assert "put them where the figures belong" in capsys.readouterr().err
     assert path.read_text() == "no marks"

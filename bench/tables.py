@@ -1,4 +1,4 @@
-"""``bench readme``: the measured part of README.md, written from the committed results alone."""
+"""``bench tables``: the tables of docs/benchmarks.md, written from the committed results alone."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from .facts import ROOT
 from .report import number
 from .schema import Row, load, write_atomically
 
-BEGIN, END = "<!-- python -m bench readme: begin -->", "<!-- python -m bench readme: end -->"
+PAGE = ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- python -m bench tables: begin -->", "<!-- python -m bench tables: end -->"
 RESULTS = ROOT / "bench" / "results"
 FLOORS = ("copy", "matmul")  # what nobody can beat is no competitor
 MOST_LOSSES = 4  # named one by one in a family
 
 
-def run(readme: Path, results: Path) -> bool:
+def run(page: Path, results: Path) -> bool:
     """Writes the section; returns whether the file changed.
 
     Raises:
         BenchError: no results, or no place for them in the file.
     """
     try:
-        before = readme.read_text(encoding="utf-8")
+        before = page.read_text(encoding="utf-8")
     except OSError as error:
-        raise BenchError(f"{readme}: cannot be read ({error.strerror}): name a README with --file") from None
+        raise BenchError(f"{page}: cannot be read ({error.strerror}): name a page with --file") from None
     head, begin, rest = before.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise BenchError(f"{readme}: lacks the lines {BEGIN} and {END}: put them where the figures belong")
+        raise BenchError(f"{page}: lacks the lines {BEGIN} and {END}: put them where the figures belong")
     after = f"{head}{BEGIN}\n\n{section(results)}\n{END}{tail}"
     if after == before:
         return False
     try:
-        write_atomically(readme, after)
+        write_atomically(page, after)
     except OSError as error:
-        raise BenchError(f"{readme}: cannot be written ({error.strerror})") from None
+        raise BenchError(f"{page}: cannot be written ({error.strerror})") from None
     return True
 
 
