@@ -21,7 +21,7 @@ CXX_FILES = $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cuh' -o -n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format gpu bench wheel clean distclean
+.PHONY: help demo test lint format docs gpu bench wheel clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -44,6 +44,9 @@ format: $(VENV)/dev.stamp  ## rewrite the sources the way lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+docs: $(VENV)/dev.stamp  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 gpu:  ## the tests marked gpu, then the benchmarks, into $(OUT); ARGS=--figures: the published figures alone
 	$(PYTHON) .ci/gpu.py --out $(OUT) $(ARGS)
 
@@ -56,7 +59,7 @@ wheel: $(VENV)/pip.stamp  ## sdist and wheel in dist/, each built in isolation
 	$(BIN)/python -m build --outdir dist
 
 clean:  ## remove what was built or written, keep .venv's packages
-	rm -rf build dist *.egg-info demo_out bench_out gpu_out seqpar_kernels/_native*.so $(VENV)/demo.stamp $(VENV)/dev.stamp
+	rm -rf build dist site *.egg-info demo_out bench_out gpu_out seqpar_kernels/_native*.so $(VENV)/demo.stamp $(VENV)/dev.stamp
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 distclean: clean  ## clean, and remove .venv

@@ -1,0 +1,41 @@
+"""The documentation: a short README, links that lead somewhere, a site that builds, every public name in it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import seqpar_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 800
+
+
+def test_relative_links_lead_to_files() -> None:
+    missing = []
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            if "://" not in target and not (page.parent / target).exists():
+                missing.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not missing
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    listed = set(re.findall(r"^::: (\S+)", pages, re.MULTILINE))
+    wanted = {f"seqpar_kernels.{name}" for name in seqpar_kernels.__all__} - {"seqpar_kernels.nn"}
+    assert wanted == listed
+
+
+def test_site_builds_strictly(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "site" / "api" / "functions" / "index.html").exists()
