@@ -21,7 +21,7 @@ CXX_FILES = $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cuh' -o -n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format docs gpu bench wheel clean distclean
+.PHONY: help demo test lint format docs findings gpu bench wheel clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -46,6 +46,9 @@ format: $(VENV)/dev.stamp  ## rewrite the sources the way lint wants them
 
 docs: $(VENV)/dev.stamp  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+findings:  ## the surprises about other libraries, each checked in an environment of its own
+	@for script in findings/*.sh; do echo "== $$script"; bash "$$script" || exit 1; done
 
 gpu:  ## the tests marked gpu, then the benchmarks, into $(OUT); ARGS=--figures: the published figures alone
 	$(PYTHON) .ci/gpu.py --out $(OUT) $(ARGS)
