@@ -21,6 +21,7 @@ class Conversion:
         self.region = region
         self.plan = plan
         self.styles: dict[str, str] = {}  # module name -> handling style
+        self.owned: dict[nn.Module, tuple[str, str]] = {}  # the module itself -> (name, what the check expects there)
         self.sections: dict[str, int | tuple[int, ...]] = {}
         self.edges: dict[str, set[str]] = {}  # module name -> subset of the styles that are no handling
         self.shared: list[list[str]] = []
@@ -43,22 +44,19 @@ class Conversion:
         gathered = (other for other, edges in self.edges.items() if "gather_input" in edges)
         return any(name.startswith(other + ".") for other in gathered)
 
-    def followed(self) -> dict[str, str]:
-        """Module name -> what :class:`ShardCheck` expects there."""
+    def own_modules(self, model: nn.Module) -> None:
+        """Remember the modules that have been made or prepared, and what :class:`ShardCheck` expects there."""
         inner = {"colwise": "gathered_colwise", "shared_heads": "gathered_colwise"}
-        found = {name: style for name, style in self.styles.items() if style != "own_parameters"}
-        return {n: inner.get(s, s) if self.inside_gathered(n) else s for n, s in found.items()}
-
-    def gathered(self) -> frozenset[str]:
-        """Modules behind which the sequence is whole."""
-        return frozenset(name for name, edges in self.edges.items() if "gather_output" in edges)
+        for name, style in self.styles.items():
+            found = inner.get(style, style) if self.inside_gathered(name) else style
+            self.owned[model.get_submodule(name)] = name, found
 
     def planned_parameters(self, model: nn.Module) -> frozenset[str]:
         """Names of parameters that meet shards or heads inside modules with an entry of no other style."""
         names = [f"{name}.{p}" for name, module in model.named_modules() for p in getattr(module, "sharded", {})]
-        for name, style in self.styles.items():
-            if style == "own_parameters":
-                names += [f"{name}.{p}" for p, _ in model.get_submodule(name).named_parameters(recurse=False)]
+        for name, module in model.named_modules():
+            if self.owned.get(module, ("", ""))[1] == "own_parameters":
+                names += [f"{name}.{p}" for p, _ in module.named_parameters(recurse=False)]
         return frozenset(names)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:

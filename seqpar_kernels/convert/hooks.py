@@ -66,6 +66,8 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
     for _, block, _ in blocks:
         block.register_forward_hook(_settle_hook(conversion))
 
+    names = list(inspect.signature(model.forward).parameters)
+
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cleanup(module)  # what an interrupted forward may have left
         region.seq_len = None
@@ -91,10 +93,8 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
                     "torch.compile"
                 )
             return
-        conversion.check = ShardCheck(
-            model, conversion.followed(), conversion.planned_parameters(model), conversion.gathered()
-        )
-        conversion.check.start()
+        conversion.check = ShardCheck(model, conversion.owned, conversion.planned_parameters(model))
+        conversion.check.start(args, kwargs, names)
 
     def finished(module: nn.Module, args: Any, output: Any) -> None:
         if conversion.check is not None:
@@ -305,7 +305,10 @@ def _scatter_output_hook(name: str, conversion: Conversion) -> Callable[..., Any
         if region.group is None:
             return None
         whole, rebuilt = _first_tensor(name, "replicated", output)
-        return rebuilt(scatter_sequence(whole, region.group, region.seq_dim))
+        shard = scatter_sequence(whole, region.group, region.seq_dim)
+        if conversion.check is not None:
+            mark(shard, Kind.SHARD)
+        return rebuilt(shard)
 
     return hook
 

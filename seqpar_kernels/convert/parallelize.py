@@ -115,6 +115,7 @@ def parallelize(
         new = converted(old, name, style, conversion, engine)
         for parent, child in places[old] if new is not old else ():
             setattr(parent, child, new)
+    conversion.own_modules(model)
     _share_gathers(model, settled, conversion)
     install_hooks(model, conversion)
     if ends is not None:

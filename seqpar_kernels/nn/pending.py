@@ -8,6 +8,7 @@ does all of it in the kernel that sums over the ranks. Whatever else touches the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from ..kernels import NormKind
 from ..kernels.spec import accumulation_dtype
 from ..layout import SequenceShard
 from ..random import draw_seed
+from .own_forward import follower
 
 if TYPE_CHECKING:
     from .linear import RowParallelLinear
@@ -79,8 +81,9 @@ class PendingSum(Tensor):
     def value(self) -> Tensor:
         """The sum, as the model's own statements would compute it."""
         if self.computed is None:
-            x = self._input()
-            with torch.set_grad_enabled(self.grad_mode):
+            x, following = self._input(), follower()
+            own = nullcontext() if following is None else following.trusted()
+            with torch.set_grad_enabled(self.grad_mode), own:
                 out = self.linear.summed(x)
                 if self.dropout is not None:
                     out = self.dropout.dropped(out, self.seed)
