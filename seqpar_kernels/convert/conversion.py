@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,6 +12,9 @@ from .plans import ParallelPlan
 from .presented import Cut
 from .shard_check import ShardCheck
 from .snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from .changes import Watch
 
 
 class Conversion:
@@ -33,6 +36,7 @@ class Conversion:
         self.crossing = False  # pending sums may leave their block
         self.replicated: list[nn.Parameter] = []
         self.check: ShardCheck | None = None
+        self.watch: Watch | None = None  # of a model on several ranks
         self.checked: set[bool] = set()  # module.training of forwards that have been followed
 
     def release(self, param: nn.Parameter) -> None:
@@ -50,6 +54,10 @@ class Conversion:
         for name, style in self.styles.items():
             found = inner.get(style, style) if self.inside_gathered(name) else style
             self.owned[model.get_submodule(name)] = name, found
+
+    def edges_at(self, *styles: str) -> list[list[str]]:
+        """The modules at whose edges each of ``styles`` takes place."""
+        return [[name for name, edges in self.edges.items() if style in edges] for style in styles]
 
     def planned_parameters(self, model: nn.Module) -> frozenset[str]:
         """Names of parameters that meet shards or heads inside modules with an entry of no other style."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Container, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -65,6 +66,14 @@ def trainable_inputs(args: Any, kwargs: dict[str, Any], names: list[str]) -> Ite
         for layer in getattr(value, "layers", ()) if not isinstance(value, nn.Module) else ():
             found += [getattr(layer, "keys", None), getattr(layer, "values", None)]
         yield from ((name, leaf) for leaf in found if isinstance(leaf, Tensor) and leaf.requires_grad)
+
+
+def trained_arguments(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
+    """Which arguments of a forward may bring gradients in: positions and names, quickly."""
+    if torch.is_grad_enabled():
+        for name, value in chain(enumerate(args), kwargs.items()):
+            if value.requires_grad if isinstance(value, Tensor) else name == "past_key_values" and value is not None:
+                yield name
 
 
 class Functions:

@@ -15,7 +15,9 @@ from ..functional import gather_sequence, scatter_sequence
 from ..nn.embedded import EmbeddedRows
 from ..nn.pending import settled
 from ..nn.region import mark_entrance, show_whole
+from .changes import Watch
 from .conversion import Conversion
+from .foreign import trained_arguments
 from .head_dropout import head_dropouts
 from .plans import STREAM_NAMES, matches
 from .pretrained import refuse_adapters
@@ -66,7 +68,9 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
     for _, block, _ in blocks:
         block.register_forward_hook(_settle_hook(conversion))
 
-    names = list(inspect.signature(model.forward).parameters)
+    ends = conversion.edges_at("scatter_input", "gather_output")
+    watch = conversion.watch = Watch(model, conversion.owned, *ends)
+    state: dict[str, Any] = {}
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cleanup(module)  # what an interrupted forward may have left
@@ -76,38 +80,54 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
             # The autograd function that serves backward hooks takes a waiting sum for a leaf.
             served = _hooked_everywhere() or any(m._backward_hooks or m._backward_pre_hooks for m in around)
             region.deferring = None if served else torch.is_grad_enabled()
-            if "peft_config" in vars(module):  # peft has been here since
-                refuse_adapters(module, conversion.styles)
         config = getattr(module, "config", None)
         for asked, what in _BY_PRODUCTS.items():
             if kwargs.get(asked, getattr(config, asked, False)):
                 raise ValueError(f"{asked}: expected False, the {what}")
         if not torch.compiler.is_compiling():
             region.sum_together(conversion.replicated)
-        if module.training in conversion.checked:
-            return
         if torch.compiler.is_compiling() or _inside_compile():
-            if not conversion.trusted:
+            if not conversion.trusted and module.training not in conversion.checked:
                 raise RuntimeError(
                     "a plan is checked by the first forward, which must be an eager one: call the model once before "
                     "torch.compile"
                 )
             return
-        conversion.check = ShardCheck(model, conversion.owned, conversion.planned_parameters(model))
-        conversion.check.start(args, kwargs, names)
+        start(module, args, kwargs)
+
+    def start(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        watch.begin(model.training)
+        state["key"] = key = id(module), model.training, *trained_arguments(args, kwargs)
+        if watch.unchecked(key):
+            if "peft_config" in vars(model):  # peft has been here since
+                refuse_adapters(model, conversion.styles)
+            planned = conversion.planned_parameters(model)
+            conversion.check = ShardCheck(model, conversion.owned, planned, lambda: watch.stage == "cut")
+            watch.checking = True
+            conversion.check.start(args, kwargs, list(inspect.signature(module.forward).parameters))
 
     def finished(module: nn.Module, args: Any, output: Any) -> None:
-        if conversion.check is not None:
-            conversion.check.stop()
-            conversion.check.check_output(output)
-            conversion.checked.add(module.training)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return
+        close(output)
+        if torch.is_grad_enabled():
             _return_to_this_forward(output, conversion)
+
+    def close(output: Any) -> None:
+        check = conversion.check
+        if check is not None:
+            check.stop()
+            check.check_output(output)
+            watch.passed(state["key"], check)
+            conversion.checked.add(model.training)
+        watch.finished()
 
     def cleanup(module: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
             region.summed = {}
-        elif region.summed:  # kept, like seq_len: a recomputation in the backward needs them
+        else:
+            watch.end()
+        if region.summed:  # kept, like seq_len: a recomputation in the backward needs them
             region.kept, region.summed = region.summed, {}
         for gather in conversion.gathers:
             gather.clear()
@@ -117,9 +137,44 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
         if check is not None:
             check.stop()
 
+    def entered(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or _inside_compile() or _backward():
+            return
+        if watch.stage is None:
+            state["inner"] = module
+            start(module, args, kwargs)
+
+    def left(module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling() and state.get("inner") is module:
+            close(output)
+
+    def left_always(module: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling() and state.get("inner") is module:
+            state["inner"] = None
+            watch.end()
+            check, conversion.check = conversion.check, None
+            if check is not None:
+                check.stop()
+
+    for inner in _around_region(model, *ends):  # may be called without the model around them
+        inner.register_forward_pre_hook(entered, with_kwargs=True)
+        inner.register_forward_hook(left)
+        inner.register_forward_hook(left_always, always_call=True)
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(finished)
     model.register_forward_hook(cleanup, always_call=True)
+
+
+def _backward() -> bool:
+    """Whether this is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _around_region(model: nn.Module, cuts: list[str], gathers: list[str]) -> Iterator[nn.Module]:
+    """Modules inside ``model`` that hold every place where the sequence is cut and put together."""
+    for name, module in model.named_modules():
+        if name and cuts and gathers and all(edge.startswith(f"{name}.") for edge in (*cuts, *gathers)):
+            yield module
 
 
 def _hooked_everywhere() -> bool:
@@ -206,6 +261,8 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         x, rebuilt = _residual_stream(name, args, kwargs)
         if is_shard(x) and conversion.check is not None:
             raise RuntimeError(f"{name}: 'scatter_input' was given a sequence shard: the plan scatters twice")
+        if conversion.watch is not None and not torch.compiler.is_compiling():
+            conversion.watch.cut(name)
         length = x.shape[region.seq_dim]
         # Only where it is needed: a recomputation during backward must not find the length of a later forward.
         region.seq_len = length if length % region.ranks else None
@@ -281,6 +338,8 @@ def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]
         losing = conversion.loss is not None and conversion.loss.active
         if region.group is None and not losing:
             return None
+        if conversion.watch is not None and not torch.compiler.is_compiling():
+            conversion.watch.gather(name)
         first, rebuilt = _first_tensor(name, "gather_output", output)
         if losing:
             whole = conversion.loss.hide(first)  # type: ignore[union-attr]

@@ -394,9 +394,15 @@ class _Parameters(dict[str, Any]):
     ``released`` is told of a plain parameter that fully_shard has put DTensors of its own in place of.
     """
 
-    def __init__(self, params: dict[str, Any], released: Callable[[nn.Parameter], None]):
+    def __init__(
+        self,
+        params: dict[str, Any],
+        released: Callable[[nn.Parameter], None],
+        accessed: Callable[[str, Any], None] | None = None,
+    ):
         super().__init__(params)
         self.released = released
+        self.accessed = accessed
 
     def __setitem__(self, name: str, param: Any) -> None:
         old = self.get(name)
@@ -406,6 +412,8 @@ class _Parameters(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         param = super().__getitem__(name)
+        if self.accessed is not None and param is not None:
+            self.accessed(name, param)
         return param if type(param) is nn.Parameter else part_of(param)
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
@@ -417,6 +425,25 @@ class _Parameters(dict[str, Any]):
     def plain(self) -> dict[str, Any]:
         """What is really there."""
         return dict(super().items())
+
+
+class _Accessed(dict[str, Any]):
+    """The parameters of a module that came later, as they are."""
+
+    accessed: Callable[[str, Any], None]
+
+    def __getitem__(self, name: str) -> Any:
+        param = super().__getitem__(name)
+        if param is not None:
+            self.accessed(name, param)
+        return param
+
+
+def report_access(module: nn.Module, accessed: Callable[[str, Any], None]) -> None:
+    """Let ``accessed(name, parameter)`` be called whenever ``module`` takes a parameter of its own."""
+    if not isinstance(module._parameters, _Parameters):
+        module.__dict__["_parameters"] = _Accessed(module._parameters)
+    module._parameters.accessed = accessed  # type: ignore[attr-defined]
 
 
 def cuts_of(model: nn.Module) -> dict[str, Cut]:
@@ -469,7 +496,7 @@ def _applier(module: nn.Module) -> Callable[..., nn.Module]:
                 new, shown = plain[name], getattr(old, "_seqpar_presented", None)
                 if shown is not None and (new is not old or new.data_ptr() != shown._local_tensor.data_ptr()):
                     PresentedParameter.of(new, shown.cut, shown.device_mesh)
-            module.__dict__["_parameters"] = _Parameters(plain, held.released)
+            module.__dict__["_parameters"] = _Parameters(plain, held.released, held.accessed)
         return module
 
     return apply

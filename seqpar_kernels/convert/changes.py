@@ -1,0 +1,224 @@
+"""Notices that a converted model is no longer what its first forward was checked with.
+
+A cheap fingerprint of the model (modules, hooks, forwards, parameters and what of them is trained) is compared at every
+eager forward: where it changed, the next forward is checked again. What it cannot show, a Python flag that brings other
+modules or parameters into play or leaves out the place where the sequence is cut, is caught where it happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from operator import attrgetter, methodcaller
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules import module as module_hooks
+from torch.nn.modules.dropout import _DropoutNd
+
+from .presented import report_access
+from .shard_check import ShardCheck
+
+_forward, _kind = methodcaller("get", "forward"), attrgetter("__class__")
+
+
+class Fingerprint:
+    """What a check of ``model`` depends on."""
+
+    def __init__(self, model: nn.Module):
+        self._modules = list(model.modules())
+        self._dicts = [vars(module) for module in self._modules]
+        self._sharded = any(isinstance(module, FSDPModule) for module in self._modules)
+        self._dropouts = [vars(module) for module in self._modules if isinstance(module, _DropoutNd)]
+        self._classes = list({type(module) for module in self._modules})
+        self._held = [p for d in self._dicts for p in dict.values(d["_parameters"])]  # ids are taken again
+        self._state = self._now()
+
+    def same(self) -> bool:
+        """Whether nothing has changed since."""
+        return self._state == self._now()
+
+    def _now(self) -> list[Any]:
+        dicts = self._dicts
+        params = [d["_parameters"] for d in dicts]
+        values = list(chain.from_iterable(map(dict.values, params)))
+        hooks = chain(
+            (d["_forward_hooks"] for d in dicts),
+            (d["_forward_pre_hooks"] for d in dicts),
+            (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks),
+        )
+        return [
+            list(chain.from_iterable(d["_modules"].values() for d in dicts)),
+            list(chain.from_iterable(hooks)),
+            list(map(_forward, dicts)),
+            list(map(_kind, self._modules)),
+            [kind.forward for kind in self._classes],
+            list(chain.from_iterable(map(dict.keys, params))),
+            [] if self._sharded else list(map(id, values)),  # fully_shard puts others in place in every forward
+            [p is not None and p.requires_grad for p in values],
+            [d["p"] for d in self._dropouts],
+        ]
+
+
+class Watch:
+    """Where a forward of a converted model stands, and what has come into play since it was checked.
+
+    ``stage`` is None outside of a forward, "whole" before the sequence is cut, "cut", and "whole again".
+    """
+
+    def __init__(self, model: nn.Module, owned: dict[nn.Module, tuple[str, str]], cuts: list[str], gathers: list[str]):
+        self._model, self._owned = model, owned
+        self._cuts, self._gathers = cuts, gathers
+        self.stage: str | None = None
+        self.training = self.checking = False  # checking: a check is under way, which sees more than this
+        self._cut_by: set[str] = set()  # in this forward
+        self._cut_again: set[str] = set()  # more than once, and found right
+        self._checked: set[Any] = set()
+        self._fingerprint: Fingerprint | None = None
+        self._entered: dict[bool, set[nn.Module]] = {}  # by training: where the sequence was cut
+        self._used: dict[bool, set[int]] = {}
+        self._guarded: set[nn.Module] = set()
+        self._ends_cut: dict[bool, bool] = {}
+        fed_shards = {name for name, style in owned.values() if style not in ("tensor_parallel", "own_parameters")}
+        for name, module in _beside(model, cuts, fed_shards):
+            module.register_forward_pre_hook(self._reached_whole(name), prepend=True)
+
+    def unchecked(self, key: Any) -> bool:
+        """Whether a forward like ``key`` is still to be checked, of the model as it is now."""
+        if self._fingerprint is not None and not self._fingerprint.same():
+            self._checked.clear()
+            self._fingerprint = None
+        return key not in self._checked
+
+    def begin(self, training: bool) -> None:
+        """A forward begins."""
+        self.stage, self.training = "whole", training
+        self._cut_by.clear()
+
+    def end(self) -> None:
+        """It is over, also by an error."""
+        self.stage, self.checking = None, False
+
+    def passed(self, key: Any, check: ShardCheck) -> None:
+        """The forward under way has been checked, and found right."""
+        self._entered.setdefault(self.training, set()).update(check.entered)
+        self._used.setdefault(self.training, set()).update(check.used)
+        self._ends_cut[self.training] = self.stage == "cut"
+        self._guard()
+        self._checked.add(key)
+        self._fingerprint = Fingerprint(self._model)
+
+    def cut(self, name: str) -> None:
+        """The sequence is cut at the entrance of ``name``."""
+        if self.stage is None:
+            return
+        if self.stage == "cut" and name in self._cut_by:
+            if self.checking:
+                self._cut_again.add(name)
+            elif name not in self._cut_again:
+                raise RuntimeError(f"{name}: 'scatter_input' was given a sequence shard: the plan scatters twice")
+        self._cut_by.add(name)
+        self.stage = "cut"
+
+    def gather(self, name: str) -> None:
+        """The sequence is put together behind ``name``."""
+        if self.stage == "whole":
+            raise RuntimeError(self._skipped(name))
+        if self.stage is not None:
+            self.stage = "whole again"
+
+    def finished(self) -> None:
+        """The forward returns.
+
+        Raises:
+            RuntimeError: it returns shards.
+        """
+        if self.stage == "cut" and not self._ends_cut.get(self.training, True):
+            raise RuntimeError(
+                f"{type(self._model).__name__}: the sequence was cut, but not put together again in this forward: "
+                f"{' and '.join(self._gathers)}, where the plan says 'gather_output', took no part in it. Call it in "
+                "every forward, or say 'gather_output' at a module that every forward calls"
+            )
+
+    def _skipped(self, name: str) -> str:
+        return (
+            f"{name}: the sequence has not been cut in this forward: {' and '.join(self._cuts)}, where the plan says "
+            "'scatter_input', took no part in it (skipped, pruned or replaced). Prune before parallelize; where a "
+            "forward may skip it, say 'scatter_input' at a module that every forward calls before (a dropout behind "
+            "the embedding, say)"
+        )
+
+    def _reached_whole(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            if not torch.compiler.is_compiling() and self.stage == "whole":
+                raise RuntimeError(self._skipped(name))
+
+        return hook
+
+    def _guard(self) -> None:
+        """Watch the modules outside the plan that hold something to be trained, or drop out."""
+        for name, module in self._model.named_modules():
+            if module in self._guarded or module in self._owned or getattr(module, "sharded", None):
+                continue
+            trained = any(isinstance(p, Tensor) for p in dict.values(module._parameters))
+            if not trained and not isinstance(module, _DropoutNd):
+                continue
+            self._guarded.add(module)
+            if trained:
+                report_access(module, self._accessed(name))
+            if name:
+                module.register_forward_pre_hook(self._called(name), prepend=True)
+
+    def _late(self) -> bool:
+        return not torch.compiler.is_compiling() and self.stage == "cut" and not self.checking
+
+    def _called(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            if not self._late() or module in self._entered.get(self.training, ()):
+                return
+            trains = torch.is_grad_enabled() and any(
+                p is not None and p.requires_grad for p in dict.values(module._parameters)
+            )
+            drops = isinstance(module, _DropoutNd) and module.training and module.p > 0
+            if trains or drops:
+                what = "dropout depends on how the sequence is cut" if drops else _PARTIAL
+                raise RuntimeError(f"{name}: {_LATE} {what}. {_REMEDY}")
+
+        return hook
+
+    def _accessed(self, owner: str) -> Callable[[str, Any], None]:
+        def report(name: str, param: Any) -> None:
+            if not self._late():
+                return
+            if not (torch.is_grad_enabled() and param.requires_grad) or id(param) in self._used.get(self.training, ()):
+                return
+            raise RuntimeError(f"{f'{owner}.{name}' if owner else name}: {_LATE} {_PARTIAL}. {_REMEDY}")
+
+        return report
+
+
+_LATE = "comes into play where the sequence is cut, for the first time since the forward that was checked:"
+_PARTIAL = "its gradient would be a different part of the sum on every rank"
+_REMEDY = (
+    "Add it to the plan with a style that fits ('norm', 'sequence', 'tensor_parallel', 'own_parameters' for the module "
+    "that holds it, 'dropout'), or freeze it"
+)
+
+
+def _beside(model: nn.Module, cuts: list[str], planned: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that are or hold one of ``planned``, and do not hold a place where the sequence is cut."""
+
+    def below(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for child, inner in module.named_children():
+            name = f"{prefix}.{child}" if prefix else child
+            if name in cuts or not any(f"{other}.".startswith(f"{name}.") for other in planned):
+                continue
+            holds = any(cut.startswith(f"{name}.") for cut in cuts)
+            if holds or isinstance(inner, (nn.ModuleList, nn.ModuleDict)):
+                yield from below(name, inner)
+            else:
+                yield name, inner
+
+    return below("", model) if cuts else iter(())
