@@ -7,6 +7,7 @@ modules or parameters into play or leaves out the place where the sequence is cu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 from operator import attrgetter, methodcaller
@@ -77,8 +78,9 @@ class Watch:
         self._cut_again: set[str] = set()  # more than once, and found right
         self._checked: set[Any] = set()
         self._fingerprint: Fingerprint | None = None
-        self._entered: dict[bool, set[nn.Module]] = {}  # by training: where the sequence was cut
-        self._used: dict[bool, set[int]] = {}
+        self._entered: dict[bool, set[str]] = {}  # by training: kinds of modules called where the sequence was cut
+        self._used: set[Any] = set()  # parameters outside the plan that were used there, by id and name
+        self._read: set[str] = set()  # and those that a module took at least
         self._guarded: set[nn.Module] = set()
         self._ends_cut: dict[bool, bool] = {}
         fed_shards = {name for name, style in owned.values() if style not in ("tensor_parallel", "own_parameters")}
@@ -103,8 +105,9 @@ class Watch:
 
     def passed(self, key: Any, check: ShardCheck) -> None:
         """The forward under way has been checked, and found right."""
-        self._entered.setdefault(self.training, set()).update(check.entered)
-        self._used.setdefault(self.training, set()).update(check.used)
+        entered = {_like(name) for name, module in self._model.named_modules() if module in check.entered}
+        self._entered.setdefault(self.training, set()).update(entered)
+        self._used |= check.used
         self._ends_cut[self.training] = self.stage == "cut"
         self._guard()
         self._checked.add(key)
@@ -159,7 +162,12 @@ class Watch:
 
     def _guard(self) -> None:
         """Watch the modules outside the plan that hold something to be trained, or drop out."""
+        handled: list[str] = []
         for name, module in self._model.named_modules():
+            if any(name.startswith(other) for other in handled):
+                continue
+            if module in self._owned and self._owned[module][1] != "own_parameters":
+                handled.append(f"{name}.")
             if module in self._guarded or module in self._owned or getattr(module, "sharded", None):
                 continue
             trained = any(isinstance(p, Tensor) for p in dict.values(module._parameters))
@@ -168,43 +176,63 @@ class Watch:
             self._guarded.add(module)
             if trained:
                 report_access(module, self._accessed(name))
-            if name:
-                module.register_forward_pre_hook(self._called(name), prepend=True)
+            else:
+                module.register_forward_pre_hook(self._dropped(name), prepend=True)
+
+    def _remedy(self) -> str:
+        behind = " and ".join(self._gathers)
+        left_out = f". Or has {behind}, where 'gather_output' puts the sequence together, been left out?"
+        return (
+            "Add it to the plan with a style that fits ('norm', 'sequence', 'tensor_parallel', 'dropout', or "
+            "'own_parameters' for the module that holds it), or freeze it" + (left_out if behind else "")
+        )
 
     def _late(self) -> bool:
         return not torch.compiler.is_compiling() and self.stage == "cut" and not self.checking
 
-    def _called(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            if not self._late() or module in self._entered.get(self.training, ()):
+    def _dropped(self, name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any) -> None:
+            if not self._late() or not (module.training and module.p > 0):
                 return
-            trains = torch.is_grad_enabled() and any(
-                p is not None and p.requires_grad for p in dict.values(module._parameters)
-            )
-            drops = isinstance(module, _DropoutNd) and module.training and module.p > 0
-            if trains or drops:
-                what = "dropout depends on how the sequence is cut" if drops else _PARTIAL
-                raise RuntimeError(f"{name}: {_LATE} {what}. {_REMEDY}")
+            if _like(name) not in self._entered.get(self.training, ()):
+                what = "its mask would depend on how the sequence is cut"
+                raise RuntimeError(f"{name}: {_LATE} {what}. {self._remedy()}")
 
         return hook
 
-    def _accessed(self, owner: str) -> Callable[[str, Any], None]:
-        def report(name: str, param: Any) -> None:
-            if not self._late():
-                return
-            if not (torch.is_grad_enabled() and param.requires_grad) or id(param) in self._used.get(self.training, ()):
-                return
-            raise RuntimeError(f"{f'{owner}.{name}' if owner else name}: {_LATE} {_PARTIAL}. {_REMEDY}")
+    def _accessed(self, owner: str) -> Callable[[str, Any], Any]:
+        def report(name: str, param: Any) -> Any:
+            if torch.compiler.is_compiling() or self.stage != "cut":
+                return param
+            full = f"{owner}.{name}" if owner else name
+            if self.checking:
+                self._read.add(full)
+            elif torch.is_grad_enabled() and param.requires_grad and not self._used & {full, id(param)}:
+                error = f"{full}: {_LATE} {_PARTIAL}. {self._remedy()}"
+                if full not in self._read:
+                    raise RuntimeError(error)
+                if type(param) is nn.Parameter:  # taken in every forward, and not used so far
+                    param = param.view_as(param)
+                    param.register_hook(_refusal(error))
+            return param
 
         return report
 
 
+def _refusal(error: str) -> Callable[[Tensor], None]:
+    def hook(grad: Tensor) -> None:
+        raise RuntimeError(error)
+
+    return hook
+
+
+def _like(name: str) -> str:
+    """The same for a module of every block: blocks may be skipped, also in the forward that was checked."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
 _LATE = "comes into play where the sequence is cut, for the first time since the forward that was checked:"
 _PARTIAL = "its gradient would be a different part of the sum on every rank"
-_REMEDY = (
-    "Add it to the plan with a style that fits ('norm', 'sequence', 'tensor_parallel', 'own_parameters' for the module "
-    "that holds it, 'dropout'), or freeze it"
-)
 
 
 def _beside(model: nn.Module, cuts: list[str], planned: set[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -104,7 +104,7 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
             planned = conversion.planned_parameters(model)
             conversion.check = ShardCheck(model, conversion.owned, planned, lambda: watch.stage == "cut")
             watch.checking = True
-            conversion.check.start(args, kwargs, list(inspect.signature(module.forward).parameters))
+            conversion.check.start(module, args, kwargs)
 
     def finished(module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():

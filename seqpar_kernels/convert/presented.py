@@ -398,7 +398,7 @@ class _Parameters(dict[str, Any]):
         self,
         params: dict[str, Any],
         released: Callable[[nn.Parameter], None],
-        accessed: Callable[[str, Any], None] | None = None,
+        accessed: Callable[[str, Any], Any] | None = None,
     ):
         super().__init__(params)
         self.released = released
@@ -413,7 +413,7 @@ class _Parameters(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         param = super().__getitem__(name)
         if self.accessed is not None and param is not None:
-            self.accessed(name, param)
+            param = self.accessed(name, param)
         return param if type(param) is nn.Parameter else part_of(param)
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
@@ -430,17 +430,15 @@ class _Parameters(dict[str, Any]):
 class _Accessed(dict[str, Any]):
     """The parameters of a module that came later, as they are."""
 
-    accessed: Callable[[str, Any], None]
+    accessed: Callable[[str, Any], Any]
 
     def __getitem__(self, name: str) -> Any:
         param = super().__getitem__(name)
-        if param is not None:
-            self.accessed(name, param)
-        return param
+        return None if param is None else self.accessed(name, param)
 
 
-def report_access(module: nn.Module, accessed: Callable[[str, Any], None]) -> None:
-    """Let ``accessed(name, parameter)`` be called whenever ``module`` takes a parameter of its own."""
+def report_access(module: nn.Module, accessed: Callable[[str, Any], Any]) -> None:
+    """Let ``module`` be given ``accessed(name, parameter)`` whenever it takes a parameter of its own."""
     if not isinstance(module._parameters, _Parameters):
         module.__dict__["_parameters"] = _Accessed(module._parameters)
     module._parameters.accessed = accessed  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ forwards pay nothing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -126,20 +127,21 @@ class ShardCheck(TorchFunctionMode):
         self._ran: set[nn.Module] = set()
         self._inside = inside  # whether the sequence is cut now
         self.entered: set[nn.Module] = set()  # modules called where it was
-        self.used: set[int] = set()  # ids of parameters outside the plan used where it was
+        self.used: set[Any] = set()  # ids and names of parameters outside the plan used where it was
         self._handles: list[RemovableHandle] = []
         self._functions = Functions(self._applied)
 
-    def start(self, args: Any = (), kwargs: dict[str, Any] | None = None, names: list[str] | None = None) -> None:
-        """Hook every module and follow torch functions from here on; ``args`` are those of the forward."""
+    def start(self, entrance: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Hook every module and follow torch functions from here on, in the forward of ``entrance``, under way."""
+        names = list(inspect.signature(entrance.forward).parameters)
         for name, module in self._model.named_modules():
-            if name:
+            if name and module is not entrance:
                 entering, lending = self._entering(name), self._lending(name)
                 self._handles.append(module.register_forward_pre_hook(entering, prepend=True))
                 self._handles.append(module.register_forward_pre_hook(lending))
                 self._handles.append(module.register_forward_hook(self._left(name)))
                 self._handles.append(module.register_forward_hook(self._leaving, always_call=True))
-        for name, leaf in trainable_inputs(args, kwargs or {}, names or []):
+        for name, leaf in trainable_inputs(args, kwargs, names):
             mark(leaf, f"argument {name!r} that is trained")
         self._functions.start()
         follow(self)
@@ -362,13 +364,14 @@ class ShardCheck(TorchFunctionMode):
         named = self._named.get(id(leaf))
         if named is not None:
             if self._inside():
-                self.used.add(id(leaf))
+                self.used |= {id(leaf), named[1]}
             return named[1] if leaf.requires_grad else None
         if id(leaf) in self._allowed:
             return None
         if any(self._lent) and type(leaf) is Tensor and leaf.numel():
             lent = next((lent[leaf.data_ptr()] for lent in reversed(self._lent) if leaf.data_ptr() in lent), None)
             if lent is not None:
+                self.used.add(lent)
                 return lent or None
         if type(leaf) not in (Tensor, nn.Parameter) or not leaf.requires_grad:
             return None
