@@ -103,13 +103,17 @@ class Watch:
         """It is over, also by an error."""
         self.stage, self.checking = None, False
 
+    def check(self) -> None:
+        """It is checked."""
+        self._guard()
+        self.checking = True
+
     def passed(self, key: Any, check: ShardCheck) -> None:
         """The forward under way has been checked, and found right."""
         entered = {_like(name) for name, module in self._model.named_modules() if module in check.entered}
         self._entered.setdefault(self.training, set()).update(entered)
         self._used |= check.used
         self._ends_cut[self.training] = self.stage == "cut"
-        self._guard()
         self._checked.add(key)
         self._fingerprint = Fingerprint(self._model)
 

@@ -103,7 +103,7 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
                 refuse_adapters(model, conversion.styles)
             planned = conversion.planned_parameters(model)
             conversion.check = ShardCheck(model, conversion.owned, planned, lambda: watch.stage == "cut")
-            watch.checking = True
+            watch.check()
             conversion.check.start(module, args, kwargs)
 
     def finished(module: nn.Module, args: Any, output: Any) -> None:
