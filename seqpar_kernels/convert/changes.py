@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
-from operator import attrgetter, methodcaller
+from operator import attrgetter, is_not, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules import module as module_hooks
 from torch.nn.modules.dropout import _DropoutNd
 
-from .presented import report_access
+from .presented import Parameters
 from .shard_check import ShardCheck
 
-_forward, _kind = methodcaller("get", "forward"), attrgetter("__class__")
+_forward, _parameters = methodcaller("get", "forward"), itemgetter("_parameters")
+_kind, _trained = attrgetter("__class__"), attrgetter("requires_grad")
+_is_there = partial(is_not, None)
 
 
 class Fingerprint:
@@ -35,6 +38,9 @@ class Fingerprint:
         self._dropouts = [vars(module) for module in self._modules if isinstance(module, _DropoutNd)]
         self._classes = list({type(module) for module in self._modules})
         self._held = [p for d in self._dicts for p in dict.values(d["_parameters"])]  # ids are taken again
+        self._children = [d["_modules"] for d in self._dicts]
+        self._hooks = [d[kind] for d in self._dicts for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        self._hooks += [module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks]
         self._state = self._now()
 
     def same(self) -> bool:
@@ -43,24 +49,39 @@ class Fingerprint:
 
     def _now(self) -> list[Any]:
         dicts = self._dicts
-        params = [d["_parameters"] for d in dicts]
+        params = list(map(_parameters, dicts))  # model.to puts others in place
         values = list(chain.from_iterable(map(dict.values, params)))
-        hooks = chain(
-            (d["_forward_hooks"] for d in dicts),
-            (d["_forward_pre_hooks"] for d in dicts),
-            (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks),
-        )
         return [
-            list(chain.from_iterable(d["_modules"].values() for d in dicts)),
-            list(chain.from_iterable(hooks)),
+            list(chain.from_iterable(map(dict.values, self._children))),
+            list(chain.from_iterable(self._hooks)),
             list(map(_forward, dicts)),
             list(map(_kind, self._modules)),
             [kind.forward for kind in self._classes],
             list(chain.from_iterable(map(dict.keys, params))),
             [] if self._sharded else list(map(id, values)),  # fully_shard puts others in place in every forward
-            [p is not None and p.requires_grad for p in values],
+            list(map(_trained, filter(_is_there, values))),
             [d["p"] for d in self._dropouts],
         ]
+
+
+class _Accessed(dict[str, Any]):
+    """The parameters of a module that came later, as they are."""
+
+    accessed: Callable[[str, Any], Any]
+
+    def __getitem__(self, name: str) -> Any:
+        param = super().__getitem__(name)
+        return None if param is None else self.accessed(name, param)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
+def report_access(module: nn.Module, accessed: Callable[[str, Any], Any]) -> None:
+    """Let ``module`` be given ``accessed(name, parameter)`` whenever it takes a parameter of its own."""
+    if not isinstance(module._parameters, Parameters):
+        module.__dict__["_parameters"] = _Accessed(module._parameters)
+    module._parameters.accessed = accessed  # type: ignore[attr-defined]
 
 
 class Watch:
@@ -131,7 +152,7 @@ class Watch:
 
     def gather(self, name: str) -> None:
         """The sequence is put together behind ``name``."""
-        if self.stage == "whole":
+        if self.stage == "whole" and self._cuts and not self.checking:
             raise RuntimeError(self._skipped(name))
         if self.stage is not None:
             self.stage = "whole again"

@@ -388,7 +388,7 @@ def _presented(param: Any) -> Any:
     return getattr(param, "_seqpar_presented", param)
 
 
-class _Parameters(dict[str, Any]):
+class Parameters(dict[str, Any]):
     """``module._parameters``: taken by name, plain; listed, presented.
 
     ``released`` is told of a plain parameter that fully_shard has put DTensors of its own in place of.
@@ -427,23 +427,6 @@ class _Parameters(dict[str, Any]):
         return dict(super().items())
 
 
-class _Accessed(dict[str, Any]):
-    """The parameters of a module that came later, as they are."""
-
-    accessed: Callable[[str, Any], Any]
-
-    def __getitem__(self, name: str) -> Any:
-        param = super().__getitem__(name)
-        return None if param is None else self.accessed(name, param)
-
-
-def report_access(module: nn.Module, accessed: Callable[[str, Any], Any]) -> None:
-    """Let ``module`` be given ``accessed(name, parameter)`` whenever it takes a parameter of its own."""
-    if not isinstance(module._parameters, _Parameters):
-        module.__dict__["_parameters"] = _Accessed(module._parameters)
-    module._parameters.accessed = accessed  # type: ignore[attr-defined]
-
-
 def cuts_of(model: nn.Module) -> dict[str, Cut]:
     """Name in ``state_dict`` -> how it is cut, of all parameters listed now."""
     listed = model.named_parameters(remove_duplicate=False)
@@ -470,13 +453,13 @@ def present_parameters(
     """
     ranks, rank = mesh.size(), mesh.get_local_rank()
     for module in model.modules():
-        if not module._parameters or isinstance(module._parameters, _Parameters):
+        if not module._parameters or isinstance(module._parameters, Parameters):
             continue
         for param in module._parameters.values():
             if param is not None and not hasattr(param, "_seqpar_presented"):
                 spec = specs.get(id(param))
                 PresentedParameter.of(param, Cut.of(param, spec, ranks, rank), mesh)
-        module.__dict__["_parameters"] = _Parameters(module._parameters, released)
+        module.__dict__["_parameters"] = Parameters(module._parameters, released)
         module.__dict__["_apply"] = _applier(module)
 
 
@@ -485,7 +468,7 @@ def _applier(module: nn.Module) -> Callable[..., nn.Module]:
 
     def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         held = module._parameters
-        assert isinstance(held, _Parameters)
+        assert isinstance(held, Parameters)
         module.__dict__["_parameters"] = plain = held.plain()
         try:
             type(module)._apply(module, fn, recurse)
@@ -494,7 +477,7 @@ def _applier(module: nn.Module) -> Callable[..., nn.Module]:
                 new, shown = plain[name], getattr(old, "_seqpar_presented", None)
                 if shown is not None and (new is not old or new.data_ptr() != shown._local_tensor.data_ptr()):
                     PresentedParameter.of(new, shown.cut, shown.device_mesh)
-            module.__dict__["_parameters"] = _Parameters(plain, held.released, held.accessed)
+            module.__dict__["_parameters"] = Parameters(plain, held.released, held.accessed)
         return module
 
     return apply
