@@ -129,6 +129,7 @@ class ShardCheck(TorchFunctionMode):
         self.entered: set[nn.Module] = set()  # modules called where it was
         self.used: set[Any] = set()  # ids and names of parameters outside the plan used where it was
         self._handles: list[RemovableHandle] = []
+        self._arguments: list[Tensor] = []  # those that are trained
         self._functions = Functions(self._applied)
 
     def start(self, entrance: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -143,6 +144,7 @@ class ShardCheck(TorchFunctionMode):
                 self._handles.append(module.register_forward_hook(self._leaving, always_call=True))
         for name, leaf in trainable_inputs(args, kwargs, names):
             mark(leaf, f"argument {name!r} that is trained")
+            self._arguments.append(leaf)
         self._functions.start()
         follow(self)
         self.__enter__()
@@ -154,6 +156,9 @@ class ShardCheck(TorchFunctionMode):
                 handle.remove()
             self._handles.clear()
             self._functions.stop()
+            for leaf in self._arguments:  # they are the user's
+                vars(leaf).pop(_MARK, None)
+            self._arguments.clear()
             follow(None)
             self.__exit__(None, None, None)
 
@@ -359,7 +364,7 @@ class ShardCheck(TorchFunctionMode):
         """The trainable tensor outside the plan that ``leaf`` is, or was computed from."""
         found = getattr(leaf, _MARK, None)
         if found is not None:
-            trained = leaf.requires_grad if torch.is_grad_enabled() and isinstance(found, str) else True
+            trained = leaf.requires_grad or not torch.is_grad_enabled()
             return found if isinstance(found, str) and trained else None
         named = self._named.get(id(leaf))
         if named is not None:
@@ -377,7 +382,7 @@ class ShardCheck(TorchFunctionMode):
             return None
         if leaf.is_leaf:
             return described(leaf)
-        if met and not hasattr(leaf, _MARK) and torch.is_grad_enabled() and not any(self._lent):
+        if met and not hasattr(leaf, _MARK) and not any(self._lent):
             behind = leaf_behind(leaf, self._allowed)
             named = None if behind is None else self._named.get(id(behind))
             return None if behind is None else described(behind) if named is None else named[1]
