@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ..functional import gather_sequence, scatter_sequence
+from ..functional import copy_to_tensor_parallel, gather_sequence, scatter_sequence
 from ..nn.embedded import EmbeddedRows
 from ..nn.pending import settled
 from ..nn.region import mark_entrance, show_whole
+from ..overlap.agreement import agreement_of
+from .checks import counted
 from .conversion import Conversion
 from .head_dropout import head_dropouts
 from .plans import STREAM_NAMES, matches
 from .pretrained import refuse_adapters
+from .rules import Rules
 from .shard_check import Kind, ShardCheck, is_shard, mark
 
 Place = tuple[nn.Module, str]  # a module's parent, and its name there
@@ -39,6 +43,8 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
                 _gather_hook(name, conversion, partial=False), with_kwargs=True, prepend=True
             )
             module.register_forward_hook(_scatter_output_hook(name, conversion))
+        elif style == "conditioning":
+            model.get_submodule(name).register_forward_hook(_copied_hook(conversion))
     for pattern, arguments in conversion.plan.scattered.items():
         for name, module in model.named_modules():
             if matches(pattern, name):
@@ -91,8 +97,9 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
                     "torch.compile"
                 )
             return
+        rules = Rules(model, region, conversion.styles, counted(model, conversion.plan))
         conversion.check = ShardCheck(
-            model, conversion.followed(), conversion.planned_parameters(model), conversion.gathered()
+            model, conversion.followed(), conversion.planned_parameters(model), conversion.gathered(), rules
         )
         conversion.check.start()
 
@@ -100,7 +107,9 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
         if conversion.check is not None:
             conversion.check.stop()
             conversion.check.check_output(output)
-            conversion.checked.add(module.training)
+            if conversion.check.rules.conclusive:
+                conversion.checked.add(module.training)
+            conversion.check = None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _return_to_this_forward(output, conversion)
 
@@ -114,8 +123,12 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
         for dropout in dropouts:
             dropout.restore()
         check, conversion.check = conversion.check, None
-        if check is not None:
+        if check is not None:  # an error is on its way: peers that do not meet it shall not wait for this rank
             check.stop()
+            error = sys.exc_info()[1]
+            if error is not None and region.group is not None and not torch.compiler.is_compiling():
+                check.rules.note_on(error)
+                agreement_of(region.group).refuse(f"{type(error).__name__}: {error}")
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(finished)
@@ -216,6 +229,7 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         else:
             mark_entrance(shard)
         if conversion.check is not None:
+            conversion.check.rules.length = length
             mark(shard, Kind.SHARD)
         return rebuilt(shard)
 
@@ -264,6 +278,8 @@ def _gather_hook(name: str, conversion: Conversion, partial: bool) -> Callable[.
         x, rebuilt = _residual_stream(name, args, kwargs)
         if conversion.check is not None and not is_shard(x):
             raise RuntimeError(f"{name}: its input is to be gathered, but is no sequence shard")
+        if conversion.check is not None:
+            conversion.check.rules.placed(name, x)
         whole = gather_sequence(
             x, region.group, region.seq_dim, seq_len=region.seq_len, tensor_parallel_output_grad=partial
         )
@@ -282,6 +298,8 @@ def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]
         if region.group is None and not losing:
             return None
         first, rebuilt = _first_tensor(name, "gather_output", output)
+        if conversion.check is not None:
+            conversion.check.rules.leaves_region(name, first)
         if losing:
             whole = conversion.loss.hide(first)  # type: ignore[union-attr]
         else:
@@ -306,6 +324,21 @@ def _scatter_output_hook(name: str, conversion: Conversion) -> Callable[..., Any
             return None
         whole, rebuilt = _first_tensor(name, "replicated", output)
         return rebuilt(scatter_sequence(whole, region.group, region.seq_dim))
+
+    return hook
+
+
+def _copied_hook(conversion: Conversion) -> Callable[..., Any]:
+    """What a module computes from whole tensors meets the shard: its gradient is summed over the ranks."""
+    group = conversion.region.group
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        def copied(leaf: Any) -> Any:
+            return (
+                copy_to_tensor_parallel(leaf, group) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+            )
+
+        return None if group is None else tree_map(copied, output)
 
     return hook
 

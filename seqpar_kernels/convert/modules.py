@@ -59,7 +59,7 @@ def converted(old: Any, name: str, style: str, conversion: Conversion, engine: s
         new = SplitRMSNorm.from_torch(old, region.group)
     elif style == "dropout":
         new = Dropout.from_torch(old, region.group, seq_dim=region.seq_dim)
-    elif style == "replicated":
+    elif style in ("replicated", "conditioning"):
         return old  # type: ignore[no-any-return]
     else:
         own = style == "own_parameters"

@@ -9,8 +9,8 @@ forwards pay nothing.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from enum import Enum
 from typing import Any
 
 import torch
@@ -20,9 +20,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from .culprit import PACKAGE, statement
+from .marks import Kind, Local, Mixed, is_shard, kind_of, mark, mark_of
 from .presented import part_of
+from .rules import REMEDY, Rules
 
-_MARK = "_seqpar_shard"
+__all__ = ["EXPECTED", "Kind", "ShardCheck", "is_shard", "mark"]
+
 _DROPOUTS = frozenset(
     {
         nn.functional.dropout,
@@ -37,13 +41,6 @@ _DROPOUTS = frozenset(
 )
 
 
-class Kind(Enum):
-    """What a marked tensor is; tensors without a mark are whole and the same on every rank."""
-
-    SHARD = "a sequence shard"
-    PARTS = "a tensor-parallel tensor"  # this rank's heads or features, or a whole tensor used for them alone
-
-
 #: style -> (what its input is, what its output is); None: anything but a shard.
 EXPECTED: dict[str, tuple[Kind | None, Kind]] = {
     "colwise": (Kind.SHARD, Kind.PARTS),
@@ -56,29 +53,17 @@ EXPECTED: dict[str, tuple[Kind | None, Kind]] = {
     "sequence": (Kind.SHARD, Kind.SHARD),
     "tensor_parallel": (None, Kind.PARTS),
     "replicated": (None, Kind.SHARD),  # seen behind the gather
+    "conditioning": (None, Kind.COPIED),
 }
-
-
-def mark(value: Any, kind: Kind | str | None) -> None:
-    """Say of every tensor in ``value`` what it is: a Kind, None for whole, or the parameter it was computed from."""
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-            setattr(leaf, _MARK, kind)
-
-
-def _kind(value: Any) -> Kind | None:
-    found = getattr(value, _MARK, None)
-    return found if isinstance(found, Kind) else None
-
-
-def is_shard(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and _kind(leaf) is Kind.SHARD for leaf in tree_leaves(value))
 
 
 _FITTING = {
     Kind.SHARD: "'norm', 'colwise', 'rowwise', or 'sequence' for a module that treats rows one by one",
     Kind.PARTS: "'tensor_parallel' where every rank uses it for its own heads, or 'rowwise'",
 }
+
+
+_WHOLE = "; a module that computes from whole tensors what meets the shard (adaLN_modulation, say) takes 'conditioning'"
 
 
 class ShardCheck(TorchFunctionMode):
@@ -88,8 +73,16 @@ class ShardCheck(TorchFunctionMode):
     tensors outside of them; behind the modules in ``gathers`` the sequence is whole again.
     """
 
-    def __init__(self, model: nn.Module, styles: dict[str, str], planned: frozenset[str], gathers: frozenset[str]):
+    def __init__(
+        self,
+        model: nn.Module,
+        styles: dict[str, str],
+        planned: frozenset[str],
+        gathers: frozenset[str],
+        rules: Rules,
+    ):
         super().__init__()
+        self.rules = rules
         self._model = model
         self._styles = styles
         self._gathers = gathers
@@ -101,8 +94,9 @@ class ShardCheck(TorchFunctionMode):
             if name not in planned and isinstance(part, nn.Parameter):
                 self._named[id(part)] = part, name
         self._lent = [self._lent_now("", model)]
-        self._stack: list[str] = []
+        self._stack = rules.stack
         self._planned = 0  # depth inside modules the plan handles
+        self._inside_parts = 0  # the same, of those that compute with this rank's heads and parameters of their own
         self._handles: list[RemovableHandle] = []
 
     def start(self) -> None:
@@ -112,6 +106,7 @@ class ShardCheck(TorchFunctionMode):
                 style = self._styles.get(name)
                 self._handles.append(module.register_forward_pre_hook(self._entering(name, style), with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self._leaving(name, style), always_call=True))
+        self.rules.start()
         self.__enter__()
 
     def stop(self) -> None:
@@ -120,15 +115,25 @@ class ShardCheck(TorchFunctionMode):
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+            self.rules.stop()
             self.__exit__(None, None, None)
 
     def check_output(self, output: Any) -> None:
-        """Raises RuntimeError where a model output is still a shard."""
+        """Raises RuntimeError where a model output is still a shard, or what was made of one."""
         items = output.items() if isinstance(output, dict) else [("", output)]
-        if is_shard([value for key, value in items if key != "past_key_values"]):
+        values = [value for key, value in items if key != "past_key_values"]
+        found = next((m for leaf in tree_leaves(values) if isinstance(m := mark_of(leaf), Mixed)), None)
+        if found is not None:
+            raise RuntimeError(f"{type(self._model).__name__} returns {found.why}. {REMEDY}")
+        if is_shard(values):
             raise RuntimeError(
                 f"{type(self._model).__name__} returns a sequence shard: the plan has no 'gather_output' between the "
                 "last sharded module and the output (hidden states and other by-products are shards too)"
+            )
+        if any(kind_of(leaf) is Kind.COPIED for leaf in tree_leaves(values)):
+            raise RuntimeError(
+                f"{type(self._model).__name__} returns a tensor that has met no shard, but whose gradient is summed "
+                "over the ranks ('conditioning' or copy_to_tensor_parallel): it would count once for every rank"
             )
 
     def _entering(self, name: str, style: str | None) -> Callable[..., None]:
@@ -141,27 +146,48 @@ class ShardCheck(TorchFunctionMode):
             wanted = EXPECTED[style][0]
             first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
             if not self._planned and first is not None:
-                got = _kind(first)
+                got = kind_of(first)
+                try:
+                    self.rules.entering(name, style, name in self._gathers, first)
+                except RuntimeError:
+                    self._stack.pop()
+                    raise
                 if got is not wanted if wanted is not None else got is Kind.SHARD:
                     takes = "the whole sequence" if wanted is None else wanted.value
                     self._stack.pop()
                     raise RuntimeError(
                         f"{name}: the plan says {style!r}, which takes {takes}, "
                         f"but its input is {'the whole sequence' if got is None else got.value}"
+                        + (_WHOLE if style == "sequence" and got is None else "")
                     )
+            if style == "tensor_parallel":
+                self._inside_parts += 1
+                return
             self._planned += 1
+            if style == "sequence" and self._planned == 1:
+                try:
+                    self.rules.row_by_row(name, module, args, kwargs)
+                except RuntimeError:
+                    self._planned -= 1
+                    self._stack.pop()
+                    raise
 
         return hook
 
     def _leaving(self, name: str, style: str | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if self._stack:
-                self._stack.pop()
+                left = self._stack.pop()
+                if sys.exc_info()[1] is not None and output is None:
+                    self.rules.failed_in = self.rules.failed_in or left
             if isinstance(module, FSDPModule):
                 self._lent.pop()
-            if style is not None and self._planned:
-                self._planned -= 1
+            counter = "_inside_parts" if style == "tensor_parallel" else "_planned"
+            if style is not None and getattr(self, counter):
+                setattr(self, counter, getattr(self, counter) - 1)
                 mark(output, None if name in self._gathers else EXPECTED[style][1])
+                if not self._planned and name not in self._gathers:
+                    self.rules.leaving(name, style, module, args, output)
 
         return hook
 
@@ -172,36 +198,50 @@ class ShardCheck(TorchFunctionMode):
         if self._planned:
             return func(*args, **kwargs)
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        sources = [name for leaf in leaves if (name := self._source(leaf)) is not None]
-        kinds = {kind for leaf in leaves if (kind := _kind(leaf)) is not None}
-        where = self._stack[-1] if self._stack else type(self._model).__name__
-        if not kinds:
+        if sys._getframe(1).f_code.co_filename.startswith(PACKAGE):  # our own statement: it knows what it does
             out = func(*args, **kwargs)
-            if sources and isinstance(out, (Tensor, tuple, list)):
-                mark(out, sources[0])
+            passed = next((m for leaf in leaves if (m := mark_of(leaf)) is not None), None)
+            if passed is not None and isinstance(out, (Tensor, tuple, list)):
+                mark(out, passed)
             return out
+        if self._inside_parts:
+            return self.rules.inside(func, args, kwargs, leaves)
+        sources = [name for leaf in leaves if (name := self._source(leaf)) is not None]
+        kinds = {kind for leaf in leaves if (kind := kind_of(leaf)) is not None}
+        where = self._stack[-1] if self._stack else type(self._model).__name__
+        noted = any(isinstance(mark_of(leaf), (Mixed, Local)) for leaf in leaves)
+        if not kinds and not (noted and not sources):
+            if sources and any(isinstance(mark_of(leaf), Mixed) for leaf in leaves):
+                return self.rules.call(func, args, kwargs, leaves, None, trained=True)
+            out = func(*args, **kwargs)
+            found: Any = sources[0] if sources else self.rules.made_of_length(args, kwargs)
+            local = next((m for leaf in leaves if isinstance(m := mark_of(leaf), Local)), None)
+            if sources and local is not None:  # an embedding of positions, say
+                found = Mixed(self.rules.of_positions(sources[0], local))
+            if found is not None and isinstance(out, (Tensor, tuple, list)):
+                mark(out, found)
+            return out
+        if len(kinds) > 1:
+            kinds.discard(Kind.COPIED)
         if len(kinds) > 1:
             raise RuntimeError(
                 f"{where}: {getattr(func, '__name__', func)} takes a sequence shard and a tensor-parallel tensor; "
-                "between the two there must be a 'colwise' or 'rowwise' module"
+                f"between the two there must be a 'colwise' or 'rowwise' module. It is in {statement()}"
             )
-        kind = kinds.pop()
-        if sources:
-            raise RuntimeError(self._missed(sources[0], kind))
+        kind = kinds.pop() if kinds else None
+        if sources and kind is not None:
+            self._refuse_source(leaves, sources, kind, where)
         if kind is Kind.SHARD and func in _DROPOUTS and self._drops(args, kwargs):
             raise RuntimeError(
                 f"{where}: dropout on a sequence shard that the plan does not know: its mask would depend on how the "
-                f"sequence is cut. Give it the style 'dropout', or set its probability to 0"
+                f"sequence is cut. Give it the style 'dropout', or set its probability to 0. It is in {statement()}"
             )
-        out = func(*args, **kwargs)
-        if isinstance(out, (Tensor, tuple, list)):
-            mark(out, kind)  # 0-d results (a mean, say) are partial too
-        return out
+        return self.rules.call(func, args, kwargs, leaves, kind)
 
     def _source(self, leaf: Tensor) -> str | None:
         """The parameter that ``leaf`` is, or was computed from outside the plan."""
-        found = getattr(leaf, _MARK, None)
-        if isinstance(found, str):
+        found = mark_of(leaf)
+        if isinstance(found, str) and kind_of(leaf) is None:
             return found
         if id(leaf) in self._named:
             return self._named[id(leaf)][1]
@@ -223,12 +263,38 @@ class ShardCheck(TorchFunctionMode):
                     found[part.data_ptr()] = name
         return found
 
-    def _missed(self, parameter: str, kind: Kind) -> str:
+    def _refuse_source(self, leaves: list[Tensor], sources: list[str], kind: Kind, where: str) -> None:
+        """A parameter outside the plan, or what was computed from one, meets a marked tensor.
+
+        Raises:
+            RuntimeError: always.
+        """
+        parameter = sources[0]
         module = parameter.rpartition(".")[0] or type(self._model).__name__
-        return (
+        met = [leaf for leaf in leaves if self._source(leaf) == parameter]
+        derived = kind is not Kind.COPIED and not any(isinstance(leaf, nn.Parameter) for leaf in met)
+        outside = not f"{where}.".startswith(f"{module}.") and where != type(self._model).__name__
+        if derived and outside:
+            block = where if where not in self._styles else where.rpartition(".")[0]
+            raise RuntimeError(
+                f"{block}: {kind.value} meets a tensor that is whole on every rank and was computed from parameters "
+                f"({parameter!r} among them) in {statement()}: their gradients would be a different part of the sum on "
+                "every rank. Where a module of the block computes it (adaLN_modulation, say), give that module the "
+                "style 'conditioning', which sums the gradient of its output over the ranks; by hand, "
+                "seqpar_kernels.copy_to_tensor_parallel(tensor, group) does so; or give the whole block the style "
+                f"'replicated'. A parameter that is used there alone: add {module!r} to the plan with a style that "
+                "fits: " + _FITTING[kind]
+            )
+        if kind is Kind.COPIED:
+            raise RuntimeError(
+                f"{where}: {kind.value} ('conditioning', or copy_to_tensor_parallel) meets {parameter!r} in "
+                f"{statement()}, and no shard: what is whole on every rank would count once for every rank. The style "
+                "is for modules whose output meets the shard, and that alone"
+            )
+        raise RuntimeError(
             f"{module}: {kind.value} reaches parameter {parameter!r}, which the plan does not cover: its gradient "
             f"would be a different part of the sum on every rank. Add {module!r} to the plan with a style that fits: "
-            + _FITTING[kind]
+            f"{_FITTING[kind]}. It is in {statement()}"
         )
 
     @staticmethod

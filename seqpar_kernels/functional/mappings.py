@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -67,7 +68,12 @@ def gather_tensor_parallel(x: Tensor, group: Group, dim: int = -1, *, size: int 
 def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     """Identity; the backward sums over ranks. For a replicated tensor that enters tensor-parallel computation."""
     pg, _ = _checked(x, group, None)
-    return x if pg is None else ops.CopyToRegion.apply(x, group_name(pg))  # type: ignore[no-any-return]
+    if pg is None:
+        return x
+    out: Tensor = ops.CopyToRegion.apply(x, group_name(pg))  # type: ignore[no-untyped-call]
+    if not torch.compiler.is_compiling():
+        out._seqpar_copied = True  # type: ignore[attr-defined]  # for the check of a converted model's first forward
+    return out
 
 
 def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:

@@ -80,7 +80,8 @@ class PendingSum(Tensor):
         """The sum, as the model's own statements would compute it."""
         if self.computed is None:
             x = self._input()
-            with torch.set_grad_enabled(self.grad_mode):
+            # No function of the model's: the check of a first forward has nothing to follow here.
+            with torch.set_grad_enabled(self.grad_mode), torch._C.DisableTorchFunction():
                 out = self.linear.summed(x)
                 if self.dropout is not None:
                     out = self.dropout.dropped(out, self.seed)

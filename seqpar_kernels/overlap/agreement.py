@@ -128,6 +128,10 @@ class Agreement:
         """This rank failed in the midst of an op: peers that wait for it hear why, and the epoch is over."""
         self.note_break(ticket, f"rank {self._rank} failed in {ticket.signature}: {type(error).__name__}: {error}")
 
+    def refuse(self, reason: str) -> None:
+        """This rank stopped between two ops, and peers that have not met the reason may wait for it in the next."""
+        self._break(f"rank {self._rank} stopped before its next op: {reason}")
+
     def note_break(self, ticket: Ticket, reason: str) -> None:
         """The epoch of ``ticket`` is over because of ``reason``, which was found while this rank waits in it."""
         if ticket.epoch == self._epoch and self._broken is None:
