@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..nn import Region, SharedGather
+from .alike import Alike
 from .loss import LossParallel
 from .plans import ParallelPlan
 from .presented import Cut
@@ -31,6 +32,7 @@ class Conversion:
         self.trusted = False  # no plan of the user's: known to miss nothing
         self.crossing = False  # pending sums may leave their block
         self.replicated: list[nn.Parameter] = []
+        self.alike: Alike | None = None  # compares forwards between the ranks
         self.check: ShardCheck | None = None
         self.checked: set[bool] = set()  # module.training of forwards that have been followed
 

@@ -14,6 +14,7 @@ from ..nn import ColumnParallelLinear, Region, SharedGather
 from ..overlap.agreement import agreement_of, checked_together
 from ..overlap.planner import check_engine
 from ..strict import strict_enabled
+from .alike import comparison_enabled
 from .checks import (
     check_arguments,
     check_fields,
@@ -26,6 +27,7 @@ from .checks import (
     matching,
     short_hash,
 )
+from .comparison import compare_ranks
 from .conversion import Conversion, conversion_of
 from .derive import PROVEN, derive_plan
 from .hooks import install_hooks
@@ -96,6 +98,7 @@ def parallelize(
         ends = ends_of(model, conversion) if loss_parallel else None
         if agreement is not None:
             how = f"seq_dim={region.seq_dim}, engine={engine!r}, loss_parallel={loss_parallel}"
+            how += "" if comparison_enabled() else ", SEQPAR_COMPARE_RANKS=0"
             call = f"parallelize number {agreement.conversions} of {type(model).__name__}"
             agreement.require(f"{call}, {how}, plan {short_hash(repr(settled))}, with {digest(model)}")
     conversion.trusted = plan is None and getattr(getattr(model, "config", None), "model_type", None) in PROVEN
@@ -126,6 +129,7 @@ def parallelize(
         mesh = group_or_mesh if isinstance(group_or_mesh, DeviceMesh) else DeviceMesh.from_group(region.group, device)
         present_parameters(model, mesh, shard_specs(model), conversion.release)
         conversion.cuts = cuts_of(model)
+        conversion.alike = compare_ranks(model, conversion)
         model.register_load_state_dict_pre_hook(cut_whole_tensors)
         answer_for_ranks(model, mesh)
     if strict_enabled():
