@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,24 @@ def vocabulary_range(size: int, ranks: int, rank: int) -> tuple[int, int]:
     """
     most = -(-size // ranks)
     return min(rank * most, size), min((rank + 1) * most, size)
+
+
+def check_launched(group: Group) -> None:
+    """Refuse None where a launcher has started several ranks and no process group has been initialised.
+
+    ``torch.distributed.group.WORLD`` is None until then.
+
+    Raises:
+        RuntimeError: WORLD_SIZE is more than 1, and torch.distributed is not initialised.
+    """
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if group is None and launched.isdecimal() and int(launched) > 1 and not dist.is_initialized():
+        raise RuntimeError(
+            f"group: expected one, got None in one of {launched} processes (WORLD_SIZE, set by torchrun) before "
+            "torch.distributed.init_process_group, so that each would train a whole model on its own; "
+            "torch.distributed.group.WORLD is None until then. Call init_process_group first and pass the group or "
+            "mesh. For the same kernels without communication pass None afterwards, or unset WORLD_SIZE"
+        )
 
 
 def resolve_group(group: Group) -> ProcessGroup | None:

@@ -12,11 +12,12 @@ their rows are looked at, and what is equal but for rounding passes from then on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -73,7 +74,9 @@ class Alike:
         #: What is equal but for rounding on these ranks, and what has to be looked at row by row.
         self._rounded: set[str] = set()
         self._suspects: set[str] = set()
-        self.always = False  # compare in each forward
+        self._training: bool | None = None
+        self._drawing: Tensor | None = None  # inside while_drawing: the state of the generator in the last forward
+        self._drawn = False
         self._start_again()
 
     def _start_again(self) -> None:
@@ -90,8 +93,8 @@ class Alike:
 
     # What a forward says -------------------------------------------------------------------------------------------
 
-    def begin(self, where: str, arguments: Mapping[str, Any]) -> None:
-        """A forward begins with ``arguments``.
+    def begin(self, where: str, arguments: Mapping[str, Any], training: bool) -> None:
+        """A forward begins with ``arguments``. The first one in training or evaluation after the other is compared.
 
         Raises:
             RuntimeError: on every rank, where ranks differ in what they were given since the last comparison.
@@ -102,7 +105,10 @@ class Alike:
         self._judge_later()
         count = self._forwards
         self._first = count == 0
-        self._due = self.always or count in (0, 1, 2, 4, 8) or count % EVERY == 0
+        if self._drawing is not None and not self._drawn:
+            self._drawn = not torch.equal(default_generator(self._device()).get_state(), self._drawing)
+        turned, self._training = training is not self._training, training
+        self._due = self._drawn or turned or count in (0, 1, 2, 4, 8) or count % EVERY == 0
         self._forwards += 1
         present = {}
         for name, value in arguments.items():
@@ -156,6 +162,24 @@ class Alike:
         self._said[name] = zlib.crc32(text.encode(), self._said.get(name, 0))
         self._described[name] = text
 
+    @contextlib.contextmanager
+    def while_drawing(self) -> Iterator[None]:
+        """Inside, as soon as random numbers are drawn between two forwards (tokens), each forward is compared."""
+        self._start_again()
+        self._drawing, self._drawn = default_generator(self._device()).get_state(), False
+        try:
+            yield
+        finally:
+            self._drawing, self._drawn = None, False
+
+    def result(self, where: str, values: Mapping[str, Tensor]) -> None:
+        """Compare what has been computed, at once. A collective call."""
+        self._where, self._first = where, True
+        for name, value in values.items():
+            self.fold(name, value)
+        self.compare(values)
+        self._start_again()
+
     # Comparing -----------------------------------------------------------------------------------------------------
 
     def gathered(self, mine: Tensor) -> Tensor:
@@ -182,7 +206,7 @@ class Alike:
         self._epoch = self._agreement.epoch
         sums_now, said_now, described = self._sums, self._said, self._described
         self._said, self._described, self._sums = {}, {}, {}
-        if device.type == "cuda" and not (self._first or self.always):
+        if device.type == "cuda" and not (self._first or self._drawn):
             host = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=True)
             host.copy_(whole, non_blocking=True)
             event = torch.cuda.Event()

@@ -60,7 +60,7 @@ def compare_ranks(model: nn.Module, conversion: Conversion) -> Alike | None:
             if _captured(device()):
                 return
             under[:] = [module]
-            alike.begin(where, dict(named(args, kwargs)))
+            alike.begin(where, dict(named(args, kwargs)), module.training)
 
         return hook
 

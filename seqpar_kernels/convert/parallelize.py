@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..layout import Group
+from ..layout import Group, check_launched
 from ..nn import ColumnParallelLinear, Region, SharedGather
 from ..overlap.agreement import agreement_of, checked_together
 from ..overlap.planner import check_engine
@@ -30,7 +30,9 @@ from .checks import (
 from .comparison import compare_ranks
 from .conversion import Conversion, conversion_of
 from .derive import PROVEN, derive_plan
+from .generation import generate_alike
 from .hooks import install_hooks
+from .initialising import initialise_whole
 from .loss import ends_of, install
 from .modules import converted, cut_parameters
 from .plans import HANDLING, ParallelPlan, built_in_plan, checked_plan, matches, parse_style
@@ -63,6 +65,7 @@ def parallelize(
         model: a Hugging Face decoder that carries a tensor-parallel plan (docs/models.md), GPT-2, or any module with a
             ``plan``.
         group_or_mesh: ProcessGroup or 1-D DeviceMesh; None converts to the same kernels without communication.
+            Not before ``init_process_group`` in one of several processes of a launcher (WORLD_SIZE).
         plan: name pattern -> style (:mod:`seqpar_kernels.convert.plans`), or a ParallelPlan; None: the built-in one,
             else the one that follows from the model's own (:func:`derive_plan`).
         seq_dim: sequence dimension of the residual stream; default -2, [B, S, H].
@@ -77,8 +80,10 @@ def parallelize(
     Raises:
         ValueError: no plan, a pattern that matches nothing, sizes or head counts that do not divide, tied weights that
             would be torn apart. Nothing has been changed then.
-        RuntimeError: the ranks hold different models or weights, or a torch older than 2.12 with several ranks.
+        RuntimeError: the ranks hold different models or weights, a torch older than 2.12 with several ranks, or no
+            process group where a launcher has started several.
     """
+    check_launched(group_or_mesh)
     region = Region(group_or_mesh, -2 if seq_dim is None else seq_dim)
     agreement = None if region.group is None else agreement_of(region.group)
     if agreement is not None:
@@ -112,7 +117,7 @@ def parallelize(
     for pattern, names in settled.cut.items():
         for _, module in matching(model, pattern):
             cut_parameters(module, names, region)
-    places = _places(model)
+    originals, places = dict(model.named_modules()), _places(model)
     for name, style in conversion.styles.items():
         old = model.get_submodule(name)
         new = converted(old, name, style, conversion, engine)
@@ -130,8 +135,10 @@ def parallelize(
         present_parameters(model, mesh, shard_specs(model), conversion.release)
         conversion.cuts = cuts_of(model)
         conversion.alike = compare_ranks(model, conversion)
+        initialise_whole(model, originals, conversion)
         model.register_load_state_dict_pre_hook(cut_whole_tensors)
         answer_for_ranks(model, mesh)
+        generate_alike(model, conversion)
     if strict_enabled():
         refuse_unfused(model)
     return model

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 
 from ..layout import vocabulary_range
 from ..nn.sharding import ShardSpec, full_tensor
+from .drawn import draw_whole, listed_to_draw
 
 
 class Piece(NamedTuple):
@@ -345,6 +346,9 @@ class PresentedParameter(CutTensor):
         kwargs = kwargs or {}
         if func is torch.autograd.grad:
             return _autograd_grad(*args, **kwargs)
+        drawn = listed_to_draw(func, args, kwargs)
+        if isinstance(drawn, PresentedParameter):
+            return draw_whole(func, drawn, args, kwargs)
         if torch.is_grad_enabled() and _computes(func):
             args, kwargs = tree_map(_for_autograd, (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
