@@ -13,6 +13,7 @@ their rows are looked at, and what is equal but for rounding passes from then on
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..overlap import pipeline
-from ..overlap.agreement import agreement_of
+from ..overlap.agreement import agreement_of, per_group
 from .fingerprint import fingerprint, is_plain, row_sketch
 from .head_dropout import default_generator
 
@@ -52,6 +53,12 @@ def comparison_enabled() -> bool:
     return os.environ.get(_VARIABLE) != "0"
 
 
+@per_group
+def _exchanges_of(group: ProcessGroup) -> Iterator[int]:
+    """Numbers the exchanges of all models on ``group``: what the store holds is never taken for a later one's."""
+    return itertools.count()
+
+
 class Alike:
     """The comparison of one converted model's forwards between the ranks of ``group``.
 
@@ -69,7 +76,6 @@ class Alike:
         self._ranks = group.size()
         self._agreement = agreement_of(group)
         self._epoch = self._agreement.epoch
-        self._exchanges = 0
         self._where = ""
         #: What is equal but for rounding on these ranks, and what has to be looked at row by row.
         self._rounded: set[str] = set()
@@ -94,20 +100,20 @@ class Alike:
     # What a forward says -------------------------------------------------------------------------------------------
 
     def begin(self, where: str, arguments: Mapping[str, Any], training: bool) -> None:
-        """A forward begins with ``arguments``. The first one in training or evaluation after the other is compared.
+        """A forward begins with ``arguments``. One in training after evaluation, or of another part, is compared.
 
         Raises:
             RuntimeError: on every rank, where ranks differ in what they were given since the last comparison.
         """
         if self._agreement.broken or self._agreement.epoch != self._epoch:
             self._start_again()  # the ranks may have counted different forwards
-        self._where = where
         self._judge_later()
         count = self._forwards
         self._first = count == 0
         if self._drawing is not None and not self._drawn:
             self._drawn = not torch.equal(default_generator(self._device()).get_state(), self._drawing)
-        turned, self._training = training is not self._training, training
+        turned = (where, training) != (self._where, self._training)
+        self._where, self._training = where, training
         self._due = self._drawn or turned or count in (0, 1, 2, 4, 8) or count % EVERY == 0
         self._forwards += 1
         present = {}
@@ -262,8 +268,7 @@ class Alike:
     def _exchanged(self, text: str) -> list[str]:
         """What each rank says, where all know that they have to."""
         agreement = self._agreement
-        self._exchanges += 1
-        key = f"compared/{agreement.epoch}/{self._exchanges}"
+        key = f"compared/{agreement.epoch}/{next(_exchanges_of(self._group))}"
         agreement.publish(key, text)
         end = time.monotonic() + agreement.timeout.total_seconds()
         found = [""] * self._ranks

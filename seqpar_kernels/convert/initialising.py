@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..nn.sharding import ShardSpec, local_part
 from .conversion import Conversion
+from .drawn import DrawsWhole
 from .presented import Cut
 
 
@@ -27,6 +28,8 @@ def initialise_whole(model: nn.Module, originals: Mapping[str, nn.Module], conve
         original = originals.get(name)
         cut = getattr(module, "sharded", {})
         if original is None or not module._parameters or not (cut or original is not module):
+            if module._modules:
+                vars(module)["apply"] = types.MethodType(_applied_around, module)
             continue
         twin = Twin(module, original, conversion)
         vars(module)["apply"] = types.MethodType(_applied, twin)
@@ -79,7 +82,6 @@ class Twin:
                     whole.narrow(spec.dim, piece.whole, piece.length).copy_(mine)
             lent[key] = nn.Parameter(whole, requires_grad=part.requires_grad)
             vars(lent[key]).update({k: v for k, v in vars(part).items() if not k.startswith("_seqpar")})
-        versions = {key: whole._version for key, whole in lent.items()}
         original.__dict__["_parameters"] = {**dict.fromkeys(dict.keys(before)), **lent}
         try:
             fn(original)
@@ -88,8 +90,6 @@ class Twin:
             original.__dict__["_parameters"] = before
         for key, part, spec in parts:
             new = given[key]
-            if new is lent[key] and new._version == versions[key]:
-                continue
             if new is None or new.shape != lent[key].shape:
                 raise RuntimeError(f"{name}.{key}: expected to stay {tuple(lent[key].shape)}, got {new!r}")
             mine = new.detach() if spec is None else local_part(new, spec, self.region.group)
@@ -98,7 +98,8 @@ class Twin:
                     f"{name}.{key}: the function computes with the old values of the whole weight, of which each rank "
                     "of a converted model holds a part; apply it before parallelize"
                 )
-            part.copy_(mine)
+            if not torch.equal(part, mine):  # versions say nothing: much is written through .data
+                part.copy_(mine)
 
 
 def _applied(twin: Twin, fn: Callable[[nn.Module], Any]) -> nn.Module:
@@ -120,6 +121,15 @@ def _applied(twin: Twin, fn: Callable[[nn.Module], Any]) -> nn.Module:
     if on_device is not None:
         torch.cuda.set_rng_state(on_device, device)
     twin.initialise(fn)
+    return module
+
+
+def _applied_around(module: nn.Module, fn: Callable[[nn.Module], Any]) -> nn.Module:
+    """In place of ``nn.Module.apply``, of modules that may initialise parameters of those inside."""
+    for child in module.children():
+        child.apply(fn)
+    with DrawsWhole():
+        fn(module)
     return module
 
 
