@@ -28,6 +28,7 @@ from .checks import (
 )
 from .conversion import Conversion, conversion_of
 from .derive import PROVEN, derive_plan
+from .grad_scaler import agree_on_overflow
 from .hooks import install_hooks
 from .loss import ends_of, install
 from .modules import converted, cut_parameters
@@ -83,6 +84,8 @@ def parallelize(
         agreement.conversions += 1
     with checked_together(region.group):
         check_torch(region.ranks)
+        if region.ranks > 1:
+            agree_on_overflow()
         check_engine(engine)
         check_arguments(model, seq_dim, loss_parallel)
         if getattr(model, "_seqpar", None) is not None:
