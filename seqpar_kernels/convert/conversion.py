@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from ..nn import Region, SharedGather
+from .cut import Cut
 from .loss import LossParallel
 from .plans import ParallelPlan
-from .presented import Cut
 from .shard_check import ShardCheck
 from .snapshot import Snapshot
 
@@ -29,6 +29,7 @@ class Conversion:
         self.cuts: dict[str, Cut] = {}  # by name in the state_dict
         self.snapshot: Snapshot | None = None
         self.trusted = False  # no plan of the user's: known to miss nothing
+        self.running = False  # a forward of the whole model is under way
         self.crossing = False  # pending sums may leave their block
         self.replicated: list[nn.Parameter] = []
         self.check: ShardCheck | None = None

@@ -68,7 +68,7 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cleanup(module)  # what an interrupted forward may have left
-        region.seq_len = None
+        region.seq_len, conversion.running = None, True
         if not torch.compiler.is_compiling():  # both stay: a recomputation in the backward must do the same
             conversion.crossing = conversion.trusted and all(_is_plain(*block) for block in blocks)
             # The autograd function that serves backward hooks takes a waiting sum for a leaf.
@@ -105,6 +105,7 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
             _return_to_this_forward(output, conversion)
 
     def cleanup(module: nn.Module, *_: Any) -> None:
+        conversion.running = False
         if torch.compiler.is_compiling():
             region.summed = {}
         elif region.summed:  # kept, like seq_len: a recomputation in the backward needs them
@@ -207,6 +208,9 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         if is_shard(x) and conversion.check is not None:
             raise RuntimeError(f"{name}: 'scatter_input' was given a sequence shard: the plan scatters twice")
         length = x.shape[region.seq_dim]
+        if not conversion.running and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+            # A model inside is called on its own: nothing holds that the last forward of the whole one has settled.
+            conversion.crossing, region.deferring, region.summed = False, None, {}
         # Only where it is needed: a recomputation during backward must not find the length of a later forward.
         region.seq_len = length if length % region.ranks else None
         shard = x.rows() if isinstance(x, EmbeddedRows) else scatter_sequence(x, region.group, region.seq_dim)
@@ -289,6 +293,8 @@ def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]
             whole = gather_sequence(
                 first, region.group, region.seq_dim, seq_len=region.seq_len, tensor_parallel_output_grad=False
             )
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the output of a model inside, maybe
+                _return_to_this_forward(whole, conversion)
         if torch.compiler.is_compiling():
             region.summed = {}  # what is left in place becomes an output of the graph
         if conversion.check is not None:

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..nn.sharding import full_tensor
 from .conversion import conversion_of
-from .presented import Cut, CutTensor, for_checkpoint
+from .cut import Cut
+from .cut_tensor import CutTensor, for_checkpoint
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

@@ -1,4 +1,4 @@
-"""Files of a converted model: who writes ``save_pretrained``, and what ``torch.save`` writes and ``torch.load`` reads."""
+"""Files of a converted model: who writes ``save_pretrained``, what ``torch.save`` writes and ``torch.load`` reads."""
 
 from __future__ import annotations
 
