@@ -15,7 +15,8 @@ from accelerate.utils import recursively_apply
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .conversion import conversion_of
+from .conversion import Conversion, conversion_of
+from .state import full_state_dict
 
 
 def parallelism_config(model: nn.Module) -> ParallelismConfig | None:
@@ -110,10 +111,19 @@ class _OverRanks(ParallelismConfig):  # type: ignore[misc]
                 f"parallelism_config: expected {self.total_size} ranks, as the model lies on, got "
                 f"{accelerator.num_processes}"
             )
+        accelerator.get_state_dict = functools.partial(_get_state_dict, accelerator)
         group = self.device_mesh["dp_shard"].get_group() if self.dp_shard_enabled else None
         accelerator.gather_for_metrics = functools.partial(_gather_for_metrics, accelerator, group)
         if self.dp_shard_enabled:
             accelerator.prepare_data_loader = functools.partial(_prepare_data_loader, accelerator)
+
+
+def _get_state_dict(accelerator: Accelerator, model: Any, unwrap: bool = True) -> dict[str, Any]:
+    """Accelerate's; of a parallelized model whole tensors, on every rank (a collective call)."""
+    inner = accelerator.unwrap_model(model)
+    if isinstance(getattr(inner, "_seqpar", None), Conversion):
+        return full_state_dict(inner)
+    return Accelerator.get_state_dict(accelerator, model, unwrap)  # type: ignore[no-any-return]
 
 
 def _gather_for_metrics(

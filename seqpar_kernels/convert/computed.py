@@ -41,6 +41,7 @@ _BY_ELEMENT = names(
     "__abs__ __neg__ __pos__ __pow__ __rpow__ __mul__ __rmul__ __add__ __radd__ __sub__ __rsub__ __truediv__ "
     "__rtruediv__ __div__ __rdiv__ __gt__ __lt__ __ge__ __le__ __eq__ __ne__"
 )
+_AS = frozenset({"view_as", "reshape_as", "expand_as"})
 _NORMS = frozenset({"norm", "vector_norm", "linalg_vector_norm", "linalg_norm"})
 #: Of the shape of a tensor, not of its values: DTensor's own are right.
 _LIKE = frozenset({"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"})
@@ -174,6 +175,9 @@ def plain(value: Any) -> Any:
 
 def compute(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``func`` of listed parameters and of what was computed from them, among others."""
+    name = name_of(func)
+    if name in _AS and len(args) == 2:  # asks the second for its shape alone
+        return getattr(Tensor, name.removesuffix("_as"))(args[0], args[1].shape)
     leaves, spec = tree_flatten((args, kwargs))
     values = [_computed(leaf) if isinstance(leaf, DTensor) else leaf for leaf in leaves]
     mesh = next(value.place.mesh for value in values if isinstance(value, ComputedTensor))
@@ -181,7 +185,6 @@ def compute(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     found_cuts = [value.place.cut for value in values if isinstance(value, ComputedTensor)]
     cuts = [cut for cut in dict.fromkeys(found_cuts) if cut is not None]
     values = [_like_a_part(value, cuts) for value in values]
-    name = name_of(func)
     if len(cuts) == 1 and kwargs.get("out") is None:
         cut = cuts[0]
         layout = Layout(cut, mesh)
@@ -238,8 +241,8 @@ def _check_plain(func: Callable[..., Any], values: list[Any]) -> None:
             raise ValueError(
                 f"{name_of(func)}: a function of parameters of a parallelized model takes DTensors, numbers and "
                 f"tensors of one element, got a plain tensor {tuple(value.shape)}: make it a "
-                "DTensor (torch.zeros_like(param), DTensor.from_local(tensor, param.device_mesh, [Replicate()])), or give the function "
-                "param.full_tensor(), which a plain tensor may meet"
+                "DTensor (torch.zeros_like(param), DTensor.from_local(tensor, param.device_mesh, [Replicate()])), or "
+                "give the function param.full_tensor(), which a plain tensor may meet"
             )
 
 

@@ -57,6 +57,13 @@ class Cut(NamedTuple):
             not self.unequal and self.spec.sections == 1 and self.shape[self.spec.dim] % self.ranks == 0
         )
 
+    @property
+    def empty_somewhere(self) -> bool:
+        """Whether there is a rank that holds nothing: a vocabulary smaller than the parts of the first ranks."""
+        if self.spec is None or self.spec.size is None:
+            return False
+        return -(-self.spec.size // self.ranks) * (self.ranks - 1) >= self.spec.size
+
     def pieces(self) -> list[Piece]:
         """Along ``spec.dim``."""
         assert self.spec is not None

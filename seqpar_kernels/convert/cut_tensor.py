@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +14,33 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
+from torch.utils._pytree import tree_map
 
 from ..layout import vocabulary_range
 from ..nn.sharding import ShardSpec, full_tensor
 from .cut import Cut
+
+#: Steps of optimizers, by element, for which DTensor has no rule.
+_FUSED = frozenset(
+    getattr(step, form)
+    for step in (torch.ops.aten._fused_sgd_, torch.ops.aten._fused_adagrad_)
+    for form in step.overloads()
+    if form != "out"
+)
+_NORMS = frozenset({torch.ops.aten.linalg_vector_norm.default, torch.ops.aten._foreach_norm.Scalar})
+
+
+def _local(value: Any) -> Any:
+    return value._local_tensor if isinstance(value, DTensor) else value
+
+
+def _never_empty(tensor: Any, value: float) -> Any:
+    """torch takes no maximum of nothing: ``value`` stands for a part without elements."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    part = tensor._local_tensor
+    part = part if part.numel() else part.new_full((1,) * part.dim(), value)
+    return DTensor(part, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
 
 
 class CutTensor(DTensor):
@@ -23,6 +48,15 @@ class CutTensor(DTensor):
 
     cut: Cut
     _chunks: list[tuple[ChunkStorageMetadata, Tensor]]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FUSED:
+            return func(*tree_map(_local, args), **tree_map(_local, kwargs or {}))
+        if func in _NORMS and len(args) > 1 and args[1] in (math.inf, -math.inf):
+            args = tree_map(functools.partial(_never_empty, value=0.0 if args[1] > 0 else math.inf), args)
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self._local_tensor)

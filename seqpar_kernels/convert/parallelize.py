@@ -29,9 +29,11 @@ from .checks import (
 from .conversion import Conversion, conversion_of
 from .derive import PROVEN, derive_plan
 from .grad_scaler import agree_on_overflow
+from .hf_storage import refuse_lost_shards
 from .hooks import install_hooks
 from .loss import ends_of, install
 from .modules import converted, cut_parameters
+from .optimizers import refuse_unfit_optimizers
 from .plans import HANDLING, ParallelPlan, built_in_plan, checked_plan, matches, parse_style
 from .presented import cut_whole_tensors, cuts_of, present_parameters, shard_specs
 from .pretrained import answer_for_ranks, refuse_adapters
@@ -86,6 +88,8 @@ def parallelize(
         check_torch(region.ranks)
         if region.ranks > 1:
             agree_on_overflow()
+            refuse_lost_shards()
+            refuse_unfit_optimizers()
         check_engine(engine)
         check_arguments(model, seq_dim, loss_parallel)
         if getattr(model, "_seqpar", None) is not None:

@@ -87,7 +87,7 @@ class PresentedParameter(CutTensor):
         if grad is None:
             self._shown = None
         elif self._shown is None or self._shown._local_tensor is not grad:
-            if self.cut.unequal:
+            if self.cut.unequal or self.cut.empty_somewhere:
                 self._shown = cut_tensor(grad, self.cut, self.device_mesh)
             else:
                 self._shown = DTensor(grad, self._spec, requires_grad=False)  # type: ignore[call-arg]

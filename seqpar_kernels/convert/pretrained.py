@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,19 @@ def answer_for_ranks(model: Any, mesh: DeviceMesh) -> None:
     model._is_distributed_loading_by_transformers = True  # what Trainer asks since Transformers 5.19
     _describe(model)
     save_from_one_rank(model, mesh)
+    if hasattr(model, "resize_token_embeddings"):
+        model.resize_token_embeddings = functools.partial(_refuse_to_resize, model.resize_token_embeddings)
+
+
+def _refuse_to_resize(
+    resize: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    if new_num_tokens is None and pad_to_multiple_of is None:  # asks for the embedding
+        return resize(None, None, *args, **kwargs)
+    raise ValueError(
+        f"resize_token_embeddings: expected a model that has not been parallelized, got new_num_tokens="
+        f"{new_num_tokens}: the parameters of a parallelized one cannot be replaced; resize first, then parallelize"
+    )
 
 
 def _describe(model: Any) -> None:
