@@ -49,11 +49,12 @@ _LIKE = frozenset({"zeros_like", "ones_like", "empty_like", "full_like", "rand_l
 VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 #: What says something of a tensor, or changes it, and has no gradient.
 _NOT_COMPUTED = _LIKE | names(
-    """__set__ __delete__ __setitem__ __reduce_ex__ __reduce__ __repr__ __format__ __hash__ __deepcopy__ __dir__
-    size dim ndimension numel nelement stride storage_offset __len__ element_size is_floating_point is_complex is_signed
-    is_contiguous is_shared is_pinned is_inference is_same_size is_set_to get_device data_ptr storage untyped_storage
-    type retain_grad register_hook register_post_accumulate_grad_hook share_memory_ has_names
-    new new_zeros new_ones new_empty new_full new_tensor"""
+    """__set__ __delete__ __setitem__ __reduce_ex__ __reduce__ __repr__ __format__ __hash__ __deepcopy__ __dir__ size
+    dim ndimension numel nelement stride storage_offset __len__ element_size is_floating_point is_complex
+    is_signed is_contiguous is_neg is_conj _is_view result_type is_shared is_pinned is_inference is_same_size
+    is_set_to get_device data_ptr storage untyped_storage type retain_grad register_hook
+    register_post_accumulate_grad_hook share_memory_ has_names new new_zeros new_ones new_empty new_full
+    new_tensor"""
 )
 
 

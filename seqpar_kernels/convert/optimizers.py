@@ -23,7 +23,7 @@ def refuse_unfit_optimizers() -> None:
 
 
 def _check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if optimizer in _checked:
+    if torch.compiler.is_compiling() or optimizer in _checked:
         return
     listed = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, PresentedParameter)]
     why = _why_not(optimizer, listed) if listed else None

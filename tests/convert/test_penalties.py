@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+import seqpar_kernels as sp
+
 from ..world import World
+from .models import VOCAB, assert_same_gradients
 from .test_presented import pair, whole
 
 #: Of a parameter and a tensor like it.
@@ -123,3 +126,40 @@ def functions_case(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_functions_of_one_parameter(world2: World, kind: str) -> None:
     world2.run(functions_case, kind)
+
+
+def mixed_case(kind: str) -> None:
+    """Added to a plain loss as it is, in place, and through gradients that have gradients."""
+    ids = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(6))
+    models = pair(kind)
+    for way in range(3):
+        seen = []
+        for model in models:
+            model.zero_grad()
+            params = [p for p in model.parameters() if p.ndim == 2][:3]
+            loss = model(ids, labels=ids).loss
+            if way == 0:
+                loss = loss + 0.1 * sum(F.mse_loss(p, torch.ones_like(p)) for p in params)
+            elif way == 1:
+                for p in params:
+                    loss += p.norm() * p.abs().mean()
+            else:
+                grads = torch.autograd.grad(sum(p.pow(4).sum() for p in params), params, create_graph=True)
+                loss = loss + sum(g.square().sum() + (g @ g.mT).mean() for g in grads)
+            loss.backward()
+            seen.append(loss.item())
+        assert abs(seen[0] - seen[1]) <= 1e-5 * abs(seen[0]), (way, seen)
+        expected = {n: p.grad for n, p in models[0].named_parameters() if p.grad is not None}
+        assert_same_gradients(sp.gather_full_gradients(models[1]), expected)
+    param = next(p for p in models[1].parameters() if p.ndim == 2)
+    with pytest.raises(ValueError, match=r"mul: a function of parameters .* got a plain tensor .* param.full_tensor"):
+        param * torch.ones(param.shape)
+    assert torch.zeros_like(param).placements == param.placements and param.size() == param.shape
+    with torch.no_grad():
+        plain = next(p for p in models[0].parameters() if p.ndim == 2)
+        assert torch.equal(whole(param[1:3]), plain[1:3]) and torch.equal(whole(param.reshape(-1)), plain.reshape(-1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_penalties_beside_a_loss(world2: World, kind: str) -> None:
+    world2.run(mixed_case, kind)
