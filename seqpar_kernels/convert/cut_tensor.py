@@ -50,7 +50,7 @@ class CutTensor(DTensor):
     _chunks: list[tuple[ChunkStorageMetadata, Tensor]]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in _FUSED:
             return func(*tree_map(_local, args), **tree_map(_local, kwargs or {}))
         if func in _NORMS and len(args) > 1 and args[1] in (math.inf, -math.inf):
