@@ -66,7 +66,7 @@ def gather_tensor_parallel(x: Tensor, group: Group, dim: int = -1, *, size: int 
 
 def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     """Identity; the backward sums over ranks. For a replicated tensor that enters tensor-parallel computation."""
-    pg, _ = _checked(x, group, None)
+    pg, _ = _checked(x, group, None, step=False)
     return x if pg is None else ops.CopyToRegion.apply(x, group_name(pg))  # type: ignore[no-any-return]
 
 
@@ -76,10 +76,12 @@ def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     return x if pg is None else ops.all_reduce(x, group_name(pg))  # type: ignore[no-any-return]
 
 
-def _checked(x: Tensor, group: Group, dim: int | None, *, sequence: bool = False) -> tuple[ProcessGroup | None, int]:
+def _checked(
+    x: Tensor, group: Group, dim: int | None, *, sequence: bool = False, step: bool = True
+) -> tuple[ProcessGroup | None, int]:
     """The group and ``dim`` as a non-negative index; every rank hears of what is wrong."""
     pg = resolve_group(group)
-    with checked_together(pg):
+    with checked_together(pg, step=step):
         check_tensor("x", x)
         check_float("x", x)
         if dim is None:
@@ -88,7 +90,7 @@ def _checked(x: Tensor, group: Group, dim: int | None, *, sequence: bool = False
 
 
 def _split(x: Tensor, group: Group, dim: int, *, sequence: bool = False) -> Tensor:
-    pg, dim = _checked(x, group, dim, sequence=sequence)
+    pg, dim = _checked(x, group, dim, sequence=sequence, step=False)
     return x if pg is None else ops.split(x, dim, group_name(pg))  # type: ignore[no-any-return]
 
 

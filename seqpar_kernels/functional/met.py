@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..overlap.agreement import Remembered, per_group
+from ..caches import Remembered
+from ..overlap.agreement import per_group
 from ..overlap.figures import Figures
 from ..overlap.planner import Plan, max_workspace_bytes
 

@@ -231,7 +231,7 @@ def run_norm(
     if pg is None:
         ready, seed_tensor = _checked(tensors, options, None, seed)
     else:
-        with checked_together(pg):
+        with checked_together(pg, step=False):
             if sum_gradients:
                 x, residual, *vectors, row_scale, y_scale = tensors
                 tensors = NormTensors(x, residual, *replicated(vectors, pg), row_scale, y_scale)  # type: ignore[call-arg]
