@@ -2,7 +2,6 @@
 
 import contextlib
 import operator
-import os
 import threading
 from collections.abc import Iterator
 
@@ -10,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from .environment import flag
 
 _SEED_LIMIT = 2**63 - 1
 
@@ -62,7 +63,7 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 def debug_enabled() -> bool:
     """Whether SEQPAR_DEBUG asks for checks that cost communication."""
-    return os.environ.get("SEQPAR_DEBUG", "0") not in ("", "0")
+    return flag("SEQPAR_DEBUG")
 
 
 def check_seeds_alike(seed: Tensor, group: ProcessGroup) -> None:

@@ -56,7 +56,10 @@ def unavailable(device: torch.device) -> str | None:
         return f"the compiled extension is missing ({build_error})"
     if device.type == "cuda":
         return None if _native.has_cuda else "the extension was built without nvcc"
-    return None if device.type == "cpu" else f"there are compiled kernels for cpu and cuda, not for {device.type}"
+    if device.type == "cpu":
+        isa: str = _native.cpu_isa()
+        return isa.removeprefix("invalid: ") if isa.startswith("invalid") else None
+    return f"there are compiled kernels for cpu and cuda, not for {device.type}"
 
 
 def _place(device: torch.device) -> tuple[bool, int, int]:

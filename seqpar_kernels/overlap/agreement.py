@@ -158,6 +158,11 @@ class Agreement:
                 self._say(DONE, self._step, reason)
 
     @property
+    def steps(self) -> int:
+        """How many calls that communicate this rank has begun, or was refused."""
+        return self._step
+
+    @property
     def unsettled(self) -> bool:
         """Whether this rank has left an epoch and does not know yet that all others have."""
         return not self._met and self._epoch > 1 and not self._done

@@ -145,7 +145,11 @@ def run(program: tuple[str, ...], delays: Mapping[int, float], late: Callable[[]
     refused = [{step for step, _, ok, _ in rank.calls if not ok} for rank in ranks]
     for r, rank in enumerate(ranks):  # who raises before sending takes all others of the step along
         before = {step for step, name, ok, _ in rank.calls if not ok and name == "!"}
-        wrong += [f"rank {q} went on in step {step}, refused on {r}" for q in range(len(ranks)) for step in before - refused[q]]
+        wrong += [
+            f"rank {q} went on in step {step}, refused on {r}"
+            for q in range(len(ranks))
+            for step in before - refused[q]
+        ]
     return turns.turns, wrong
 
 
