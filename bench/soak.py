@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,7 +123,15 @@ def _right(group: dist.ProcessGroup, step: int) -> bool:
 
 def faults(group: dist.ProcessGroup, rounds: int, patience: float) -> dict[str, Any]:
     """What happened on this rank: calls that raised, wrong results, the slowest call of each kind of round, ..."""
+    usual = agreement.PATIENCE_SECONDS
     watch.PATIENCE_SECONDS = agreement.PATIENCE_SECONDS = patience
+    try:
+        return _rounds(group, rounds, patience)
+    finally:
+        watch.PATIENCE_SECONDS = agreement.PATIENCE_SECONDS = usual
+
+
+def _rounds(group: dist.ProcessGroup, rounds: int, patience: float) -> dict[str, Any]:
     mine, choose = agreement.agreement_of(group), random.Random(1)
     random.seed(group.rank())
     slowest: Counter[str] = Counter()
@@ -179,7 +188,7 @@ def killed(group: dist.ProcessGroup, known: bool) -> dict[str, float]:
 def _serve(fn: Callable[..., Any], rank: int, ranks: int, folder: str, args: tuple[Any, ...], pipe: Connection) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    store = dist.TCPStore("127.0.0.1", int(open(f"{folder}/port").read()), is_master=False)
+    store = dist.TCPStore("127.0.0.1", int(Path(folder, "port").read_text()), is_master=False)
     limit = timedelta(seconds=120)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
     assert dist.group.WORLD is not None
@@ -195,8 +204,7 @@ def on_ranks(ranks: int, fn: Callable[..., Any], *args: Any, limit: float = 3600
     context = multiprocessing.get_context("spawn")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
-        with open(f"{folder}/port", "w") as port:
-            port.write(str(store.port))
+        Path(folder, "port").write_text(str(store.port))
         pipes, processes = [], []
         for rank in range(ranks):
             ours, theirs = context.Pipe()
