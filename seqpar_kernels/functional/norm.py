@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import ops
+from ..caches import MOST
 from ..checks import (
     check_eps,
     check_probability,
@@ -314,7 +315,7 @@ def metas_of(tensors: Iterable[Tensor | None]) -> list[tuple[Any, ...] | None]:
     return [None if t is None else (t.shape, t.dtype, t.device, type(t)) for t in tensors]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=MOST)
 def _prepare(options: NormOptions, ranks: int, rank: int, *metas: tuple[Any, ...] | None) -> Ready:
     """:func:`settle` and the call itself, in eager mode; once for each kind of call."""
     settled = settle(options, ranks, rank, *metas)
@@ -332,7 +333,7 @@ def settle(*args: Any) -> Settled:
     return (_settle.__wrapped__ if symbolic else _settle)(*args)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=MOST)
 def _settle(
     options: NormOptions,
     ranks: int,

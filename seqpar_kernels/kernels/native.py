@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..caches import MOST
 from .spec import (
     NormGrads,
     NormKind,
@@ -80,7 +81,7 @@ def _at(device: torch.device, kernel: Callable[..., Any]) -> Callable[..., Any]:
     return elsewhere
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=MOST)
 def _prepared(spec: NormSpec) -> Any:
     """``spec`` as the kernels take it."""
     codes = (DTYPE_CODE[t] for t in (spec.x_dtype, spec.z_dtype, spec.y_dtype, spec.w_dtype))
@@ -171,7 +172,7 @@ class NormForward:
         return y, y2, z, statistics
 
 
-_forward_of = lru_cache(maxsize=4096)(NormForward)
+_forward_of = lru_cache(maxsize=MOST)(NormForward)
 
 
 def norm_forward(
@@ -271,7 +272,7 @@ class NormBackward:
         return [dx, dresidual, *vectors]
 
 
-_backward_of = lru_cache(maxsize=4096)(NormBackward)
+_backward_of = lru_cache(maxsize=MOST)(NormBackward)
 
 
 def norm_backward(

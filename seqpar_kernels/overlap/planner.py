@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..caches import MOST
 from ..environment import flag, positive_int
 from ..layout import SequenceShard
 from .figures import Figures
@@ -269,7 +270,7 @@ def rather(special: str, settled: Plan, engine: str, obstacle: str) -> Plan:
     return settled._replace(engine=special, reason=f"{settled.reason}; by {means}: {asked}")
 
 
-_remembered_plan = functools.lru_cache(4096)(_plan)
+_remembered_plan = functools.lru_cache(MOST)(_plan)
 
 
 # --- the workspace bound ---------------------------------------------------------------------------------------------
