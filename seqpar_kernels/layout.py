@@ -14,6 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 Group = ProcessGroup | DeviceMesh | None
 
 
+class WrongTypeError(TypeError, ValueError):
+    """An argument of a type that cannot be meant; a ValueError too, like all errors about arguments here."""
+
+
 class SequenceShard(NamedTuple):
     """Rows ``start..stop`` of a sequence of ``length`` rows, split over ``ranks`` like ``torch.tensor_split``.
 
@@ -59,7 +63,8 @@ def resolve_group(group: Group) -> ProcessGroup | None:
     """``group`` as a ProcessGroup; None for None and for a group of one rank.
 
     Raises:
-        ValueError: a mesh with more than one dimension, a group this process does not belong to, or no group at all.
+        ValueError: a mesh with more than one dimension, a group this process does not belong to, or no group at all
+            (then a TypeError too).
     """
     if group is None:
         return None
@@ -72,11 +77,23 @@ def resolve_group(group: Group) -> ProcessGroup | None:
         if group.get_coordinate() is None:
             raise ValueError("group: this process is not a member of the mesh")
         group = group.get_group()
-    if group is dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, int):
+    if type(group) is int and group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives those left out
         raise ValueError("group: this process is not a member of the group")
     if not isinstance(group, ProcessGroup):
-        raise ValueError(f"group: expected a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
+        raise WrongTypeError(
+            f"group: expected a ProcessGroup, a 1-D DeviceMesh or None (one rank), got {type(group).__name__} "
+            f"{group!r}; {_group_meant(group)}"
+        )
     return group if group.size() > 1 else None
+
+
+def _group_meant(group: object) -> str:
+    """What to pass instead of what is no group."""
+    if isinstance(group, str):
+        return f"pass that dimension of the mesh, mesh[{group!r}]"
+    if isinstance(group, (list, tuple, set, range)):
+        return "make a group of these ranks once, on every rank: torch.distributed.new_group(ranks)"
+    return "pass torch.distributed.group.WORLD for all ranks, or a dimension of the mesh, e.g. mesh['tp']"
 
 
 def group_size(group: ProcessGroup | None) -> int:

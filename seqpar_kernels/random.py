@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .checks import check_tensor
+
 _SEED_LIMIT = 2**63 - 1
 
 
@@ -49,6 +51,7 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return draw_seed(device)
     if isinstance(seed, Tensor):
+        check_tensor("seed", seed)
         if seed.dim() != 0 or seed.dtype != torch.int64:
             raise ValueError(f"seed: expected a 0-d int64 tensor, got {tuple(seed.shape)} {seed.dtype}")
         return seed if seed.device == device else seed.to(device)

@@ -80,10 +80,10 @@ bool supported(const Args& args) {
            (args.norm == Norm::none || args.norm == Norm::layer || args.norm == Norm::rms);
 }
 
-// Rows may repeat when they are read (stride 0), but not overlap otherwise.
+// Rows may repeat (stride 0) and overlap where they are read, not where they are written.
 struct Rows {
     int64_t rows, cols;
-    bool read(const void* p, int64_t stride) const { return !p || rows <= 1 || stride == 0 || stride >= cols; }
+    bool read(const void* p, int64_t stride) const { return !p || rows <= 1 || stride >= 0; }
     bool written(const void* p, int64_t stride) const { return !p || rows <= 1 || stride >= cols; }
 };
 

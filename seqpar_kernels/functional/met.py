@@ -54,7 +54,7 @@ class Met:
                     several = operand
                     key.append(len(several))
                 for one in several:
-                    key += (None,) if one is None else (one.shape, one.dtype, one.device, one.requires_grad)
+                    key += (None,) if one is None else (type(one), one.shape, one.dtype, one.device, one.requires_grad)
             device: torch.device = operands[0].device  # type: ignore[attr-defined]
             if torch.is_autocast_enabled(device.type):
                 return None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from .. import ops
 from ..checks import (
@@ -22,7 +23,7 @@ from ..checks import (
 )
 from ..kernels import BACKENDS, NormKind
 from ..kernels.spec import accumulation_dtype
-from ..layout import Group, check_shard, resolve_group, row_map
+from ..layout import Group, WrongTypeError, check_shard, resolve_group, row_map
 from ..ops.library import PLAIN_TYPES, eager, group_name
 from ..overlap.agreement import agreement_of, checked_together
 from ..random import as_seed, check_seeds_alike, debug_enabled, draw_seed
@@ -282,18 +283,18 @@ def _checked(
     """What follows from the arguments, and the dropout seed if anything is dropped."""
     if type(options.p) is not float:  # True equals 1.0, and would be found where that has been looked up
         check_probability("p", options.p)
+    ranks, rank = (1, 0) if pg is None else (pg.size(), pg.rank())
     try:
         metas = metas_of(tensors)
-    except AttributeError:
+        if eager():
+            ready = _prepare(options, ranks, rank, *metas)
+        else:
+            ready = Ready(settle(options, ranks, rank, *metas), None)
+    except (AttributeError, WrongTypeError):
         for name, t in tensors._asdict().items():
             if t is not None:
-                check_tensor(name, t)
+                check_tensor(name, t)  # which sees the tensors themselves
         raise
-    ranks, rank = (1, 0) if pg is None else (pg.size(), pg.rank())
-    if eager():
-        ready = _prepare(options, ranks, rank, *metas)
-    else:
-        ready = Ready(settle(options, ranks, rank, *metas), None)
     if tensors.row_scale is not None and tensors.row_scale.requires_grad:
         raise ValueError("row_scale: expected a tensor without gradient, got requires_grad=True")
     if (
@@ -344,6 +345,8 @@ def _settle(
     for name, meta in given.items():
         if not issubclass(meta.type, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {meta.type.__name__}")
+        if issubclass(meta.type, DTensor):
+            raise WrongTypeError(f"{name}: expected a plain tensor, got a DTensor; pass {name}.to_local()")
     if "x" not in given:
         check_tensor("x", None)
     check_probability("p", options.p)

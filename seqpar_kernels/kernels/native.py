@@ -18,6 +18,7 @@ from .spec import (
     NormWants,
     accumulation_dtype,
     as_matrix,
+    as_parts,
     as_vector,
     dropout_scale,
     dropout_threshold,
@@ -294,8 +295,11 @@ def norm_backward(
 def reduce_shards(parts: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """See :func:`.reference.reduce_shards`."""
     count, rows, cols = parts.shape
+    parts = as_parts(parts)
     if out is None:
         out = torch.empty((rows, cols), dtype=parts.dtype, device=parts.device)
+    elif out.stride(1) != 1 and cols > 1:
+        raise ValueError(f"out: expected columns side by side, got strides {out.stride()}")
     _at(parts.device, _native.reduce_shards)(
         *_place(parts.device),
         rows,
