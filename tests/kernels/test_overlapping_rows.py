@@ -22,6 +22,8 @@ H = 12
 def _layouts(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Tensors of ``shape`` with overlapping memory: rows one element apart, half a row apart, one row many times."""
     *lead, cols = shape
+    if not lead:  # no rows that could overlap
+        return dict.fromkeys(LAYOUTS, torch.randn(()).to(dtype).expand(shape))
     rows = int(torch.Size(lead).numel())
     near = torch.randn(rows + cols).to(dtype).unfold(0, cols, 1)[:rows]
     half = torch.randn(rows * cols).to(dtype).as_strided((rows, cols), (cols // 2, 1))
