@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from .head_dropout import head_dropouts
 from .plans import STREAM_NAMES, matches
 from .pretrained import refuse_adapters
 from .shard_check import Kind, ShardCheck, is_shard, mark
+from .verify_offer import offer_verify
 
 Place = tuple[nn.Module, str]  # a module's parent, and its name there
 _BY_PRODUCTS = {
@@ -105,6 +107,8 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
             _return_to_this_forward(output, conversion)
 
     def cleanup(module: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            offer_verify(sys.exc_info()[1])  # this runs while the error of a forward is on its way
         if torch.compiler.is_compiling():
             region.summed = {}
         elif region.summed:  # kept, like seq_len: a recomputation in the backward needs them

@@ -36,6 +36,7 @@ from .presented import cut_whole_tensors, cuts_of, present_parameters, shard_spe
 from .pretrained import answer_for_ranks, refuse_adapters
 from .refusal import refuse_unfused
 from .snapshot import Snapshot
+from .verify_offer import offering_verify
 
 __all__ = ["Conversion", "conversion_of", "parallelize"]
 
@@ -81,7 +82,7 @@ def parallelize(
     agreement = None if region.group is None else agreement_of(region.group)
     if agreement is not None:
         agreement.conversions += 1
-    with checked_together(region.group):
+    with offering_verify(), checked_together(region.group):
         check_torch(region.ranks)
         check_engine(engine)
         check_arguments(model, seq_dim, loss_parallel)
