@@ -97,7 +97,7 @@ def verify(
             if evaluated:
                 inner.eval()
             without_dropout(inner)
-            return run(model, batches, loss_fn)
+            return run(inner, batches, loss_fn, call=model)
 
     measure = ranks.together("verify: the reference raised in fp64: ", measured, alone=True)
     got = ranks.together("verify: the converted model raised: ", converted)

@@ -15,7 +15,7 @@ from .conversion import Conversion
 from .presented import Cut, first_row_of
 from .verify_ranks import Ranks, checksum
 from .verify_report import VerifyRow
-from .verify_run import Run
+from .verify_run import Run, device_of
 
 Key = tuple[str, str]  # what, name
 # A gradient that is all rounding (the bias of keys: the softmax takes no notice of it) has no magnitude of its own.
@@ -76,7 +76,7 @@ def compare(
     entries = ranks.from_first(None if measure is None else _entries(theirs, measure))
     mine = named(got)
     params = dict(model.named_parameters())
-    device = next((param.device for param in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     rows, sums = [], []
     for entry in entries:
         what, name = entry.key

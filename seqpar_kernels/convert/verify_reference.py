@@ -12,7 +12,7 @@ from .conversion import Conversion
 from .state import _whole
 from .verify_compare import Measure, difference, local, named
 from .verify_ranks import Ranks, checksum, differing
-from .verify_run import LossFn, Run, run, untouched, without_dropout
+from .verify_run import LossFn, Run, device_of, run, same_random_numbers, untouched, without_dropout
 
 #: Errors that pass where the reference was not run in fp64, by the coarsest dtype of its parameters. fp64 too, for
 #: models round to fp32 inside (Transformers' norms and losses do).
@@ -26,7 +26,10 @@ def with_weights(model: nn.Module, conversion: Conversion, ranks: Ranks, referen
     """The reference, of which first ranks made sure that it has the weights of ``model``; None on the others."""
 
     def made() -> nn.Module:
-        plain = reference if isinstance(reference, nn.Module) else reference()
+        plain = reference
+        if not isinstance(reference, nn.Module):
+            with same_random_numbers(device_of(model)):
+                plain = reference()
         if not isinstance(plain, nn.Module):
             raise ValueError(f"reference: expected the callable to return a module, got {type(plain).__name__}")
         plain = getattr(plain, "_orig_mod", plain)  # behind torch.compile
@@ -83,7 +86,7 @@ def with_weights(model: nn.Module, conversion: Conversion, ranks: Ranks, referen
 
 def _made_alike(plain: nn.Module, model: nn.Module, state: dict[str, Tensor]) -> None:
     """A model just made gets the device, the dtypes and the frozen parameters of ``model``."""
-    plain.to(next((param.device for param in model.parameters()), torch.device("cpu")))
+    plain.to(device_of(model))
     trained = {name: param.requires_grad for name, param in model.named_parameters()}
     for name, param in plain.named_parameters():
         if name in state and param.dtype != state[name].dtype:
@@ -110,11 +113,11 @@ class Reference:
             for name, module in plain.named_modules():
                 module.training = self._modes.get(name, module.training) and not evaluated
             without_dropout(plain)
-            return run(plain, self._batches, self._loss_fn, dtype)
+            return run(plain, self._batches, self._loss_fn, dtype=dtype)
 
     def dtype(self) -> torch.dtype:
         """What the tolerance is for: the coarsest that the model computes with."""
-        device = next((param.device.type for param in self._plain.parameters()), "cpu")
+        device = device_of(self._plain).type
         used = {param.dtype for param in self._plain.parameters() if param.dtype in TOLERANCES}
         if torch.is_autocast_enabled(device):
             used.add(torch.get_autocast_dtype(device))
@@ -138,7 +141,7 @@ class Reference:
             return Measure(expected, None, flat, text)
         try:
             oracle = copy.deepcopy(self._plain).double()
-            device = next((param.device.type for param in oracle.parameters()), "cpu")
+            device = device_of(oracle).type
             with torch.autocast(device, enabled=False):
                 run64 = self._run(oracle, evaluated, torch.float64)
         except Exception as error:

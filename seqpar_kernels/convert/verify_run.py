@@ -30,19 +30,26 @@ class Run:
     drew: bool = False  # random numbers, in a forward or a backward
 
 
-def run(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn | None, dtype: torch.dtype | None = None) -> Run:
+def run(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_fn: LossFn | None,
+    *,
+    call: Callable[..., Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Run:
     """Forward and backward of every batch, gradients added up; call it inside :func:`untouched`.
 
-    ``dtype``: floating inputs are cast to it.
+    ``call``: what to call in place of ``model``, whose parameters it uses. ``dtype``: floating inputs are cast to it.
     """
     found = Run()
-    device = next((param.device for param in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     before = _generators(device)
     for number, given in enumerate(batches):
         prefix = f"batch {number}: " if len(batches) > 1 else ""
         batch = _own_copy(given, device, dtype)
         with torch.enable_grad():
-            output = _call(model, batch)
+            output = _call(model if call is None else call, batch)
             loss = _loss(output, batch, loss_fn)
         for name, tensor in named_outputs(output, found.left_out):
             if tensor is not loss:
@@ -80,7 +87,7 @@ def named_outputs(value: Any, left_out: set[str], name: str = "") -> Iterator[tu
         left_out.add(f"{name or 'output'} ({type(value).__name__})")
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def _call(model: Callable[..., Any], batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)
@@ -137,6 +144,10 @@ def _plain(param: Any) -> Any:
     return getattr(param, "part", param)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    return next((param.device for param in model.parameters()), torch.device("cpu"))
+
+
 def _generators(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
     if device.type not in ("cpu", "meta"):
@@ -145,12 +156,28 @@ def _generators(device: torch.device) -> list[Tensor]:
 
 
 @contextlib.contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """All generators are as before afterwards: ranks that draw apart from then on would drop apart."""
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    devices = [] if device.type in ("cpu", "meta") else [device]
+    kind = {"device_type": device.type} if devices else {}
+    try:
+        with torch.random.fork_rng(devices, **kind):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """What a forward, a backward, :func:`without_dropout` or ``train`` change inside is as before afterwards.
 
     Gradients start from none. Hooks behind their accumulation do not run: they are optimizer steps, or count them.
     """
-    device = next((param.device for param in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     params = list(model.parameters())
     gradients = [param.grad for param in params]
     plain = [_plain(param) for param in params]
@@ -160,12 +187,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     buffers = [(m, dict(m._buffers), {k: _copy(v) for k, v in m._buffers.items()}) for m in model.modules()]
     modes = [(module, module.training) for module in model.modules()]
     rates = list(_dropout_rates(model))
-    python, numpy = random.getstate(), sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    devices = [] if device.type in ("cpu", "meta") else [device]
-    kind = {"device_type": device.type} if devices else {}
     try:
-        with torch.random.fork_rng(devices, **kind):
+        with same_random_numbers(device):
             for param, found, mark in zip(params, hooks, marks, strict=True):
                 param.grad = None
                 found.clear()
@@ -191,9 +214,6 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for owner, name, rate in rates:
             setattr(owner, name, rate)
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
 
 
 def _copy(buffer: Tensor | None) -> Tensor | None:
