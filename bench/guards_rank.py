@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,21 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Step) -> dict[str, 
     if len(set(losses.values())) > 1:  # a guard only looks on
         raise BenchError(f"the loss depends on the guards: {losses}")
     step("time")
-    return {"times": rounds(runners, Effort(**job["effort"]), group, device)}
+    cpu: dict[str, list[float]] = {name: [] for name in runners}
+    timed = {name: _with_cpu_time(runner, cpu[name]) for name, runner in runners.items()}
+    times = rounds(timed, Effort(**job["effort"]), group, device)
+    return {"times": times, "cpu": {name: cpu[name][-len(spans) :] for name, spans in times.items()}}
+
+
+def _with_cpu_time(run: Callable[[], object], found: list[float]) -> Callable[[], None]:
+    """``run``, and what each call cost the calling thread, in milliseconds."""
+
+    def timed() -> None:
+        start = time.thread_time_ns()
+        run()
+        found.append((time.thread_time_ns() - start) / 1e6)
+
+    return timed
 
 
 def _converted(name: str, sizes: demo_run.Job, group: dist.ProcessGroup, ids: Tensor, off: list[Guard]) -> nn.Module:
