@@ -7,6 +7,7 @@ The same model is converted several times on the same ranks, with all guards and
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:  # torch is imported late: --help is instant
 
 TEXT = "what the guards of a converted model cost a step of the demo's models, on several ranks"
 MODELS = {"gpt2": "GPT-2", "llama": "Llama"}
+#: Guard -> the module of the package that it lies in.
+GUARDS = {"the comparison of the ranks": "alike", "the watch for changes": "changes"}
 #: Percent of a step that all guards together may cost.
 ALLOWED = 1.0
 _SECONDS = 20.0  # a hundredth of a step needs many of them
@@ -47,16 +50,23 @@ def run_command(args: argparse.Namespace, session: Session) -> None:
             )
 
 
+def here() -> list[str]:
+    """The guards that this version of the package has."""
+    return [name for name, module in GUARDS.items() if importlib.util.find_spec(f"seqpar_kernels.convert.{module}")]
+
+
 def run(session: Session, models: list[str], ranks: int, compiled: bool, effort: dict[str, Any]) -> list[Row]:
     """Every model; returns the rows added.
 
     Raises:
-        NotHere: fewer devices than ranks.
+        NotHere: no guard, or fewer devices than ranks.
     """
     import torch
 
     from .errors import NotHere
 
+    if not here():
+        raise NotHere("this version of the package has no guard that can be switched off")
     if session.device == "cuda" and torch.cuda.device_count() < ranks:
         raise NotHere(f"there are {torch.cuda.device_count()} CUDA devices: one rank needs one device")
     first = len(session.rows)

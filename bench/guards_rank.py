@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import seqpar_kernels as sp
 from examples import demo_run
 
 from .errors import BenchError
+from .guards import here
 from .linear_rank import rounds
 from .timing import Effort
 
@@ -29,19 +29,14 @@ class Guard:
     """One guard, and how a model is made without it.
 
     Attributes:
-        name: what it guards.
-        module: of the package; a version without it has no such guard.
+        name: one of :data:`bench.guards.GUARDS`.
         converting: around ``parallelize``.
         checked: called with the model after its first forward.
     """
 
     name: str
-    module: str
     converting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     checked: Callable[[nn.Module], None] = lambda model: None
-
-    def here(self) -> bool:
-        return importlib.util.find_spec(f"seqpar_kernels.convert.{self.module}") is not None
 
 
 @contextlib.contextmanager
@@ -70,17 +65,15 @@ def _stop_watching(model: nn.Module) -> None:
 
 
 GUARDS = (
-    Guard("the comparison of the ranks", "alike", converting=_without_comparison),
-    Guard("the watch for changes", "changes", checked=_stop_watching),
+    Guard("the comparison of the ranks", converting=_without_comparison),
+    Guard("the watch for changes", checked=_stop_watching),
 )
 
 
 def run(job: dict[str, Any], group: dist.ProcessGroup, step: Step) -> dict[str, Any]:
     """``job`` as made by :mod:`bench.guards`; returns start and end (ns) of every step, by provider."""
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    guards = [guard for guard in GUARDS if guard.here()]
-    if not guards:
-        raise BenchError("this version has no guard that can be switched off")
+    guards = [guard for guard in GUARDS if guard.name in here()]
     providers = {"ours": [], **{f"ours, without {guard.name}": [guard] for guard in guards}}
     if len(guards) > 1:
         providers["ours, without all guards"] = guards
