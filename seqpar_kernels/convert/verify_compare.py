@@ -21,6 +21,7 @@ Key = tuple[str, str]  # what, name
 # A gradient that is all rounding (the bias of keys: the softmax takes no notice of it) has no magnitude of its own.
 # Below this part of the largest gradient of the model, that part is the measure.
 _LEAST_MAGNITUDE = 1e-3
+_FEW = 32
 
 
 class Measure(NamedTuple):
@@ -124,13 +125,14 @@ def _entries(theirs: dict[Key, Tensor], measure: Measure) -> list[_Entry]:
     scales = {key: scale if 0 < scale < math.inf else 1.0 for key, scale in scales.items()}
     tolerances = dict.fromkeys(theirs, measure.flat)
     if measure.own is not None:
-        # Some tensors are nearer to fp64 than most by chance: what is usual may be missed by all.
+        # Some tensors are nearer to fp64 than most by chance: what is usual may be missed by all. The error of a few
+        # numbers is a single draw, and says little of the next one: they may be missed by twice what any was.
         own = {key: error / scales[key] for key, error in measure.own.items() if error < math.inf}
-        kinds = {what: [error for (kind, _), error in own.items() if kind == what] for what in ("output", "gradient")}
-        usual = {what: statistics.median(errors) for what, errors in kinds.items() if errors}
-        for key in theirs:
+        for key, tensor in theirs.items():
             kind = "gradient" if key[0].endswith("gradient") else "output"
-            tolerances[key] = 2 * (max(own.get(key, 0.0), usual.get(kind, 0.0)) + measure.flat)
+            others = [error for (what, _), error in own.items() if what == kind] or [0.0]
+            usual = statistics.median(others) if tensor.numel() >= _FEW else 2 * max(others)
+            tolerances[key] = 2 * (max(own.get(key, 0.0), usual) + measure.flat)
     return [_Entry(k, tuple(tensor.shape), tensor.dtype, scales[k], tolerances[k]) for k, tensor in theirs.items()]
 
 
