@@ -23,7 +23,7 @@ from .spec import (
     dropout_threshold,
 )
 
-_INTERFACE = 2
+_INTERFACE = 3
 
 try:
     from .. import _native
