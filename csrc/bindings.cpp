@@ -268,15 +268,18 @@ void reduce_shards(bool is_cuda, int threads, uintptr_t stream, int64_t rows, in
 
 }  // namespace
 
+void bind_attention(py::module_& m);  // bindings_attention.cpp
+
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Compiled kernels of seqpar_kernels; called through seqpar_kernels.kernels.native";
     py::class_<NormSpec>(m, "NormSpec", py::module_local())
         .def(py::init<int, bool, double, int, int, int, int, uint32_t, double, int64_t, int64_t, int64_t>());
-    m.attr("interface") = 2;  // raised with every change of a signature below; kernels/native.py expects this one
+    m.attr("interface") = 3;  // raised with every change of a signature below; kernels/native.py expects this one
     m.def("norm_forward", &norm_forward);
     m.def("norm_backward", &norm_backward);
     m.def("norm_backward_workspace", &norm_backward_workspace);
     m.def("reduce_shards", &reduce_shards);
+    bind_attention(m);
     m.def("cpu_isa", &cpu::isa);
     m.def("cpu_threading", &cpu::threading);
     m.def("cpu_stream_beyond", &cpu::stream_beyond);

@@ -99,11 +99,91 @@ struct ReduceShards {
     int64_t out_stride;
 };
 
+// A tensor [batch, rows, heads, columns] seen through strides; columns lie side by side.
+struct HeadView {
+    void* data;
+    int64_t batch, row, head;
+};
+
+// Scores of one block of queries against one block of keys, all that forward and backward share:
+// s = scale * q k^T;  s = softcap * tanh(s / softcap) where softcap > 0;  s += bias.
+// Row i sees key j where i + shift - left <= j <= i + shift + right (a negative bound is none; causal: right = 0),
+// where first[i] <= j < last[i], and where the mask is not zero. shift is the position of the first query less that of
+// the first key. Query head h reads key head h / (q_heads / kv_heads). A weight is dropped by (seed, row, column) as in
+// philox.h, with
+//   row = ((first_batch + b) * all_heads + first_head + h) * all_rows + position of i,   column = position of j.
+struct AttentionScores {
+    int64_t batch, q_rows, k_rows, q_heads, kv_heads, head_dim, value_dim;
+    DType dtype;  // of q, k, v, out and dout
+    HeadView q, k, v;
+    double scale, softcap;
+    int64_t shift, left, right;
+    const int32_t *first, *last;  // [batch, q_rows], or null for both
+    int64_t interval_batch;       // their stride
+    const void* bias;             // dtype or f32 (f64)
+    DType bias_dtype;
+    int64_t bias_batch, bias_head, bias_row, bias_key;
+    const uint8_t* mask;
+    int64_t mask_batch, mask_head, mask_row, mask_key;
+    const int64_t* seed;  // null: no dropout
+    uint32_t threshold;
+    double dropout_scale;
+    int64_t first_batch, all_heads, first_head, all_rows;
+    int64_t q_offset, k_offset;                // positions of row 0 and key 0, the rest follow
+    const int64_t *q_positions, *k_positions;  // or one for each
+};
+
+// With p = exp2(s * log2(e) - m), m an integer no smaller than any rounded s * log2(e) so far: acc = sum of p v,
+// l = sum of p. Rescaling by powers of two is exact, and a row's sums run key by key: keys given in several calls that
+// resume give the bits of a single call, as long as they were cut at multiples of 8.
+// out = acc / l and lse = log(l) + m log(2); out is 0 and lse -inf where a row sees no key.
+struct AttentionForward {
+    AttentionScores scores;
+    bool resume;     // start from the state instead of from nothing
+    HeadView acc;    // f32 (f64), or null: the state is not kept
+    double* maxima;  // m and l, [batch, q_heads, q_rows] each, or null with acc
+    double* sums;
+    HeadView out;  // null: nothing is finished
+    void* lse;     // f32 (f64) [batch, q_heads, q_rows]
+};
+
+// p = dropout'(exp(s - lse)) with the lse of all keys the rows ever see, in this block or in another;
+// ds = p * (dout v^T - delta + dlse);  dq = scale * ds k;  dk = scale * ds^T q;  dv = p^T dout.
+// Gradients null are not wanted. Sums run query by query and key by key in f32 (f64); accumulate adds to what is there,
+// which then is f32 (f64).
+struct AttentionBackward {
+    AttentionScores scores;
+    HeadView out;  // read for delta = rowsum(dout * out) where delta is null
+    HeadView dout;
+    const void *lse, *delta, *dlse;  // f32 (f64) [batch, q_heads, q_rows]
+    bool accumulate;
+    DType grad_dtype;  // of dq, dk and dv: dtype or f32 (f64)
+    HeadView dq, dk, dv;
+};
+
+// out = sum of exp(lse_i - lse) out_i, lse = log(sum of exp(lse_i)), summed in the order given, in f32 (f64). A part
+// whose lse is -inf counts for nothing, whatever its out holds.
+struct AttentionPart {
+    HeadView out;
+    const void* lse;
+};
+struct AttentionMerge {
+    int64_t batch, rows, heads, columns;
+    DType dtype, out_dtype;  // of the parts; of the result: dtype or f32 (f64)
+    int32_t count;
+    const AttentionPart* parts;
+    HeadView out;
+    void* lse;
+};
+
 namespace cpu {
 Status norm_forward(const NormForward& args, int threads);
 Status norm_backward(const NormBackward& args, int threads);
 int64_t norm_backward_workspace(const NormBackward& args);
 Status reduce_shards(const ReduceShards& args, int threads);
+Status attention_forward(const AttentionForward& args, int threads);
+Status attention_backward(const AttentionBackward& args, int threads);
+Status attention_merge(const AttentionMerge& args, int threads);
 const char* isa();        // the instruction set chosen for this machine: "avx512", "avx2", "neon", "baseline"
 const char* threading();  // "openmp" (the runtime torch has loaded) or "std::thread"
 // From now on, norms whose results exceed so many bytes store them past the cache; returns the bound until now,

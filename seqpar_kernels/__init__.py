@@ -7,6 +7,7 @@ reduce-scatter, and ``parallelize(model, mesh)``, which turns an existing model 
 from . import megatron, nn
 from .convert import (
     ParallelPlan,
+    Verification,
     explain,
     full_state_dict,
     gather_full_gradients,
@@ -15,6 +16,7 @@ from .convert import (
     sharded_optimizer_state_dict,
     sharded_state_dict,
     unparallelize,
+    verify,
 )
 from .functional import (
     all_gather_linear,
@@ -63,6 +65,7 @@ __all__ = [
     "RowParallelLinear",
     "SequenceShard",
     "TransformerLayer",
+    "Verification",
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "activation_bytes",
@@ -92,6 +95,7 @@ __all__ = [
     "sharded_state_dict",
     "tune",
     "unparallelize",
+    "verify",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_embedding",
     "vocab_parallel_linear_cross_entropy",

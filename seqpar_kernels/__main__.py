@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from . import __version__
 from .convert.checks import why_not_convert
-from .kernels import BACKENDS, native, why_not
+from .kernels import BACKENDS, native, remark, why_not
 from .overlap.tuning import tune
 
 
@@ -39,7 +39,8 @@ def report() -> str:
     for device in devices:
         for backend in BACKENDS:
             reason = why_not(backend, device)
-            lines.append(f"  {backend:<10} on {device.type:<5} {'yes' if reason is None else 'no: ' + reason}")
+            said = f"no: {reason}" if reason is not None else ": ".join(filter(None, ("yes", remark(backend, device))))
+            lines.append(f"  {backend:<10} on {device.type:<5} {said}")
     if len(devices) == 1:
         lines.append(f"  cuda               no: {_no_cuda()}")
     lines += ["", "communication"]

@@ -7,6 +7,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .layout import WrongTypeError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INF = math.inf
@@ -26,8 +29,19 @@ class TensorLike(Protocol):
 
 
 def check_tensor(name: str, t: object) -> None:
+    """A tensor of this rank alone.
+
+    Raises:
+        ValueError: something else; a DTensor, which says itself what the ranks hold (a TypeError too).
+    """
     if not isinstance(t, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(t).__name__}")
+    if isinstance(t, DTensor):
+        raise WrongTypeError(
+            f"{name}: expected a plain tensor, what this rank holds, got a DTensor {tuple(t.shape)} with placements "
+            f"{t.placements} on {t.device_mesh}; pass {name}.to_local() where these placements are the ones wanted "
+            f"here, else redistribute it first, and DTensor.from_local(result, mesh, placements) afterwards"
+        )
 
 
 def _is_number(value: object) -> bool:

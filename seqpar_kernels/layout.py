@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 #: What the public functions take as ``group``.
 Group = ProcessGroup | DeviceMesh | None
+
+
+class WrongTypeError(TypeError, ValueError):
+    """An argument of a type that cannot be meant; a ValueError too, like all errors about arguments here."""
 
 
 class SequenceShard(NamedTuple):
@@ -55,11 +60,30 @@ def vocabulary_range(size: int, ranks: int, rank: int) -> tuple[int, int]:
     return min(rank * most, size), min((rank + 1) * most, size)
 
 
+def check_launched(group: Group) -> None:
+    """Refuse None where a launcher has started several ranks and no process group has been initialised.
+
+    ``torch.distributed.group.WORLD`` is None until then.
+
+    Raises:
+        RuntimeError: WORLD_SIZE is more than 1, and torch.distributed is not initialised.
+    """
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if group is None and launched.isdecimal() and int(launched) > 1 and not dist.is_initialized():
+        raise RuntimeError(
+            f"group: expected one, got None in one of {launched} processes (WORLD_SIZE, set by torchrun) before "
+            "torch.distributed.init_process_group, so that each would train a whole model on its own; "
+            "torch.distributed.group.WORLD is None until then. Call init_process_group first and pass the group or "
+            "mesh. For the same kernels without communication pass None afterwards, or unset WORLD_SIZE"
+        )
+
+
 def resolve_group(group: Group) -> ProcessGroup | None:
     """``group`` as a ProcessGroup; None for None and for a group of one rank.
 
     Raises:
-        ValueError: a mesh with more than one dimension, a group this process does not belong to, or no group at all.
+        ValueError: a mesh with more than one dimension, a group this process does not belong to, or no group at all
+            (then a TypeError too).
     """
     if group is None:
         return None
@@ -72,11 +96,23 @@ def resolve_group(group: Group) -> ProcessGroup | None:
         if group.get_coordinate() is None:
             raise ValueError("group: this process is not a member of the mesh")
         group = group.get_group()
-    if group is dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, int):
+    if type(group) is int and group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives those left out
         raise ValueError("group: this process is not a member of the group")
     if not isinstance(group, ProcessGroup):
-        raise ValueError(f"group: expected a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
+        raise WrongTypeError(
+            f"group: expected a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__} "
+            f"{group!r}; {_group_meant(group)}"
+        )
     return group if group.size() > 1 else None
+
+
+def _group_meant(group: object) -> str:
+    """What to pass instead of what is no group."""
+    if isinstance(group, str):
+        return f"pass that dimension of the mesh, mesh[{group!r}]"
+    if isinstance(group, (list, tuple, set, range)):
+        return "make a group of these ranks once, on every rank: torch.distributed.new_group(ranks)"
+    return "pass torch.distributed.group.WORLD for all ranks, or a dimension of the mesh, e.g. mesh['tp']"
 
 
 def group_size(group: ProcessGroup | None) -> int:

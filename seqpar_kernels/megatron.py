@@ -1,59 +1,227 @@
-"""Megatron-Core's names for the region mappings. Megatron's layout is [S, B, H], so ``seq_dim`` defaults to 0 here."""
+"""Megatron-Core's names for the region mappings, with Megatron's arguments in Megatron's order.
 
+Megatron lays out [S, B, H]: the sequence is dimension 0 here. ``group=None`` is the default tensor-parallel group, as
+in Megatron: the one of :func:`set_default_group`, else that of an initialised ``megatron.core.parallel_state``, else an
+error; never one rank in silence. Beyond Megatron, lengths may be no multiple of the ranks, and sums over ranks run in
+rank order in float32. Integer tensors are communicated without gradient; ``use_global_buffer=True`` is accepted, and
+every result has memory of its own all the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-from . import functional as F
-from .layout import Group
+from .functional import exchange as F
+from .layout import Group, group_size, resolve_group
 
 __all__ = [
+    "all_gather_last_dim_from_tensor_parallel_region",
+    "all_to_all",
+    "all_to_all_hp2sp",
+    "all_to_all_sp2hp",
     "copy_to_tensor_model_parallel_region",
     "gather_from_sequence_parallel_region",
     "gather_from_tensor_model_parallel_region",
+    "get_default_group",
     "reduce_from_tensor_model_parallel_region",
+    "reduce_scatter_last_dim_to_tensor_parallel_region",
     "reduce_scatter_to_sequence_parallel_region",
     "scatter_to_sequence_parallel_region",
     "scatter_to_tensor_model_parallel_region",
+    "set_default_group",
 ]
 
+_default: Group = None
 
-def copy_to_tensor_model_parallel_region(input_: Tensor, group: Group) -> Tensor:
+# Megatron's other names in tensor_parallel, and what does that here. Their arguments differ: nothing is passed on.
+_ELSEWHERE = {
+    "ColumnParallelLinear": "seqpar_kernels.nn.ColumnParallelLinear",
+    "RowParallelLinear": "seqpar_kernels.nn.RowParallelLinear",
+    "VocabParallelEmbedding": "seqpar_kernels.nn.VocabParallelEmbedding",
+    "vocab_parallel_cross_entropy": "seqpar_kernels.vocab_parallel_cross_entropy",
+    "linear_with_grad_accumulation_and_async_allreduce": "seqpar_kernels.all_gather_linear with main_grad",
+    "linear_with_frozen_weight": "seqpar_kernels.all_gather_linear with a weight that requires no gradient",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ELSEWHERE:
+        raise AttributeError(
+            f"seqpar_kernels.megatron has the mappings alone; {name} is {_ELSEWHERE[name]}, with arguments of its own"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def set_default_group(group: Group) -> None:
+    """The group that ``group=None`` means here from now on, a ProcessGroup or 1-D DeviceMesh; None forgets it.
+
+    Raises:
+        ValueError: no such group.
+    """
+    global _default
+    resolve_group(group)
+    _default = group
+
+
+def get_default_group() -> ProcessGroup | DeviceMesh:
+    """The group that ``group=None`` means.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if _default is not None and dist.is_initialized():
+        return _default
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is not None and dist.is_initialized():
+        found = state.get_tensor_model_parallel_group(check_initialized=False)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+    raise RuntimeError(
+        "group: None is the default tensor-parallel group, and there is none; pass group=, or call "
+        "seqpar_kernels.megatron.set_default_group(group) after torch.distributed.init_process_group"
+    )
+
+
+def _meant(group: Group) -> Group:
+    return get_default_group() if group is None else group
+
+
+def copy_to_tensor_model_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
     """Identity forward, all-reduce backward."""
-    return F.copy_to_tensor_parallel(input_, group)
+    return F.copy_to(input_, _meant(group))
 
 
-def reduce_from_tensor_model_parallel_region(input_: Tensor, group: Group) -> Tensor:
+def reduce_from_tensor_model_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
     """All-reduce forward, identity backward."""
-    return F.reduce_from_tensor_parallel(input_, group)
+    return F.reduce_from(input_, _meant(group))
 
 
-def scatter_to_tensor_model_parallel_region(input_: Tensor, group: Group) -> Tensor:
+def scatter_to_tensor_model_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
     """Split along the last dimension forward, all-gather backward."""
-    return F.scatter_tensor_parallel(input_, group)
+    return F.split(input_, _meant(group), -1)
 
 
-def gather_from_tensor_model_parallel_region(input_: Tensor, group: Group) -> Tensor:
+def gather_from_tensor_model_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
     """All-gather along the last dimension forward, split backward."""
-    return F.gather_tensor_parallel(input_, group)
+    return F.gather(input_, _meant(group), -1, partial_grad=False)
 
 
-def scatter_to_sequence_parallel_region(input_: Tensor, group: Group, seq_dim: int = 0) -> Tensor:
+def scatter_to_sequence_parallel_region(input_: Tensor, group: Group = None, *, seq_dim: int = 0) -> Tensor:
     """Split along the sequence forward, all-gather backward."""
-    return F.scatter_sequence(input_, group, seq_dim)
+    return F.split(input_, _meant(group), seq_dim)
 
 
 def gather_from_sequence_parallel_region(
     input_: Tensor,
-    group: Group,
     tensor_parallel_output_grad: bool = True,
+    group: Group = None,
+    output_split_sizes: Sequence[int] | None = None,
+    use_global_buffer: bool = False,
+    *,
     seq_dim: int = 0,
     seq_len: int | None = None,
 ) -> Tensor:
-    """All-gather along the sequence forward; backward reduce-scatter, or split where gradients are whole."""
-    return F.gather_sequence(
-        input_, group, seq_dim, seq_len=seq_len, tensor_parallel_output_grad=tensor_parallel_output_grad
-    )
+    """All-gather along the sequence forward; backward reduce-scatter, or split where gradients are whole.
+
+    Args:
+        input_: this rank's rows.
+        tensor_parallel_output_grad: see :func:`seqpar_kernels.gather_sequence`. A group in its place is taken for
+            ``group``.
+        group: None is the default group.
+        output_split_sizes: the rows of each rank, where they are not cut as ``torch.tensor_split`` cuts.
+        use_global_buffer: changes nothing.
+        seq_dim, seq_len: the sequence dimension and its unsharded length, not Megatron's.
+
+    Raises:
+        ValueError: an argument that does not fit, by name.
+        RuntimeError: no default group; ranks that disagree.
+    """
+    if isinstance(tensor_parallel_output_grad, (ProcessGroup, DeviceMesh)):
+        if group is not None:
+            raise ValueError("tensor_parallel_output_grad: expected a bool, got a group, and another one as group")
+        tensor_parallel_output_grad, group = True, tensor_parallel_output_grad
+    if not isinstance(tensor_parallel_output_grad, bool):
+        raise ValueError(f"tensor_parallel_output_grad: expected a bool, got {tensor_parallel_output_grad!r}")
+    group = _meant(group)
+    if output_split_sizes is None:
+        return F.gather(input_, group, seq_dim, partial_grad=tensor_parallel_output_grad, size=seq_len)
+    return F.gather_sizes(input_, group, seq_dim, output_split_sizes, partial_grad=tensor_parallel_output_grad)
 
 
-def reduce_scatter_to_sequence_parallel_region(input_: Tensor, group: Group, seq_dim: int = 0) -> Tensor:
-    """Reduce-scatter along the sequence forward, all-gather backward."""
-    return F.reduce_scatter_sequence(input_, group, seq_dim)
+def reduce_scatter_to_sequence_parallel_region(
+    input_: Tensor,
+    group: Group = None,
+    input_split_sizes: Sequence[int] | None = None,
+    use_global_buffer: bool = False,
+    *,
+    seq_dim: int = 0,
+) -> Tensor:
+    """Reduce-scatter along the sequence forward, all-gather backward.
+
+    ``input_split_sizes``: the rows that each rank gets, where they are not cut as ``torch.tensor_split`` cuts.
+    """
+    group = _meant(group)
+    if input_split_sizes is None:
+        return F.reduce_scatter(input_, group, seq_dim)
+    return F.reduce_scatter_sizes(input_, group, seq_dim, input_split_sizes)
+
+
+def all_gather_last_dim_from_tensor_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
+    """All-gather along the last dimension forward, reduce-scatter backward."""
+    return F.gather(input_, _meant(group), -1, partial_grad=True)
+
+
+def reduce_scatter_last_dim_to_tensor_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
+    """Reduce-scatter along the last dimension forward, all-gather backward."""
+    return F.reduce_scatter(input_, _meant(group), -1)
+
+
+def all_to_all(
+    group: Group,
+    input_: Tensor,
+    output_split_sizes_: Sequence[int] | None = None,
+    input_split_sizes: Sequence[int] | None = None,
+) -> Tensor:
+    """Rows of dimension 0 to every rank, and theirs back in the backward.
+
+    Args:
+        group: a group; this one has no default, in Megatron neither.
+        input_: [rows, ...].
+        output_split_sizes_: how many rows come from each rank; None: as many from each.
+        input_split_sizes: how many rows go to each rank; None: as many to each.
+
+    Raises:
+        ValueError: an argument that does not fit, by name.
+        RuntimeError: ranks whose sizes do not fit one another: on every rank, before any row travels.
+    """
+    if group is None:
+        raise ValueError(
+            "group: expected a ProcessGroup or a 1-D DeviceMesh, got None; all_to_all has no default group"
+        )
+    return F.all_to_all(input_, group, output_split_sizes_, input_split_sizes)
+
+
+def all_to_all_sp2hp(input_: Tensor, group: Group = None) -> Tensor:
+    """[..., H] of this rank's tokens, [tokens / t, H], to [tokens, H / t]: all tokens, this rank's features."""
+    group = _meant(group)
+    ranks = group_size(resolve_group(group))
+    F.check_divides_by("input_", input_, -1, ranks)
+    rows = input_.reshape(-1, input_.shape[-1])
+    return F.all_to_all(rows.unflatten(-1, (ranks, -1)).transpose(0, 1).flatten(0, 1), group, None, None)
+
+
+def all_to_all_hp2sp(input_: Tensor, group: Group = None) -> Tensor:
+    """[..., H / t] of all tokens, [tokens, H / t], to [tokens / t, H]: this rank's tokens, all features."""
+    group = _meant(group)
+    ranks = group_size(resolve_group(group))
+    F.check_divides_by("input_", input_, -1, 1)
+    rows = input_.reshape(-1, input_.shape[-1])
+    F.check_divides_by("input_", rows, 0, ranks)
+    return F.all_to_all(rows, group, None, None).unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1)

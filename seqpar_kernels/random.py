@@ -2,7 +2,6 @@
 
 import contextlib
 import operator
-import os
 import threading
 from collections.abc import Iterator
 
@@ -10,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from .checks import check_tensor
+from .environment import flag
 
 _SEED_LIMIT = 2**63 - 1
 
@@ -49,6 +51,7 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return draw_seed(device)
     if isinstance(seed, Tensor):
+        check_tensor("seed", seed)
         if seed.dim() != 0 or seed.dtype != torch.int64:
             raise ValueError(f"seed: expected a 0-d int64 tensor, got {tuple(seed.shape)} {seed.dtype}")
         return seed if seed.device == device else seed.to(device)
@@ -62,7 +65,7 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 def debug_enabled() -> bool:
     """Whether SEQPAR_DEBUG asks for checks that cost communication."""
-    return os.environ.get("SEQPAR_DEBUG", "0") not in ("", "0")
+    return flag("SEQPAR_DEBUG")
 
 
 def check_seeds_alike(seed: Tensor, group: ProcessGroup) -> None:

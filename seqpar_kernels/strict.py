@@ -15,12 +15,12 @@ engine or a backend that is asked for and cannot run is an error with or without
 
 from __future__ import annotations
 
-import os
+from .environment import flag
 
 
 def strict_enabled() -> bool:
     """Whether SEQPAR_STRICT asks for it."""
-    return os.environ.get("SEQPAR_STRICT", "0") not in ("", "0")
+    return flag("SEQPAR_STRICT")
 
 
 def refuse(what: str, reason: str) -> None:

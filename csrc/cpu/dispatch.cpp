@@ -17,8 +17,14 @@ struct Kernels {
     Status (*norm_forward)(const NormForward&, int);
     Status (*norm_backward)(const NormBackward&, int);
     Status (*reduce_shards)(const ReduceShards&, int);
+    Status (*attention_forward)(const AttentionForward&, int);
+    Status (*attention_backward)(const AttentionBackward&, int);
+    Status (*attention_merge)(const AttentionMerge&, int);
     bool available;
 };
+#define SEQPAR_KERNELS(ISA)                                                                                           \
+    #ISA, ISA::norm_forward, ISA::norm_backward, ISA::reduce_shards, ISA::attention_forward, ISA::attention_backward, \
+        ISA::attention_merge
 
 #if defined(SEQPAR_X86)
 bool has_avx2() {
@@ -37,13 +43,13 @@ bool has_avx512() {
 Kernels choose() {
     const Kernels all[] = {
 #if defined(SEQPAR_X86)
-        {"avx512", avx512::norm_forward, avx512::norm_backward, avx512::reduce_shards, has_avx512()},
-        {"avx2", avx2::norm_forward, avx2::norm_backward, avx2::reduce_shards, has_avx2()},
+        {SEQPAR_KERNELS(avx512), has_avx512()},
+        {SEQPAR_KERNELS(avx2), has_avx2()},
 #endif
 #if defined(SEQPAR_NEON)
-        {"neon", neon::norm_forward, neon::norm_backward, neon::reduce_shards, true},
+        {SEQPAR_KERNELS(neon), true},
 #else
-        {"baseline", baseline::norm_forward, baseline::norm_backward, baseline::reduce_shards, true},
+        {SEQPAR_KERNELS(baseline), true},
 #endif
     };
     const char* const wanted = std::getenv("SEQPAR_CPU_ISA");
@@ -56,7 +62,7 @@ Kernels choose() {
     for (const Kernels& kernels : all) {
         if (kernels.available) refusal += std::string(" ") + kernels.isa;
     }
-    return {refusal.c_str(), nullptr, nullptr, nullptr, false};
+    return {refusal.c_str(), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, false};
 }
 
 const Kernels& kernels() {
@@ -80,10 +86,10 @@ bool supported(const Args& args) {
            (args.norm == Norm::none || args.norm == Norm::layer || args.norm == Norm::rms);
 }
 
-// Rows may repeat when they are read (stride 0), but not overlap otherwise.
+// Rows may repeat (stride 0) and overlap where they are read, not where they are written.
 struct Rows {
     int64_t rows, cols;
-    bool read(const void* p, int64_t stride) const { return !p || rows <= 1 || stride == 0 || stride >= cols; }
+    bool read(const void* p, int64_t stride) const { return !p || rows <= 1 || stride >= 0; }
     bool written(const void* p, int64_t stride) const { return !p || rows <= 1 || stride >= cols; }
 };
 
@@ -97,6 +103,24 @@ void zero_vectors(const NormBackward& args) {
     for (void* vector : {args.dweight, args.dbias, args.dweight2, args.dbias2, args.dx_bias}) {
         if (vector) std::memset(vector, 0, static_cast<size_t>(args.cols) * size);
     }
+}
+
+bool attention_supported(const AttentionScores& s) {
+    const DType wide = s.dtype == DType::f64 ? DType::f64 : DType::f32;
+    return element_type(s.dtype) && (!s.bias || s.bias_dtype == s.dtype || s.bias_dtype == wide);
+}
+
+bool attention_fits(const AttentionScores& s) {
+    constexpr int64_t most_rows = int64_t{1} << 30, most_columns = 8192;
+    const bool sizes = s.batch >= 0 && s.q_rows >= 0 && s.k_rows >= 0 && s.q_rows <= most_rows &&
+                       s.k_rows <= most_rows && s.head_dim >= 1 && s.value_dim >= 1 && s.head_dim <= most_columns &&
+                       s.value_dim <= most_columns;
+    const bool heads = s.kv_heads >= 1 && s.q_heads >= 1 && s.q_heads % s.kv_heads == 0;
+    return sizes && heads && (s.first == nullptr) == (s.last == nullptr) && s.threshold <= 65536;
+}
+
+bool nothing_to_do(const AttentionScores& s) {
+    return s.batch == 0 || s.q_rows == 0;
 }
 
 }  // namespace
@@ -169,6 +193,39 @@ Status reduce_shards(const ReduceShards& args, int threads) {
     if (args.rows == 0) return Status::ok;
     if (!args.parts || !args.out) return Status::bad_argument;
     return kernels().reduce_shards(args, threads);
+}
+
+Status attention_forward(const AttentionForward& args, int threads) {
+    if (!kernels().available || !attention_supported(args.scores)) return Status::unsupported;
+    if (!attention_fits(args.scores)) return Status::bad_argument;
+    const bool state = args.acc.data != nullptr;
+    if (state != (args.maxima != nullptr) || state != (args.sums != nullptr) || (args.resume && !state) ||
+        (args.out.data != nullptr) != (args.lse != nullptr) || (!state && !args.out.data)) {
+        return nothing_to_do(args.scores) ? Status::ok : Status::bad_argument;
+    }
+    return nothing_to_do(args.scores) ? Status::ok : kernels().attention_forward(args, threads);
+}
+
+Status attention_backward(const AttentionBackward& args, int threads) {
+    if (!kernels().available || !attention_supported(args.scores)) return Status::unsupported;
+    const DType wide = args.scores.dtype == DType::f64 ? DType::f64 : DType::f32;
+    if (args.grad_dtype != wide && args.grad_dtype != args.scores.dtype) return Status::unsupported;
+    if (!attention_fits(args.scores) || (args.accumulate && args.grad_dtype != wide)) return Status::bad_argument;
+    if (args.scores.q_rows > 0 && (!args.lse || !args.dout.data || (!args.delta && !args.out.data))) {
+        return args.scores.batch == 0 ? Status::ok : Status::bad_argument;
+    }
+    return args.scores.batch == 0 ? Status::ok : kernels().attention_backward(args, threads);
+}
+
+Status attention_merge(const AttentionMerge& args, int threads) {
+    if (!kernels().available || !element_type(args.dtype)) return Status::unsupported;
+    const DType wide = args.dtype == DType::f64 ? DType::f64 : DType::f32;
+    if (args.out_dtype != wide && args.out_dtype != args.dtype) return Status::unsupported;
+    if (args.count < 1 || args.batch < 0 || args.rows < 0 || args.heads < 0 || args.columns < 0) {
+        return Status::bad_argument;
+    }
+    if (args.batch * args.rows * args.heads == 0) return Status::ok;
+    return kernels().attention_merge(args, threads);
 }
 
 }  // namespace seqpar::cpu

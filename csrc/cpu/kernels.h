@@ -44,11 +44,14 @@ int64_t padded_columns(int64_t cols);  // a multiple of every Pack
 // The [cols] gradients of a backward: dweight, dbias, dweight2, dbias2, dx_bias.
 constexpr int kVectorGrads = 5;
 
-#define SEQPAR_DECLARE_KERNELS(ISA)                              \
-    namespace ISA {                                              \
-    Status norm_forward(const NormForward& args, int threads);   \
-    Status norm_backward(const NormBackward& args, int threads); \
-    Status reduce_shards(const ReduceShards& args, int threads); \
+#define SEQPAR_DECLARE_KERNELS(ISA)                                        \
+    namespace ISA {                                                        \
+    Status norm_forward(const NormForward& args, int threads);             \
+    Status norm_backward(const NormBackward& args, int threads);           \
+    Status reduce_shards(const ReduceShards& args, int threads);           \
+    Status attention_forward(const AttentionForward& args, int threads);   \
+    Status attention_backward(const AttentionBackward& args, int threads); \
+    Status attention_merge(const AttentionMerge& args, int threads);       \
     }
 #if defined(SEQPAR_X86)
 SEQPAR_DECLARE_KERNELS(avx512)

@@ -1,6 +1,7 @@
 // Dropout + residual + norm, forward: three passes over a row, of which only the first touches memory; the other two
 // find z in a scratch row that stays in cache.
 #include "dropout.h"
+#include "statistics.h"
 #include "stream.h"
 
 namespace seqpar::cpu::SEQPAR_ISA {
@@ -15,30 +16,6 @@ struct ForwardPlan {
     int64_t padded, rows_per_task;
     bool past_cache;  // z, y and y2 would not stay in it
 };
-
-// The sum of (z - mean)^2. Two accumulators, since one addition after the other would wait for its latency.
-template <Order O, class A>
-A spread(const A* row, int64_t cols, A mean) {
-    using P = typename PackFor<A>::Pack;
-    const P centre = splat(mean), zero = splat(A(0));
-    P total = zero;
-    for (int64_t begin = 0; begin < cols; begin += kSumColumns) {
-        const int64_t end = smaller(cols, begin + kSumColumns);
-        P even = zero, odd = zero;
-        int64_t c = begin;
-        for (; c + 2 * P::lanes <= end; c += 2 * P::lanes) {
-            const P first = load_scratch(row + c) - centre, second = load_scratch(row + c + P::lanes) - centre;
-            even = fma(first, first, even);
-            odd = fma(second, second, odd);
-        }
-        for_packs<P::lanes>(c, end, [&](int64_t tail, auto n) SEQPAR_BODY {
-            const P d = present<O>(load_scratch(row + tail) - centre, n);
-            even = fma(d, d, even);
-        });
-        total = total + (even + odd);
-    }
-    return sum(total);
-}
 
 // y = (row - mean) * rstd * scale + shift.
 template <class X, Norm kNorm, class A>
@@ -70,7 +47,7 @@ struct ForwardKernel {
     using Plan = ForwardPlan<A, O>;
 
     // z of one row: stored, kept in `row`, and summed (layer) or its squares summed (rms).
-    static A combine(const Plan& plan, int64_t r, A* row) {
+    static double combine(const Plan& plan, int64_t r, A* row) {
         const NormForward& args = *plan.args;
         const X* const x = row_of<X>(args.x, r, args.x_stride);
         const int32_t shards = args.shards;
@@ -85,11 +62,11 @@ struct ForwardKernel {
         const P factors = splat(factor), zero = splat(A(0));
         typename DropoutPlan<A, O>::Mask keep[DropoutPlan<A, O>::masks];
 
-        P total = zero;
-        for (int64_t begin = 0; begin < args.cols; begin += kSumColumns) {
-            const int64_t end = smaller(args.cols, begin + kSumColumns);
+        double total = 0;
+        for (int64_t begin = 0; begin < args.cols; begin += kStatisticsColumns) {
+            const int64_t end = smaller(args.cols, begin + kStatisticsColumns);
             P partial = zero;
-            const int64_t step = kDropout ? kDropoutColumns : kSumColumns;
+            const int64_t step = kDropout ? kDropoutColumns : kStatisticsColumns;
             for (int64_t chunk = begin; chunk < end; chunk += step) {
                 if (kDropout) plan.dropout.keep(state, chunk, keep);
                 for_packs<P::lanes>(chunk, smaller(end, chunk + step), [&](int64_t c, auto n) SEQPAR_BODY {
@@ -107,18 +84,23 @@ struct ForwardKernel {
                     if (kNorm == Norm::rms) partial = fma(v, v, partial);
                 });
             }
-            total = total + partial;
+            if (kNorm != Norm::none) total += sum(partial);
         }
-        return sum(total);
+        return total;
     }
 
     static void run_row(const Plan& plan, int64_t r, A* row) {
         const NormForward& args = *plan.args;
-        const A total = combine(plan, r, row);
+        const double total = combine(plan, r, row);
         if (kNorm == Norm::none) return;
         const double count = static_cast<double>(args.cols);
-        const A mean = kNorm == Norm::layer ? static_cast<A>(total / count) : A(0);
-        const double squares = kNorm == Norm::layer ? spread<O>(row, args.cols, mean) : total;
+        A mean = kNorm == Norm::layer ? static_cast<A>(total / count) : A(0);
+        double squares = kNorm == Norm::layer ? spread<O>(row, args.cols, mean) : total;
+        if (hides_spread<A>(mean, squares, count)) {
+            const Statistics careful = careful_statistics<O, kNorm == Norm::layer>(row, args.cols);
+            mean = static_cast<A>(careful.mean);
+            squares = careful.squares;
+        }
         const A rstd = static_cast<A>(1.0 / __builtin_sqrt(squares / count + args.eps));
         if (args.y) {
             normalize<X, kNorm>(row, args.cols, mean, rstd, plan.scale, plan.shift, row_of<X>(args.y, r, args.y_stride),

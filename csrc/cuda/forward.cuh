@@ -174,7 +174,25 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
             for (int i = 0; i < W; ++i) squares[0] = fmaf(z[u][i], z[u][i], squares[0]);
         }
         group.sum(squares);
-        const float rstd = reciprocal_sqrt(fmaf(squares[0], p.inverse_cols, p.eps));
+        // Alike for all threads of a row; rows that share a warp go through it together, which changes nothing for
+        // those that need it not
+        float offset[1] = {}, variance = squares[0] * p.inverse_cols;
+        const bool hidden = p.is_layer && hides_spread(mean, variance);
+        if (__any_sync(0xFFFFFFFFu, hidden)) {
+#pragma unroll
+            for (int u = 0; u < kUnits; ++u) {
+                if (unit_of(u) >= units) continue;
+#pragma unroll
+                for (int i = 0; i < W; ++i) offset[0] += z[u][i];
+            }
+            group.sum(offset);
+            const float exact = hidden ? fmaf(offset[0], p.inverse_cols, mean) : mean;
+            offset[0] = exact - mean;  // without rounding: they are close
+            variance = fmaf(-offset[0], offset[0], variance);
+            variance = variance > 0.0f ? variance : 0.0f;
+            mean = exact;
+        }
+        const float rstd = reciprocal_sqrt(variance + p.eps);
         if (group.thread == 0 && valid) {
             if (p.is_layer && a.mean != nullptr) *element<float>(a.mean, row) = mean;
             if (a.rstd != nullptr) *element<float>(a.rstd, row) = rstd;
@@ -187,7 +205,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
             const int column = unit_of(u) * W;
             float y[W];
 #pragma unroll
-            for (int i = 0; i < W; ++i) z[u][i] *= rstd;
+            for (int i = 0; i < W; ++i) z[u][i] = (z[u][i] - offset[0]) * rstd;
             if (a.y != nullptr) {
                 affine<X>(y, z[u], a.weight, a.bias, p, column);
                 store_y<X>(a.y, row64 * a.y_stride + column, y, a);

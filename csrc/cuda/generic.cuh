@@ -164,6 +164,22 @@ __global__ void __launch_bounds__(256, 2) generic_forward_kernel(const __grid_co
                 for (int i = 0; i < 8; ++i) squares[0] += i < count ? (z[i] - mean) * (z[i] - mean) : Acc(0);
             });
             group.sum(squares);
+            const bool hidden = is_layer && hides_spread(mean, squares[0] * inverse_cols);
+            if (__any_sync(0xFFFFFFFFu, hidden)) {  // see forward.cuh
+                Acc offset[1] = {};
+                for_columns([&](int, int count, const Acc(&z)[8]) {
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) offset[0] += i < count ? z[i] - mean : Acc(0);
+                });
+                group.sum(offset);
+                if (hidden) mean += offset[0] * inverse_cols;
+                squares[0] = 0;
+                for_columns([&](int, int count, const Acc(&z)[8]) {
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) squares[0] += i < count ? (z[i] - mean) * (z[i] - mean) : Acc(0);
+                });
+                group.sum(squares);
+            }
             rstd = reciprocal_sqrt(squares[0] * inverse_cols + static_cast<Acc>(a.eps));
             if (group.thread == 0 && mine > 0) {
                 if (is_layer && a.mean != nullptr) *element<Acc>(a.mean, row) = mean;

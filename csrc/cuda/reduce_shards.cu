@@ -88,6 +88,7 @@ Status reduce_shards(const ReduceShards& args, void* stream) {
     if (!computable(a.dtype, a.dtype)) return Status::unsupported;
     if (a.bias != nullptr && !computable(a.bias_dtype, a.dtype)) return Status::unsupported;
     if (a.rows == 0 || a.cols == 0) return Status::ok;
+    if (a.rows > 1 && a.out_stride < a.cols) return Status::bad_argument;  // rows of `out` must not overlap
     if (a.parts == nullptr || a.out == nullptr) return Status::bad_argument;
     if (a.bias != nullptr && a.cols > kMaxCols) return Status::bad_argument;
     if (a.bias == nullptr && (a.rows == 1 || (a.row_stride == a.cols && a.out_stride == a.cols))) {

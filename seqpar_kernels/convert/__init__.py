@@ -13,12 +13,15 @@ from .state import (
     sharded_state_dict,
     unparallelize,
 )
+from .verify import verify
+from .verify_report import Verification
 
 __all__ = [
     "BUILT_IN",
     "STYLES",
     "Explanation",
     "ParallelPlan",
+    "Verification",
     "conversion_of",
     "derive_plan",
     "explain",
@@ -29,4 +32,5 @@ __all__ = [
     "sharded_optimizer_state_dict",
     "sharded_state_dict",
     "unparallelize",
+    "verify",
 ]

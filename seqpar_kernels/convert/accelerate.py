@@ -15,13 +15,16 @@ from accelerate.utils import recursively_apply
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .conversion import conversion_of
+from .conversion import Conversion, conversion_of
+from .same_order import same_order
+from .state import full_state_dict
 
 
 def parallelism_config(model: nn.Module) -> ParallelismConfig | None:
     """For ``Accelerator(parallelism_config=...)`` or ``TrainingArguments(parallelism_config=...)``; None on one rank.
 
-    The ranks that :func:`parallelize` has cut ``model`` over are given the same batches. All others are data parallel:
+    The ranks that :func:`parallelize` has cut ``model`` over are given the same batches, also of a loader that shuffles
+    and of ranks that are seeded apart: the order is that of rank 0. All others are data parallel:
     ``fully_shard`` must have been applied to ``model`` over them, on a mesh whose last dimension is the tensor-parallel
     one::
 
@@ -110,10 +113,18 @@ class _OverRanks(ParallelismConfig):  # type: ignore[misc]
                 f"parallelism_config: expected {self.total_size} ranks, as the model lies on, got "
                 f"{accelerator.num_processes}"
             )
+        accelerator.get_state_dict = functools.partial(_get_state_dict, accelerator)
         group = self.device_mesh["dp_shard"].get_group() if self.dp_shard_enabled else None
         accelerator.gather_for_metrics = functools.partial(_gather_for_metrics, accelerator, group)
-        if self.dp_shard_enabled:
-            accelerator.prepare_data_loader = functools.partial(_prepare_data_loader, accelerator)
+        accelerator.prepare_data_loader = functools.partial(_prepare_data_loader, accelerator, self.dp_shard_enabled)
+
+
+def _get_state_dict(accelerator: Accelerator, model: Any, unwrap: bool = True) -> dict[str, Any]:
+    """Accelerate's; of a parallelized model whole tensors, on every rank (a collective call)."""
+    inner = accelerator.unwrap_model(model)
+    if isinstance(getattr(inner, "_seqpar", None), Conversion):
+        return full_state_dict(inner)
+    return Accelerator.get_state_dict(accelerator, model, unwrap)  # type: ignore[no-any-return]
 
 
 def _gather_for_metrics(
@@ -151,17 +162,25 @@ def _all_rows(rows: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tens
 
 
 def _prepare_data_loader(
-    accelerator: Accelerator, data_loader: Any, device_placement: bool | None = None, *args: Any, **kwargs: Any
+    accelerator: Accelerator,
+    data_parallel: bool,
+    data_loader: Any,
+    device_placement: bool | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     placed = accelerator.device_placement if device_placement is None else device_placement
     dispatched = accelerator.dispatch_batches
     if dispatched is None:
         dispatched = placed and isinstance(data_loader.dataset, torch.utils.data.IterableDataset)
-    if dispatched:
+    if dispatched and data_parallel:
         raise ValueError(
             "dispatch_batches: expected False with data-parallel and tensor-parallel ranks (accelerator_config="
             "{'dispatch_batches': False} of TrainingArguments, DataLoaderConfiguration of Accelerate), got "
             f"{accelerator.dispatch_batches} with a {type(data_loader.dataset).__name__}: Accelerate would give every "
             "rank the same batches"
         )
-    return Accelerator.prepare_data_loader(accelerator, data_loader, device_placement, *args, **kwargs)
+    prepared = Accelerator.prepare_data_loader(accelerator, data_loader, device_placement, *args, **kwargs)
+    if not dispatched:
+        same_order(prepared, accelerator.device)
+    return prepared

@@ -105,7 +105,7 @@ def check_sizes(model: nn.Module, plan: ParallelPlan, conversion: Conversion) ->
     for name, style in conversion.styles.items():
         module = model.get_submodule(name)
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        kept = ("sequence", "tensor_parallel", "own_parameters", "replicated")
+        kept = ("sequence", "tensor_parallel", "own_parameters", "replicated", "conditioning")
         if style not in kept and any(getattr(module, kind) for kind in hooks):
             raise ValueError(f"{name}: has hooks that the conversion would drop; register them after parallelize")
         if style in ("colwise", "rowwise", "shared_heads"):
@@ -171,6 +171,14 @@ def divided(model: nn.Module, plan: ParallelPlan) -> Iterator[tuple[str, nn.Modu
     for pattern, attributes in plan.divided.items():
         for name, module in matching(model, pattern):
             yield from ((name, module, attribute) for attribute in attributes)
+
+
+def counted(model: nn.Module, plan: ParallelPlan) -> list[tuple[str, str]]:
+    """(module, attribute) of all that counts what a rank has, by division or assignment."""
+    found = [(name, attribute) for name, _, attribute in divided(model, plan)]
+    for pattern, values in plan.assigned.items():
+        found += [(name, attribute) for name, _ in matching(model, pattern) for attribute in values]
+    return found
 
 
 def count_of(module: Any, attribute: str) -> int:

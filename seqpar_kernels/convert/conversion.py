@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..nn import Region, SharedGather
+from .alike import Alike
+from .cut import Cut
 from .loss import LossParallel
 from .plans import ParallelPlan
-from .presented import Cut
 from .shard_check import ShardCheck
 from .snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from .changes import Watch
 
 
 class Conversion:
@@ -21,6 +25,7 @@ class Conversion:
         self.region = region
         self.plan = plan
         self.styles: dict[str, str] = {}  # module name -> handling style
+        self.owned: dict[nn.Module, tuple[str, str]] = {}  # the module itself -> (name, what the check expects there)
         self.sections: dict[str, int | tuple[int, ...]] = {}
         self.edges: dict[str, set[str]] = {}  # module name -> subset of the styles that are no handling
         self.shared: list[list[str]] = []
@@ -29,9 +34,12 @@ class Conversion:
         self.cuts: dict[str, Cut] = {}  # by name in the state_dict
         self.snapshot: Snapshot | None = None
         self.trusted = False  # no plan of the user's: known to miss nothing
+        self.running = False  # a forward of the whole model is under way
         self.crossing = False  # pending sums may leave their block
         self.replicated: list[nn.Parameter] = []
+        self.alike: Alike | None = None  # compares forwards between the ranks
         self.check: ShardCheck | None = None
+        self.watch: Watch | None = None  # of a model on several ranks
         self.checked: set[bool] = set()  # module.training of forwards that have been followed
 
     def release(self, param: nn.Parameter) -> None:
@@ -43,22 +51,23 @@ class Conversion:
         gathered = (other for other, edges in self.edges.items() if "gather_input" in edges)
         return any(name.startswith(other + ".") for other in gathered)
 
-    def followed(self) -> dict[str, str]:
-        """Module name -> what :class:`ShardCheck` expects there."""
+    def own_modules(self, model: nn.Module) -> None:
+        """Remember the modules that have been made or prepared, and what :class:`ShardCheck` expects there."""
         inner = {"colwise": "gathered_colwise", "shared_heads": "gathered_colwise"}
-        found = {name: style for name, style in self.styles.items() if style != "own_parameters"}
-        return {n: inner.get(s, s) if self.inside_gathered(n) else s for n, s in found.items()}
+        for name, style in self.styles.items():
+            found = inner.get(style, style) if self.inside_gathered(name) else style
+            self.owned[model.get_submodule(name)] = name, found
 
-    def gathered(self) -> frozenset[str]:
-        """Modules behind which the sequence is whole."""
-        return frozenset(name for name, edges in self.edges.items() if "gather_output" in edges)
+    def edges_at(self, *styles: str) -> list[list[str]]:
+        """The modules at whose edges each of ``styles`` takes place."""
+        return [[name for name, edges in self.edges.items() if style in edges] for style in styles]
 
     def planned_parameters(self, model: nn.Module) -> frozenset[str]:
         """Names of parameters that meet shards or heads inside modules with an entry of no other style."""
         names = [f"{name}.{p}" for name, module in model.named_modules() for p in getattr(module, "sharded", {})]
-        for name, style in self.styles.items():
-            if style == "own_parameters":
-                names += [f"{name}.{p}" for p, _ in model.get_submodule(name).named_parameters(recurse=False)]
+        for name, module in model.named_modules():
+            if self.owned.get(module, ("", ""))[1] == "own_parameters":
+                names += [f"{name}.{p}" for p, _ in module.named_parameters(recurse=False)]
         return frozenset(names)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:

@@ -34,7 +34,7 @@ class HeadDropout:
         if self._before is not None or not self.attention.training or torch.compiler.is_compiling():
             return
         seed = int(draw_seed(torch.device("cpu"))) // 2  # room for the rank
-        generator = _default_generator(output.device)
+        generator = default_generator(output.device)
         self._before = generator, generator.get_state()
         generator.manual_seed(seed + self.region.rank)
 
@@ -65,7 +65,8 @@ def _probability(value: Any) -> float:
     return value if isinstance(value, float) else 0.0
 
 
-def _default_generator(device: torch.device) -> torch.Generator:
+def default_generator(device: torch.device) -> torch.Generator:
+    """That which random functions draw from on ``device``."""
     if device.type == "cuda":
         return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     return torch.default_generator

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ..functional import gather_sequence, scatter_sequence
+from ..functional import copy_to_tensor_parallel, gather_sequence, scatter_sequence
 from ..nn.embedded import EmbeddedRows
 from ..nn.pending import settled
 from ..nn.region import mark_entrance, show_whole
+from ..overlap.agreement import agreement_of
+from .changes import Watch
+from .checks import counted
 from .conversion import Conversion
+from .foreign import trained_arguments
 from .head_dropout import head_dropouts
 from .plans import STREAM_NAMES, matches
 from .pretrained import refuse_adapters
+from .rules import Rules
 from .shard_check import Kind, ShardCheck, is_shard, mark
+from .verify_offer import offer_verify
 
 Place = tuple[nn.Module, str]  # a module's parent, and its name there
 _BY_PRODUCTS = {
@@ -39,6 +46,8 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
                 _gather_hook(name, conversion, partial=False), with_kwargs=True, prepend=True
             )
             module.register_forward_hook(_scatter_output_hook(name, conversion))
+        elif style == "conditioning":
+            model.get_submodule(name).register_forward_hook(_copied_hook(conversion))
     for pattern, arguments in conversion.plan.scattered.items():
         for name, module in model.named_modules():
             if matches(pattern, name):
@@ -66,60 +75,132 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
     for _, block, _ in blocks:
         block.register_forward_hook(_settle_hook(conversion))
 
+    ends = conversion.edges_at("scatter_input", "gather_output")
+    watch = conversion.watch = Watch(model, conversion.owned, *ends)
+    state: dict[str, Any] = {}
+
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        conversion.running = False
         cleanup(module)  # what an interrupted forward may have left
-        region.seq_len = None
+        region.seq_len, conversion.running = None, True
         if not torch.compiler.is_compiling():  # both stay: a recomputation in the backward must do the same
             conversion.crossing = conversion.trusted and all(_is_plain(*block) for block in blocks)
             # The autograd function that serves backward hooks takes a waiting sum for a leaf.
             served = _hooked_everywhere() or any(m._backward_hooks or m._backward_pre_hooks for m in around)
             region.deferring = None if served else torch.is_grad_enabled()
-            if "peft_config" in vars(module):  # peft has been here since
-                refuse_adapters(module, conversion.styles)
         config = getattr(module, "config", None)
         for asked, what in _BY_PRODUCTS.items():
             if kwargs.get(asked, getattr(config, asked, False)):
                 raise ValueError(f"{asked}: expected False, the {what}")
         if not torch.compiler.is_compiling():
             region.sum_together(conversion.replicated)
-        if module.training in conversion.checked:
-            return
         if torch.compiler.is_compiling() or _inside_compile():
-            if not conversion.trusted:
+            if not conversion.trusted and module.training not in conversion.checked:
                 raise RuntimeError(
                     "a plan is checked by the first forward, which must be an eager one: call the model once before "
                     "torch.compile"
                 )
             return
-        conversion.check = ShardCheck(
-            model, conversion.followed(), conversion.planned_parameters(model), conversion.gathered()
-        )
-        conversion.check.start()
+        start(module, args, kwargs)
+
+    def start(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        watch.begin(model.training)
+        state["key"] = key = id(module), model.training, *trained_arguments(args, kwargs)
+        if watch.unchecked(key):
+            if "peft_config" in vars(model):  # peft has been here since
+                refuse_adapters(model, conversion.styles)
+            planned = conversion.planned_parameters(model)
+            rules = Rules(model, region, conversion.styles, counted(model, conversion.plan))
+            conversion.check = ShardCheck(
+                model, conversion.owned, planned, frozenset(ends[1]), rules, lambda: watch.stage == "cut"
+            )
+            watch.check()
+            conversion.check.start(module, args, kwargs)
 
     def finished(module: nn.Module, args: Any, output: Any) -> None:
-        if conversion.check is not None:
-            conversion.check.stop()
-            conversion.check.check_output(output)
-            conversion.checked.add(module.training)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return
+        close(output)
+        if torch.is_grad_enabled():
             _return_to_this_forward(output, conversion)
+        conversion.running = False
+
+    def close(output: Any) -> None:
+        check = conversion.check
+        if check is not None:
+            check.stop()
+            check.check_output(output)
+            if check.rules.conclusive:
+                watch.passed(state["key"], check)
+                conversion.checked.add(model.training)
+            conversion.check = None
+        watch.finished()
 
     def cleanup(module: nn.Module, *_: Any) -> None:
+        # Where the forward has not finished, its error is on its way; else what is handled around the call.
+        failed, conversion.running = conversion.running, False
         if torch.compiler.is_compiling():
             region.summed = {}
-        elif region.summed:  # kept, like seq_len: a recomputation in the backward needs them
+        else:
+            watch.end()
+        if region.summed:  # kept, like seq_len: a recomputation in the backward needs them
             region.kept, region.summed = region.summed, {}
         for gather in conversion.gathers:
             gather.clear()
         for dropout in dropouts:
             dropout.restore()
+        give_up(failed)
+
+    def give_up(failed: bool) -> None:
+        """End the check; after an error peers that do not meet it themselves shall not wait for this rank."""
         check, conversion.check = conversion.check, None
         if check is not None:
             check.stop()
+        error = sys.exc_info()[1] if failed and not torch.compiler.is_compiling() else None
+        if error is not None and region.group is not None:
+            if check is not None:
+                check.rules.note_on(error)
+            offer_verify(error)
+            agreement_of(region.group).stop(error)
 
+    def entered(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or _inside_compile() or _backward():
+            return
+        if watch.stage is None:
+            state["inner"] = module
+            start(module, args, kwargs)
+
+    def left(module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling() and state.get("inner") is module:
+            close(output)
+            state["inner"] = None
+            watch.end()
+
+    def left_always(module: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling() and state.get("inner") is module:
+            state["inner"] = None
+            watch.end()
+            give_up(failed=True)
+
+    for inner in _around_region(model, *ends):  # may be called without the model around them
+        inner.register_forward_pre_hook(entered, with_kwargs=True)
+        inner.register_forward_hook(left)
+        inner.register_forward_hook(left_always, always_call=True)
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(finished)
     model.register_forward_hook(cleanup, always_call=True)
+
+
+def _backward() -> bool:
+    """Whether this is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _around_region(model: nn.Module, cuts: list[str], gathers: list[str]) -> Iterator[nn.Module]:
+    """Modules inside ``model`` that hold every place where the sequence is cut and put together."""
+    for name, module in model.named_modules():
+        if name and cuts and gathers and all(edge.startswith(f"{name}.") for edge in (*cuts, *gathers)):
+            yield module
 
 
 def _hooked_everywhere() -> bool:
@@ -206,7 +287,12 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         x, rebuilt = _residual_stream(name, args, kwargs)
         if is_shard(x) and conversion.check is not None:
             raise RuntimeError(f"{name}: 'scatter_input' was given a sequence shard: the plan scatters twice")
+        if conversion.watch is not None and not torch.compiler.is_compiling():
+            conversion.watch.cut(name)
         length = x.shape[region.seq_dim]
+        if not conversion.running and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+            # A model inside is called on its own: nothing holds that the last forward of the whole one has settled.
+            conversion.crossing, region.deferring, region.summed = False, None, {}
         # Only where it is needed: a recomputation during backward must not find the length of a later forward.
         region.seq_len = length if length % region.ranks else None
         shard = x.rows() if isinstance(x, EmbeddedRows) else scatter_sequence(x, region.group, region.seq_dim)
@@ -216,6 +302,7 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         else:
             mark_entrance(shard)
         if conversion.check is not None:
+            conversion.check.rules.length = length
             mark(shard, Kind.SHARD)
         return rebuilt(shard)
 
@@ -264,6 +351,8 @@ def _gather_hook(name: str, conversion: Conversion, partial: bool) -> Callable[.
         x, rebuilt = _residual_stream(name, args, kwargs)
         if conversion.check is not None and not is_shard(x):
             raise RuntimeError(f"{name}: its input is to be gathered, but is no sequence shard")
+        if conversion.check is not None:
+            conversion.check.rules.placed(name, x)
         whole = gather_sequence(
             x, region.group, region.seq_dim, seq_len=region.seq_len, tensor_parallel_output_grad=partial
         )
@@ -281,7 +370,11 @@ def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]
         losing = conversion.loss is not None and conversion.loss.active
         if region.group is None and not losing:
             return None
+        if conversion.watch is not None and not torch.compiler.is_compiling():
+            conversion.watch.gather(name)
         first, rebuilt = _first_tensor(name, "gather_output", output)
+        if conversion.check is not None:
+            conversion.check.rules.leaves_region(name, first)
         if losing:
             whole = conversion.loss.hide(first)  # type: ignore[union-attr]
         else:
@@ -289,6 +382,8 @@ def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]
             whole = gather_sequence(
                 first, region.group, region.seq_dim, seq_len=region.seq_len, tensor_parallel_output_grad=False
             )
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the output of a model inside, maybe
+                _return_to_this_forward(whole, conversion)
         if torch.compiler.is_compiling():
             region.summed = {}  # what is left in place becomes an output of the graph
         if conversion.check is not None:
@@ -305,7 +400,30 @@ def _scatter_output_hook(name: str, conversion: Conversion) -> Callable[..., Any
         if region.group is None:
             return None
         whole, rebuilt = _first_tensor(name, "replicated", output)
-        return rebuilt(scatter_sequence(whole, region.group, region.seq_dim))
+        shard = scatter_sequence(whole, region.group, region.seq_dim)
+        if conversion.check is not None:
+            mark(shard, Kind.SHARD)
+        return rebuilt(shard)
+
+    return hook
+
+
+def _copied_hook(conversion: Conversion) -> Callable[..., Any]:
+    """What a module computes from whole tensors meets the shard: its gradient is summed over the ranks."""
+    group = conversion.region.group
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        def copied(leaf: Any) -> Any:
+            return (
+                copy_to_tensor_parallel(leaf, group) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+            )
+
+        if group is None:
+            return None
+        out = tree_map(copied, output)
+        if conversion.check is not None:
+            mark(out, Kind.COPIED)
+        return out
 
     return hook
 

@@ -19,6 +19,7 @@ from ..nn import (
     SharedHeadsLinear,
     SplitRMSNorm,
 )
+from ..nn.own_forward import follower
 from ..nn.probe import norm_form
 from ..nn.sharding import ShardSpec, local_part
 from .conversion import Conversion
@@ -59,7 +60,7 @@ def converted(old: Any, name: str, style: str, conversion: Conversion, engine: s
         new = SplitRMSNorm.from_torch(old, region.group)
     elif style == "dropout":
         new = Dropout.from_torch(old, region.group, seq_dim=region.seq_dim)
-    elif style == "replicated":
+    elif style in ("replicated", "conditioning"):
         return old  # type: ignore[no-any-return]
     else:
         own = style == "own_parameters"
@@ -82,7 +83,10 @@ def _sum_gradients_of(module: nn.Module, region: Region, recurse: bool) -> None:
             if owner._parameters[name] is not None
         }
         tensors = dict(zip(params, region.summing(*params.values()), strict=True))
+        following = follower()
         with _reparametrize_module(module, tensors):  # type: ignore[arg-type]
+            if following is not None:
+                return following.summed(module, forward, args, kwargs, tensors)  # type: ignore[arg-type]
             return forward(*args, **kwargs)
 
     module.forward = summed_forward

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..layout import Group
+from ..layout import Group, check_launched
 from ..nn import ColumnParallelLinear, Region, SharedGather
 from ..overlap.agreement import agreement_of, checked_together
 from ..overlap.planner import check_engine
 from ..strict import strict_enabled
+from .alike import comparison_enabled
 from .checks import (
     check_arguments,
     check_fields,
@@ -26,16 +27,23 @@ from .checks import (
     matching,
     short_hash,
 )
+from .comparison import compare_ranks
 from .conversion import Conversion, conversion_of
 from .derive import PROVEN, derive_plan
+from .generation import generate_alike
+from .grad_scaler import agree_on_overflow
+from .hf_storage import refuse_lost_shards
 from .hooks import install_hooks
+from .initialising import initialise_whole
 from .loss import ends_of, install
 from .modules import converted, cut_parameters
+from .optimizers import refuse_unfit_optimizers
 from .plans import HANDLING, ParallelPlan, built_in_plan, checked_plan, matches, parse_style
 from .presented import cut_whole_tensors, cuts_of, present_parameters, shard_specs
 from .pretrained import answer_for_ranks, refuse_adapters
 from .refusal import refuse_unfused
 from .snapshot import Snapshot
+from .verify_offer import offering_verify
 
 __all__ = ["Conversion", "conversion_of", "parallelize"]
 
@@ -61,6 +69,7 @@ def parallelize(
         model: a Hugging Face decoder that carries a tensor-parallel plan (docs/models.md), GPT-2, or any module with a
             ``plan``.
         group_or_mesh: ProcessGroup or 1-D DeviceMesh; None converts to the same kernels without communication.
+            Not before ``init_process_group`` in one of several processes of a launcher (WORLD_SIZE).
         plan: name pattern -> style (:mod:`seqpar_kernels.convert.plans`), or a ParallelPlan; None: the built-in one,
             else the one that follows from the model's own (:func:`derive_plan`).
         seq_dim: sequence dimension of the residual stream; default -2, [B, S, H].
@@ -75,14 +84,20 @@ def parallelize(
     Raises:
         ValueError: no plan, a pattern that matches nothing, sizes or head counts that do not divide, tied weights that
             would be torn apart. Nothing has been changed then.
-        RuntimeError: the ranks hold different models or weights, or a torch older than 2.12 with several ranks.
+        RuntimeError: the ranks hold different models or weights, a torch older than 2.12 with several ranks, or no
+            process group where a launcher has started several.
     """
+    check_launched(group_or_mesh)
     region = Region(group_or_mesh, -2 if seq_dim is None else seq_dim)
     agreement = None if region.group is None else agreement_of(region.group)
     if agreement is not None:
         agreement.conversions += 1
-    with checked_together(region.group):
+    with offering_verify(), checked_together(region.group):
         check_torch(region.ranks)
+        if region.ranks > 1:
+            agree_on_overflow()
+            refuse_lost_shards()
+            refuse_unfit_optimizers()
         check_engine(engine)
         check_arguments(model, seq_dim, loss_parallel)
         if getattr(model, "_seqpar", None) is not None:
@@ -96,6 +111,7 @@ def parallelize(
         ends = ends_of(model, conversion) if loss_parallel else None
         if agreement is not None:
             how = f"seq_dim={region.seq_dim}, engine={engine!r}, loss_parallel={loss_parallel}"
+            how += "" if comparison_enabled() else ", SEQPAR_COMPARE_RANKS=0"
             call = f"parallelize number {agreement.conversions} of {type(model).__name__}"
             agreement.require(f"{call}, {how}, plan {short_hash(repr(settled))}, with {digest(model)}")
     conversion.trusted = plan is None and getattr(getattr(model, "config", None), "model_type", None) in PROVEN
@@ -109,12 +125,13 @@ def parallelize(
     for pattern, names in settled.cut.items():
         for _, module in matching(model, pattern):
             cut_parameters(module, names, region)
-    places = _places(model)
+    originals, places = dict(model.named_modules()), _places(model)
     for name, style in conversion.styles.items():
         old = model.get_submodule(name)
         new = converted(old, name, style, conversion, engine)
         for parent, child in places[old] if new is not old else ():
             setattr(parent, child, new)
+    conversion.own_modules(model)
     _share_gathers(model, settled, conversion)
     install_hooks(model, conversion)
     if ends is not None:
@@ -126,8 +143,11 @@ def parallelize(
         mesh = group_or_mesh if isinstance(group_or_mesh, DeviceMesh) else DeviceMesh.from_group(region.group, device)
         present_parameters(model, mesh, shard_specs(model), conversion.release)
         conversion.cuts = cuts_of(model)
+        conversion.alike = compare_ranks(model, conversion)
+        initialise_whole(model, originals, conversion)
         model.register_load_state_dict_pre_hook(cut_whole_tensors)
         answer_for_ranks(model, mesh)
+        generate_alike(model, conversion)
     if strict_enabled():
         refuse_unfused(model)
     return model

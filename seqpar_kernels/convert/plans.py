@@ -16,6 +16,8 @@ A plan maps name patterns (``*`` stands for one name component) to styles joined
                       left as it is, parameter gradients summed over ranks
 ``replicated``        a module that nothing can cut (linear attention, say): its input is gathered, every rank runs all
                       of it, and keeps its rows of the output. Right, but no faster than without the other ranks
+``conditioning``      a module that computes from whole tensors what the shard is scaled, shifted or gated with (adaLN):
+                      runs whole on every rank, the gradient of its output is summed over the ranks
 ``whole_input``       a module that reads the shape of its input before its colwise children gather it (the attention of
                       most Hugging Face decoders): it is shown the whole shape, the children are handed the shard
 ``gather_input``      a module that computes with its input beside its colwise children (latent attention): the input is
@@ -49,6 +51,7 @@ HANDLING = (
     "own_parameters",
     "tensor_parallel",
     "replicated",
+    "conditioning",
 )
 #: Names under which a module may take the residual stream, where it does not take it first.
 STREAM_NAMES = ("hidden_states", "x", "input")

@@ -11,194 +11,21 @@ right by construction, and a computation costs one dictionary look-up more.
 from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Sequence, ValuesView
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
-from torch.utils._pytree import tree_map
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import Placement
+from torch.utils._pytree import tree_leaves
 
-from ..layout import vocabulary_range
-from ..nn.sharding import ShardSpec, full_tensor
-
-
-class Piece(NamedTuple):
-    """``length`` entries along a dimension: where they lie in this rank's part, and where in the whole tensor."""
-
-    local: int
-    whole: int
-    length: int
-
-
-class Cut(NamedTuple):
-    """How a whole tensor of ``shape`` lies on this rank of ``ranks``; ``spec`` None: every rank has all of it."""
-
-    spec: ShardSpec | None
-    shape: torch.Size
-    ranks: int
-    rank: int
-
-    @staticmethod
-    def of(part: Tensor, spec: ShardSpec | None, ranks: int, rank: int) -> Cut:
-        shape = list(part.shape)
-        if spec is not None:
-            shape[spec.dim] = shape[spec.dim] * ranks if spec.size is None else spec.size
-        return Cut(spec, torch.Size(shape), ranks, rank)
-
-    def placement(self) -> Placement:
-        if self.spec is None:
-            return Replicate()
-        sections = len(self.spec.sizes(self.shape[self.spec.dim]))
-        if sections > 1 and not self.unequal:
-            return _StridedShard(self.spec.dim, split_factor=sections)
-        return Shard(self.spec.dim)
-
-    @property
-    def unequal(self) -> bool:
-        """Whether no placement of torch's says how the sections lie: ``Shard`` stands for it, in sizes alone right."""
-        return self.spec is not None and isinstance(self.spec.sections, tuple) and len(set(self.spec.sections)) > 1
-
-    def pieces(self) -> list[Piece]:
-        """Along ``spec.dim``."""
-        assert self.spec is not None
-        size = self.shape[self.spec.dim]
-        if self.spec.size is not None:
-            start, stop = vocabulary_range(size, self.ranks, self.rank)
-            return [Piece(0, start, stop - start)]
-        out, local, whole = [], 0, 0
-        for section in self.spec.sizes(size):
-            part = section // self.ranks
-            out.append(Piece(local, whole + self.rank * part, part))
-            local, whole = local + part, whole + section
-        return out
-
-    def part_shape(self) -> torch.Size:
-        """Of what this rank holds."""
-        shape = list(self.shape)
-        if self.spec is not None:
-            shape[self.spec.dim] = sum(piece.length for piece in self.pieces())
-        return torch.Size(shape)
-
-    def part(self, whole: Tensor) -> Tensor:
-        """What this rank holds of ``whole``."""
-        assert self.spec is not None
-        dim = self.spec.dim
-        return torch.cat([whole.narrow(dim, p.whole, p.length) for p in self.pieces()], dim)
-
-    def chunks(self, part: Tensor, first_row: int = 0) -> list[tuple[ChunkStorageMetadata, Tensor]]:
-        """Rectangles of the whole tensor and the views of ``part`` that hold them.
-
-        ``part`` may be rows ``first_row`` and on of this rank's part: what FSDP leaves of it.
-        """
-        dim = 0 if self.spec is None else self.spec.dim
-        pieces = [Piece(0, 0, self.shape[0])] if self.spec is None and self.shape else []
-        pieces = self.pieces() if self.spec is not None else pieces
-        if not pieces:  # a scalar
-            return [(ChunkStorageMetadata(torch.Size(), torch.Size()), part)]
-        found = []
-        for piece in pieces:
-            offset = [0] * part.dim()
-            if dim == 0:
-                start = max(piece.local, first_row)
-                stop = min(piece.local + piece.length, first_row + part.shape[0])
-                offset[0] = piece.whole + start - piece.local
-                if start >= stop:
-                    continue
-                view = part.narrow(0, start - first_row, stop - start)
-            else:
-                offset[0], offset[dim] = first_row, piece.whole
-                view = part.narrow(dim, piece.local, piece.length)
-            if view.numel():
-                found.append((ChunkStorageMetadata(torch.Size(offset), view.shape), view))
-        return found
-
-
-class CutTensor(DTensor):
-    """A DTensor that tells torch.distributed.checkpoint of every rectangle it holds; a DTensor knows of one only."""
-
-    cut: Cut
-    _chunks: list[tuple[ChunkStorageMetadata, Tensor]]
-
-    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self._local_tensor)
-        return [
-            WriteItem(
-                MetadataIndex(fqn, chunk.offsets),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
-            )
-            for chunk, _ in self._chunks
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [chunk for chunk, _ in self._chunks]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(view for chunk, view in self._chunks if chunk.offsets == index.offset)
-
-    def redistribute(
-        self, device_mesh: DeviceMesh | None = None, placements: Sequence[Placement] | None = None, **options: Any
-    ) -> DTensor:
-        """As DTensor's, and right where sections are unequal: from there to the whole only, as ``full_tensor`` does."""
-        if not self.cut.unequal or placements is None or tuple(placements) == self.placements:
-            return super().redistribute(device_mesh, placements, **options)
-        if self.device_mesh.ndim > 1 or not all(isinstance(p, Replicate) for p in placements):
-            raise NotImplementedError(
-                f"redistribute: expected Replicate on the tensor-parallel mesh, of packed sections {self.cut.spec}, "
-                f"got {placements}; use full_state_dict"
-            )
-        assert self.cut.spec is not None
-        whole = full_tensor(self._local_tensor, self.cut.spec, self.device_mesh.get_group())
-        return DTensor.from_local(whole, self.device_mesh, placements, run_check=False)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CutTensor:
-        memo[id(self)] = copy = for_checkpoint(self, self.cut, self._local_tensor.detach().clone())
-        return copy
-
-
-def cut_tensor(part: Tensor, cut: Cut, mesh: DeviceMesh, first_row: int = 0) -> CutTensor:
-    """``part`` as the piece of a whole tensor that it is, for checkpoints."""
-    out: CutTensor = CutTensor(part.detach(), _dtensor_spec(part, cut, mesh), requires_grad=False)  # type: ignore[call-arg]
-    out.cut, out._chunks = cut, cut.chunks(part.detach(), first_row)
-    return out
-
-
-def _dtensor_spec(part: Tensor, cut: Cut, mesh: DeviceMesh) -> Any:
-    stride = torch.empty(cut.shape, device="meta").stride()
-    placements = [cut.placement()]
-    return DTensor.from_local(part.detach(), mesh, placements, run_check=False, shape=cut.shape, stride=stride)._spec
-
-
-class _Whole(torch.autograd.Function):
-    """A part to the whole tensor, of which every rank is taken to have the whole gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, cut: Cut, group: ProcessGroup) -> Tensor:
-        ctx.cut = cut
-        return part.detach().clone() if cut.spec is None else full_tensor(part, cut.spec, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad if ctx.cut.spec is None else ctx.cut.part(grad), None, None
-
-
-#: Attributes of tensors that are computed from them, and have gradients.
-_VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
-_BOOKKEEPING = frozenset({"__set__", "__delete__", "__setitem__", "__reduce_ex__", "__repr__", "__format__"})
-
-
-def _computes(func: Callable[..., Any]) -> bool:
-    """Whether what ``func`` returns may have a gradient with respect to its arguments, which stay as they are."""
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return getattr(func.__self__, "__name__", "") in _VIEWS  # type: ignore[attr-defined]
-    in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
-    return not in_place and name not in _BOOKKEEPING
+from ..nn.sharding import ShardSpec
+from .computed import Whole, autograd_grad, compute, computes, name_of, names
+from .cut import Cut
+from .cut_tensor import CutTensor, cut_tensor, dtensor_spec, first_row_of
+from .drawn import draw_whole, listed_to_draw
 
 
 class PresentedParameter(CutTensor):
@@ -216,7 +43,7 @@ class PresentedParameter(CutTensor):
     @staticmethod
     def of(part: nn.Parameter, cut: Cut, mesh: DeviceMesh) -> PresentedParameter:
         data = part.detach()
-        spec = _dtensor_spec(data, cut, mesh)
+        spec = dtensor_spec(data, cut, mesh)
         new: PresentedParameter = PresentedParameter(data, spec, requires_grad=False)  # type: ignore[call-arg]
         new._is_param = True  # type: ignore[attr-defined]
         new.part, new.cut, new._group, new._shown = part, cut, mesh.get_group(), None
@@ -241,15 +68,13 @@ class PresentedParameter(CutTensor):
     def data(self, value: Tensor) -> None:
         want = (self.shape, self.dtype, self.device)
         got = (value.shape, value.dtype, value.device)
-        if not isinstance(value, DTensor) or got != want:
+        if got != want:
             raise ValueError(
-                f"data: expected a DTensor like the parameter, {tuple(self.shape)} {self.dtype} on {self.device}, got "
-                f"{type(value).__name__} {tuple(value.shape)} {value.dtype} on {value.device}; change dtype and device "
-                "with model.to"
+                f"data: expected a DTensor like the parameter, or a whole tensor, {tuple(self.shape)} {self.dtype} on "
+                f"{self.device}, got {type(value).__name__} {tuple(value.shape)} {value.dtype} on {value.device}; "
+                "change dtype and device with model.to"
             )
-        if value.placements != self.placements:
-            value = value.redistribute(placements=self.placements)
-        self.part.data = value._local_tensor.detach()
+        self.part.data = self._part_of(value)
         self._local_tensor = self.part.detach()
         self._chunks = self.cut.chunks(self._local_tensor)
 
@@ -263,7 +88,7 @@ class PresentedParameter(CutTensor):
         if grad is None:
             self._shown = None
         elif self._shown is None or self._shown._local_tensor is not grad:
-            if self.cut.unequal:
+            if self.cut.unequal or self.cut.empty_somewhere:
                 self._shown = cut_tensor(grad, self.cut, self.device_mesh)
             else:
                 self._shown = DTensor(grad, self._spec, requires_grad=False)  # type: ignore[call-arg]
@@ -273,9 +98,18 @@ class PresentedParameter(CutTensor):
     def grad(self, value: Tensor | None) -> None:
         if value is not None and not isinstance(value, DTensor):
             raise ValueError(f"grad: expected a DTensor like the parameter, or None, got {type(value).__name__}")
-        if value is not None and value.placements != self.placements:
-            value = value.redistribute(placements=self.placements)
-        self.part.grad = None if value is None else value._local_tensor
+        if isinstance(value, DTensor) and value.placements == self.placements:
+            self.part.grad = value._local_tensor  # the very tensor: what was taken away can be put back
+        else:
+            self.part.grad = None if value is None else self._part_of(value)
+
+    @torch.no_grad()
+    def _part_of(self, value: Tensor) -> Tensor:
+        """This rank's part of what is to take the place of the parameter or of its gradient."""
+        if isinstance(value, DTensor) and value.placements == self.placements:
+            return value._local_tensor.detach()
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        return whole.detach() if self.cut.spec is None else self.cut.part(whole.detach())
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
@@ -307,7 +141,7 @@ class PresentedParameter(CutTensor):
         derived = self._derived()
         if derived is not None and grad_placements is not None and not self.cut.unequal:
             return derived.full_tensor(grad_placements=grad_placements)
-        return _Whole.apply(self.part, self.cut, self._group)  # type: ignore[no-any-return, no-untyped-call]
+        return Whole.apply(self.part, self.cut, self._group)  # type: ignore[no-any-return, no-untyped-call]
 
     def to_local(self, *, grad_placements: Any = None) -> Tensor:
         """This rank's part."""
@@ -335,6 +169,9 @@ class PresentedParameter(CutTensor):
     def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> Any:
         return self.part.register_post_accumulate_grad_hook(lambda _: hook(self))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PresentedParameter:
         raise RuntimeError("a parallelized model cannot be deep-copied; copy the model first, then parallelize")
 
@@ -344,18 +181,30 @@ class PresentedParameter(CutTensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.autograd.grad:
-            return _autograd_grad(*args, **kwargs)
-        if torch.is_grad_enabled() and _computes(func):
-            args, kwargs = tree_map(_for_autograd, (args, kwargs))
+            return autograd_grad(*args, **kwargs)
+        drawn = listed_to_draw(func, args, kwargs)
+        if isinstance(drawn, PresentedParameter):
+            return draw_whole(func, drawn, args, kwargs)
+        if computes(func) and (torch.is_grad_enabled() or _reads_places(func, args, kwargs)):
+            return compute(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
 
-def _for_autograd(value: Any) -> Any:
-    if not isinstance(value, PresentedParameter):
-        return value
-    derived = value._derived()
-    return value.detach() if derived is None else derived
+#: Functions whose result depends on where an element lies.
+_OF_PLACES = names(
+    """__getitem__ view view_as reshape reshape_as flatten ravel cat concat concatenate select narrow split chunk
+    tensor_split index_select gather take unbind matmul mm mv dot inner outer einsum __matmul__ __rmatmul__ linear
+    flip roll cumsum argmax argmin topk sort"""
+)
+
+
+def _reads_places(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether DTensor would take elements from the wrong places, or refuse: of packed or unequal parts."""
+    if name_of(func) not in _OF_PLACES:
+        return False
+    listed = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, PresentedParameter)]
+    return any(type(leaf.cut.placement()) is not Shard or not leaf.cut.even for leaf in listed if leaf.cut.spec)
 
 
 def _lost(grad: Tensor) -> None:
@@ -363,16 +212,6 @@ def _lost(grad: Tensor) -> None:
     raise RuntimeError(
         "a custom autograd function was given a listed parameter of a parallelized model, and its gradient would be "
         "lost: give it param.to_local(), or the parameter as its module has it"
-    )
-
-
-def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
-    """``torch.autograd.grad`` with respect to listed parameters: autograd knows their parts."""
-    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    grads = torch.autograd.grad(outputs, [part_of(t) for t in inputs], *args, **kwargs)
-    return tuple(
-        DTensor(g, t._spec, requires_grad=False) if isinstance(t, PresentedParameter) and g is not None else g  # type: ignore[call-arg]
-        for g, t in zip(grads, inputs, strict=True)
     )
 
 
@@ -388,15 +227,21 @@ def _presented(param: Any) -> Any:
     return getattr(param, "_seqpar_presented", param)
 
 
-class _Parameters(dict[str, Any]):
+class Parameters(dict[str, Any]):
     """``module._parameters``: taken by name, plain; listed, presented.
 
     ``released`` is told of a plain parameter that fully_shard has put DTensors of its own in place of.
     """
 
-    def __init__(self, params: dict[str, Any], released: Callable[[nn.Parameter], None]):
+    def __init__(
+        self,
+        params: dict[str, Any],
+        released: Callable[[nn.Parameter], None],
+        accessed: Callable[[str, Any], Any] | None = None,
+    ):
         super().__init__(params)
         self.released = released
+        self.accessed = accessed
 
     def __setitem__(self, name: str, param: Any) -> None:
         old = self.get(name)
@@ -406,6 +251,8 @@ class _Parameters(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         param = super().__getitem__(name)
+        if self.accessed is not None and param is not None:
+            param = self.accessed(name, param)
         return param if type(param) is nn.Parameter else part_of(param)
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
@@ -445,13 +292,13 @@ def present_parameters(
     """
     ranks, rank = mesh.size(), mesh.get_local_rank()
     for module in model.modules():
-        if not module._parameters or isinstance(module._parameters, _Parameters):
+        if not module._parameters or isinstance(module._parameters, Parameters):
             continue
         for param in module._parameters.values():
             if param is not None and not hasattr(param, "_seqpar_presented"):
                 spec = specs.get(id(param))
                 PresentedParameter.of(param, Cut.of(param, spec, ranks, rank), mesh)
-        module.__dict__["_parameters"] = _Parameters(module._parameters, released)
+        module.__dict__["_parameters"] = Parameters(module._parameters, released)
         module.__dict__["_apply"] = _applier(module)
 
 
@@ -460,7 +307,7 @@ def _applier(module: nn.Module) -> Callable[..., nn.Module]:
 
     def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         held = module._parameters
-        assert isinstance(held, _Parameters)
+        assert isinstance(held, Parameters)
         module.__dict__["_parameters"] = plain = held.plain()
         try:
             type(module)._apply(module, fn, recurse)
@@ -469,31 +316,10 @@ def _applier(module: nn.Module) -> Callable[..., nn.Module]:
                 new, shown = plain[name], getattr(old, "_seqpar_presented", None)
                 if shown is not None and (new is not old or new.data_ptr() != shown._local_tensor.data_ptr()):
                     PresentedParameter.of(new, shown.cut, shown.device_mesh)
-            module.__dict__["_parameters"] = _Parameters(plain, held.released)
+            module.__dict__["_parameters"] = Parameters(plain, held.released, held.accessed)
         return module
 
     return apply
-
-
-def first_row_of(param: DTensor, part_rows: int) -> int:
-    """Where the rows that FSDP left on this rank begin, in this rank's part of ``part_rows`` rows."""
-    mesh = param.device_mesh
-    if mesh.ndim != 2:
-        return 0
-    ranks, rank = mesh.size(0), mesh.get_local_rank(0)
-    return vocabulary_range(part_rows, ranks, rank)[0]
-
-
-def for_checkpoint(tensor: DTensor, cut: Cut, part: Tensor | None = None) -> CutTensor:
-    """A parameter, or optimizer state like it, as the rectangles of the whole tensor that this rank holds.
-
-    ``part`` may hold the values in place of the local tensor of ``tensor``.
-    """
-    part = tensor._local_tensor.detach() if part is None else part
-    rows = cut.part_shape()[0] if cut.shape else 0
-    out: CutTensor = CutTensor(part, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
-    out.cut, out._chunks = cut, cut.chunks(part, first_row_of(tensor, rows))
-    return out
 
 
 def cut_whole_tensors(model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, *_: Any) -> None:

@@ -6,12 +6,10 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from .state import full_state_dict
+from .save_pretrained import save_from_one_rank
 
 
 def answer_for_ranks(model: Any, mesh: DeviceMesh) -> None:
@@ -25,24 +23,20 @@ def answer_for_ranks(model: Any, mesh: DeviceMesh) -> None:
     model._tp_size, model._device_mesh = mesh.size(), mesh
     model._is_distributed_loading_by_transformers = True  # what Trainer asks since Transformers 5.19
     _describe(model)
-    save = model.save_pretrained
+    save_from_one_rank(model, mesh)
+    if hasattr(model, "resize_token_embeddings"):
+        model.resize_token_embeddings = functools.partial(_refuse_to_resize, model.resize_token_embeddings)
 
-    @functools.wraps(save)
-    def save_pretrained(
-        save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
-    ) -> None:
-        """A collective call without ``state_dict``: the whole weights are put together, and rank 0 writes them."""
-        collective = state_dict is None
-        if collective:
-            state_dict = full_state_dict(model)
-        save(save_directory, is_main_process, state_dict, *args, **kwargs)
-        if collective:
-            dist.barrier(mesh.get_group())  # nobody reads what is not there yet
-            listed = next(model.parameters())
-            if isinstance(listed, DTensor) and listed.device_mesh.ndim > 1:  # fully_shard's: rank 0 is in another row
-                dist.barrier(listed.device_mesh.get_group(0))
 
-    model.save_pretrained = save_pretrained
+def _refuse_to_resize(
+    resize: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    if new_num_tokens is None and pad_to_multiple_of is None:  # asks for the embedding
+        return resize(None, None, *args, **kwargs)
+    raise ValueError(
+        f"resize_token_embeddings: expected a model that has not been parallelized, got new_num_tokens="
+        f"{new_num_tokens}: the parameters of a parallelized one cannot be replaced; resize first, then parallelize"
+    )
 
 
 def _describe(model: Any) -> None:

@@ -9,20 +9,28 @@ forwards pay nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from enum import Enum
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from ..nn.own_forward import follow
+from .culprit import PACKAGE, statement
+from .foreign import Functions, described, leaf_behind, trainable_inputs
+from .marks import MARK, OWNED, Kind, Local, Mixed, is_shard, kind_of, mark, mark_of
 from .presented import part_of
+from .rules import REMEDY, Rules
 
-_MARK = "_seqpar_shard"
+__all__ = ["EXPECTED", "Kind", "ShardCheck", "is_shard", "mark"]
+
 _DROPOUTS = frozenset(
     {
         nn.functional.dropout,
@@ -37,13 +45,6 @@ _DROPOUTS = frozenset(
 )
 
 
-class Kind(Enum):
-    """What a marked tensor is; tensors without a mark are whole and the same on every rank."""
-
-    SHARD = "a sequence shard"
-    PARTS = "a tensor-parallel tensor"  # this rank's heads or features, or a whole tensor used for them alone
-
-
 #: style -> (what its input is, what its output is); None: anything but a shard.
 EXPECTED: dict[str, tuple[Kind | None, Kind]] = {
     "colwise": (Kind.SHARD, Kind.PARTS),
@@ -56,62 +57,81 @@ EXPECTED: dict[str, tuple[Kind | None, Kind]] = {
     "sequence": (Kind.SHARD, Kind.SHARD),
     "tensor_parallel": (None, Kind.PARTS),
     "replicated": (None, Kind.SHARD),  # seen behind the gather
+    "conditioning": (None, Kind.COPIED),
 }
-
-
-def mark(value: Any, kind: Kind | str | None) -> None:
-    """Say of every tensor in ``value`` what it is: a Kind, None for whole, or the parameter it was computed from."""
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-            setattr(leaf, _MARK, kind)
-
-
-def _kind(value: Any) -> Kind | None:
-    found = getattr(value, _MARK, None)
-    return found if isinstance(found, Kind) else None
-
-
-def is_shard(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and _kind(leaf) is Kind.SHARD for leaf in tree_leaves(value))
 
 
 _FITTING = {
     Kind.SHARD: "'norm', 'colwise', 'rowwise', or 'sequence' for a module that treats rows one by one",
     Kind.PARTS: "'tensor_parallel' where every rank uses it for its own heads, or 'rowwise'",
+    Kind.COPIED: "'conditioning' for what computes the tensor",
 }
+_WHOLE = "; a module that computes from whole tensors what meets the shard (adaLN_modulation, say) takes 'conditioning'"
 
 
 class ShardCheck(TorchFunctionMode):
     """Active during one forward of ``model``.
 
-    ``styles`` maps module names to the style that handles their input; the parameters in ``planned`` may meet marked
-    tensors outside of them; behind the modules in ``gathers`` the sequence is whole again.
+    ``owned`` maps modules that the conversion made or prepared to (name, the style that handles their input). Their own
+    forwards are trusted, and nothing else: not what hooks, wrappers and patched forwards add around them. Parameters in
+    ``planned`` may meet marked tensors anywhere; behind the modules called ``gathers`` the sequence is whole again.
+    ``rules`` judge what is done with shards and heads; ``inside`` says whether the sequence is cut now.
     """
 
-    def __init__(self, model: nn.Module, styles: dict[str, str], planned: frozenset[str], gathers: frozenset[str]):
+    def __init__(
+        self,
+        model: nn.Module,
+        owned: Mapping[nn.Module, tuple[str, str]],
+        planned: frozenset[str],
+        gathers: frozenset[str],
+        rules: Rules,
+        inside: Callable[[], bool] = lambda: True,
+    ):
         super().__init__()
+        self.rules, self._gathers = rules, gathers
         self._model = model
-        self._styles = styles
-        self._gathers = gathers
+        self._owned = owned
+        self._names = {name for name, _ in owned.values()}
         self._covered = planned
         # id -> (the parameter, its name); held here, for an id is another tensor's as soon as its owner is gone.
         self._named: dict[int, tuple[nn.Parameter, str]] = {}
+        self._allowed: dict[int, nn.Parameter] = {}
         for name, param in model.named_parameters(remove_duplicate=False):
             part = part_of(param)
-            if name not in planned and isinstance(part, nn.Parameter):
-                self._named[id(part)] = part, name
+            if isinstance(part, nn.Parameter):
+                if name in planned:
+                    self._allowed[id(part)] = part
+                else:
+                    self._named[id(part)] = part, name
         self._lent = [self._lent_now("", model)]
-        self._stack: list[str] = []
-        self._planned = 0  # depth inside modules the plan handles
+        self._stack = rules.stack
+        self._trusted = 0  # depth inside forwards of modules the conversion owns
+        self._summed = 0  # depth inside modules that were left as they are, and whose parameters' gradients are summed
+        self._parts = 0  # depth inside those of style 'tensor_parallel'
+        self._ran: set[nn.Module] = set()
+        self._inside = inside
+        self.entered: set[nn.Module] = set()  # modules called where it was
+        self.used: set[Any] = set()  # ids and names of parameters outside the plan used where it was
         self._handles: list[RemovableHandle] = []
+        self._arguments: list[Tensor] = []  # those that are trained
+        self._functions = Functions(self._applied)
 
-    def start(self) -> None:
-        """Hook every module and follow torch functions from here on."""
+    def start(self, entrance: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Hook every module and follow torch functions from here on, in the forward of ``entrance``, under way."""
+        names = list(inspect.signature(entrance.forward).parameters)
         for name, module in self._model.named_modules():
-            if name:
-                style = self._styles.get(name)
-                self._handles.append(module.register_forward_pre_hook(self._entering(name, style), with_kwargs=True))
-                self._handles.append(module.register_forward_hook(self._leaving(name, style), always_call=True))
+            if name and module is not entrance:
+                entering, lending = self._entering(name), self._lending(name)
+                self._handles.append(module.register_forward_pre_hook(entering, prepend=True))
+                self._handles.append(module.register_forward_pre_hook(lending))
+                self._handles.append(module.register_forward_hook(self._left(name)))
+                self._handles.append(module.register_forward_hook(self._leaving, always_call=True))
+        for name, leaf in trainable_inputs(args, kwargs, names):
+            mark(leaf, f"argument {name!r} that is trained")
+            self._arguments.append(leaf)
+        self._functions.start()
+        self.rules.start()
+        follow(self)
         self.__enter__()
 
     def stop(self) -> None:
@@ -120,97 +140,309 @@ class ShardCheck(TorchFunctionMode):
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+            self._functions.stop()
+            self.rules.stop()
+            for leaf in self._arguments:  # they are the user's
+                vars(leaf).pop(MARK, None)
+            self._arguments.clear()
+            follow(None)
             self.__exit__(None, None, None)
 
     def check_output(self, output: Any) -> None:
-        """Raises RuntimeError where a model output is still a shard."""
+        """Raises RuntimeError where a model output is still a shard, or what was made of one."""
         items = output.items() if isinstance(output, dict) else [("", output)]
-        if is_shard([value for key, value in items if key != "past_key_values"]):
+        values = [value for key, value in items if key != "past_key_values"]
+        found = next((m for leaf in tree_leaves(values) if isinstance(m := mark_of(leaf), Mixed)), None)
+        if found is not None:
+            raise RuntimeError(f"{type(self._model).__name__} returns {found.why}. {REMEDY}")
+        if is_shard(values):
             raise RuntimeError(
                 f"{type(self._model).__name__} returns a sequence shard: the plan has no 'gather_output' between the "
                 "last sharded module and the output (hidden states and other by-products are shards too)"
             )
+        if any(kind_of(leaf) is Kind.COPIED for leaf in tree_leaves(values)):
+            raise RuntimeError(
+                f"{type(self._model).__name__} returns a tensor that has met no shard, but whose gradient is summed "
+                "over the ranks ('conditioning' or copy_to_tensor_parallel): it would count once for every rank"
+            )
 
-    def _entering(self, name: str, style: str | None) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _entering(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
             self._stack.append(name)
+            self._ran.discard(module)
+            if self._inside():
+                self.entered.add(module)
+
+        return hook
+
+    def _lending(self, name: str) -> Callable[..., None]:
+        """Behind the hook with which fully_shard gathers parameters."""
+
+        def hook(module: nn.Module, args: Any) -> None:
             if isinstance(module, FSDPModule):
                 self._lent.append(self._lent_now(name, module))
-            if style is None:
-                return
-            wanted = EXPECTED[style][0]
-            first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-            if not self._planned and first is not None:
-                got = _kind(first)
-                if got is not wanted if wanted is not None else got is Kind.SHARD:
-                    takes = "the whole sequence" if wanted is None else wanted.value
-                    self._stack.pop()
-                    raise RuntimeError(
-                        f"{name}: the plan says {style!r}, which takes {takes}, "
-                        f"but its input is {'the whole sequence' if got is None else got.value}"
-                    )
-            self._planned += 1
 
         return hook
 
-    def _leaving(self, name: str, style: str | None) -> Callable[..., None]:
+    def _left(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self._stack:
-                self._stack.pop()
-            if isinstance(module, FSDPModule):
-                self._lent.pop()
-            if style is not None and self._planned:
-                self._planned -= 1
-                mark(output, None if name in self._gathers else EXPECTED[style][1])
+            if module not in self._owned or module in self._ran or torch.compiler.is_compiling():
+                return
+            if self._owned[module][1] not in ("replicated", "conditioning"):
+                raise RuntimeError(self._replaced(module, vars(module).get("forward", type(module).forward)))
 
         return hook
+
+    def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._stack:
+            left = self._stack.pop()
+            if output is None and sys.exc_info()[1] is not None:
+                self.rules.failed_in = self.rules.failed_in or left
+        if isinstance(module, FSDPModule) and len(self._lent) > 1:
+            self._lent.pop()
+
+    def own(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The forward of a module that the conversion made; any other of this package's is a module like any."""
+        if module not in self._owned or self._trusted:
+            return forward(module, *args, **kwargs)
+        name, style = self._owned[module]
+        self._ran.add(module)
+        self._check_parts(module, name)
+        self._check_input(name, style, args, kwargs)
+        with self.trusted():
+            out = forward(module, *args, **kwargs)
+        mark(out, EXPECTED[style][1])
+        self.rules.leaving(name, style, module, args, out)
+        return out
+
+    def summed(
+        self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, tensors: Mapping[str, Tensor]
+    ) -> Any:
+        """The forward of a module that was left as it is, with ``tensors`` in place of its parameters."""
+        if module not in self._owned or self._trusted:
+            return forward(*args, **kwargs)
+        name, style = self._owned[module]
+        self._ran.add(module)
+        whole, parts = style != "own_parameters", style == "tensor_parallel"
+        if whole:
+            self._check_input(name, style, args, kwargs)
+        if style == "sequence" and not self._summed:
+            with self.trusted():
+                self.rules.row_by_row(name, module, forward, args, kwargs)
+        plain = {id(t): t for t in tensors.values() if isinstance(t, nn.Parameter) and id(t) not in self._allowed}
+        mark(tensors, OWNED)
+        self._allowed.update(plain)
+        self._summed += whole
+        self._parts += parts
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            self._summed -= whole
+            self._parts -= parts
+            for key in plain:
+                del self._allowed[key]
+        if whole:
+            mark(out, EXPECTED[style][1])
+            self.rules.leaving(name, style, module, args, out)
+        return out
+
+    @contextmanager
+    def trusted(self) -> Iterator[None]:
+        """Nothing is followed inside."""
+        self._trusted += 1
+        try:
+            yield
+        finally:
+            self._trusted -= 1
+
+    def _check_input(self, name: str, style: str, args: Any, kwargs: Any) -> None:
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if self._summed or not leaves:
+            return
+        wanted, got = EXPECTED[style][0], kind_of(leaves[0])
+        self.rules.entering(name, style, name in self._gathers, leaves[0])
+        source = next((s for leaf in leaves if (s := self._source(leaf, True)) is not None), None)
+        if got is not wanted if wanted is not None else got is Kind.SHARD:
+            takes = "the whole sequence" if wanted is None else wanted.value
+            came = "the whole sequence" if got is None else got.value
+            origin = f", computed from {self._called(source)}" if source is not None else ""
+            hint = _WHOLE if style == "sequence" and got is None else ""
+            raise RuntimeError(
+                f"{name}: the plan says {style!r}, which takes {takes}, but its input is {came}{origin}{hint}"
+            )
+        if source is not None:
+            raise RuntimeError(self._missed(leaves, source, Kind.PARTS if got is None else got))
+
+    def _check_parts(self, module: nn.Module, name: str) -> None:
+        """A converted module computes with parameters of its own: none computed by a parametrization or a hook."""
+        for child in ("weight", "bias"):
+            if getattr(type(module), child, None) is not None or isinstance(vars(module).get(child), Tensor):
+                raise RuntimeError(
+                    f"{name}: {child!r} is computed from other tensors (a parametrization, weight_norm or an adapter) "
+                    "since parallelize, and their gradients would be a different part of the sum on every rank. "
+                    "Apply it before parallelize and remove or merge it (parametrize.remove_parametrizations), or "
+                    "leave this module out of it"
+                )
+
+    def _replaced(self, module: nn.Module, forward: Any) -> str:
+        name, style = self._owned[module]
+        function = getattr(forward, "__func__", forward)
+        what = f"{getattr(function, '__qualname__', function)} of {getattr(function, '__module__', '?')}"
+        return (
+            f"{name}: its forward has been replaced by {what} since parallelize, which does not do what the style "
+            f"{style!r} needs: gradients would be a different part of the sum on every rank. Leave this module out of "
+            "the patch (of use_liger_kernel, liger_kernel_config={'rms_norm': False}, say), or patch before parallelize"
+        )
+
+    def _applied(self, function: type, args: Any, call: Callable[[], Any]) -> Any:
+        """An autograd function: torch function modes see what it does in Python, not its arguments."""
+        if self._trusted or not self._handles or self not in _get_current_function_mode_stack():
+            return call()
+        leaves = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        if function.__module__.startswith("seqpar_kernels."):
+            return call()
+        if function.__module__.startswith("torch."):
+            out = call()
+            found = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            alike = [leaf.shape for leaf in leaves] == [leaf.shape for leaf in found]
+            if alike:  # identities, of backward hooks and fully_shard; a custom op's function is of torch too
+                for before, after in zip(leaves, found, strict=True):
+                    if hasattr(before, MARK) and not hasattr(after, MARK):
+                        mark(after, mark_of(before))
+            return out
+        kind, source = self._judged(function, leaves)
+        out = call()
+        for leaf in tree_leaves(out):
+            if not hasattr(leaf, MARK):
+                self._note(leaf, kind, source)
+        return out
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._planned:
+        if self._trusted:
             return func(*args, **kwargs)
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        sources = [name for leaf in leaves if (name := self._source(leaf)) is not None]
-        kinds = {kind for leaf in leaves if (kind := _kind(leaf)) is not None}
-        where = self._stack[-1] if self._stack else type(self._model).__name__
-        if not kinds:
+        kind, source = self._judged(func, leaves)
+        noted = next((m for leaf in leaves if isinstance(m := mark_of(leaf), (Mixed, Local))), None)
+        if sys._getframe(1).f_code.co_filename.startswith(PACKAGE):  # our own statement: it knows what it does
             out = func(*args, **kwargs)
-            if sources and isinstance(out, (Tensor, tuple, list)):
-                mark(out, sources[0])
+            self._note(out, kind if noted is None else noted, source)
             return out
-        if len(kinds) > 1:
+        if self._parts:
+            out = self.rules.inside(func, args, kwargs, leaves)
+            if kind is not Kind.PARTS and noted is None:
+                self._note(out, kind, source)
+            return out
+        if self._summed:  # 'sequence': tried as a whole
+            out = func(*args, **kwargs)
+            self._note(out, kind, source)
+            return out
+        marked = kind if isinstance(kind, Kind) else None
+        if marked is None and (noted is None or source is not None):
+            return self._on_whole(func, args, kwargs, leaves, kind, source)
+        if marked is Kind.SHARD and func in _DROPOUTS and self._drops(args, kwargs):
             raise RuntimeError(
-                f"{where}: {getattr(func, '__name__', func)} takes a sequence shard and a tensor-parallel tensor; "
-                "between the two there must be a 'colwise' or 'rowwise' module"
+                f"{self._where()}: dropout on a sequence shard that the plan does not know: its mask would depend on "
+                f"how the sequence is cut. Give it the style 'dropout', or set its probability to 0. It is in "
+                f"{statement()}"
             )
-        kind = kinds.pop()
-        if sources:
-            raise RuntimeError(self._missed(sources[0], kind))
-        if kind is Kind.SHARD and func in _DROPOUTS and self._drops(args, kwargs):
-            raise RuntimeError(
-                f"{where}: dropout on a sequence shard that the plan does not know: its mask would depend on how the "
-                f"sequence is cut. Give it the style 'dropout', or set its probability to 0"
-            )
+        return self.rules.call(func, args, kwargs, leaves, marked)
+
+    def _on_whole(
+        self,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: dict[str, Any],
+        leaves: list[Tensor],
+        kind: Any,
+        source: str | None,
+    ) -> Any:
+        """A function of tensors that are neither shards nor this rank's heads."""
+        if source is not None and any(isinstance(mark_of(leaf), Mixed) for leaf in leaves):
+            return self.rules.call(func, args, kwargs, leaves, None, trained=True)
         out = func(*args, **kwargs)
-        if isinstance(out, (Tensor, tuple, list)):
-            mark(out, kind)  # 0-d results (a mean, say) are partial too
+        local = next((m for leaf in leaves if isinstance(m := mark_of(leaf), Local)), None)
+        if source is not None and local is not None:  # an embedding of positions, say
+            self._note(out, Mixed(self.rules.of_positions(source, local)), None)
+        elif source is None and kind is None:
+            self._note(out, self.rules.made_of_length(args, kwargs), None)
+        else:
+            self._note(out, kind, source)
         return out
 
-    def _source(self, leaf: Tensor) -> str | None:
-        """The parameter that ``leaf`` is, or was computed from outside the plan."""
-        found = getattr(leaf, _MARK, None)
-        if isinstance(found, str):
-            return found
-        if id(leaf) in self._named:
-            return self._named[id(leaf)][1]
+    def _where(self) -> str:
+        return self._stack[-1] if self._stack else type(self._model).__name__
+
+    def _judged(self, func: Any, leaves: Sequence[Tensor]) -> tuple[Any, str | None]:
+        """What a result of ``leaves`` is, and a trainable outside the plan that it is computed from.
+
+        Raises:
+            RuntimeError: a shard or this rank's heads meet such a trainable, or each other.
+        """
+        kinds = {kind for leaf in leaves if (kind := kind_of(leaf)) is not None}
+        owned = any(mark_of(leaf) is OWNED for leaf in leaves)
+        met = bool(kinds) or bool(self._summed and owned)
+        # Of every leaf: those that are used here are noted.
+        source = next(iter([name for leaf in leaves if (name := self._source(leaf, met)) is not None]), None)
+        if len(kinds) > 1:
+            kinds.discard(Kind.COPIED)
+        if len(kinds) > 1 and not self._summed:
+            raise RuntimeError(
+                f"{self._where()}: {getattr(func, '__name__', func)} takes a sequence shard and a tensor-parallel "
+                "tensor; between the two there must be a 'colwise' or 'rowwise' module. It is in "
+                f"{statement()}"
+            )
+        kind = kinds.pop() if kinds else None
+        if met and source is not None:
+            raise RuntimeError(self._missed(leaves, source, kind or Kind.PARTS))
+        return kind or (OWNED if owned else None), source
+
+    @staticmethod
+    def _note(out: Any, kind: Any, source: str | None) -> None:
+        if not isinstance(out, (Tensor, tuple, list)):
+            return
+        if source is None:
+            if kind is not None:
+                mark(out, kind)
+            return
+        graded = torch.is_grad_enabled()
+        for leaf in tree_leaves(out):  # only what has a gradient, or would have
+            if isinstance(leaf, Tensor) and (leaf.requires_grad if graded else leaf.is_floating_point()):
+                mark(leaf, source)
+
+    def _source(self, leaf: Tensor, met: bool) -> str | None:
+        """The trainable tensor outside the plan that ``leaf`` is, or was computed from."""
+        found = mark_of(leaf)
+        if found is not None:
+            if not isinstance(found, str) or kind_of(leaf) is not None:
+                return None  # no look at a sum that waits: that would compute it
+            return found if leaf.requires_grad or not torch.is_grad_enabled() else None
+        if id(leaf) in self._allowed:
+            return None
+        named = self._named.get(id(leaf))
+        if named is not None:
+            if self._inside():
+                self.used |= {id(leaf), named[1]}
+            return named[1] if leaf.requires_grad else None
         if any(self._lent) and type(leaf) is Tensor and leaf.numel():
-            return next((lent[leaf.data_ptr()] for lent in reversed(self._lent) if leaf.data_ptr() in lent), None)
+            lent = next((lent[leaf.data_ptr()] for lent in reversed(self._lent) if leaf.data_ptr() in lent), None)
+            if lent is not None:
+                self.used.add(lent)
+                return lent or None
+        if type(leaf) not in (Tensor, nn.Parameter) or not leaf.requires_grad:
+            return None
+        if leaf.is_leaf:
+            return described(leaf)
+        if met and not hasattr(leaf, MARK) and not any(self._lent):
+            behind = leaf_behind(leaf, self._allowed)
+            named = None if behind is None else self._named.get(id(behind))
+            return None if behind is None else described(behind) if named is None else named[1]
         return None
 
     def _lent_now(self, prefix: str, module: nn.Module) -> dict[int, str]:
-        """Address -> name of the parameters outside the plan that fully_shard has gathered for ``module``'s forward.
+        """Address -> name of the parameters that fully_shard has gathered for ``module``'s forward; "" if no matter.
 
         They are memory on loan, behind a tensor made anew at each use: no identity to know them by but the address,
         which is theirs until that forward is over.
@@ -219,17 +451,62 @@ class ShardCheck(TorchFunctionMode):
         with torch.no_grad(), torch._C.DisableTorchFunction():
             for name, param in module.named_parameters(prefix, remove_duplicate=False):
                 part = part_of(param)
-                if name not in self._covered and type(part) is Tensor and part.numel():
-                    found[part.data_ptr()] = name
+                if type(part) is Tensor and part.numel():
+                    found[part.data_ptr()] = name if name not in self._covered and param.requires_grad else ""
         return found
 
-    def _missed(self, parameter: str, kind: Kind) -> str:
-        module = parameter.rpartition(".")[0] or type(self._model).__name__
+    def _called(self, source: str) -> str:
+        return source if " " in source else f"parameter {source!r}"
+
+    def _missed(self, leaves: Sequence[Tensor], source: str, kind: Kind) -> str:
+        """The error: ``kind`` meets ``source``, a parameter's name or the description of a tensor."""
+        at, where = statement(), self._where()
+        apart = "its gradient would be a different part of the sum on every rank"
+        otherwise = "Otherwise freeze it (requires_grad_(False)), or merge it into the weights before parallelize"
+        if " " in source:
+            return (
+                f"{where}: {kind.value} meets {source} ({at}): {apart}. Hold it as a parameter of a module that the "
+                f"plan gives a style that fits before parallelize: {_FITTING[kind]}; or use it where the sequence is "
+                f"whole (prompt tuning in place of prefix tuning, say). {otherwise}"
+            )
+        module, _, child = source.rpartition(".")
+        if kind is Kind.COPIED:
+            return (
+                f"{where}: {kind.value} ('conditioning', or copy_to_tensor_parallel) meets {source!r} in {at}, and no "
+                "shard: what is whole on every rank would count once for every rank. The style is for modules whose "
+                "output meets the shard, and that alone"
+            )
+        if self._derived(leaves, source, module):
+            block = where if where not in self._names else where.rpartition(".")[0]
+            return (
+                f"{block}: {kind.value} meets a tensor that is whole on every rank and was computed from parameters "
+                f"({source!r} among them) in {at}: their gradients would be a different part of the sum on every rank. "
+                "Where a module of the block computes it (adaLN_modulation, say), give that module the style "
+                "'conditioning', which sums the gradient of its output over the ranks; by hand, "
+                "seqpar_kernels.copy_to_tensor_parallel(tensor, group) does so; or give the whole block the style "
+                f"'replicated'. A parameter that is used there alone: add {module!r} to the plan with a style that "
+                f"fits: {_FITTING[kind]}"
+            )
+        owner = next((m for m, (name, _) in self._owned.items() if name == module), None)
+        if owner is not None and child in ("weight", "bias") and owner not in self._ran and "forward" in vars(owner):
+            return self._replaced(owner, vars(owner)["forward"])
+        add = f"Add {module!r} to the plan with a style that fits: {_FITTING[kind]}"
+        if owner is not None:
+            add = (
+                f"It is none of the parameters that {self._owned[owner][1]!r} handles: put it into a module of its own"
+            )
+            add += f", and that into the plan before parallelize: {_FITTING[kind]}"
         return (
-            f"{module}: {kind.value} reaches parameter {parameter!r}, which the plan does not cover: its gradient "
-            f"would be a different part of the sum on every rank. Add {module!r} to the plan with a style that fits: "
-            + _FITTING[kind]
+            f"{module or type(self._model).__name__}: {kind.value} reaches parameter {source!r}, which the plan does "
+            f"not cover ({at}): {apart}. {add}. {otherwise}"
         )
+
+    def _derived(self, leaves: Sequence[Tensor], source: str, module: str) -> bool:
+        """Whether what meets the marked tensor was computed elsewhere from the parameter called ``source``."""
+        where = self._where()
+        met = [leaf for leaf in leaves if self._source(leaf, True) == source]
+        outside = not f"{where}.".startswith(f"{module}.") and where != type(self._model).__name__
+        return outside and not any(isinstance(leaf, nn.Parameter) for leaf in met)
 
     @staticmethod
     def _drops(args: Any, kwargs: Any) -> bool:

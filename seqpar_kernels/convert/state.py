@@ -8,6 +8,7 @@ DTensor alone cannot say.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..nn.sharding import full_tensor
 from .conversion import conversion_of
-from .presented import Cut, CutTensor, for_checkpoint
+from .cut import Cut
+from .cut_tensor import CutTensor, for_checkpoint
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -59,6 +61,14 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     conversion = conversion_of(model)
     group, cuts = conversion.region.group, conversion.cuts
     return {name: _whole(tensor, cuts.get(name), group) for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def whole_tensors(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """``state_dict`` of a parallelized model with whole tensors in place of DTensors. A collective call."""
+    conversion = conversion_of(model)
+    group, cuts = conversion.region.group, conversion.cuts
+    return {n: _whole(t, cuts.get(n), group) if isinstance(t, DTensor) else t for n, t in state_dict.items()}
 
 
 def sharded_state_dict(model: nn.Module) -> dict[str, Any]:

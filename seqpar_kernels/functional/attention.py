@@ -49,7 +49,7 @@ def causal_attention(
         ValueError: an argument that does not fit, by name.
     """
     pg = resolve_group(group)
-    with checked_together(pg):
+    with checked_together(pg, step=False):
         for name, t in (("q", q), ("k", k), ("v", v)):
             check_tensor(name, t)
             check_same_device(name, t, "q", q)

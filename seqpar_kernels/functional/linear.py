@@ -266,23 +266,21 @@ def planned_linear_reduce_scatter(
             check_weight("weight", weight, x.shape[-1], x)
             check_linear_bias("bias", bias, weight)
             check_main_grad("main_grad", main_grad, weight)
-            check_no_activation(main_grad, activation)
             length = x.shape[seq_dim]
             shard = SequenceShard(length, group_size(pg), group_rank(pg))
             settled = settle_plan(x, seq_dim, shard, weight.shape[0], weight.numel(), engine, chunks, figures, pg)
         where = place(pg, seq_dim, shard, settled)
         if met is not None:
             met.remember(settled, where)
+    into = main_grad is not None and torch.is_grad_enabled()
     if activation is not None:
-        return ops.activation_linear_reduce_scatter(x, gate, weight, bias, activation, *where), settled
-    if main_grad is not None and torch.is_grad_enabled():
+        args = (x, gate, weight, bias, activation, *where)
+        if into:
+            return ops.activation_linear_reduce_scatter_into(main_grad, *args), settled
+        return ops.activation_linear_reduce_scatter(*args), settled
+    if into:
         return ops.linear_reduce_scatter_into(main_grad, x, weight, bias, *where), settled
     return ops.linear_reduce_scatter(x, weight, bias, *where), settled
-
-
-def check_no_activation(main_grad: Tensor | None, activation: str | None) -> None:
-    if main_grad is not None and activation is not None:
-        raise ValueError(f"main_grad: expected None together with activation={activation!r}, got a tensor")
 
 
 def check_activation(x: Tensor, activation: str | None, gate: Tensor | None) -> None:

@@ -23,7 +23,7 @@ from ..overlap.agreement import checked_together
 from ..overlap.planner import Plan
 from ..overlap.tuning import figures_of
 from ..random import as_seed, debug_enabled
-from .linear import autocast, check_activation, check_no_activation, place, settle_plan
+from .linear import autocast, check_activation, place, settle_plan
 from .norm import Meta, NormOptions, compare_seeds, metas_of, replicated, settle
 
 Norm = Literal["layer", "rms"] | None
@@ -142,7 +142,6 @@ def planned_linear_reduce_scatter_dropout_add_norm(
         x, (weight,), (gate,) = autocast(x, [weight], [gate])
         check_weight("weight", weight, x.shape[-1], x)
         check_main_grad("main_grad", main_grad, weight)
-        check_no_activation(main_grad, activation)
         check_probability("p", p)
         kind = _check_norm(norm, norm_weight, norm_bias)
         shard = SequenceShard(x.shape[seq_dim], group_size(pg), group_rank(pg))

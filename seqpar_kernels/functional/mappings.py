@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import ops
 from ..checks import check_float, check_sequence, check_tensor
 from ..layout import Group, normalize_dim, resolve_group, shard_of
-from ..ops.library import group_name
+from ..ops.library import eager, group_name
 from ..overlap.agreement import checked_together
+from .doubled import doubled_gradients
 
 
 def scatter_sequence(x: Tensor, group: Group, seq_dim: int = -2) -> Tensor:
@@ -17,7 +19,7 @@ def scatter_sequence(x: Tensor, group: Group, seq_dim: int = -2) -> Tensor:
 
     [..., S, ..., H] -> [..., S/t, ..., H] (Megatron: ``scatter_to_sequence_parallel_region``).
     """
-    return _split(x, group, seq_dim, sequence=True)
+    return split_dimension(x, group, seq_dim, sequence=True)
 
 
 def gather_sequence(
@@ -37,9 +39,10 @@ def gather_sequence(
         seq_len: the unsharded length; needed only where it is not a multiple of the number of ranks.
         tensor_parallel_output_grad: True where what follows is tensor-parallel, so that each rank has a part of the
             gradient: the backward reduce-scatters. False where every rank goes on with the same computation and has
-            the whole gradient: the backward splits. (Megatron's argument of the same name.)
+            the whole gradient: the backward splits. (Megatron's argument of the same name.) True in the second case
+            makes the gradient t times too large: the first backwards on a group look for it, and warn.
     """
-    return _gather(x, group, seq_dim, seq_len, tensor_parallel_output_grad, sequence=True)
+    return gather_dimension(x, group, seq_dim, seq_len, tensor_parallel_output_grad, sequence=True)
 
 
 def reduce_scatter_sequence(x: Tensor, group: Group, seq_dim: int = -2) -> Tensor:
@@ -47,13 +50,12 @@ def reduce_scatter_sequence(x: Tensor, group: Group, seq_dim: int = -2) -> Tenso
 
     The sum is taken in rank order in fp32 (fp64 for fp64).
     """
-    pg, dim = _checked(x, group, seq_dim, sequence=True)
-    return x if pg is None else ops.reduce_scatter(x, dim, group_name(pg))  # type: ignore[no-any-return]
+    return reduce_scatter_dimension(x, group, seq_dim, sequence=True)
 
 
 def scatter_tensor_parallel(x: Tensor, group: Group, dim: int = -1) -> Tensor:
     """Each rank keeps its part of dimension ``dim`` of a replicated tensor; the backward gathers."""
-    return _split(x, group, dim)
+    return split_dimension(x, group, dim)
 
 
 def gather_tensor_parallel(x: Tensor, group: Group, dim: int = -1, *, size: int | None = None) -> Tensor:
@@ -61,13 +63,18 @@ def gather_tensor_parallel(x: Tensor, group: Group, dim: int = -1, *, size: int 
 
     ``size`` is the full size of ``dim``; needed only where it is not a multiple of the number of ranks.
     """
-    return _gather(x, group, dim, size, False)
+    return gather_dimension(x, group, dim, size, False)
 
 
 def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     """Identity; the backward sums over ranks. For a replicated tensor that enters tensor-parallel computation."""
-    pg, _ = _checked(x, group, None)
-    return x if pg is None else ops.CopyToRegion.apply(x, group_name(pg))  # type: ignore[no-any-return]
+    pg, _ = _checked(x, group, None, step=False)
+    if pg is None:
+        return x
+    out: Tensor = ops.CopyToRegion.apply(x, group_name(pg))  # type: ignore[no-untyped-call]
+    if not torch.compiler.is_compiling():
+        out._seqpar_copied = True  # type: ignore[attr-defined]  # for the check of a converted model's first forward
+    return out
 
 
 def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
@@ -76,10 +83,12 @@ def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     return x if pg is None else ops.all_reduce(x, group_name(pg))  # type: ignore[no-any-return]
 
 
-def _checked(x: Tensor, group: Group, dim: int | None, *, sequence: bool = False) -> tuple[ProcessGroup | None, int]:
+def _checked(
+    x: Tensor, group: Group, dim: int | None, *, sequence: bool = False, step: bool = True
+) -> tuple[ProcessGroup | None, int]:
     """The group and ``dim`` as a non-negative index; every rank hears of what is wrong."""
     pg = resolve_group(group)
-    with checked_together(pg):
+    with checked_together(pg, step=step):
         check_tensor("x", x)
         check_float("x", x)
         if dim is None:
@@ -87,17 +96,28 @@ def _checked(x: Tensor, group: Group, dim: int | None, *, sequence: bool = False
         return pg, check_sequence("x", x, dim) if sequence else normalize_dim("dim", dim, x.dim())
 
 
-def _split(x: Tensor, group: Group, dim: int, *, sequence: bool = False) -> Tensor:
-    pg, dim = _checked(x, group, dim, sequence=sequence)
+def split_dimension(x: Tensor, group: Group, dim: int, *, sequence: bool = False) -> Tensor:
+    """This rank's part of a replicated tensor; ``sequence``: ``dim`` must be one of rows."""
+    pg, dim = _checked(x, group, dim, sequence=sequence, step=False)
     return x if pg is None else ops.split(x, dim, group_name(pg))  # type: ignore[no-any-return]
 
 
-def _gather(
+def gather_dimension(
     x: Tensor, group: Group, dim: int, size: int | None, partial_grad: bool, *, sequence: bool = False
 ) -> Tensor:
+    """The parts of all ranks; ``partial_grad``: each rank has a part of the gradient, and they are summed."""
     pg, dim = _checked(x, group, dim, sequence=sequence)
     if pg is None:
         return x
     with checked_together(pg):
         shard = shard_of("x", x.shape[dim], pg, size)
-    return ops.gather(x, dim, shard.length, group_name(pg), partial_grad)  # type: ignore[no-any-return]
+    looked_at = doubled_gradients(pg) if partial_grad and x.requires_grad and eager() else None
+    if looked_at is None:
+        return ops.gather(x, dim, shard.length, group_name(pg), partial_grad)  # type: ignore[no-any-return]
+    return looked_at.watched(x, lambda t: ops.gather(t, dim, shard.length, group_name(pg), True), dim, shard)
+
+
+def reduce_scatter_dimension(x: Tensor, group: Group, dim: int, *, sequence: bool = False) -> Tensor:
+    """The sum over ranks, of which each keeps its part."""
+    pg, dim = _checked(x, group, dim, sequence=sequence)
+    return x if pg is None else ops.reduce_scatter(x, dim, group_name(pg))  # type: ignore[no-any-return]

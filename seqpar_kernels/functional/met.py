@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..overlap.agreement import Remembered, per_group
+from ..caches import Remembered
+from ..overlap.agreement import per_group
 from ..overlap.figures import Figures
 from ..overlap.planner import Plan, max_workspace_bytes
 
@@ -54,7 +55,7 @@ class Met:
                     several = operand
                     key.append(len(several))
                 for one in several:
-                    key += (None,) if one is None else (one.shape, one.dtype, one.device, one.requires_grad)
+                    key += (None,) if one is None else (type(one), one.shape, one.dtype, one.device, one.requires_grad)
             device: torch.device = operands[0].device  # type: ignore[attr-defined]
             if torch.is_autocast_enabled(device.type):
                 return None

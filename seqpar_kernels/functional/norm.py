@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from .. import ops
+from ..caches import MOST
 from ..checks import (
     check_eps,
     check_probability,
@@ -22,7 +24,7 @@ from ..checks import (
 )
 from ..kernels import BACKENDS, NormKind
 from ..kernels.spec import accumulation_dtype
-from ..layout import Group, check_shard, resolve_group, row_map
+from ..layout import Group, WrongTypeError, check_shard, resolve_group, row_map
 from ..ops.library import PLAIN_TYPES, eager, group_name
 from ..overlap.agreement import agreement_of, checked_together
 from ..random import as_seed, check_seeds_alike, debug_enabled, draw_seed
@@ -231,7 +233,7 @@ def run_norm(
     if pg is None:
         ready, seed_tensor = _checked(tensors, options, None, seed)
     else:
-        with checked_together(pg):
+        with checked_together(pg, step=False):
             if sum_gradients:
                 x, residual, *vectors, row_scale, y_scale = tensors
                 tensors = NormTensors(x, residual, *replicated(vectors, pg), row_scale, y_scale)  # type: ignore[call-arg]
@@ -282,18 +284,18 @@ def _checked(
     """What follows from the arguments, and the dropout seed if anything is dropped."""
     if type(options.p) is not float:  # True equals 1.0, and would be found where that has been looked up
         check_probability("p", options.p)
+    ranks, rank = (1, 0) if pg is None else (pg.size(), pg.rank())
     try:
         metas = metas_of(tensors)
-    except AttributeError:
+        if eager():
+            ready = _prepare(options, ranks, rank, *metas)
+        else:
+            ready = Ready(settle(options, ranks, rank, *metas), None)
+    except (AttributeError, WrongTypeError):
         for name, t in tensors._asdict().items():
             if t is not None:
-                check_tensor(name, t)
+                check_tensor(name, t)  # which sees the tensors themselves
         raise
-    ranks, rank = (1, 0) if pg is None else (pg.size(), pg.rank())
-    if eager():
-        ready = _prepare(options, ranks, rank, *metas)
-    else:
-        ready = Ready(settle(options, ranks, rank, *metas), None)
     if tensors.row_scale is not None and tensors.row_scale.requires_grad:
         raise ValueError("row_scale: expected a tensor without gradient, got requires_grad=True")
     if (
@@ -314,7 +316,7 @@ def metas_of(tensors: Iterable[Tensor | None]) -> list[tuple[Any, ...] | None]:
     return [None if t is None else (t.shape, t.dtype, t.device, type(t)) for t in tensors]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=MOST)
 def _prepare(options: NormOptions, ranks: int, rank: int, *metas: tuple[Any, ...] | None) -> Ready:
     """:func:`settle` and the call itself, in eager mode; once for each kind of call."""
     settled = settle(options, ranks, rank, *metas)
@@ -332,7 +334,7 @@ def settle(*args: Any) -> Settled:
     return (_settle.__wrapped__ if symbolic else _settle)(*args)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=MOST)
 def _settle(
     options: NormOptions,
     ranks: int,
@@ -344,6 +346,8 @@ def _settle(
     for name, meta in given.items():
         if not issubclass(meta.type, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {meta.type.__name__}")
+        if issubclass(meta.type, DTensor):
+            raise WrongTypeError(f"{name}: expected a plain tensor, got a DTensor; pass {name}.to_local()")
     if "x" not in given:
         check_tensor("x", None)
     check_probability("p", options.p)

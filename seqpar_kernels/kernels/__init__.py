@@ -23,6 +23,7 @@ __all__ = [
     "NormWants",
     "RowMap",
     "choice",
+    "remark",
     "select",
     "why_not",
 ]
@@ -50,6 +51,13 @@ def why_not(backend: str, device: torch.device) -> str | None:
         return str(error)
     reason: str | None = module.unavailable(device)
     return reason
+
+
+def remark(backend: str, device: torch.device) -> str | None:
+    """What there is to say of a ``backend`` that can run on ``device``."""
+    module = importlib.import_module(f".{BACKENDS[backend][0]}", __name__)
+    said: str | None = module.remark(device) if hasattr(module, "remark") else None
+    return said
 
 
 @functools.cache

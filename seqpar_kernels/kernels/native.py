@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..caches import MOST
 from .spec import (
     NormGrads,
     NormKind,
@@ -18,12 +19,13 @@ from .spec import (
     NormWants,
     accumulation_dtype,
     as_matrix,
+    as_parts,
     as_vector,
     dropout_scale,
     dropout_threshold,
 )
 
-_INTERFACE = 2
+_INTERFACE = 3
 
 try:
     from .. import _native
@@ -56,7 +58,10 @@ def unavailable(device: torch.device) -> str | None:
         return f"the compiled extension is missing ({build_error})"
     if device.type == "cuda":
         return None if _native.has_cuda else "the extension was built without nvcc"
-    return None if device.type == "cpu" else f"there are compiled kernels for cpu and cuda, not for {device.type}"
+    if device.type == "cpu":
+        isa: str = _native.cpu_isa()
+        return isa.removeprefix("invalid: ") if isa.startswith("invalid") else None
+    return f"there are compiled kernels for cpu and cuda, not for {device.type}"
 
 
 def _place(device: torch.device) -> tuple[bool, int, int]:
@@ -77,7 +82,7 @@ def _at(device: torch.device, kernel: Callable[..., Any]) -> Callable[..., Any]:
     return elsewhere
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=MOST)
 def _prepared(spec: NormSpec) -> Any:
     """``spec`` as the kernels take it."""
     codes = (DTYPE_CODE[t] for t in (spec.x_dtype, spec.z_dtype, spec.y_dtype, spec.w_dtype))
@@ -168,7 +173,7 @@ class NormForward:
         return y, y2, z, statistics
 
 
-_forward_of = lru_cache(maxsize=4096)(NormForward)
+_forward_of = lru_cache(maxsize=MOST)(NormForward)
 
 
 def norm_forward(
@@ -268,7 +273,7 @@ class NormBackward:
         return [dx, dresidual, *vectors]
 
 
-_backward_of = lru_cache(maxsize=4096)(NormBackward)
+_backward_of = lru_cache(maxsize=MOST)(NormBackward)
 
 
 def norm_backward(
@@ -294,8 +299,11 @@ def norm_backward(
 def reduce_shards(parts: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """See :func:`.reference.reduce_shards`."""
     count, rows, cols = parts.shape
+    parts = as_parts(parts)
     if out is None:
         out = torch.empty((rows, cols), dtype=parts.dtype, device=parts.device)
+    elif out.stride(1) != 1 and cols > 1:
+        raise ValueError(f"out: expected columns side by side, got strides {out.stride()}")
     _at(parts.device, _native.reduce_shards)(
         *_place(parts.device),
         rows,

@@ -131,7 +131,8 @@ def norm_forward(
     if spec.kind == NormKind.NONE:
         return NormOutputs(None, None, stored, None)
     if spec.kind == NormKind.LAYER:
-        mean = [z.mean(-1)]
+        first = z.mean(-1)
+        mean = [first + (z - first[:, None]).mean(-1)]  # that of a constant row is exact so
         centred = z - mean[0][:, None]
     else:
         mean, centred = [], z

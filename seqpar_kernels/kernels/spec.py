@@ -89,11 +89,16 @@ def on_matrices(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_matrix(t: Tensor | None) -> Tensor | None:
-    """[..., H] as kernels take it; copies only where strides leave no other way."""
+    """[..., H] as kernels take it; copies only where strides leave no other way. Rows may overlap: they are read."""
     if t is None or t.is_contiguous():
         return t
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def as_parts(parts: Tensor) -> Tensor:
+    """[shards, rows, cols] as kernels take it."""
+    return parts if parts.stride(2) == 1 or parts.shape[2] == 1 else parts.contiguous()
 
 
 def as_vector(t: Tensor | None) -> Tensor | None:

@@ -35,15 +35,17 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import triton_gemm_kernel
 from .triton_config import LAUNCH
 from .triton_gemm_config import gemm_tile
-from .triton_gemm_kernel import await_kernel, gemm_kernel
+from .triton_gemm_kernel import await_kernel
+from .triton_interpreter import as_on_a_gpu, interpreted
 
-_INTERPRETED = not isinstance(gemm_kernel, triton.runtime.JITFunction)
+_INTERPRETED = interpreted(triton_gemm_kernel.gemm_kernel)
+gemm_kernel = as_on_a_gpu(triton_gemm_kernel.gemm_kernel)
 _INTERPRETED_MULTIPROCESSORS = 2
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: A poll takes about a microsecond, the way to the L2 cache and back.

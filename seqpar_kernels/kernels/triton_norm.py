@@ -7,10 +7,10 @@ import struct
 from functools import cache, lru_cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import triton_norm_backward, triton_norm_forward, triton_reduce
 from .spec import (
     NormGrads,
     NormKind,
@@ -19,16 +19,21 @@ from .spec import (
     NormWants,
     RowMap,
     accumulation_dtype,
+    as_parts,
     dropout_scale,
     dropout_threshold,
     on_matrices,
 )
 from .triton_config import LAUNCH, PARTIALS, backward_tile, forward_tile, shards_tile
-from .triton_norm_backward import norm_backward_chunked_kernel, norm_backward_kernel, sum_partials_kernel
-from .triton_norm_forward import norm_forward_chunked_kernel, norm_forward_kernel
-from .triton_reduce import reduce_shards_kernel
+from .triton_interpreter import as_on_a_gpu, interpreted, rounds
 
-_INTERPRETED = not isinstance(norm_forward_kernel, triton.runtime.JITFunction)
+_INTERPRETED = interpreted(triton_norm_forward.norm_forward_kernel)
+norm_forward_kernel = as_on_a_gpu(triton_norm_forward.norm_forward_kernel)
+norm_forward_chunked_kernel = as_on_a_gpu(triton_norm_forward.norm_forward_chunked_kernel)
+norm_backward_kernel = as_on_a_gpu(triton_norm_backward.norm_backward_kernel)
+norm_backward_chunked_kernel = as_on_a_gpu(triton_norm_backward.norm_backward_chunked_kernel)
+sum_partials_kernel = as_on_a_gpu(triton_norm_backward.sum_partials_kernel)
+reduce_shards_kernel = as_on_a_gpu(triton_reduce.reduce_shards_kernel)
 _INTERPRETED_MULTIPROCESSORS = 2  # enough for partial sums to reduce, few enough to interpret
 _ACC = {
     torch.float64: tl.float64,
@@ -50,6 +55,17 @@ def unavailable(device: torch.device) -> str | None:
     if device.type == "cpu":
         return None if _INTERPRETED else "Triton runs on the CPU only where TRITON_INTERPRET=1 was set before import"
     return f"there are Triton kernels for cuda, not for {device.type}"
+
+
+def remark(device: torch.device) -> str | None:
+    """What there is to say of these kernels where they run on ``device``."""
+    if device.type == "cuda":
+        return None
+    return (
+        "interpreted, rounding as a GPU does"
+        if rounds()
+        else "interpreted; bfloat16 is truncated, not rounded as on a GPU"
+    )
 
 
 @lru_cache(maxsize=256)
@@ -193,6 +209,7 @@ def norm_backward(
 def reduce_shards(parts: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """See :func:`.reference.reduce_shards`."""
     count, rows, cols = parts.shape
+    parts = as_parts(parts)
     if out is None:
         out = torch.empty((rows, cols), dtype=parts.dtype, device=parts.device)
     if rows:

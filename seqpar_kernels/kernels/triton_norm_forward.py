@@ -62,6 +62,16 @@ def _stream(
 
 
 @triton.jit
+def _hides_spread(b_mean, b_variance):
+    """[R] Whether a LayerNorm row's mean has to be taken again.
+
+    Sums are off by a few roundings of the mean: next to nothing where the values spread about zero, all there is where
+    they hardly differ (a constant row, times 1/sqrt(eps)).
+    """
+    return b_variance < b_mean * b_mean * 0.0625
+
+
+@triton.jit
 def _store_norm(p_y, b_xhat, b_weight, b_bias, b_factor, o_y, o_c, m, ZERO_CENTERED: tl.constexpr):
     """y = (xhat * weight + bias) * factor, rounded once."""
     b_y = times_weight(b_xhat, b_weight, ZERO_CENTERED)
@@ -111,8 +121,17 @@ def norm_forward_kernel(
         if KIND == LAYER:
             b_mean = tl.sum(b_z, 1) / cols
             b_centred = tl.where(m_c[None, :], b_z - b_mean[:, None], 0.0)
+        b_variance = tl.sum(b_centred * b_centred, 1) / cols
+        if KIND == LAYER:
+            m_hidden = _hides_spread(b_mean, b_variance)
+            if tl.max(m_hidden.to(tl.int32), 0) > 0:  # the other rows of the tile keep their bits
+                b_exact = tl.where(m_hidden, b_mean + tl.sum(b_centred, 1) / cols, b_mean)
+                b_again = (b_centred + b_mean[:, None]) - b_exact[:, None]
+                b_centred = tl.where(m_hidden[:, None] & m_c[None, :], b_again, b_centred)
+                b_variance = tl.sum(b_centred * b_centred, 1) / cols
+                b_mean = b_exact
             tl.store(p_mean + o_r, b_mean, m_r)
-        b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, 1) / cols + EPS)
+        b_rstd = tl.rsqrt(b_variance + EPS)
         tl.store(p_rstd + o_r, b_rstd, m_r)
         b_xhat = b_centred * b_rstd[:, None]
         b_factor = tl.load(p_y_scale) if p_y_scale is not None else None
@@ -173,10 +192,32 @@ def norm_forward_chunked_kernel(
             b_squares += tl.sum(b_z * b_z, 1)
 
     if KIND != NONE:
-        b_rstd = tl.rsqrt(b_squares / cols + EPS)
-        tl.store(p_rstd + o_r, b_rstd, m_r)
+        b_variance = b_squares / cols
         if KIND == LAYER:
+            m_hidden = _hides_spread(b_mean, b_variance)
+            if tl.max(m_hidden.to(tl.int32), 0) > 0:  # one more walk, about the mean that was found
+                b_offset, b_squares = tl.zeros([R], ACC), tl.zeros([R], ACC)
+                for i_c in range(0, cols, BLOCK):
+                    o_c = i_c + tl.arange(0, BLOCK)
+                    m_c = o_c < cols
+                    m = m_r[:, None] & m_c[None, :]
+                    b_x_bias = load_vector(p_x_bias, o_c, m_c) if p_x_bias is not None else None
+                    b_z = _stream(
+                        p_x, b_x_bias, b_row_scale, p_residual, i_seed, o_r, o_c, m, b_row, i_c,
+                        x_stride, shard_stride, residual_stride, threshold, scale_bits, ACC, SHARDS, R, BLOCK,
+                    )  # fmt: skip
+                    if p_z is not None:
+                        b_z = b_z.to(p_z.dtype.element_ty).to(ACC)
+                    b_centred = tl.where(m_c[None, :], b_z - b_mean[:, None], 0.0)
+                    b_offset += tl.sum(b_centred, 1)
+                    b_squares += tl.sum(b_centred * b_centred, 1)
+                b_offset = b_offset / cols
+                b_exact = tl.maximum(b_squares / cols - b_offset * b_offset, 0.0)
+                b_variance = tl.where(m_hidden, b_exact, b_variance)
+                b_mean = tl.where(m_hidden, b_mean + b_offset, b_mean)
             tl.store(p_mean + o_r, b_mean, m_r)
+        b_rstd = tl.rsqrt(b_variance + EPS)
+        tl.store(p_rstd + o_r, b_rstd, m_r)
         b_factor = tl.load(p_y_scale) if p_y_scale is not None else None
         for i_c in range(0, cols, BLOCK):
             o_c = i_c + tl.arange(0, BLOCK)

@@ -15,6 +15,7 @@ from ..layout import Group
 from ..ops import announced
 from ..overlap.planner import Plan
 from ..strict import refuse
+from .own_forward import own_forward
 from .pending import PendingSum, settled, version_of
 from .region import Region, shard_behind
 from .sharding import ShardSpec, check_shardable, local_part
@@ -211,6 +212,7 @@ class ColumnParallelLinear(_ParallelLinear):
         """This rank's weight [N/t, K] and bias [N/t]."""
         return self._linear_weight(), self.bias
 
+    @own_forward
     def forward(self, x: Tensor, *, seq_len: int | None = None) -> Tensor:
         """[..., S/t, ..., K] -> [..., S, ..., N/t]"""
         x = settled(shard_behind(x))
@@ -326,6 +328,7 @@ class RowParallelLinear(_ParallelLinear):
         _ParallelLinear.__init__(new, features_in, features_out, sharded, group, seq_dim, chunks, engine, transposed)
         return _take_over(new, module)
 
+    @own_forward
     def forward(self, x: Tensor) -> Tensor:
         """[..., S, ..., K/t] -> [..., S/t, ..., N]"""
         return PendingSum(self, x) if self.region.defers(x) else self.summed(x)

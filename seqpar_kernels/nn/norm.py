@@ -13,6 +13,7 @@ from ..functional import NormOptions, NormRecipe, NormTensors, run_norm
 from ..kernels import NormKind
 from ..kernels.spec import accumulation_dtype
 from ..layout import Group
+from .own_forward import own_forward
 from .pending import PendingSum, settled
 from .probe import norm_form
 from .region import Region, is_entrance, mark_entrance
@@ -151,6 +152,7 @@ class LayerNorm(nn.LayerNorm, _Norm):
         new.elementwise_affine = new.weight is not None
         return new.train(module.training)
 
+    @own_forward
     def forward(self, x: Tensor, *, seq_len: int | None = None) -> Tensor:
         """[..., S/t, ..., H] -> the same shape."""
         return self._normalize(x, seq_len)
@@ -202,6 +204,7 @@ class RMSNorm(nn.RMSNorm, _Norm):
         new.elementwise_affine = new.weight is not None
         return new.train(module.training)
 
+    @own_forward
     def forward(self, x: Tensor, *, seq_len: int | None = None) -> Tensor:
         """[..., S/t, ..., H] -> the same shape."""
         return self._normalize(x, seq_len)
@@ -295,6 +298,7 @@ class Dropout(nn.Dropout):
         """The same probability on a shard."""
         return cls(module.p, group=group, seq_dim=seq_dim).train(module.training)
 
+    @own_forward
     def forward(self, x: Tensor, *, seq_len: int | None = None) -> Tensor:
         """[..., S/t, ..., H] -> the same shape."""
         if not torch.compiler.is_compiling():

@@ -10,6 +10,7 @@ from ..functional import copy_to_tensor_parallel, reduce_from_tensor_parallel
 from ..kernels.spec import accumulation_dtype
 from ..layout import Group
 from .norm import RMSNorm
+from .own_forward import own_forward
 from .region import Region
 from .sharding import ShardSpec, local_part
 
@@ -41,6 +42,7 @@ class SplitRMSNorm(nn.Module):
         """From any RMSNorm that :meth:`RMSNorm.from_torch` takes."""
         return cls(RMSNorm.from_torch(module), group).train(module.training)
 
+    @own_forward
     def forward(self, x: Tensor) -> Tensor:
         """[..., S, N/t] -> the same shape."""
         group = self.region.group

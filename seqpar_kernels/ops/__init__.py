@@ -1,5 +1,6 @@
 """Registered ops, ``torch.ops.seqpar.*``: what torch.compile sees. Validation happens one floor up."""
 
+from .all_to_all import all_to_all
 from .attention import dropout_attention, rotary
 from .decompositions import decompositions, inductor_fusion
 from .gather_linear import all_gather_linear, all_gather_linear_into, all_gather_linear_keeping
@@ -12,6 +13,7 @@ from .recompute import (
     ACTIVATIONS,
     activate,
     activation_linear_reduce_scatter,
+    activation_linear_reduce_scatter_into,
     all_gather_linear_of_norm,
     all_gather_linear_of_norm_into,
 )
@@ -25,12 +27,14 @@ __all__ = [
     "SumGradients",
     "activate",
     "activation_linear_reduce_scatter",
+    "activation_linear_reduce_scatter_into",
     "all_gather_linear",
     "all_gather_linear_into",
     "all_gather_linear_keeping",
     "all_gather_linear_of_norm",
     "all_gather_linear_of_norm_into",
     "all_reduce",
+    "all_to_all",
     "announced",
     "decompositions",
     "dropout_add_norm",

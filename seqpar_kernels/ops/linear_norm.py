@@ -20,7 +20,7 @@ from .library import group_named, register, without_autocast
 from .linear_common import PLACE
 from .linear_scatter import partial_results, scatter_gradients, scattered_shape
 from .norm import SCALARS, as_matrix, as_vector, dropout_add_norm_backward, prepared, shaped
-from .recompute import activate, activation_linear_reduce_scatter_backward
+from .recompute import activate, activation_gradients
 
 _NAME = "linear_reduce_scatter_dropout_add_norm"
 _TENSORS, _PLACES = 9, 5  # how many of the arguments are tensors, how many then say where
@@ -131,9 +131,9 @@ class _LinearNorm(torch.autograd.Function):
             dresidual = dsum
         dx = dgate = dweight = None
         if linear and ctx.activation:
+            assert dsum is not None
             given = (dsum, x, gate, weight, None, [*needs, False], ctx.activation)
-            out = iter(activation_linear_reduce_scatter_backward(*given, *ctx.place))
-            dx, dgate, dweight = (next(out) if need else None for need in needs)
+            dx, dgate, dweight, _ = activation_gradients(ctx.main_grad, *given, *ctx.place)
         elif linear:
             assert dsum is not None
             wanted = (need_x, need_weight, False)

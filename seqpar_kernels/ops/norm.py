@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..caches import MOST
 from ..kernels import NormKind, NormSpec, NormWants, RowMap, select
 from ..kernels.spec import accumulation_dtype, as_matrix, as_vector
 from ..overlap.pipeline import reshaped
@@ -41,7 +42,7 @@ class NormScalars(NamedTuple):
     backend: str
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=MOST)
 def prepared(device: torch.device, x_dtype: torch.dtype, scalars: tuple[Any, ...]) -> tuple[ModuleType, NormSpec]:
     """Who computes, and what; ``scalars`` from ``kind`` on."""
     kind, zero_centered, eps, p, block, stride, offset, z_dtype, y_dtype, w_dtype, backend = scalars
@@ -65,7 +66,7 @@ def shaped(results: Iterable[Tensor | None], shape: torch.Size) -> list[Tensor]:
 Results = Sequence[Tensor | None]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=MOST)
 def forward_of(
     shape: torch.Size, dtype: torch.dtype, device: torch.device, scalars: tuple[Any, ...]
 ) -> Callable[..., Results]:
@@ -104,7 +105,7 @@ def forward_of(
     return run
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=MOST)
 def backward_of(
     shape: torch.Size, dtype: torch.dtype, device: torch.device, scalars: tuple[Any, ...], wants: NormWants
 ) -> Callable[..., Results]:

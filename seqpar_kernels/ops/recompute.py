@@ -251,11 +251,13 @@ class _ActivationLinearReduceScatter(torch.autograd.Function):
         gate: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
+        main_grad: Tensor | None,
         activation: str,
         *place: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, gate, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.main_grad = main_grad  # not saved: other micro-batches may add to it first
         ctx.activation, ctx.place = activation, place
         y: Tensor = activation_linear_reduce_scatter.below_autograd(x, gate, weight, bias, activation, *place)
         return y
@@ -263,10 +265,49 @@ class _ActivationLinearReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        args = (dy, x, gate, weight, ctx.bias_dtype, list(needs), ctx.activation, *ctx.place)
-        out = iter(activation_linear_reduce_scatter_backward(*args))
-        return (*(next(out) if need else None for need in needs), None, *(None,) * len(ctx.place))
+        args = (dy, x, gate, weight, ctx.bias_dtype, list(ctx.needs_input_grad[:4]), ctx.activation, *ctx.place)
+        return (*activation_gradients(ctx.main_grad, *args), None, None, *(None,) * len(ctx.place))
+
+
+def activation_gradients(
+    main_grad: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    bias_dtype: torch.dtype | None,
+    wants: list[bool],
+    *args: Any,
+) -> tuple[Tensor | None, ...]:
+    """dx, dgate, dweight (None where it goes to ``main_grad``), dbias: those wanted."""
+    given = (dy, x, gate, weight, bias_dtype, wants, *args)
+    if main_grad is None or not wants[2]:
+        out, returned = activation_linear_reduce_scatter_backward(*given), wants
+    else:
+        out = activation_linear_reduce_scatter_backward_into(*given, main_grad)
+        returned = [*wants[:2], False, wants[3]]
+    found = iter(out)
+    return tuple(next(found) if want else None for want in returned)
+
+
+def _scatter_autograd(
+    x: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str, *place: Any
+) -> Tensor:
+    return activation_linear_reduce_scatter_into(None, x, gate, weight, bias, activation, *place)
+
+
+def activation_linear_reduce_scatter_into(
+    main_grad: Tensor | None,
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    *place: Any,
+) -> Tensor:
+    """The op with the gradient of its weight added to ``main_grad``; not traceable if there is one."""
+    out: Tensor = _ActivationLinearReduceScatter.apply(x, gate, weight, bias, main_grad, activation, *place)
+    return out
 
 
 @without_autocast
@@ -278,7 +319,12 @@ def _scatter_backward_kernel(
     bias_dtype: torch.dtype | None,
     wants: list[bool],
     activation: str,
-    *place: Any,
+    group: str,
+    seq_dim: int,
+    seq_len: int,
+    chunks: int,
+    engine: str,
+    main_grad: Tensor | None = None,
 ) -> list[Tensor]:
     want_dx, want_dgate, want_dw, want_db = wants
     want_da = want_dx or want_dgate
@@ -288,9 +334,11 @@ def _scatter_backward_kernel(
     else:
         activated = activate(gate, None, activation)
         a = activated * x if want_dw else x
-    out = linear_scatter.linear_reduce_scatter_backward.below_autograd(
-        dy, a, weight, bias_dtype, want_da, want_dw, want_db, *place
-    )
+    args = (dy, a, weight, bias_dtype, want_da, want_dw, want_db, group, seq_dim, seq_len, chunks, engine)
+    if main_grad is None:
+        out = linear_scatter.linear_reduce_scatter_backward.below_autograd(*args)
+    else:
+        out = linear_scatter.linear_reduce_scatter_backward_into.below_autograd(*args, main_grad)
     if not want_da:
         return out
     da, *rest = out
@@ -310,10 +358,15 @@ def _scatter_backward_fake(
     bias_dtype: torch.dtype | None,
     wants: list[bool],
     activation: str,
-    *place: Any,
+    group: str,
+    seq_dim: int,
+    seq_len: int,
+    chunks: int,
+    engine: str,
+    main_grad: Tensor | None = None,
 ) -> list[Tensor]:
     out = [x.new_empty(x.shape) for want in wants[:2] if want]
-    if wants[2]:
+    if wants[2] and main_grad is None:
         out.append(weight.new_empty(weight.shape))
     if wants[3]:
         out.append(weight.new_empty(weight.shape[0], dtype=bias_dtype))
@@ -343,13 +396,24 @@ activation_linear_reduce_scatter = register(
     f"{PLACE}) -> Tensor",
     _scatter_kernel,
     _scatter_fake,
-    _ActivationLinearReduceScatter.apply,
+    _scatter_autograd,
+)
+
+_SCATTER_BACKWARD = (
+    "Tensor dy, Tensor x, Tensor? gate, Tensor weight, ScalarType? bias_dtype, bool[] wants, str activation, " + PLACE
 )
 
 #: Returns the wanted ones among dx, dgate, dweight, dbias.
 activation_linear_reduce_scatter_backward = register(
-    "activation_linear_reduce_scatter_backward(Tensor dy, Tensor x, Tensor? gate, Tensor weight, "
-    f"ScalarType? bias_dtype, bool[] wants, str activation, {PLACE}) -> Tensor[]",
+    f"activation_linear_reduce_scatter_backward({_SCATTER_BACKWARD}) -> Tensor[]",
+    _scatter_backward_kernel,
+    _scatter_backward_fake,
+    None,
+)
+
+#: The same with dweight, if wanted, added to main_grad.
+activation_linear_reduce_scatter_backward_into = register(
+    f"activation_linear_reduce_scatter_backward_into({_SCATTER_BACKWARD}, Tensor(a!) main_grad) -> Tensor[]",
     _scatter_backward_kernel,
     _scatter_backward_fake,
     None,

@@ -2,175 +2,209 @@
 
 A shape that differs between ranks makes NCCL hang and gloo abort the process. So the first time a rank meets an op
 signature it says so in the group's store and waits until the others have met it too: all go on, or all raise. Later
-calls cost a set look-up. A rank that fails its own argument checks says that too, so that its peers do not wait for it.
-
-Every op on a group has a place: the epoch of the group and the number of the op in it, the same on all ranks. A rank
-that has waited long for a transfer says at which place it stands and reads where the others stand: two ranks with
-different ops at one place will never meet, and both raise. A rank that fails in the midst of an op breaks the epoch,
-which ranks that wait for it find in the store; the next op of each rank begins a new epoch together with the others.
-Places are part of the tags of messages, so nothing left over from a broken epoch is taken for something newer.
+calls cost a look-up. A rank that fails says that too, so that its peers do not wait for it. The rules are those of
+:mod:`.protocol`: what is counted, what is said, and what may be concluded from it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 import weakref
-import zlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from . import alive, protocol
+from .protocol import DONE, HINT, LEFT, MOST_GENERATIONS, MOST_KINDS, RUNNING, STUCK, WAITING, Register, Ticket
 from .schedule import Transfer
 
-T = TypeVar("T")
-K = TypeVar("K")
-V = TypeVar("V")
+__all__ = ["PATIENCE_SECONDS", "Agreement", "Ticket", "agreement_of", "checked_together", "failure", "per_group"]
 
-# What a rank says of itself: waiting for the others to meet a signature, running, failed its checks, stuck in a
-# transfer. A status is one of these letters, the rank's place, a blank and a text.
-_WAITING, _RUNNING, _FAILED, _STUCK = "W", "R", "F", "S"
-# A rank that failed may have caught its error and be on its way: so long its peers wait before they believe it.
+T = TypeVar("T")
+
+# A rank that refused a call which is no step may have caught its error and be on its way: so long its peers wait.
 _GRACE_SECONDS = 2.0
 #: Who has waited longer than this for a transfer asks the others where they are.
 PATIENCE_SECONDS = 1.0
 
 
-class Ticket(NamedTuple):
-    """One op of one group: its signature, and its place among all ops of the group."""
-
-    signature: str
-    epoch: int
-    number: int
-
-    @property
-    def place(self) -> str:
-        return f"{self.epoch}.{self.number}"
-
-    @property
-    def tag(self) -> int:
-        """31 bits that tell this op's messages from those of others."""
-        return zlib.crc32(f"{self.place} {self.signature}".encode()) & 0x7FFFFFFF
-
-
-class _Status(NamedTuple):
-    letter: str
-    place: str
-    text: str
-
-    @property
-    def epoch(self) -> int:
-        return int(self.place.split(".")[0] or 0)
-
-
 class Agreement:
-    """The signatures the ranks of one group have agreed on so far, and the place where this rank stands."""
+    """What the ranks of one group have agreed on so far, and the step where this rank stands."""
 
     def __init__(self, group: ProcessGroup):
         store = group.get_group_store() if hasattr(group, "get_group_store") else None
         if store is None:
             store = dist.PrefixStore(group.group_name, dist.distributed_c10d._get_default_store())
-        self._store = dist.PrefixStore("seqpar", store)
+        store = dist.PrefixStore("seqpar", store)
         self._rank, self._ranks = group.rank(), group.size()
+        # A store may outlive a group, and another of the same name find what its ranks have said.
+        self._store = dist.PrefixStore(str(store.add(f"groups/{self._rank}", 1)), store)
         self.timeout = _timeout_of(group)
-        self._known: set[str] = set()
-        self._latest = "nothing"
-        self._failed = False
-        self._epoch = self._number = 0
-        self._broken: str | None = None
         self.conversions = 0  # how often parallelize has been called on this group
+        self._step = 0  # the last one that was begun or refused
+        self._epoch, self._met, self._generation, self._since = 1, 0, 0, 0
+        self._kinds: dict[str, int] = {}  # signatures met in this epoch
+        self._hinted = self._meeting = False
+        self._done = ""  # why no call can succeed any more
+        self._why = ""  # this rank left its last epoch
+        self._told_epoch = 1  # the epoch of this rank that certainly stands in the store
+        self._changing = threading.RLock()  # a watch may leave an epoch on behalf of a thread that waits
+        self._calls = threading.Lock()  # held from the begin of a step to its end
+        self._caller: tuple[int, str] | None = None  # the thread and the signature of the step that is under way
+        self._nested = 0
+        self._seen: set[str] = set()
+        self.publish("who", alive.identity())
 
     def begin(self, signature: str) -> Ticket:
-        """:meth:`require`, and the op's place among those of the group."""
-        self.require(signature)
-        self._number += 1
-        return Ticket(signature, self._epoch, self._number)
-
-    def require(self, signature: str) -> None:
-        """Return when every rank is about to run ``signature``; asks once.
+        """The next step, once every rank is about to run ``signature``. :meth:`end` or :meth:`give_up` must follow.
 
         Raises:
-            RuntimeError: another rank runs something else, failed its checks, or did not come within the time-out.
+            RuntimeError: another rank runs something else, failed its checks, or did not come within the time-out;
+                another thread of this process is amid a step.
         """
-        self._latest = signature
-        if self._broken is not None:
-            self._start_afresh()
-        if signature in self._known and not self._failed:
-            return
-        self._failed = False
-        if signature in self._known:
-            self._say(_RUNNING, signature)
-            return
-        self._store.set(self._key(signature, self._rank), "1")
-        self._say(_WAITING, signature)
+        if self._calls.acquire(False):
+            self._caller = (threading.get_ident(), signature)
+        else:
+            self._enter_beside(signature)
         try:
-            self._meet(signature)
-        except BaseException as error:
-            with contextlib.suppress(Exception):
-                self._store.delete_key(self._key(signature, self._rank))
-            self.fail(str(error))  # not waiting any more
+            while True:
+                kind = self._kinds.get(signature)
+                if kind is None or self._hinted or self._done:
+                    kind = self._arrive(signature, self._step + 1)
+                with self._changing:
+                    if self._kinds.get(signature) == kind:  # a watch has not ended the epoch meanwhile
+                        self._step += 1
+                        return Ticket(signature, self._epoch, self._step, self._generation, kind)
+        except BaseException:
+            self._release()
             raise
-        self._say(_RUNNING, signature)
-        self._known.add(signature)
 
-    def fail(self, reason: str) -> None:
-        """Tell peers that wait for us in :meth:`require` why this rank will not come."""
-        with contextlib.suppress(Exception):  # the original error matters more than the store's
-            self._failed = True
-            self._say(_FAILED, reason)
+    def end(self) -> None:
+        """The step that was begun last has succeeded."""
+        self._release()
 
     def give_up(self, ticket: Ticket, error: BaseException) -> None:
-        """This rank failed in the midst of an op: peers that wait for it hear why, and the epoch is over."""
-        self.note_break(ticket, f"rank {self._rank} failed in {ticket.signature}: {type(error).__name__}: {error}")
+        """The step of ``ticket`` has failed: peers that wait for this rank hear why, and the epoch is over."""
+        try:
+            reason = f"rank {self._rank} failed in {ticket.signature}: {type(error).__name__}: {error}"
+            self.note_break(ticket, reason)
+            _mark_told(error)
+        finally:
+            self._release()
+
+    def require(self, signature: str) -> None:
+        """Return when every rank is about to do what ``signature`` says; asks once an epoch. No step by itself.
+
+        Raises:
+            RuntimeError: as :meth:`begin`.
+        """
+        if signature not in self._kinds or self._hinted or self._done:
+            amid = self._caller is not None and self._caller[0] == threading.get_ident()
+            self._arrive(signature, self._step + (not amid))
+
+    def fail(self, reason: str, *, step: bool = True) -> None:
+        """This rank will not make the call that its peers make or are about to make.
+
+        Args:
+            reason: for the peers.
+            step: whether the call would have been a step. The peers' raises then, whatever they know. Else only those
+                hear of it that wait for this rank in a meeting.
+        """
+        with contextlib.suppress(Exception):  # the original error matters more than the store's
+            if step:
+                self._leave(self._step + 1, f"rank {self._rank} refused its arguments: {reason}")
+            else:
+                self._hinted = True
+                self._say(HINT, self._step + 1, reason)
+
+    def stop(self, error: BaseException) -> None:
+        """The code around the calls of this rank has failed with ``error``: the next call of its peers raises too."""
+        if not getattr(error, "_seqpar_told", False):
+            with contextlib.suppress(Exception):
+                reason = f"rank {self._rank} stopped before its next op: {type(error).__name__}: {error}"
+                self._leave(self._step + 1, reason)
+                _mark_told(error)
+
+    def go_on(self, steps: int, reason: str) -> None:
+        """All ranks call this after a failure; ``steps``: the most that one of them has begun. They meet again."""
+        self._leave(steps + 1, reason)
 
     def note_break(self, ticket: Ticket, reason: str) -> None:
-        """The epoch of ``ticket`` is over because of ``reason``, which was found while this rank waits in it."""
-        if ticket.epoch == self._epoch and self._broken is None:
-            self._break(reason)
+        """The step of ``ticket`` cannot succeed because of ``reason``."""
+        with self._changing:
+            if ticket.epoch == self._epoch:
+                self._leave(ticket.number, reason)
 
     def suspect(self, ticket: Ticket) -> str | None:
-        """Where the others stand, for a rank that has waited long in ``ticket``: why the wait is in vain, if it is."""
-        broken = self.cause_of_break(ticket.epoch)
-        if broken is not None:
-            return broken
-        self._say(_STUCK, ticket.signature, ticket.place)
-        for rank in range(self._ranks):
-            if rank == self._rank:
-                continue
-            status = self._status(rank)
-            # Where a rank waits for what we have met already, it does not wait for us.
-            elsewhere = status.letter == _STUCK or (status.letter == _WAITING and status.text not in self._known)
-            if status.place == ticket.place and status.text != ticket.signature and elsewhere:
-                return f"the ranks disagree: {self._both(ticket.signature, rank, status.text)}"
-        return None
+        """Tell the others that ``ticket`` waits. Why the wait is in vain, if it is."""
+        with self._changing:
+            if ticket.epoch == self._epoch and not self._meeting:  # on a GPU the host may be further on
+                self._say(STUCK, ticket.number, ticket.signature)
+        return self.void(ticket)
+
+    def void(self, ticket: Ticket) -> str | None:
+        """Why nothing that comes for ``ticket`` may be believed; None where all is well or may only be slow."""
+        if ticket.epoch == self._epoch:
+            for rank in self._others():
+                theirs = self._where(rank)
+                verdict = protocol.stuck(ticket, self._met, theirs)
+                if verdict.kind != "wait":
+                    assert theirs is not None
+                    reason = self._reason(verdict.kind, ticket.signature, rank, theirs, amid=True)
+                    self.note_break(ticket, reason)
+                    break
+        return self._why if ticket.epoch != self._epoch else None
+
+    def connection_lost(self, reason: str) -> None:
+        """No call on this group can succeed any more: gloo closes all connections of a rank when one is lost."""
+        with contextlib.suppress(Exception), self._changing:
+            if not self._done:
+                self._done = reason
+                self._say(DONE, self._step, reason)
 
     @property
-    def broken(self) -> bool:
-        """Whether this rank knows that the present epoch is over."""
-        return self._broken is not None
+    def steps(self) -> int:
+        """How many calls that communicate this rank has begun, or was refused."""
+        return self._step
 
     @property
     def epoch(self) -> int:
+        """That of this rank: another after every failure."""
         return self._epoch
 
-    def cause_of_break(self, epoch: int) -> str | None:
-        """What broke ``epoch``; None where nothing is known to have done so."""
-        key = f"broken/{epoch}"
-        return self._store.get(key).decode() if self._store.check([key]) else None
+    @property
+    def unsettled(self) -> bool:
+        """Whether this rank has left an epoch and does not know yet that all others have."""
+        return not self._met and self._epoch > 1 and not self._done
+
+    @property
+    def told_epoch(self) -> int:
+        """That of this rank in the eyes of the others."""
+        return self._told_epoch
 
     def publish(self, key: str, text: str) -> None:
         """For the eyes of the peers: :meth:`read` it there."""
         self._store.set(f"{key}/{self._rank}", text)
 
     def read(self, key: str, rank: int) -> str:
-        """What ``rank`` has published under ``key``; "" for nothing."""
+        """What ``rank`` has published under ``key``; "" for nothing. Keys are never taken away."""
         key = f"{key}/{rank}"
-        return self._store.get(key).decode() if self._store.check([key]) else ""
+        if key not in self._seen:
+            if not self._store.check([key]):
+                return ""
+            self._seen.add(key)
+        return self._store.get(key).decode()
+
+    def register(self, rank: int) -> Register | None:
+        """Where ``rank`` says it stands."""
+        return Register.of(self.read("status", rank))
 
     def share(self, name: str, text: str | None) -> str:
         """Rank 0's ``text`` on every rank; the others pass None and wait for it.
@@ -181,104 +215,199 @@ class Agreement:
         if text is not None:
             self._store.set(name, text)
             return text
-        try:
-            self._store.wait([name], self.timeout)
-        except Exception as error:
-            raise RuntimeError(
-                f"rank 0 did not reach its first op on this group within the time-out of {self.timeout}, or is gone; "
-                f"the others plan with its {name}"
-            ) from error
+        start, pause = time.monotonic(), 0.0002
+        while not self._store.check([name]):
+            waited = time.monotonic() - start
+            if waited > self.timeout.total_seconds() or (waited > PATIENCE_SECONDS and self._gone(0)):
+                raise RuntimeError(
+                    f"rank 0 did not reach its first op on this group within the time-out of {self.timeout}, or is "
+                    f"gone; the others plan with its {name}"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
         shared: str = self._store.get(name).decode()
         return shared
 
     def diagnose(self, peer: int) -> str:
-        """After a failed transfer: what ``peer`` says it was doing, if it still says anything."""
+        """After a failed transfer: what ``peer`` was doing, as far as can be heard."""
         try:
-            self.publish("failed", self._latest)
-            key = f"failed/{peer}"
-            self._store.wait([key], timedelta(seconds=2))
-            return f"rank {peer} was in {self._store.get(key).decode()}"
+            if self._gone(peer):
+                return f"the process of rank {peer} has ended"
+            said = self.register(peer)
+            return f"the last that rank {peer} said: {said.text}" if said else f"rank {peer} never said anything"
         except Exception:
-            return f"rank {peer} gave no sign of life"
+            return f"rank {peer} gave no sign of life, nor did the store"
 
-    def _start_afresh(self) -> None:
-        """Begin a new epoch, with all ranks, after something broke the last one."""
-        reason, signature = self._broken, f"a fresh start after epoch {self._epoch}"
-        self._epoch, self._number, self._failed = self._epoch + 1, 0, False
-        self._store.set(self._key(signature, self._rank), "1")
-        self._say(_WAITING, signature)
+    def _arrive(self, signature: str, step: int) -> int:
+        """Meet the others at ``signature``. Its number, alike on all ranks."""
+        if self._done:
+            raise RuntimeError(f"{signature}: this group cannot be used any more, make a new one: {self._done}")
+        if self._hinted:
+            self._hinted = False
+            self._say(RUNNING, step, "")
+        if signature in self._kinds:
+            return self._kinds[signature]
+        self._meeting = True
         try:
-            self._meet(signature)
+            generation, epoch = self._meet(signature, step)
+            if not self._met and generation >= MOST_GENERATIONS:
+                raise RuntimeError(f"{signature}: this group has failed and gone on {generation} times: make a new one")
         except BaseException as error:
-            self._epoch -= 1
-            raise RuntimeError(f"this group stopped when {reason}; the ranks did not start afresh: {error}") from error
-        self._broken = None
-        self._say(_RUNNING, signature)
-        self._known.add(signature)
+            with contextlib.suppress(Exception):  # where it has not been left for a reason of its own
+                self._leave(self._step + (step > self._step), f"rank {self._rank}: {error}")
+                _mark_told(error)
+            raise
+        finally:
+            self._meeting = False
+        with self._changing:
+            if self._epoch != epoch:
+                raise RuntimeError(f"{signature}: {self._why}")
+            self._generation = generation
+            self._met, self._since = self._met + 1, 0
+            if len(self._kinds) >= MOST_KINDS:  # on every rank in the same meeting
+                self._kinds.clear()
+            self._kinds[signature] = number = len(self._kinds)
+            return number
 
-    def _meet(self, signature: str) -> None:
-        """Poll until all peers have said ``signature``, or what they say shows that they never will."""
-        missing = [rank for rank in range(self._ranks) if rank != self._rank]
-        start, pause = time.monotonic(), 0.0002
-        failed_since: dict[int, float] = {}
-        while True:
-            missing = [rank for rank in missing if not self._store.check([self._key(signature, rank)])]
-            if not missing:
-                return
-            broken = self.cause_of_break(self._epoch)
-            if broken is not None:
-                self._broken = broken
-                raise RuntimeError(f"{signature}: the ranks will not meet, {broken}")
+    def _meet(self, signature: str, step: int) -> tuple[int, int]:
+        """Poll until all peers have come, or what they say shows that they never will. The generation and epoch."""
+        generation = self._generation
+        try:
+            mine = self._say(WAITING, step, signature)
+        except Exception as error:
+            self._done = f"the store in which its ranks meet is gone: {type(error).__name__}: {error}"
+            raise RuntimeError(f"{signature}: {self._done}") from error
+        missing, hinted_since = self._others(), dict[int, float]()
+        start = looked = time.monotonic()
+        pause = 0.0002
+        while missing:
+            if self._epoch != mine.epoch:  # another thread's call was refused
+                raise RuntimeError(f"{signature}: {self._why}")
             now = time.monotonic()
-            for rank in missing:
-                status = self._status(rank)
-                if status.letter == _FAILED:
-                    if now - failed_since.setdefault(rank, now) > _GRACE_SECONDS:
-                        raise RuntimeError(
-                            f"rank {rank} refused its arguments while this rank came to {signature}: {status.text}"
-                        )
+            for rank in missing[:]:
+                theirs = self._where(rank)
+                verdict = protocol.meeting(mine, theirs)
+                if verdict.kind == "hint":
+                    if now - hinted_since.setdefault(rank, now) <= _GRACE_SECONDS:
+                        continue
+                elif verdict.kind in ("wait", "met"):
+                    hinted_since.pop(rank, None)
+                    if verdict.kind == "met" and theirs is not None:
+                        missing.remove(rank)
+                        if not mine.met:  # who waits here is still of an earlier one
+                            begun = theirs.generation + (theirs.met == 0)
+                            generation = max(generation, begun, mine.generation + 1)
                     continue
-                failed_since.pop(rank, None)
-                # A rank that has met us meanwhile may be further on: its key came before what it says now.
-                if status.epoch != self._epoch or self._store.check([self._key(signature, rank)]):
-                    continue
-                if status.letter == _WAITING and status.text != signature and status.text not in self._known:
-                    raise RuntimeError(
-                        f"the ranks disagree, nothing was sent: {self._both(signature, rank, status.text)}"
-                    )
-                if status.letter == _STUCK and status.place == f"{self._epoch}.{self._number + 1}":
-                    self._break(f"the ranks disagree: {self._both(signature, rank, status.text)}")
-                    raise RuntimeError(self._broken)
+                assert theirs is not None
+                if verdict.kind == "follow":
+                    with self._changing:
+                        self._step, self._epoch = theirs.epoch - 1, theirs.epoch
+                    return self._meet(signature, theirs.epoch)
+                reason = self._reason(verdict.kind, signature, rank, theirs)
+                self._leave(step, reason)
+                if reason.startswith(("the ranks disagree", f"rank {rank} refused")):
+                    raise RuntimeError(f"{reason}; this rank came to {signature}")
+                raise RuntimeError(f"{signature}: the ranks will not meet, {reason}")
+            if not missing:
+                break
+            if now - looked > PATIENCE_SECONDS / 2:
+                looked = now
+                for rank in missing:
+                    if self._gone(rank):
+                        self.connection_lost(f"the process of rank {rank} has ended")
+                        raise RuntimeError(f"{signature}: rank {rank} is gone, {self._done}")
             if now - start > self.timeout.total_seconds():
-                last = self._status(missing[0]).text or "nothing"
-                raise RuntimeError(
-                    f"{signature}: rank {missing[0]} did not reach this op within the time-out of {self.timeout}, "
-                    f"or is gone; the last that was heard of it: {last}"
-                )
+                self._give_up_waiting(signature, step, missing[0])
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
+        return generation, mine.epoch
 
-    def _both(self, signature: str, rank: int, other: str) -> str:
-        return "; ".join(f"rank {who}: {what}" for who, what in sorted([(self._rank, signature), (rank, other)]))
+    def _give_up_waiting(self, signature: str, step: int, rank: int) -> NoReturn:
+        last = self.register(rank)
+        text = (
+            f"{signature}: rank {rank} did not reach this op within the time-out of {self.timeout}, or is gone; "
+            f"the last that was heard of it: {last.text if last else 'nothing'}"
+        )
+        if not self._met:  # nothing has begun: a rank that comes late may follow to the next epoch
+            self._since = self._since or step
+            self._leave(step, text, keep_since=True)
+        raise RuntimeError(text)
 
-    def _break(self, reason: str) -> None:
-        self._broken = reason
-        with contextlib.suppress(Exception):
-            if self.cause_of_break(self._epoch) is None:  # the first to fail knows the cause
-                self._store.set(f"broken/{self._epoch}", reason)
+    def _leave(self, step: int, reason: str, *, keep_since: bool = False) -> None:
+        """Raise in ``step``: stand before the next, in the epoch that begins with it. Once for each ``step``."""
+        with self._changing:
+            if step < self._epoch:
+                return  # left already
+            self._step = max(self._step, step)
+            self._epoch, self._met = self._step + 1, 0
+            self._kinds.clear()
+            self._hinted = False
+            self._since = self._since if keep_since else 0
+            self._why = reason
+            if self._done:
+                return
+            with contextlib.suppress(Exception):  # a store that is gone has nothing to tell
+                self.publish("why", reason)
+                self._say(LEFT, self._epoch, "")
+                self._store.get(f"status/{self._rank}")  # a set returns before it is done, a get does not
+                self._told_epoch = self._epoch
 
-    @staticmethod
-    def _key(signature: str, rank: int) -> str:
-        return f"{zlib.crc32(signature.encode()):08x}-{len(signature)}/{rank}"
+    def _reason(self, kind: str, signature: str, rank: int, theirs: Register, amid: bool = False) -> str:
+        """In words; ``amid``: this rank is in a transfer."""
+        if kind == "done":
+            self.connection_lost(theirs.text)
+            return theirs.text
+        if kind == "left":
+            return self.read("why", rank) or f"rank {rank} has failed"
+        if kind == "hint":
+            return f"rank {rank} refused its arguments: {theirs.text}"
+        both = sorted([(self._rank, signature), (rank, theirs.text)])
+        sent = "" if amid or theirs.letter == STUCK else ", nothing was sent"
+        return f"the ranks disagree{sent}: " + "; ".join(f"rank {who}: {what}" for who, what in both)
 
-    def _say(self, letter: str, text: str, place: str = "") -> None:
-        # A rank that waits for a signature stands before its next op.
-        self.publish("status", f"{letter}{place or f'{self._epoch}.{self._number + 1}'} {text}")
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self._ranks) if rank != self._rank]
 
-    def _status(self, rank: int) -> _Status:
-        said = self.read("status", rank)
-        place, _, text = said[1:].partition(" ")
-        return _Status(said[:1], place, text)
+    def _where(self, rank: int) -> Register | None:
+        """:meth:`register`; without the store there is no way to go on."""
+        try:
+            return self.register(rank)
+        except Exception as error:
+            self._done = self._done or f"the store in which its ranks meet is gone: {type(error).__name__}: {error}"
+            return Register(DONE, 0, 0, 0, 0, 0, self._done)
+
+    def _gone(self, rank: int) -> bool:
+        return alive.ended(self.read("who", rank))
+
+    def _say(self, letter: str, step: int, text: str) -> Register:
+        with self._changing:
+            said = Register(letter, self._epoch, step, self._met, self._generation, self._since, text)
+            self.publish("status", said.to_text())
+            return said
+
+    def _enter_beside(self, signature: str) -> None:
+        """A step is under way: it may be one of this thread's, around this one."""
+        caller = self._caller
+        if caller is not None and caller[0] == threading.get_ident():
+            self._nested += 1
+            return
+        amid = caller[1] if caller is not None else "another op"
+        error = RuntimeError(
+            f"group: two threads use one group at once: {amid} is under way in one while another came to {signature}. "
+            f"Ranks could not tell their messages apart; give each thread a group of its own (dist.new_group), or let "
+            f"one thread wait for the other"
+        )
+        self._leave(self._step + 1, f"rank {self._rank}: {error}")
+        _mark_told(error)
+        raise error
+
+    def _release(self) -> None:
+        if self._nested:
+            self._nested -= 1
+            return
+        self._caller = None
+        if self._calls.locked():
+            self._calls.release()
 
 
 def _timeout_of(group: ProcessGroup) -> timedelta:
@@ -294,6 +423,9 @@ def _timeout_of(group: ProcessGroup) -> timedelta:
     return dist.default_pg_timeout
 
 
+_making = threading.RLock()
+
+
 def per_group(make: Callable[[ProcessGroup], T]) -> Callable[[ProcessGroup], T]:
     """``make(group)``, once for each group of this process; forgotten with the group."""
     made: weakref.WeakKeyDictionary[ProcessGroup, T] = weakref.WeakKeyDictionary()
@@ -302,22 +434,13 @@ def per_group(make: Callable[[ProcessGroup], T]) -> Callable[[ProcessGroup], T]:
     def of(group: ProcessGroup) -> T:
         found = made.get(group)
         if found is None:
-            found = made[group] = make(group)
+            with _making:  # two threads may come at once
+                found = made.get(group)
+                if found is None:
+                    found = made[group] = make(group)
         return found
 
     return of
-
-
-class Remembered(dict[K, V]):
-    """What was worked out for kinds of calls. Lengths that never come again must not fill memory: a full one starts
-    anew."""
-
-    MOST = 1024
-
-    def __setitem__(self, kind: K, found: V) -> None:
-        if len(self) >= self.MOST:
-            self.clear()
-        super().__setitem__(kind, found)
 
 
 @per_group
@@ -335,12 +458,23 @@ def failure(rank: int, ticket: Ticket, doing: str, transfer: Transfer, cause: st
     )
 
 
+def _mark_told(error: BaseException) -> None:
+    """The peers know of it: it is not to be counted again on its way up."""
+    with contextlib.suppress(AttributeError):
+        error._seqpar_told = True  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
-def checked_together(group: ProcessGroup | None) -> Iterator[None]:
-    """Around argument checks: an error raised inside reaches the peers that wait for this rank."""
+def checked_together(group: ProcessGroup | None, *, step: bool = True) -> Iterator[None]:
+    """Around argument checks: an error raised inside reaches the peers that wait for this rank.
+
+    ``step``: whether the call that is checked communicates; the peers' call of the same step then raises too.
+    """
     try:
         yield
     except Exception as error:
-        if group is not None and not torch.compiler.is_compiling():
-            agreement_of(group).fail(f"{type(error).__name__}: {error}")
+        told = getattr(error, "_seqpar_told", False)
+        if group is not None and not told and not torch.compiler.is_compiling():
+            agreement_of(group).fail(f"{type(error).__name__}: {error}", step=step)
+            _mark_told(error)
         raise

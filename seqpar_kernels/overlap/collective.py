@@ -6,9 +6,7 @@ With NCCL the send and the receive of one post are one coalesced group, in the s
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,7 +15,7 @@ from torch.distributed import ProcessGroup
 from .agreement import Ticket, agreement_of, failure
 from .schedule import Transfer
 from .transport import Message, Room
-from .watch import Blocked, Watch, watch_of
+from .watch import Doing, Watch, watch_of
 
 _SMALL_BYTES = 1 << 16
 
@@ -35,7 +33,7 @@ class CollectiveTransport:
 class CollectiveSession:
     """One op's works, by transfer.
 
-    The tag is a digest of the op's signature and place: where tags are matched (gloo), messages of ops that do not
+    The tag tells the step and what was agreed on for it: where tags are matched (gloo), messages of ops that do not
     belong together never meet, so that a mismatch ends in an error on both sides, not in an abort of the process or in
     a wrong result.
     """
@@ -44,6 +42,7 @@ class CollectiveSession:
         self._group = group
         self._ticket = ticket
         self._watch: Watch | None = None
+        self._doubtful = False  # the peers were told of a wait: a dummy may come
         self._arrivals: dict[Transfer, tuple[Message, dist.Work]] = {}
         self._departures: list[tuple[Message, dist.Work]] = []  # a buffer must outlive its send
 
@@ -93,7 +92,7 @@ class CollectiveSession:
             self._watch.abandoned += [*self._arrivals.values(), *self._departures]
         agreement_of(self._group).give_up(self._ticket, error)
 
-    def _wait(self, message: Message, work: dist.Work, doing: Literal["receiving", "sending"]) -> None:
+    def _wait(self, message: Message, work: dist.Work, doing: Doing) -> None:
         """On CPU until the bytes have moved; on CUDA until the current stream will wait for them."""
         transfer, watch = message.transfer, self._watch
         peer = transfer.source if doing == "receiving" else transfer.target
@@ -101,21 +100,27 @@ class CollectiveSession:
             if watch is None:
                 work.wait()
                 return
-            watch.blocked = Blocked(self._ticket, doing, peer, message.buffer.nbytes, time.monotonic())
+            watch.begin(self._ticket, doing, peer, message.buffer.nbytes)
             try:
                 work.wait()
             finally:
-                watch.blocked = None
+                self._doubtful |= watch.end(agreement_of(self._group))
         except RuntimeError as error:
             raise self._failure(doing, transfer, error) from error
-        verdict = watch.verdict(self._ticket)
-        if verdict is not None:
-            raise failure(self._group.rank(), self._ticket, doing, transfer, verdict)
+        if self._doubtful:
+            void = agreement_of(self._group).void(self._ticket)
+            if void is not None:
+                raise failure(self._group.rank(), self._ticket, doing, transfer, void)
 
     def finish(self) -> None:
         self.drain()
+        agreement_of(self._group).end()
 
     def _failure(self, doing: str, transfer: Transfer, error: RuntimeError) -> RuntimeError:
+        agreement = agreement_of(self._group)
         peer = transfer.source if doing == "receiving" else transfer.target
-        cause = f"{agreement_of(self._group).diagnose(peer)}. {type(error).__name__}: {error}"
-        return failure(self._group.rank(), self._ticket, doing, transfer, cause)
+        cause = f"{agreement.diagnose(peer)}. {type(error).__name__}: {error}"
+        failed = failure(self._group.rank(), self._ticket, doing, transfer, cause)
+        if self._watch is not None:
+            agreement.connection_lost(str(failed))
+        return failed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -42,8 +42,11 @@ class Figures(NamedTuple):
             raise ValueError(f"expected the figures {', '.join(names)}")
         for name in names[:-1]:
             value, least = found[name], 0.0 if name.endswith("_seconds") else 1.0
-            if type(value) not in (int, float) or not math.isfinite(value) or value < least:
-                raise ValueError(f"{name}: expected a finite number from {least:g} up, got {value!r}")
+            # An int may be larger than any float; compared with floats, ints need not fit into one.
+            if type(value) not in (int, float) or not least <= value <= sys.float_info.max:
+                shown = f"an int of {value.bit_length()} bits" if isinstance(value, int) and value > 10**40 else value
+                raise ValueError(f"{name}: expected a finite number from {least:g} up, got {shown!r}")
+            found[name] = float(value)
         if not isinstance(found["source"], str):
             raise ValueError(f"source: expected a text, got {found['source']!r}")
         return Figures(**found)

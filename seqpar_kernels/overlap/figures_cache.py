@@ -69,7 +69,13 @@ def load(place: Place) -> tuple[Figures | None, str]:
         return Figures.from_json(json.dumps(found["figures"])), ""
     except FileNotFoundError:
         return None, "never tuned here"
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home directory
+    except (
+        OSError,
+        ValueError,
+        ArithmeticError,
+        RecursionError,
+        RuntimeError,
+    ) as error:  # RuntimeError: no home directory
         return None, f"{file if 'file' in locals() else 'the cache'} is damaged or unreadable: {error}"
 
 

@@ -15,6 +15,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from ..environment import flag
+
 _NAME = b"gloo_tcp_loop"
 
 
@@ -23,9 +25,9 @@ def calm_gloo() -> int:
 
     Another system, a sandbox or SEQPAR_CALM_GLOO=0 may stand against it: then nothing happens, and no op fails for it.
     """
-    calmed = 0
+    calmed, wanted = 0, flag("SEQPAR_CALM_GLOO", default=True)
     with contextlib.suppress(Exception):
-        if os.environ.get("SEQPAR_CALM_GLOO") == "0" or os.readlink("/proc/self") != str(os.getpid()):
+        if not wanted or os.readlink("/proc/self") != str(os.getpid()):
             return 0  # not wanted; or /proc numbers threads otherwise than the system does
         for comm in Path("/proc/self/task").glob("*/comm"):
             with contextlib.suppress(OSError):  # it has ended

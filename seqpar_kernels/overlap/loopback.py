@@ -364,6 +364,7 @@ class LoopbackSession:
 
     def finish(self) -> None:
         self.drain()
+        agreement_of(self._group).end()
 
     def abort(self, error: BaseException) -> None:
         agreement_of(self._group).give_up(self._ticket, error)

@@ -157,17 +157,21 @@ class PeerTransport:
         self._half_bytes = 0
         self._free: list[Event | None] = [None, None]  # when the peers have pulled the last of either half
         self._next = 0
-        self._epoch = 0
+        self._epoch: int | None = None  # of the last op
         self._counts: Counter[tuple[str, int]] = Counter()
 
     def session(self, signature: str, room: Room) -> PeerSession:
         ticket = self.agreement.begin(signature)
         nbytes = room.nbytes()
-        if ticket.epoch != self._epoch:
-            self._allocate(self._half_bytes, f"workspace of epoch {ticket.epoch}")  # signals of the last one are lost
+        try:
+            if self._epoch not in (None, ticket.epoch):  # signals of the last one are lost
+                self._allocate(self._half_bytes, f"workspace of epoch {ticket.epoch}")
             self._epoch = ticket.epoch
-        if nbytes > self._half_bytes:
-            self.reserve(nbytes, signature)
+            if nbytes > self._half_bytes:
+                self.reserve(nbytes, signature)
+        except BaseException as error:
+            self.agreement.give_up(ticket, error)
+            raise
         half, self._next = self._next, 1 - self._next
         free, self._free[half] = self._free[half], None
         if self.device.capturing():  # which began on a device at rest; what it does not know it does not capture
@@ -278,6 +282,7 @@ class PeerSession:
         if device.capturing():  # the captured streams join the one that captures
             for stream in (transport.sending, transport.pulling, transport.settling):
                 device.wait(device.current(), device.record(stream))
+        transport.agreement.end()
 
     def abort(self, error: BaseException) -> None:
         self._transport.agreement.give_up(self._ticket, error)

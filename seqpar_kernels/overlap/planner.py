@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..caches import MOST
+from ..environment import flag, positive_int
 from ..layout import SequenceShard
 from .figures import Figures
 from .schedule import chunk_weights
@@ -237,7 +238,7 @@ _SPECIAL = {
 
 def wanted(engine: str) -> bool:
     """Whether ``engine="auto"`` is to take ``engine`` where it can; it stays with what has known figures otherwise."""
-    return os.environ.get(_SPECIAL[engine].variable, "0") not in ("", "0")
+    return flag(_SPECIAL[engine].variable)
 
 
 #: Read once, when the package is imported.
@@ -269,7 +270,7 @@ def rather(special: str, settled: Plan, engine: str, obstacle: str) -> Plan:
     return settled._replace(engine=special, reason=f"{settled.reason}; by {means}: {asked}")
 
 
-_remembered_plan = functools.lru_cache(4096)(_plan)
+_remembered_plan = functools.lru_cache(MOST)(_plan)
 
 
 # --- the workspace bound ---------------------------------------------------------------------------------------------
@@ -333,13 +334,7 @@ def _chunks_of(bound: int, work: Work, alive: int) -> int:
 
 
 def _initial_bound() -> None:
-    text = os.environ.get(_ENVIRONMENT)
-    if text is None:
-        return
-    try:
-        set_max_workspace_bytes(int(text))
-    except ValueError:
-        raise ValueError(f"{_ENVIRONMENT}: expected a positive number of bytes, got {text!r}") from None
+    set_max_workspace_bytes(positive_int(_ENVIRONMENT, "bytes"))
 
 
 _initial_bound()

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, ParamSpec
 
+from ..caches import MOST
 from ..layout import SequenceShard, split_point
 
 Stage = Literal["matmul", "dgrad", "wgrad", "reduce"]
@@ -151,7 +152,7 @@ _Arguments = ParamSpec("_Arguments")
 def _remembered(build: Callable[_Arguments, list[Step]]) -> Callable[_Arguments, Schedule]:
     """Building one takes longer than a small matmul, and layers ask for the same few. Nobody changes one."""
 
-    @functools.lru_cache(1024)
+    @functools.lru_cache(MOST)
     @functools.wraps(build)
     def schedule(*args: _Arguments.args, **options: _Arguments.kwargs) -> Schedule:
         return Schedule(build(*args, **options))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .agreement import Remembered, per_group
+from ..caches import Remembered
+from .agreement import per_group
 from .labels import describe, listening, span
 from .pipeline import Kind, Partials, transport_of
 from .planner import max_workspace_bytes

@@ -16,6 +16,15 @@ int64_t norm_backward_workspace(const NormBackward&) {
 Status reduce_shards(const ReduceShards&, int) {
     return Status::unsupported;
 }
+Status attention_forward(const AttentionForward&, int) {
+    return Status::unsupported;
+}
+Status attention_backward(const AttentionBackward&, int) {
+    return Status::unsupported;
+}
+Status attention_merge(const AttentionMerge&, int) {
+    return Status::unsupported;
+}
 int64_t stream_beyond(int64_t bytes) {
     return bytes;
 }

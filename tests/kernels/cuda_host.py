@@ -31,6 +31,7 @@ def _sources() -> list[Path]:
         *sorted(CUDA.glob("*.cpp")),
         *sorted(SHIM.glob("*.cpp")),
         ROOT / "csrc/bindings.cpp",
+        ROOT / "csrc/bindings_attention.cpp",
     ]
 
 

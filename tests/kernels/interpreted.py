@@ -11,9 +11,6 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 300
@@ -42,24 +39,6 @@ class Interpreted:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
-
-
-def round_as_a_gpu_does() -> None:
-    """The interpreter truncates fp32 to bf16 and loses the carry into the exponent of e4m3; hardware rounds."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    as_torch = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
-    original = interpreter._convert_float
-
-    def convert(source: Any, source_type: Any, target_type: Any, mode: Any) -> Any:
-        if source_type != tl.float32 or target_type not in as_torch:
-            return original(source, source_type, target_type, mode)
-        rounded = torch.tensor(source).to(as_torch[target_type])
-        bits = torch.int16 if target_type == tl.bfloat16 else torch.int8
-        return rounded.view(bits).numpy().view(f"uint{8 * rounded.element_size()}")
-
-    interpreter._convert_float = convert
 
 
 def main(cases: dict[str, Callable[[], None]]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from interpreted import main, round_as_a_gpu_does
+from interpreted import main
 
 from tests.oracle import assert_within_budget
 
@@ -415,6 +415,5 @@ def multiply_as_a_gpu_does() -> None:
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
-    round_as_a_gpu_does()
     multiply_as_a_gpu_does()
     main(CASES)

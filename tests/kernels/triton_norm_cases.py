@@ -16,7 +16,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from interpreted import main, round_as_a_gpu_does
+from interpreted import main
 
 from seqpar_kernels.kernels import reference
 from seqpar_kernels.kernels.spec import NormKind, NormOutputs, NormSpec, NormWants, RowMap, dropout_scale
@@ -411,7 +411,6 @@ def _poisoning(run: Callable[[], None]) -> Callable[[], None]:
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
-    round_as_a_gpu_does()
     from seqpar_kernels.kernels import triton_norm
 
     assert triton_norm.unavailable(torch.device("cpu")) is None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from interpreted import main, round_as_a_gpu_does
+from interpreted import main
 from triton_gemm_cases import multiply_as_a_gpu_does, tiles
 
 CASES: dict[str, Callable[[], None]] = {}
@@ -168,7 +168,6 @@ def take_turns() -> None:
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
-    round_as_a_gpu_does()
     multiply_as_a_gpu_does()
     tiles(16, 16, 16)
     take_turns()

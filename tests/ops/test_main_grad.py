@@ -252,11 +252,20 @@ def test_several_weights_want_several_buffers() -> None:
     assert torch.equal(sp.all_gather_linear(x, [w], group=None, main_grad=[None])[0], F.linear(x, w))
 
 
-def test_no_recomputed_activation() -> None:
-    x, w, main_grad = torch.randn(2, 4, K), torch.randn(N, K), torch.zeros(N, K)
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_recomputed_activation(gated: bool) -> None:
+    torch.manual_seed(0)
+    x, w, gate = torch.randn(2, 4, K), torch.randn(N, K, requires_grad=True), torch.randn(2, 4, K) if gated else None
     for fn in (sp.linear_reduce_scatter, sp.linear_reduce_scatter_dropout_add_norm):
-        with pytest.raises(ValueError, match="main_grad: expected None together with activation='gelu'"):
-            fn(x, w, group=None, activation="gelu", main_grad=main_grad)  # type: ignore[operator]
+        main_grad = torch.ones(N, K)
+        sums = []
+        for buffer in (None, main_grad):
+            out = fn(x, w, group=None, activation="gelu", gate=gate, main_grad=buffer)  # type: ignore[operator]
+            out = out if isinstance(out, Tensor) else out[0]
+            (dw,) = torch.autograd.grad(out.square().sum(), w, allow_unused=buffer is not None)
+            sums.append(dw)
+        assert sums[1] is None
+        torch.testing.assert_close(main_grad, 1 + sums[0])
 
 
 def recipe_case() -> None:
@@ -291,10 +300,6 @@ def block_case(recompute_activation: bool) -> None:
     for linear in linears:
         linear.accumulate_into_main_grad, linear.weight.grad = True, None
         linear.weight.main_grad = torch.zeros_like(linear.weight)  # type: ignore[assignment]
-    if recompute_activation:
-        with pytest.raises(ValueError, match="main_grad: expected None together with activation="):
-            block(x)
-        return
     block(x).square().sum().backward()
     assert len(linears) >= 4
     for linear, grad in zip(linears, expected, strict=True):

@@ -1,0 +1,131 @@
+"""One rank of ``bench guards``: the same model with all guards and without, their training steps in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import seqpar_kernels as sp
+from examples import demo_run
+
+from .errors import BenchError
+from .guards import here
+from .linear_rank import rounds
+from .timing import Effort
+
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """One guard, and how a model is made without it.
+
+    Attributes:
+        name: one of :data:`bench.guards.GUARDS`.
+        converting: around ``parallelize``.
+        checked: called with the model after its first forward.
+    """
+
+    name: str
+    converting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    checked: Callable[[nn.Module], None] = lambda model: None
+
+
+@contextlib.contextmanager
+def _without_comparison() -> Iterator[None]:
+    """Models that are converted inside do not compare their batches between the ranks."""
+    variable = "SEQPAR_COMPARE_RANKS"
+    before = os.environ.get(variable)
+    os.environ[variable] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def _stop_watching(model: nn.Module) -> None:
+    """Take what was checked for checked, whatever becomes of the model; hooks that watch modules are taken off."""
+    watch = model._seqpar.watch  # type: ignore[union-attr]
+    watch.unchecked = lambda key: key not in watch._checked
+    for module in model.modules():
+        for number, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "__qualname__", "").startswith("Watch."):
+                del module._forward_pre_hooks[number]
+
+
+GUARDS = (
+    Guard("the comparison of the ranks", converting=_without_comparison),
+    Guard("the watch for changes", checked=_stop_watching),
+)
+
+
+def run(job: dict[str, Any], group: dist.ProcessGroup, step: Step) -> dict[str, Any]:
+    """``job`` as made by :mod:`bench.guards`; returns start and end (ns) of every step, by provider."""
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    guards = [guard for guard in GUARDS if guard.name in here()]
+    providers = {"ours": [], **{f"ours, without {guard.name}": [guard] for guard in guards}}
+    if len(guards) > 1:
+        providers["ours, without all guards"] = guards
+    batch, sequence, hidden, layers = job["size"]
+    sizes = demo_run.Job(group.size(), 0, batch, sequence, hidden, layers, device=device, folder="")
+    ids = demo_run.batch(sizes, 0)
+    runners: dict[str, Callable[[], object]] = {}
+    losses: dict[str, float] = {}
+    for name, off in providers.items():
+        step(f"convert: {name}")
+        model = _converted(job["model"], sizes, group, ids, off)
+        torch.manual_seed(demo_run.SEED)
+        losses[name] = demo_run.own_loss(model, ids).item()
+        runners[name] = _training_step(torch.compile(model) if job["compiled"] else model, ids)
+    if len(set(losses.values())) > 1:  # a guard only looks on
+        raise BenchError(f"the loss depends on the guards: {losses}")
+    step("time")
+    cpu: dict[str, list[float]] = {name: [] for name in runners}
+    timed = {name: _with_cpu_time(runner, cpu[name]) for name, runner in runners.items()}
+    times = rounds(timed, Effort(**job["effort"]), group, device)
+    return {"times": times, "cpu": {name: cpu[name][-len(spans) :] for name, spans in times.items()}}
+
+
+def _with_cpu_time(run: Callable[[], object], found: list[float]) -> Callable[[], None]:
+    """``run``, and what each call cost the calling thread, in milliseconds."""
+
+    def timed() -> None:
+        start = time.thread_time_ns()
+        run()
+        found.append((time.thread_time_ns() - start) / 1e6)
+
+    return timed
+
+
+def _converted(name: str, sizes: demo_run.Job, group: dist.ProcessGroup, ids: Tensor, off: list[Guard]) -> nn.Module:
+    with contextlib.ExitStack() as stack:
+        for guard in off:
+            stack.enter_context(guard.converting())
+        model = sp.parallelize(demo_run.build_model(name, sizes, demo_run.DROPOUT), group)
+        model.loss_type = "ForCausalLM"  # GPT-2's names none, and torch.compile breaks where it warns of that
+        demo_run.own_loss(model, ids).backward()  # the check of the first forward
+    for guard in off:
+        guard.checked(model)
+    return model
+
+
+def _training_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=demo_run.LEARNING_RATE)
+
+    def step() -> None:
+        demo_run.own_loss(model, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

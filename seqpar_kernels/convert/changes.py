@@ -1,0 +1,277 @@
+"""Notices that a converted model is no longer what its first forward was checked with.
+
+A cheap fingerprint of the model (modules, hooks, forwards, parameters and what of them is trained) is compared at every
+eager forward: where it changed, the next forward is checked again. What it cannot show, a Python flag that brings other
+modules or parameters into play or leaves out the place where the sequence is cut, is caught where it happens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
+from operator import attrgetter, is_not, itemgetter, methodcaller
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules import module as module_hooks
+from torch.nn.modules.dropout import _DropoutNd
+
+from .presented import Parameters
+from .shard_check import ShardCheck
+
+_forward, _parameters = methodcaller("get", "forward"), itemgetter("_parameters")
+_kind, _trained = attrgetter("__class__"), attrgetter("requires_grad")
+_is_there = partial(is_not, None)
+
+
+class Fingerprint:
+    """What a check of ``model`` depends on."""
+
+    def __init__(self, model: nn.Module):
+        self._modules = list(model.modules())
+        self._dicts = [vars(module) for module in self._modules]
+        self._sharded = any(isinstance(module, FSDPModule) for module in self._modules)
+        self._dropouts = [vars(module) for module in self._modules if isinstance(module, _DropoutNd)]
+        self._classes = list({type(module) for module in self._modules})
+        self._held = [p for d in self._dicts for p in dict.values(d["_parameters"])]  # ids are taken again
+        self._children = [d["_modules"] for d in self._dicts]
+        self._hooks = [d[kind] for d in self._dicts for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        self._hooks += [module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks]
+        self._state = self._now()
+
+    def same(self) -> bool:
+        """Whether nothing has changed since."""
+        return self._state == self._now()
+
+    def _now(self) -> list[Any]:
+        dicts = self._dicts
+        params = list(map(_parameters, dicts))  # model.to puts others in place
+        values = list(chain.from_iterable(map(dict.values, params)))
+        return [
+            list(chain.from_iterable(map(dict.values, self._children))),
+            list(chain.from_iterable(self._hooks)),
+            list(map(_forward, dicts)),
+            list(map(_kind, self._modules)),
+            [kind.forward for kind in self._classes],
+            list(chain.from_iterable(map(dict.keys, params))),
+            [] if self._sharded else list(map(id, values)),  # fully_shard puts others in place in every forward
+            list(map(_trained, filter(_is_there, values))),
+            [d["p"] for d in self._dropouts],
+        ]
+
+
+class _Accessed(dict[str, Any]):
+    """The parameters of a module that came later, as they are."""
+
+    accessed: Callable[[str, Any], Any]
+
+    def __getitem__(self, name: str) -> Any:
+        param = super().__getitem__(name)
+        return None if param is None else self.accessed(name, param)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
+def report_access(module: nn.Module, accessed: Callable[[str, Any], Any]) -> None:
+    """Let ``module`` be given ``accessed(name, parameter)`` whenever it takes a parameter of its own."""
+    if not isinstance(module._parameters, Parameters):
+        module.__dict__["_parameters"] = _Accessed(module._parameters)
+    module._parameters.accessed = accessed  # type: ignore[attr-defined]
+
+
+class Watch:
+    """Where a forward of a converted model stands, and what has come into play since it was checked.
+
+    ``stage`` is None outside of a forward, "whole" before the sequence is cut, "cut", and "whole again".
+    """
+
+    def __init__(self, model: nn.Module, owned: dict[nn.Module, tuple[str, str]], cuts: list[str], gathers: list[str]):
+        self._model, self._owned = model, owned
+        self._cuts, self._gathers = cuts, gathers
+        self.stage: str | None = None
+        self.training = self.checking = False  # checking: a check is under way, which sees more than this
+        self._cut_by: set[str] = set()  # in this forward
+        self._cut_again: set[str] = set()  # more than once, and found right
+        self._checked: set[Any] = set()
+        self._fingerprint: Fingerprint | None = None
+        self._entered: dict[bool, set[str]] = {}  # by training: kinds of modules called where the sequence was cut
+        self._used: set[Any] = set()  # parameters outside the plan that were used there, by id and name
+        self._read: set[str] = set()  # and those that a module took at least
+        self._guarded: set[nn.Module] = set()
+        self._ends_cut: dict[bool, bool] = {}
+        fed_shards = {name for name, style in owned.values() if style not in ("tensor_parallel", "own_parameters")}
+        for name, module in _beside(model, cuts, fed_shards):
+            module.register_forward_pre_hook(self._reached_whole(name), prepend=True)
+
+    def unchecked(self, key: Any) -> bool:
+        """Whether a forward like ``key`` is still to be checked, of the model as it is now."""
+        if self._fingerprint is not None and not self._fingerprint.same():
+            self._checked.clear()
+            self._fingerprint = None
+        return key not in self._checked
+
+    def begin(self, training: bool) -> None:
+        """A forward begins."""
+        self.stage, self.training = "whole", training
+        self._cut_by.clear()
+
+    def end(self) -> None:
+        """It is over, also by an error."""
+        self.stage, self.checking = None, False
+
+    def check(self) -> None:
+        """It is checked."""
+        self._guard()
+        self.checking = True
+
+    def passed(self, key: Any, check: ShardCheck) -> None:
+        """The forward under way has been checked, and found right."""
+        entered = {_like(name) for name, module in self._model.named_modules() if module in check.entered}
+        self._entered.setdefault(self.training, set()).update(entered)
+        self._used |= check.used
+        self._ends_cut[self.training] = self.stage == "cut"
+        self._checked.add(key)
+        self._fingerprint = Fingerprint(self._model)
+
+    def cut(self, name: str) -> None:
+        """The sequence is cut at the entrance of ``name``."""
+        if self.stage is None:
+            return
+        if self.stage == "cut" and name in self._cut_by:
+            if self.checking:
+                self._cut_again.add(name)
+            elif name not in self._cut_again:
+                raise RuntimeError(f"{name}: 'scatter_input' was given a sequence shard: the plan scatters twice")
+        self._cut_by.add(name)
+        self.stage = "cut"
+
+    def gather(self, name: str) -> None:
+        """The sequence is put together behind ``name``."""
+        if self.stage == "whole" and self._cuts and not self.checking:
+            raise RuntimeError(self._skipped(name))
+        if self.stage is not None:
+            self.stage = "whole again"
+
+    def finished(self) -> None:
+        """The forward returns.
+
+        Raises:
+            RuntimeError: it returns shards.
+        """
+        if self.stage == "cut" and not self._ends_cut.get(self.training, True):
+            raise RuntimeError(
+                f"{type(self._model).__name__}: the sequence was cut, but not put together again in this forward: "
+                f"{' and '.join(self._gathers)}, where the plan says 'gather_output', took no part in it. Call it in "
+                "every forward, or say 'gather_output' at a module that every forward calls"
+            )
+
+    def _skipped(self, name: str) -> str:
+        return (
+            f"{name}: the sequence has not been cut in this forward: {' and '.join(self._cuts)}, where the plan says "
+            "'scatter_input', took no part in it (skipped, pruned or replaced). Prune before parallelize; where a "
+            "forward may skip it, say 'scatter_input' at a module that every forward calls before (a dropout behind "
+            "the embedding, say)"
+        )
+
+    def _reached_whole(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            if not torch.compiler.is_compiling() and self.stage == "whole":
+                raise RuntimeError(self._skipped(name))
+
+        return hook
+
+    def _guard(self) -> None:
+        """Watch the modules outside the plan that hold something to be trained, or drop out."""
+        handled: list[str] = []
+        for name, module in self._model.named_modules():
+            if any(name.startswith(other) for other in handled):
+                continue
+            if module in self._owned and self._owned[module][1] != "own_parameters":
+                handled.append(f"{name}.")
+            if module in self._guarded or module in self._owned or getattr(module, "sharded", None):
+                continue
+            trained = any(isinstance(p, Tensor) for p in dict.values(module._parameters))
+            if not trained and not isinstance(module, _DropoutNd):
+                continue
+            self._guarded.add(module)
+            if trained:
+                report_access(module, self._accessed(name))
+            else:
+                module.register_forward_pre_hook(self._dropped(name), prepend=True)
+
+    def _remedy(self) -> str:
+        behind = " and ".join(self._gathers)
+        left_out = f". Or has {behind}, where 'gather_output' puts the sequence together, been left out?"
+        return (
+            "Add it to the plan with a style that fits ('norm', 'sequence', 'tensor_parallel', 'dropout', or "
+            "'own_parameters' for the module that holds it), or freeze it" + (left_out if behind else "")
+        )
+
+    def _late(self) -> bool:
+        return not torch.compiler.is_compiling() and self.stage == "cut" and not self.checking
+
+    def _dropped(self, name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any) -> None:
+            if not self._late() or not (module.training and module.p > 0):
+                return
+            if _like(name) not in self._entered.get(self.training, ()):
+                what = "its mask would depend on how the sequence is cut"
+                raise RuntimeError(f"{name}: {_LATE} {what}. {self._remedy()}")
+
+        return hook
+
+    def _accessed(self, owner: str) -> Callable[[str, Any], Any]:
+        def report(name: str, param: Any) -> Any:
+            if torch.compiler.is_compiling() or self.stage != "cut":
+                return param
+            full = f"{owner}.{name}" if owner else name
+            if self.checking:
+                self._read.add(full)
+            elif torch.is_grad_enabled() and param.requires_grad and not self._used & {full, id(param)}:
+                error = f"{full}: {_LATE} {_PARTIAL}. {self._remedy()}"
+                if full not in self._read:
+                    raise RuntimeError(error)
+                if type(param) is nn.Parameter:  # taken in every forward, and not used so far
+                    param = param.view_as(param)
+                    param.register_hook(_refusal(error))
+            return param
+
+        return report
+
+
+def _refusal(error: str) -> Callable[[Tensor], None]:
+    def hook(grad: Tensor) -> None:
+        raise RuntimeError(error)
+
+    return hook
+
+
+def _like(name: str) -> str:
+    """The same for a module of every block: blocks may be skipped, also in the forward that was checked."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+_LATE = "comes into play where the sequence is cut, for the first time since the forward that was checked:"
+_PARTIAL = "its gradient would be a different part of the sum on every rank"
+
+
+def _beside(model: nn.Module, cuts: list[str], planned: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that are or hold one of ``planned``, and do not hold a place where the sequence is cut."""
+
+    def below(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for child, inner in module.named_children():
+            name = f"{prefix}.{child}" if prefix else child
+            if name in cuts or not any(f"{other}.".startswith(f"{name}.") for other in planned):
+                continue
+            holds = any(cut.startswith(f"{name}.") for cut in cuts)
+            if holds or isinstance(inner, (nn.ModuleList, nn.ModuleDict)):
+                yield from below(name, inner)
+            else:
+                yield name, inner
+
+    return below("", model) if cuts else iter(())

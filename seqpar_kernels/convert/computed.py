@@ -1,0 +1,383 @@
+"""What is computed from listed parameters (a penalty on weights, say), with the gradient that the whole model has.
+
+Some operators of DTensor have another gradient when a tensor is cut: ``mse_loss`` divides by the size of a part, so
+that the gradient is too large by the number of ranks, in silence. And no placement says how unequal packed
+sections lie. So functions of listed parameters are not DTensor's: those that treat elements one by one run on the
+parts, sums over all elements are summed over the ranks, and every other is given the whole tensors, gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.placement_types import Placement
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from ..nn.sharding import full_tensor
+from .cut import Cut
+from .cut_tensor import cut_tensor
+
+
+def names(text: str) -> frozenset[str]:
+    """Words."""
+    return frozenset(text.split())
+
+
+#: Functions of one element, or of elements in the same place, by the names under which torch has them.
+_BY_ELEMENT = names(
+    """abs absolute neg negative positive exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square pow float_power
+    reciprocal sign sgn sin cos tan tanh sigmoid relu softplus gelu silu erf clamp clamp_min clamp_max clip
+    mul multiply add sub subtract rsub div divide true_divide maximum minimum lerp addcmul addcdiv
+    clone detach contiguous to cpu cuda float double half bfloat16 nan_to_num
+    isfinite isnan isinf gt lt ge le eq ne logical_not logical_and logical_or where"""
+) | names(
+    "__abs__ __neg__ __pos__ __pow__ __rpow__ __mul__ __rmul__ __add__ __radd__ __sub__ __rsub__ __truediv__ "
+    "__rtruediv__ __div__ __rdiv__ __gt__ __lt__ __ge__ __le__ __eq__ __ne__"
+)
+_AS = frozenset({"view_as", "reshape_as", "expand_as"})
+_NORMS = frozenset({"norm", "vector_norm", "linalg_vector_norm", "linalg_norm"})
+#: Of the shape of a tensor, not of its values: DTensor's own are right.
+_LIKE = frozenset({"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"})
+#: Attributes of tensors that are computed from them, and have gradients.
+VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
+#: What says something of a tensor, or changes it, and has no gradient.
+_NOT_COMPUTED = _LIKE | names(
+    """__set__ __delete__ __setitem__ __reduce_ex__ __reduce__ __repr__ __format__ __hash__ __deepcopy__ __dir__ size
+    dim ndimension numel nelement stride storage_offset __len__ element_size is_floating_point is_complex
+    is_signed is_contiguous is_neg is_conj _is_view result_type is_shared is_pinned is_inference is_same_size
+    is_set_to get_device data_ptr storage untyped_storage type retain_grad register_hook
+    register_post_accumulate_grad_hook share_memory_ has_names new new_zeros new_ones new_empty new_full
+    new_tensor"""
+)
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """``mul`` of torch.mul and Tensor.mul; the attribute's name where ``func`` gets one."""
+    name = str(getattr(func, "__name__", ""))
+    return str(getattr(func.__self__, "__name__", "")) if name == "__get__" else name  # type: ignore[attr-defined]
+
+
+def is_in_place(func: Callable[..., Any]) -> bool:
+    name = str(getattr(func, "__name__", ""))
+    return (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name != "__invert__")
+
+
+def computes(func: Callable[..., Any]) -> bool:
+    """Whether what ``func`` returns may have a gradient with respect to its arguments, which stay as they are."""
+    name = str(getattr(func, "__name__", ""))
+    if name == "__get__":
+        return name_of(func) in VIEWS
+    return not is_in_place(func) and name not in _NOT_COMPUTED
+
+
+class Layout(NamedTuple):
+    """How a tensor lies on the ranks of ``mesh``; ``cut`` None: all of it on every rank."""
+
+    cut: Cut | None
+    mesh: DeviceMesh
+
+    @property
+    def group(self) -> ProcessGroup:
+        return self.mesh.get_group()
+
+    def placements(self) -> list[Placement]:
+        return [Replicate() if self.cut is None else self.cut.placement()]
+
+
+class ComputedTensor(DTensor):
+    """A DTensor that was computed from listed parameters.
+
+    ``local`` is the plain tensor behind it, as autograd knows it: this rank's part, or all of it.
+
+    Functions take it together with listed parameters, DTensors, numbers and tensors of one element that are the same on
+    every rank.
+    """
+
+    local: Tensor
+    place: Layout
+
+    @staticmethod
+    def of(local: Tensor, layout: Layout) -> ComputedTensor:
+        if layout.cut is not None and layout.cut.spec is None:
+            layout = Layout(None, layout.mesh)
+        size: dict[str, Any] = {}
+        if layout.cut is not None:
+            stride = torch.empty(layout.cut.shape, device="meta").stride()
+            size = {"shape": layout.cut.shape, "stride": stride}
+        facade = DTensor.from_local(local, layout.mesh, layout.placements(), run_check=False, **size)
+        facade.__class__ = ComputedTensor
+        assert isinstance(facade, ComputedTensor)
+        facade.local, facade.place = local, layout
+        return facade
+
+    def whole(self) -> Tensor:
+        """The whole tensor on every rank (a collective call where it is cut)."""
+        return self.local if self.place.cut is None else Whole.apply(self.local, self.place.cut, self.place.group)  # type: ignore[no-any-return, no-untyped-call]
+
+    def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
+        if grad_placements is not None and not all(isinstance(p, Replicate) for p in grad_placements):
+            raise NotImplementedError(f"grad_placements: expected None or Replicate, got {grad_placements}")
+        return self.whole()
+
+    def to_local(self, *, grad_placements: Any = None) -> Tensor:
+        if grad_placements is not None and list(grad_placements) != self.place.placements():
+            raise NotImplementedError(
+                f"grad_placements: expected None or {self.place.placements()}, got {grad_placements}"
+            )
+        return self.local
+
+    def redistribute(
+        self, device_mesh: DeviceMesh | None = None, placements: Sequence[Placement] | None = None, **options: Any
+    ) -> DTensor:
+        if placements is None or list(placements) == self.place.placements():
+            return self
+        whole = ComputedTensor.of(self.whole(), Layout(None, self.place.mesh))
+        if all(isinstance(placement, Replicate) for placement in placements):
+            return whole
+        with torch._C.DisableTorchFunctionSubclass():
+            return DTensor.redistribute(whole, device_mesh, placements, **options)
+
+    def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
+        """``hook`` is given the gradient of ``local``."""
+        return self.local.register_hook(hook)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.autograd.grad:
+            return autograd_grad(*args, **kwargs)
+        if func is Tensor.backward:
+            return Tensor.backward(*tree_map(plain, args), **tree_map(plain, kwargs))
+        if is_in_place(func) and args and isinstance(args[0], ComputedTensor):
+            return _in_place(func, args, kwargs)
+        if is_in_place(func) and args and not isinstance(args[0], DTensor):  # loss += penalty
+            return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        if name_of(func) == "data":
+            return ComputedTensor.of(args[0].local.detach(), args[0].place)
+        if computes(func):
+            return compute(func, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+def plain(value: Any) -> Any:
+    """The whole tensor, as autograd knows it, of one that was computed."""
+    return value.whole() if isinstance(value, ComputedTensor) else value
+
+
+def compute(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``func`` of listed parameters and of what was computed from them, among others."""
+    name = name_of(func)
+    if name in _AS and len(args) == 2:  # asks the second for its shape alone
+        return getattr(Tensor, name.removesuffix("_as"))(args[0], args[1].shape)
+    leaves, spec = tree_flatten((args, kwargs))
+    values = [_computed(leaf) if isinstance(leaf, DTensor) else leaf for leaf in leaves]
+    mesh = next(value.place.mesh for value in values if isinstance(value, ComputedTensor))
+    _check_plain(func, values)
+    found_cuts = [value.place.cut for value in values if isinstance(value, ComputedTensor)]
+    cuts = [cut for cut in dict.fromkeys(found_cuts) if cut is not None]
+    values = [_like_a_part(value, cuts) for value in values]
+    if len(cuts) == 1 and kwargs.get("out") is None:
+        cut = cuts[0]
+        layout = Layout(cut, mesh)
+        if name in _BY_ELEMENT and all(_fits(value, cut) for value in values):
+            parts = [_part(value, layout) for value in values]
+            args, kwargs = tree_unflatten(parts, spec)
+            return ComputedTensor.of(func(*args, **kwargs), layout)
+        found = _over_all(name, values, args, kwargs, layout)
+        if found is not None:
+            return ComputedTensor.of(found, Layout(None, mesh))
+    args, kwargs = tree_unflatten([plain(value) for value in values], spec)
+    out = func(*args, **kwargs)
+    return tree_map(lambda t: ComputedTensor.of(t, Layout(None, mesh)) if isinstance(t, Tensor) else t, out)
+
+
+def _computed(value: DTensor) -> ComputedTensor:
+    """A listed parameter, or any DTensor, as autograd knows it."""
+    if isinstance(value, ComputedTensor):
+        return value
+    cut, mesh = getattr(value, "cut", None), value.device_mesh
+    if mesh.ndim > 1:
+        raise NotImplementedError(
+            f"a function of parameters of a parallelized model was given a DTensor on a mesh of {mesh.ndim} "
+            "dimensions: give it full_tensor() of each"
+        )
+    if cut is not None:
+        return ComputedTensor.of(getattr(value, "part", value._local_tensor), Layout(cut, mesh))
+    if all(isinstance(placement, Replicate) for placement in value.placements):
+        return ComputedTensor.of(value.to_local(), Layout(None, mesh))
+    return _Other.of(value)
+
+
+class _Other(ComputedTensor):
+    """A DTensor of which nothing is known but its placements: made like a parameter (``zeros_like``), or of the user's.
+    Beside a part of its shape and placements it is a part (:func:`_like_a_part`); else it is gathered."""
+
+    source: DTensor
+
+    @staticmethod
+    def of(value: DTensor) -> _Other:  # type: ignore[override]
+        out = value.view_as(value)
+        out.__class__ = _Other
+        assert isinstance(out, _Other)
+        out.source, out.local, out.place = value, value.to_local(), Layout(None, value.device_mesh)
+        return out
+
+    def whole(self) -> Tensor:
+        return self.source.full_tensor()
+
+
+def _check_plain(func: Callable[..., Any], values: list[Any]) -> None:
+    for value in values:
+        if isinstance(value, Tensor) and not isinstance(value, DTensor) and value.numel() != 1:
+            raise ValueError(
+                f"{name_of(func)}: a function of parameters of a parallelized model takes DTensors, numbers and "
+                f"tensors of one element, got a plain tensor {tuple(value.shape)}: make it a "
+                "DTensor (torch.zeros_like(param), DTensor.from_local(tensor, param.device_mesh, [Replicate()])), or "
+                "give the function param.full_tensor(), which a plain tensor may meet"
+            )
+
+
+def _like_a_part(value: Any, cuts: list[Cut]) -> Any:
+    """A DTensor with placement and shape of a part is one, cut as that: what ``zeros_like`` and ``clone`` make."""
+    if isinstance(value, _Other):
+        for cut in cuts:
+            if value.shape == cut.shape and list(value.source.placements) == [cut.placement()]:
+                return ComputedTensor.of(value.local, Layout(cut, value.device_mesh))
+    return value
+
+
+def _fits(value: Any, cut: Cut) -> bool:
+    """Whether an argument of a function by element is a part cut as ``cut``, or a scalar."""
+    if not isinstance(value, Tensor):
+        return True
+    if isinstance(value, ComputedTensor) and value.place.cut is not None:
+        return value.place.cut == cut
+    return value.dim() == 0 and not isinstance(value, _Other)
+
+
+def _part(value: Any, layout: Layout) -> Any:
+    if isinstance(value, ComputedTensor):
+        return _Everywhere.apply(value.local, layout.group) if value.place.cut is None else value.local  # type: ignore[no-untyped-call]
+    return value
+
+
+def _over_all(name: str, values: list[Any], args: Any, kwargs: dict[str, Any], layout: Layout) -> Tensor | None:
+    """Sums, averages and norms over all elements of one part; None for any other function."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if len(tensors) != 1 or isinstance(tensors[0], _Other) or not tensors[0].is_floating_point():
+        return None
+    x, cut = tensors[0].local, layout.cut  # type: ignore[attr-defined]
+    assert cut is not None
+    rest = dict(kwargs)
+    for key in ("dim", "axis", "keepdim"):
+        if rest.get(key) is None or rest[key] is False:
+            rest.pop(key, None)
+    rest.pop("input", None)
+    rest.pop("self", None)
+    rest.pop("x", None)
+    more = [arg for arg in args if not isinstance(arg, Tensor)]
+    if name in ("sum", "mean") and not more and set(rest) <= {"dtype"}:
+        total = _Sum.apply(x.sum(**rest), layout.group)  # type: ignore[no-untyped-call]
+        return total if name == "sum" else total / cut.shape.numel()  # type: ignore[no-any-return]
+    if name in _NORMS and len(more) <= 1 and set(rest) <= {"p", "ord", "dtype"}:
+        order = more[0] if more else rest.get("p", rest.get("ord"))
+        if order in (None, 2, "fro") and not (name == "linalg_norm" and order == 2) and "dtype" not in rest:
+            return _Norm.apply(x, layout.group)  # type: ignore[no-any-return, no-untyped-call]
+    return None
+
+
+def _in_place(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> ComputedTensor:
+    """``total += penalty``: the tensor stands for the result from then on."""
+    target = args[0]
+    name = str(func.__name__)
+    twin = getattr(Tensor, f"__{name[3:]}" if name.startswith("__i") else name[:-1])
+    result = compute(twin, args, kwargs)
+    target.local, target.place = result.local, result.place
+    return result  # type: ignore[no-any-return]
+
+
+class Whole(torch.autograd.Function):
+    """A part to the whole tensor, of which every rank is taken to have the whole gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, cut: Cut, group: ProcessGroup) -> Tensor:
+        ctx.cut = cut
+        return part.detach().clone() if cut.spec is None else full_tensor(part, cut.spec, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad if ctx.cut.spec is None else ctx.cut.part(grad), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """Parts of a sum to the sum, of which every rank has the whole gradient: so has each part."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: ProcessGroup) -> Tensor:
+        total = part.detach().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None
+
+
+class _Everywhere(torch.autograd.Function):
+    """A scalar for use beside parts: each rank has a part of its gradient, which are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, scalar: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return scalar.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Sum.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
+
+
+class _Norm(torch.autograd.Function):
+    """The 2-norm over all ranks of parts; its gradient at zero is zero, as torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: ProcessGroup) -> Tensor:
+        total = torch.linalg.vector_norm(part.detach(), dtype=torch.promote_types(part.dtype, torch.float32)).square()
+        dist.all_reduce(total, group=group)
+        norm = total.sqrt().to(part.dtype)
+        ctx.save_for_backward(part, norm)
+        return norm
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        part, norm = ctx.saved_tensors
+        return part * torch.where(norm == 0, torch.zeros_like(norm), grad / norm), None
+
+
+def autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+    """``torch.autograd.grad`` with listed parameters and what was computed from them: autograd knows the parts."""
+    outputs, args, kwargs = tree_map(plain, (outputs, args, kwargs))
+    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    known = [t.local if isinstance(t, ComputedTensor) else getattr(t, "part", t) for t in inputs]
+    grads = torch.autograd.grad(outputs, known, *args, **kwargs)
+    found: list[Tensor | None] = []
+    for grad, t in zip(grads, inputs, strict=True):
+        if grad is None or not isinstance(t, DTensor) or not hasattr(t, "cut"):
+            found.append(
+                ComputedTensor.of(grad, t.place) if isinstance(t, ComputedTensor) and grad is not None else grad
+            )
+        elif grad.requires_grad:  # create_graph
+            found.append(ComputedTensor.of(grad, Layout(t.cut, t.device_mesh)))
+        else:
+            found.append(cut_tensor(grad, t.cut, t.device_mesh))
+    return tuple(found)

@@ -1,0 +1,139 @@
+"""Tensors that know of every rectangle of the whole that they hold: for checkpoints, files and gathering."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.placement_types import Placement
+from torch.utils._pytree import tree_map
+
+from ..layout import vocabulary_range
+from ..nn.sharding import ShardSpec, full_tensor
+from .cut import Cut
+
+#: Steps of optimizers, by element, for which DTensor has no rule.
+_FUSED = frozenset(
+    getattr(step, form)
+    for step in (torch.ops.aten._fused_sgd_, torch.ops.aten._fused_adagrad_)
+    for form in step.overloads()
+    if form != "out"
+)
+_NORMS = frozenset({torch.ops.aten.linalg_vector_norm.default, torch.ops.aten._foreach_norm.Scalar})
+
+
+def _local(value: Any) -> Any:
+    return value._local_tensor if isinstance(value, DTensor) else value
+
+
+def _never_empty(tensor: Any, value: float) -> Any:
+    """torch takes no maximum of nothing: ``value`` stands for a part without elements."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    part = tensor._local_tensor
+    part = part if part.numel() else part.new_full((1,) * part.dim(), value)
+    return DTensor(part, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
+
+
+class CutTensor(DTensor):
+    """A DTensor that tells torch.distributed.checkpoint of every rectangle it holds; a DTensor knows of one only."""
+
+    cut: Cut
+    _chunks: list[tuple[ChunkStorageMetadata, Tensor]]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func in _FUSED:
+            return func(*tree_map(_local, args), **tree_map(_local, kwargs or {}))
+        if func in _NORMS and len(args) > 1 and args[1] in (math.inf, -math.inf):
+            args = tree_map(functools.partial(_never_empty, value=0.0 if args[1] > 0 else math.inf), args)
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self._local_tensor)
+        return [
+            WriteItem(
+                MetadataIndex(fqn, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
+            )
+            for chunk, _ in self._chunks
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [chunk for chunk, _ in self._chunks]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return next(view for chunk, view in self._chunks if chunk.offsets == index.offset)
+
+    def redistribute(
+        self, device_mesh: DeviceMesh | None = None, placements: Sequence[Placement] | None = None, **options: Any
+    ) -> DTensor:
+        """As DTensor's, and right where sections are unequal: from there to the whole only, as ``full_tensor`` does."""
+        if not self.cut.unequal or placements is None or tuple(placements) == self.placements:
+            return super().redistribute(device_mesh, placements, **options)
+        if self.device_mesh.ndim > 1 or not all(isinstance(p, Replicate) for p in placements):
+            raise NotImplementedError(
+                f"redistribute: expected Replicate on the tensor-parallel mesh, of packed sections {self.cut.spec}, "
+                f"got {placements}; use full_state_dict"
+            )
+        assert self.cut.spec is not None
+        whole = full_tensor(self._local_tensor, self.cut.spec, self.device_mesh.get_group())
+        return DTensor.from_local(whole, self.device_mesh, placements, run_check=False)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As a DTensor, which ``torch.load`` takes by default, where one says all that there is to say."""
+        if self.cut.unequal:
+            return super().__reduce_ex__(protocol)
+        return DTensor(self._local_tensor.detach(), self._spec, requires_grad=False).__reduce_ex__(protocol)  # type: ignore[call-arg]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CutTensor:
+        memo[id(self)] = copy = for_checkpoint(self, self.cut, self._local_tensor.detach().clone())
+        return copy
+
+
+# What a file of a state_dict names; with these torch.load reads it by default (weights_only=True).
+torch.serialization.add_safe_globals([CutTensor, Cut, ShardSpec, ChunkStorageMetadata])
+
+
+def cut_tensor(part: Tensor, cut: Cut, mesh: DeviceMesh, first_row: int = 0) -> CutTensor:
+    """``part`` as the piece of a whole tensor that it is, for checkpoints."""
+    out: CutTensor = CutTensor(part.detach(), dtensor_spec(part, cut, mesh), requires_grad=False)  # type: ignore[call-arg]
+    out.cut, out._chunks = cut, cut.chunks(part.detach(), first_row)
+    return out
+
+
+def dtensor_spec(part: Tensor, cut: Cut, mesh: DeviceMesh) -> Any:
+    stride = torch.empty(cut.shape, device="meta").stride()
+    placements = [cut.placement()]
+    return DTensor.from_local(part.detach(), mesh, placements, run_check=False, shape=cut.shape, stride=stride)._spec
+
+
+def first_row_of(param: DTensor, part_rows: int) -> int:
+    """Where the rows that FSDP left on this rank begin, in this rank's part of ``part_rows`` rows."""
+    mesh = param.device_mesh
+    if mesh.ndim != 2:
+        return 0
+    ranks, rank = mesh.size(0), mesh.get_local_rank(0)
+    return vocabulary_range(part_rows, ranks, rank)[0]
+
+
+def for_checkpoint(tensor: DTensor, cut: Cut, part: Tensor | None = None) -> CutTensor:
+    """A parameter, or optimizer state like it, as the rectangles of the whole tensor that this rank holds.
+
+    ``part`` may hold the values in place of the local tensor of ``tensor``.
+    """
+    part = tensor._local_tensor.detach() if part is None else part
+    rows = cut.part_shape()[0] if cut.shape else 0
+    out: CutTensor = CutTensor(part, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
+    out.cut, out._chunks = cut, cut.chunks(part, first_row_of(tensor, rows))
+    return out

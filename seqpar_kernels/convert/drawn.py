@@ -1,0 +1,87 @@
+"""Random initialisation of a listed parameter: the whole tensor is drawn, as on one rank, and cut."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_DRAWS = frozenset(
+    {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "geometric_", "log_normal_", "cauchy_"}
+)
+#: By these a function of torch.nn.init makes the tensors in which it tries numbers out: DTensors, that draw apart.
+_MADE = frozenset({"empty_like", "new_empty", "zeros_like", "rand_like", "randn_like"})
+
+
+def listed_to_draw(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """The tensor that ``func`` fills with random numbers; None where it does nothing of that kind.
+
+    Raises:
+        RuntimeError: it is a step of a function of torch.nn.init that would draw another distribution or the same part
+            on every rank (orthogonal_, trunc_normal_).
+    """
+    name = getattr(func, "__name__", "")
+    if name in _MADE:
+        if args and (hasattr(args[0], "part") or cut_behind(args[0]) is not None):
+            _refuse_step(sys._getframe(2))  # what called __torch_function__
+        return None
+    if name.endswith("_") and getattr(func, "__module__", "") == "torch.nn.init":
+        return args[0] if args else kwargs.get("tensor")
+    if name in _DRAWS and not (torch.is_grad_enabled() and args[0].requires_grad):  # else torch refuses it
+        return args[0]
+    return None
+
+
+def _refuse_step(caller: FrameType) -> None:
+    if caller.f_globals.get("__name__") == "torch.nn.init":
+        raise RuntimeError(
+            f"torch.nn.init.{caller.f_code.co_name.removeprefix('_no_grad_')}: takes no listed parameter of a "
+            "parallelized model, of which each rank holds a part: initialise before parallelize, with "
+            "model.apply(...) of the module that holds it, or a whole tensor that load_state_dict then cuts"
+        )
+
+
+def cut_behind(part: Any) -> Any:
+    """The listed parameter of a plain one that is a part of it; None for other tensors."""
+    listed = getattr(part, "_seqpar_presented", None)
+    return None if listed is None or listed.cut.spec is None else listed
+
+
+class DrawsWhole(TorchFunctionMode):
+    """Inside, random numbers that a module's plain parameter is filled with are those of the whole one, cut."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        drawn = listed_to_draw(func, args, kwargs)
+        listed = cut_behind(drawn)
+        if listed is None:
+            out = func(*args, **kwargs)
+            if func is Tensor.data.__get__ and cut_behind(args[0]) is not None:  # type: ignore[attr-defined]
+                out._seqpar_presented = args[0]._seqpar_presented
+            return out
+        if getattr(func, "__module__", "") != "torch.nn.init":  # it has looked at the shape of the part by now
+            _refuse_step(sys._getframe(1))
+        draw_whole(func, listed, args, kwargs)
+        return drawn
+
+
+@torch.no_grad()
+def draw_whole(func: Callable[..., Any], listed: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """``func`` on a tensor of the whole shape, of which ``listed`` (a PresentedParameter) keeps this rank's part.
+
+    DTensor's own random functions draw from this rank's generator for the part, on CPU ranks the same part on each.
+    """
+    whole = torch.empty(listed.cut.shape, dtype=listed.part.dtype, device=listed.part.device)
+    if args:
+        func(whole, *args[1:], **kwargs)
+    else:
+        func(**{**kwargs, "tensor": whole})
+    listed.part.copy_(whole if listed.cut.spec is None else listed.cut.part(whole))
+    return listed

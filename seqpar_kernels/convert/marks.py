@@ -1,0 +1,124 @@
+"""What the check of a first forward writes on tensors: what they are, and where their rows or features are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .foreign import see
+
+MARK = "_seqpar_shard"
+_ROWS = "_seqpar_rows"
+_FEATURES = "_seqpar_features"
+
+
+class Kind(Enum):
+    """What a marked tensor is; tensors without a mark are whole and the same on every rank."""
+
+    SHARD = "a sequence shard"
+    PARTS = "a tensor-parallel tensor"  # this rank's heads or features, or a whole tensor used for them alone
+    COPIED = "a whole tensor whose gradient is summed over the ranks"  # may meet both of the others
+
+
+#: Mark of what is computed from parameters whose gradients the conversion sums over the ranks.
+OWNED = object()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a sequence shard are: element i of the flattened tensor is of row ``i // inner % count``."""
+
+    count: int
+    inner: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """Where a tensor-parallel tensor holds features that colwise has cut, not yet viewed as heads.
+
+    ``sections``: the sizes, on this rank, of what is packed along ``dim``; ``whole``: features on all ranks.
+    """
+
+    dim: int
+    sections: tuple[int, ...]
+    whole: int
+    layer: str
+
+    @property
+    def size(self) -> int:
+        return sum(self.sections)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A tensor in which the rows of a shard (or the features of one rank) have been mixed, or some picked out."""
+
+    why: str  # a clause that ends a sentence, with the statement
+
+
+@dataclass(frozen=True)
+class Local:
+    """A tensor made from the length of a shard."""
+
+    statement: str
+
+
+def mark(value: Any, kind: Any) -> None:
+    """Say of every tensor in ``value`` what it is.
+
+    A Kind, Mixed, Local, OWNED, the name of the parameter it was computed from, or None: whole.
+    """
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
+            setattr(leaf, MARK, kind)
+            vars(leaf).pop(_ROWS, None)
+            vars(leaf).pop(_FEATURES, None)
+            if not isinstance(kind, str):
+                see(leaf)
+
+
+def mark_of(value: Any) -> Any:
+    return getattr(value, MARK, None)
+
+
+def kind_of(value: Any) -> Kind | None:
+    found = getattr(value, MARK, None)
+    if isinstance(found, Kind):
+        return found
+    return Kind.COPIED if getattr(value, "_seqpar_copied", False) else None
+
+
+def is_shard(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and kind_of(leaf) is Kind.SHARD for leaf in tree_leaves(value))
+
+
+def place_rows(shard: Tensor, rows: Rows) -> None:
+    setattr(shard, _ROWS, rows)
+
+
+def rows_of(shard: Tensor, seq_dim: int) -> Rows:
+    """Those that were noted; else those of a shard as it enters a module."""
+    found = getattr(shard, _ROWS, None)
+    return found if isinstance(found, Rows) else usual_rows(shard, seq_dim)
+
+
+def usual_rows(shard: Tensor, seq_dim: int) -> Rows:
+    """With the sequence at ``seq_dim``."""
+    dim = min(seq_dim % shard.dim() if -shard.dim() <= seq_dim < shard.dim() else 0, shard.dim())
+    inner = 1
+    for size in shard.shape[dim + 1 :]:
+        inner *= int(size)
+    return Rows(int(shard.shape[dim]) if shard.dim() else 1, inner)
+
+
+def place_features(tensor: Tensor, features: Features) -> None:
+    setattr(tensor, _FEATURES, features)
+
+
+def features_of(tensor: Any) -> Features | None:
+    found = getattr(tensor, _FEATURES, None)
+    return found if isinstance(found, Features) else None

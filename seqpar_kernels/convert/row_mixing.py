@@ -1,0 +1,202 @@
+"""Whether a function treats the rows of a sequence shard one by one: tried, not looked up.
+
+A function that does gives, for rows picked out of a tensor, the rows picked out of its result. So it runs twice more in
+the first forward: on random rows of the shard's shape, and on some of these in another order, some several times.
+``mean`` over the sequence, ``roll``, ``flip``, ``x[:, 0]``, attention, a convolution over tokens and positions counted
+from the start of the shard all fail; elementwise functions, linear layers, norms, views and transposes pass, and the
+result shows where the rows are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .marks import Rows
+
+_ARITHMETIC = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+#: Elementwise functions: what they do needs no trial.
+ELEMENTWISE = frozenset(
+    {f"__{sign}{name}__" for name in _ARITHMETIC for sign in ("", "r", "i")}
+    | {f"__{name}__" for name in ("neg", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge", "rdiv", "idiv")}
+    | {f"{name}{end}" for end in ("", "_") for name in (
+        "add", "sub", "mul", "div", "true_divide", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "square", "pow", "tanh",
+        "sigmoid", "relu", "clamp", "reciprocal", "addcmul", "lerp", "masked_fill", "erf", "sin", "cos", "detach")}
+    | {"gelu", "silu", "leaky_relu", "softplus", "relu6", "mish", "hardswish", "elu", "where", "to", "float", "half",
+       "bfloat16", "double", "type_as", "contiguous", "clone", "logical_not", "isnan", "isinf", "isfinite", "minimum",
+       "maximum", "requires_grad_", "data", "type", "nan_to_num"}
+)  # fmt: skip
+_SCALES = {torch.float64: 1e-6, torch.float32: 1e-4}
+_ROUGH = 2e-2  # 16 bit and less
+
+
+class Undecided(Exception):
+    """The function could not be tried."""
+
+
+def changes_in_place(name: str, kwargs: Any) -> bool:
+    """Whether the function called ``name`` writes to its first argument."""
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__iter__", "__int__"))
+    return name.endswith("_")
+
+
+def elementwise(name: str, shards: list[tuple[Tensor, Rows]], others: list[Tensor], out: Any) -> Rows | None:
+    """Where the rows of an elementwise function's result are; None where that does not follow from shapes alone."""
+    if name not in ELEMENTWISE or not isinstance(out, Tensor):
+        return None
+    places = {_dim_from_right(tuple(shard.shape), rows) for shard, rows in shards}
+    place = places.pop()
+    if places or place is None or len({rows.count for _, rows in shards}) > 1 or place > out.dim():
+        return None
+    if any(other.dim() >= place and other.shape[-place] != 1 for other in others):
+        return None  # it holds something for every row: what, a trial shows
+    count = shards[0][1].count
+    inner = _product(out.shape[out.dim() - place + 1 :])
+    return Rows(count, inner) if out.shape[-place] == count else None
+
+
+def tried(
+    call: Callable[..., Any], args: Any, kwargs: Any, shards: list[tuple[Tensor, Rows]], name: str, seq_dim: int
+) -> list[Rows | bool | None]:
+    """For every tensor that ``call`` returns: where its rows are, None where they are mixed, False: it has none.
+
+    ``shards`` are the arguments that hold rows; nothing is done to them.
+
+    Raises:
+        Undecided: the function fails on other values than its own.
+    """
+    writes = changes_in_place(name, kwargs)
+    counts = {rows.count for _, rows in shards}
+    generator = _generator(shards[0][0].device)
+
+    def run(stand_ins: dict[int, Tensor]) -> list[Tensor]:
+        copies = dict(stand_ins)
+
+        def other(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and id(leaf) not in copies and (writes or kwargs.get("out") is not None):
+                copies[id(leaf)] = leaf.detach().clone()
+            return copies.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf
+
+        now_args, now_kwargs = tree_map(other, (args, kwargs))
+        out = call(*now_args, **now_kwargs)
+        if writes:
+            out = now_args[0]
+        return [leaf.detach().clone() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+
+    with torch.no_grad():
+        try:
+            base_in = {id(shard): _values(shard, generator, 0) for shard, _ in shards}
+            base = run({key: value.clone() for key, value in base_in.items()})
+            if len(counts) > 1:
+                return [None] * len(base)
+            count = counts.pop()
+            found: list[list[Rows]] = [list(_candidates(out, count, shards, seq_dim)) for out in base]
+            for index in _selections(count, shards[0][0].device):
+                now = run({id(shard): _selected(base_in[id(shard)], rows, index) for shard, rows in shards})
+                found = [
+                    [rows for rows in kept if _alike(_selected(out, rows, index), other)]
+                    for kept, out, other in zip(found, base, now, strict=True)
+                ]
+            constant = [False] * len(base)
+            scalars = count < 2 and any(out.dim() == 0 for out in base)
+            if not all(found) or scalars:
+                others = [run({id(s): _values(s, generator, which) for s, _ in shards}) for which in (1, 2)]
+                constant = [all(_alike(out, other) for other in same) for out, *same in zip(base, *others, strict=True)]
+        except Exception as error:
+            raise Undecided(f"{type(error).__name__}: {error}") from error
+    places: list[Rows | bool | None] = []
+    for kept, same, out in zip(found, constant, base, strict=True):
+        if same and (not kept or out.dim() == 0):
+            places.append(False)
+        else:
+            places.append(kept[0] if kept else None)
+    return places
+
+
+def _selections(count: int, device: torch.device) -> Iterator[Tensor]:
+    """Rows to pick: half of them the same one, so that every mixture shows; never the first first or the last last."""
+    if count == 2:
+        yield from (torch.tensor(index, device=device) for index in ([1, 1], [0, 0]))
+    elif count > 2:
+        index = torch.randint(count, (count,), generator=torch.Generator().manual_seed(count))
+        index[::2] = count // 2
+        index[0], index[-1] = count // 2, (count - 1) // 2
+        yield index.to(device)
+
+
+def _values(like: Tensor, generator: torch.Generator, which: int) -> Tensor:
+    """Values of the shape and dtype of ``like``: positive random ones, so that roots and logarithms have them."""
+    shape, device = tuple(like.shape), like.device
+    if like.dtype == torch.bool:
+        if which:
+            return torch.full(shape, which == 1, device=device)
+        return torch.rand(shape, generator=generator, device=device) > 0.5
+    if like.is_floating_point() or like.is_complex():
+        drawn = torch.rand(shape, generator=generator, device=device) * (1 + which) + 0.25
+        return drawn.to(like.dtype)
+    return torch.zeros_like(like) if which == 2 else like.detach().clone()  # an index must stay one
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(7)
+
+
+def _selected(t: Tensor, rows: Rows, index: Tensor) -> Tensor:
+    if rows.count < 2:
+        return t.clone()
+    return t.reshape(-1, rows.count, rows.inner).index_select(1, index).reshape(t.shape)
+
+
+def _candidates(out: Tensor, count: int, shards: list[tuple[Tensor, Rows]], seq_dim: int) -> Iterator[Rows]:
+    """Where the rows of ``out`` may be, the likeliest first."""
+    shape, numel = tuple(out.shape), out.numel()
+    if not count:  # this rank has no rows: nothing speaks against the function here
+        yield Rows(0, 1)
+    if not count or not numel or numel % count:
+        return
+    products = [_product(shape[dim + 1 :]) for dim in range(len(shape))]
+    likely = [product for dim, product in enumerate(products) if shape[dim] == count]
+    usual = seq_dim % len(shape) if -len(shape) <= seq_dim < len(shape) else -1
+    first = [products[usual]] if usual >= 0 and shape[usual] == count else []
+    given = [rows.inner for _, rows in shards]
+    merged = [*products, *(product // count for product in (numel, *products) if product % count == 0)]
+    for inner in dict.fromkeys([*first, *(i for i in given if i in likely), *likely, *given, *merged]):
+        if inner and numel % (inner * count) == 0:
+            yield Rows(count, inner)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point() and not a.is_complex():
+        return torch.equal(a, b)
+    if not a.numel() or torch.equal(a, b):
+        return True
+    exact = _SCALES.get(a.dtype, _ROUGH)
+    if not a.is_complex():
+        a, b = a.float() if a.dtype not in _SCALES else a, b.float() if b.dtype not in _SCALES else b
+        finite = a.isfinite() & b.isfinite()
+        if not torch.equal(a.isnan(), b.isnan()) or not torch.equal(a.isinf(), b.isinf()):
+            return False
+        a, b = a.where(finite, 0), b.where(finite, 0)
+    return bool((a - b).abs().max() <= exact * torch.maximum(a.abs().max(), b.abs().max()))
+
+
+def _dim_from_right(shape: tuple[int, ...], rows: Rows) -> int | None:
+    """Which dimension, counted from the right (1 is the last), the rows are; None: they are merged with another."""
+    for dim in range(len(shape)):
+        if shape[dim] == rows.count and _product(shape[dim + 1 :]) == rows.inner:
+            return len(shape) - dim
+    return None
+
+
+def _product(sizes: Any) -> int:
+    product = 1
+    for size in sizes:
+        product *= int(size)
+    return product

@@ -1,0 +1,479 @@
+"""What may be done with a shard, or with this rank's heads, outside of planned modules; asked by ShardCheck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..nn import ColumnParallelLinear, Region, SharedHeadsLinear
+from ..nn.region import shard_behind
+from . import row_mixing
+from .counts import Count, Counts, LocalNumber, known, numbers_in
+from .culprit import in_hook, name_of, statement
+from .explained import explained, is_about_shapes, rows_text
+from .heads import WrongHeads, follow
+from .marks import (
+    Features,
+    Kind,
+    Local,
+    Mixed,
+    Rows,
+    features_of,
+    kind_of,
+    mark,
+    mark_of,
+    place_features,
+    place_rows,
+    rows_of,
+    usual_rows,
+)
+
+#: Functions that hand values of a tensor to Python.
+_READS = frozenset({"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "equal", "allclose"})
+_FINITE = frozenset({"isnan", "isinf", "isfinite"})
+_LOGIC = frozenset({"any", "all", "logical_not", "logical_or", "logical_and", "__or__", "__and__", "__invert__"})
+_SIZES = frozenset({"view", "reshape", "expand", "unflatten", "repeat", "split", "narrow", "tile", "__getitem__"})
+#: Styles whose modules read where the sequence is, or send rows.
+_PLACED = ("colwise", "shared_heads", "dropout", "replicated")
+REMEDY = (
+    "Give the module that does it the style 'replicated', which runs it on the whole sequence, or end the sharded "
+    "region before it ('gather_output'); several statements that together treat rows one by one are right in a module "
+    "of their own with the style 'sequence'"
+)
+
+
+class Rules:
+    """Of one first forward. ``styles``: module -> style; ``divided``: (module, attribute) pairs that were divided."""
+
+    def __init__(self, model: nn.Module, region: Region, styles: dict[str, str], divided: Iterable[tuple[str, str]]):
+        self._region, self._model = region, model
+        self.conclusive = True  # whether this rank held rows enough to judge by
+        self._counts = Counts(model, self, divided, (n for n, style in styles.items() if style != "tensor_parallel"))
+        self.stack: list[str] = []
+        self.length: int | None = None  # of the whole sequence
+        self._rows_behind: dict[str, Rows] = {}  # of 'sequence' modules
+        self.failed_in = ""  # the innermost module that an error left
+
+    def start(self) -> None:
+        self._counts.lend()
+
+    def stop(self) -> None:
+        self._counts.take_back()
+
+    @property
+    def where(self) -> str:
+        return self.stack[-1] if self.stack else type(self._model).__name__
+
+    def note_on(self, error: BaseException) -> None:
+        """Add to an error of the model's own what this rank holds (Python 3.11 and newer)."""
+        if self.length is not None and not isinstance(error, RuntimeError) and hasattr(error, "add_note"):
+            error.add_note(
+                f"seqpar_kernels: in the first forward of a converted model, in {self.failed_in or self.where}. A rank "
+                f"holds 1/{self._region.ranks} of the heads or features between colwise and rowwise layers, elsewhere "
+                f"{self.held()}. The plan may lack 'whole_input' for a module that reads the shape of its input, or an "
+                "attribute that counts heads or features in `divided`"
+            )
+
+    # --- functions -------------------------------------------------------------------------------------------------
+
+    def call(
+        self,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        tensors: list[Tensor],
+        kind: Kind | None,
+        trained: bool = False,
+    ) -> Any:
+        """The result of a function on marked tensors, marked.
+
+        Raises:
+            RuntimeError: it would be another on other ranks than the whole model's, or came from such a one.
+        """
+        name = name_of(func)
+        mixed = next((m for t in tensors if isinstance(m := mark_of(t), Mixed)), None)
+        local = next((m for t in tensors if isinstance(m := mark_of(t), Local)), None)
+        if name in _READS and (kind is Kind.SHARD or mixed is not None):
+            self._read(name, tensors, mixed)
+        if mixed is not None:
+            written = row_mixing.changes_in_place(name, kwargs) and args and mark_of(args[0]) is mixed
+            if kind is not None or written or trained:
+                raise RuntimeError(f"{self.where}: {statement()} takes {mixed.why}. {REMEDY}")
+            out = func(*args, **kwargs)
+            return self._marked(out, mixed)
+        if kind is Kind.PARTS and local is not None:
+            raise RuntimeError(self._of_length(f"{statement()} puts a tensor made from it", local.statement))
+        if kind is None:
+            out = func(*args, **kwargs)
+            return self._marked(out, local)
+        self._refuse_length(name, args, kwargs)
+        drawing = [] if kind is Kind.COPIED else _random_state(tensors)
+        try:
+            out = func(*args, **kwargs)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if not is_about_shapes(error):
+                raise
+            region = self._region
+            place = (self.length, region.ranks, region.rank, region.seq_dim)
+            raise RuntimeError(
+                explained(self.where, error, args, kwargs, tensors, *place, self, self._around())
+            ) from error
+        if name in ("size", "shape"):
+            return self._sizes(out, args, kwargs)
+        drawn = any(not torch.equal(a, b) for a, b in zip(drawing, _random_state(tensors), strict=False))
+        if drawn and kind is Kind.SHARD:
+            raise RuntimeError(
+                f"{self.where}: {statement()} draws random numbers for a sequence shard: they would depend on how the "
+                "sequence is cut. Draw them where the sequence is whole, or use nn.Dropout with the style 'dropout'"
+            )
+        if kind is Kind.SHARD:
+            return self._on_rows(func, name, args, kwargs, tensors, out)
+        if kind is Kind.PARTS:
+            return self._on_features(func, name, args, kwargs, tensors, out, drawn)
+        return self._marked(out, kind)
+
+    def inside(self, func: Callable[..., Any], args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """A function in a module of style 'tensor_parallel', which may use parameters."""
+        if any(kind_of(t) is Kind.PARTS for t in tensors):
+            return self.call(func, args, kwargs, tensors, Kind.PARTS)
+        noted = any(isinstance(mark_of(t), (Mixed, Local)) for t in tensors)
+        return self.call(func, args, kwargs, tensors, None) if noted else func(*args, **kwargs)
+
+    def made_of_length(self, args: Any, kwargs: Any) -> Local | None:
+        """The mark of a tensor made with the length of a shard; None where that is not among the arguments."""
+        numbers = (known(number, self) for number in numbers_in(args, kwargs))
+        return Local(statement()) if any(n is not None and n.rows for n in numbers) else None
+
+    def _marked(self, out: Any, found: Any) -> Any:
+        if isinstance(out, (Tensor, tuple, list)):
+            mark(out, found)
+        return out
+
+    def _read(self, name: str, tensors: list[Tensor], mixed: Mixed | None) -> None:
+        finite = all(getattr(t, "_seqpar_finite", False) for t in tensors)
+        if finite or in_hook():
+            return
+        what = mixed.why if mixed is not None else f"values of a sequence shard, {self.held()}"
+        raise RuntimeError(
+            f"{self.where}: {statement()} reads {what}: every rank would go on with another number. "
+            f"{REMEDY}; to look at values only, use a forward hook"
+        )
+
+    def _on_rows(
+        self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, tensors: list[Tensor], out: Any
+    ) -> Any:
+        seq_dim, writes = self._region.seq_dim, row_mixing.changes_in_place(name, kwargs)
+        result = args[0] if writes and args else out
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not leaves:
+            return out
+        shards = [(t, rows_of(t, seq_dim)) for t in tensors if kind_of(t) is Kind.SHARD]
+        if any(shard_behind(shard) is not shard for shard, _ in shards):
+            return self._on_stand_in(result, leaves, out)
+        others = [t for t in tensors if kind_of(t) is not Kind.SHARD]
+        found: list[Rows | bool | None]
+        simple = row_mixing.elementwise(name, shards, others, result)
+        if simple is not None:
+            found = [simple]
+        else:
+            self.conclusive &= max(rows.count for _, rows in shards) > 1
+            found = self._tried(func, args, kwargs, shards, name)
+        if len(found) != len(leaves):
+            found = [None] * len(leaves)
+        finite = name in _FINITE or (name in _LOGIC and all(getattr(t, "_seqpar_finite", False) for t in tensors))
+        why = ""
+        for leaf, rows in zip(leaves, found, strict=True):
+            if isinstance(leaf, nn.Parameter):
+                continue
+            if rows is False:
+                made = self.made_of_length(args, kwargs)
+                mark(leaf, made)
+            elif rows is None:
+                why = why or self._why(others)
+                mark(leaf, Mixed(why))
+            else:
+                mark(leaf, Kind.SHARD)
+                place_rows(leaf, rows)  # type: ignore[arg-type]
+            if finite:
+                leaf._seqpar_finite = True  # type: ignore[attr-defined]
+        return out
+
+    def _on_stand_in(self, result: Any, leaves: list[Tensor], out: Any) -> Any:
+        """``whole_input`` shows a shape, and no values."""
+        for leaf in leaves:
+            if shard_behind(leaf) is leaf:
+                if leaf.is_floating_point() and leaf.numel() and bool(leaf.isnan().any()) and not in_hook():
+                    raise RuntimeError(
+                        f"{self.where}: {statement()} computes with the input of a module of style 'whole_input', "
+                        "which shows its shape only; the style 'gather_input' gives such a module the values"
+                    )
+                mark(leaf, Kind.SHARD)
+        return out
+
+    def _tried(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, shards: list[tuple[Tensor, Rows]], name: str
+    ) -> list[Rows | bool | None]:
+        try:
+            return row_mixing.tried(func, args, kwargs, shards, name, self._region.seq_dim)
+        except row_mixing.Undecided as reason:
+            raise RuntimeError(
+                f"{self.where}: {statement()} works on a sequence shard, and whether it treats rows one by one could "
+                f"not be tried ({reason}). {REMEDY}"
+            ) from reason
+
+    def _why(self, others: list[Tensor]) -> str:
+        made = next((m.statement for t in others if isinstance(m := mark_of(t), Local)), None)
+        of_length = f", with a tensor made from the length of the shard by {made}" if made else ""
+        return (
+            f"what {statement()} in {self.where} made of a sequence shard{of_length}: it does not treat rows one by "
+            f"one and alike, and has {self.held()} only"
+        )
+
+    def of_positions(self, parameter: str, local: Local) -> str:
+        return (
+            f"what {statement()} in {self.where} made of {parameter!r} and of what {local.statement} counts: the "
+            f"rows of a shard, {self.held()}, from 0 on"
+        )
+
+    def held(self) -> str:
+        """The rows of this rank."""
+        return rows_text(self.length, self._region.ranks, self._region.rank)
+
+    def _of_length(self, what: str, source: str) -> str:
+        return (
+            f"{self.where}: {what} together with a tensor-parallel tensor, which has all rows; {source} counts only "
+            f"{self.held()}. A module that reads the shape of its input before its colwise layers needs "
+            "'whole_input' in the plan; positions and masks are to be made where the sequence is whole"
+        )
+
+    # --- this rank's features --------------------------------------------------------------------------------------
+
+    def _on_features(
+        self,
+        func: Callable[..., Any],
+        name: str,
+        args: Any,
+        kwargs: Any,
+        tensors: list[Tensor],
+        out: Any,
+        drawn: bool,
+    ) -> Any:
+        if name in _SIZES:
+            numbers = [n for i in numbers_in(args[1:], kwargs) if (n := known(i, self)) is not None and n.rows]
+            if numbers and isinstance(out, (Tensor, tuple, list)):
+                raise RuntimeError(self._of_length(f"{statement()} uses it", f"the length {int(numbers[0])}"))
+        tracked = [(t, f) for t in tensors if (f := features_of(t)) is not None]
+        self._marked(out, Kind.PARTS)
+        if not tracked:
+            return out
+        try:
+            follow(name, args, kwargs, out, tensors, self, self._around())
+        except WrongHeads as wrong:
+            raise RuntimeError(self._wrong_heads(wrong)) from wrong
+        leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        counted = [(t, Rows(f.size, _inner(t, f.dim))) for t, f in tracked]
+        if name in row_mixing.ELEMENTWISE or name in ("__getitem__", "view", "reshape", "unflatten") or not leaves:
+            return out
+        if name in ("split", "chunk", "tensor_split", "split_with_sizes", "narrow", "unbind", "__get__"):
+            return out
+        if drawn or len({rows.count for _, rows in counted}) > 1:  # a dropout; several projections put together
+            return out
+        try:
+            found = row_mixing.tried(func, args, kwargs, counted, name, tracked[0][1].dim)
+        except row_mixing.Undecided:
+            return out
+        if None in found:
+            layer, features = tracked[0][1].layer, tracked[0][1]
+            why = (
+                f"what {statement()} in {self.where} made of the {features.size} of {features.whole} features that "
+                f"this rank holds of {layer}: it mixes them"
+            )
+            mark([leaf for leaf, rows in zip(leaves, found, strict=True) if rows is None], Mixed(why))
+        return out
+
+    def _wrong_heads(self, wrong: WrongHeads) -> str:
+        module, _, attribute = wrong.attribute.rpartition(".")
+        if attribute and wrong.attribute in self._around():
+            module, attribute = self.where, wrong.attribute
+        elif module.endswith(".config") or module == "config":
+            module, attribute = module[: -len(".config")], f"config.{attribute}"
+        help_ = (
+            f"Divide the attribute that counts heads or features: ParallelPlan(..., divided={{{module!r}: "
+            f"({attribute!r},)}})"
+            if attribute
+            else "Where an attribute counts heads or features, name it in the plan's `divided` "
+            "(ParallelPlan(..., divided={module: (attribute,)})); a number in the code is to be written as -1"
+        )
+        return f"{self.where}: {statement()}: {wrong}. {help_}"
+
+    def _around(self) -> dict[str, tuple[int, bool]]:
+        return self._counts.around(self.stack)
+
+    def _refuse_length(self, name: str, args: Any, kwargs: Any) -> None:
+        """The length of a shard as a factor or summand."""
+        leaves = tree_leaves((args, kwargs))
+        used = any(isinstance(leaf, LocalNumber) for leaf in leaves)
+        if name in row_mixing.ELEMENTWISE and name not in ("to", "type"):
+            used |= any((n := known(leaf, self)) is not None and n.rows for leaf in leaves)
+        if used:
+            self.number_of_rows()
+
+    def number_of_rows(self) -> None:
+        """
+        Raises:
+            RuntimeError: a forward computes with the length of a shard as a number.
+        """
+        if not in_hook():
+            raise RuntimeError(
+                f"{self.where}: {statement()} computes with the length of a sequence shard, {self.held()}: every rank "
+                f"would use another number than the whole model. {REMEDY}; between colwise and rowwise layers "
+                "'whole_input' shows the whole length"
+            )
+
+    def _sizes(self, out: Any, args: Any, kwargs: Any) -> Any:
+        """The sizes of a tensor, with what scales."""
+        tensor = args[0] if args else None
+        if not isinstance(tensor, Tensor) or shard_behind(tensor) is not tensor:
+            return out
+        place: int | None = None
+        count: Count | None = None
+        if kind_of(tensor) is Kind.SHARD:
+            rows = rows_of(tensor, self._region.seq_dim)
+            place = next((d for d in range(tensor.dim()) if _inner(tensor, d) == rows.inner), None)
+            if place is not None and tensor.shape[place] == rows.count:
+                count = Count.of(rows.count, self, rows=True)
+        elif (features := features_of(tensor)) is not None:
+            place, count = features.dim, Count.of(features.size, self, features=1)
+        if place is None or count is None:
+            return out
+        if isinstance(out, torch.Size):
+            return torch.Size([*out[:place], count, *out[place + 1 :]])
+        asked = args[1] if len(args) > 1 else kwargs.get("dim")
+        return count if isinstance(asked, int) and asked % tensor.dim() == place and out == count else out
+
+    # --- planned modules -------------------------------------------------------------------------------------------
+
+    def entering(self, name: str, style: str, gathers: bool, value: Tensor) -> None:
+        """Check what a planned module is given."""
+        found = mark_of(value)
+        if isinstance(found, Mixed):
+            raise RuntimeError(f"{name}: its input is {found.why}. {REMEDY}")
+        if kind_of(value) is Kind.SHARD and (style in _PLACED or gathers):
+            self.placed(name, value)
+
+    def placed(self, name: str, shard: Tensor) -> None:
+        """Check that a shard whose rows are sent, or known by their position, has them where the plan says."""
+        if shard_behind(shard) is not shard:
+            return
+        rows, usual = rows_of(shard, self._region.seq_dim), usual_rows(shard, self._region.seq_dim)
+        if rows != usual and rows.count > 1:
+            raise RuntimeError(
+                f"{name}: takes a sequence shard with its {rows.count} rows at dimension {self._region.seq_dim}, but "
+                f"its input {list(shard.shape)} has been transposed or reshaped and holds them elsewhere; "
+                "parallelize(..., seq_dim=) says where they are"
+            )
+
+    def leaves_region(self, name: str, value: Tensor) -> None:
+        """Check what is to be gathered behind a module."""
+        found = mark_of(value)
+        if isinstance(found, Mixed):
+            raise RuntimeError(f"{name}: 'gather_output' is to gather {found.why}. {REMEDY}")
+        if kind_of(value) is Kind.SHARD:
+            self.placed(name, value)
+
+    def leaving(self, name: str, style: str, module: nn.Module, args: Any, output: Any) -> None:
+        """Note where the rows or features of a planned module's output are."""
+        first = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), None)
+        for leaf in (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
+            if isinstance(module, ColumnParallelLinear) and leaf.dim():
+                if isinstance(module, SharedHeadsLinear):
+                    sections: tuple[int, ...] = (int(leaf.shape[-1]),)
+                else:
+                    sizes = module.sharded["weight"].sizes(module.out_features)
+                    sections = tuple(size // self._region.ranks for size in sizes)
+                if sum(sections) == leaf.shape[-1]:
+                    place_features(leaf, Features(leaf.dim() - 1, sections, module.out_features, name))
+            elif first is not None and leaf.shape == first.shape:
+                if kind_of(leaf) is Kind.SHARD and name in self._rows_behind:
+                    place_rows(leaf, self._rows_behind[name])
+                elif kind_of(leaf) is Kind.SHARD and kind_of(first) is Kind.SHARD and shard_behind(first) is first:
+                    place_rows(leaf, rows_of(first, self._region.seq_dim))
+                elif kind_of(leaf) is Kind.PARTS and (features := features_of(first)) is not None:
+                    place_features(leaf, features)
+
+    def row_by_row(self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Try ``forward`` of a module that the plan calls 'sequence'.
+
+        Raises:
+            RuntimeError: it does not treat the rows of its input one by one, or draws random numbers.
+        """
+        seq_dim = self._region.seq_dim
+        leaves = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and kind_of(t) is Kind.SHARD}
+        shards = [(t, rows_of(t, seq_dim)) for t in leaves.values()]
+        if not shards or any(shard_behind(t) is not t for t, _ in shards):
+            return
+        self.conclusive &= max(rows.count for _, rows in shards) > 1
+        states = _random_state([t for t, _ in shards])
+        with _buffers_kept(module):
+            try:
+                found = row_mixing.tried(forward, args, kwargs, shards, "forward", seq_dim)
+            except row_mixing.Undecided as reason:
+                raise RuntimeError(
+                    f"{name}: the plan says 'sequence', for modules that treat rows one by one; whether "
+                    f"{type(module).__name__} does could not be tried ({reason}). {REMEDY}"
+                ) from reason
+        now = _random_state([t for t, _ in shards])
+        if any(not torch.equal(a, b) for a, b in zip(states, now, strict=True)):
+            _restore(states, shards[0][0])
+            raise RuntimeError(
+                f"{name}: the plan says 'sequence', but {type(module).__name__} draws random numbers (a dropout, say): "
+                "they would depend on how the sequence is cut. Give an nn.Dropout in it the style 'dropout' and what "
+                "has parameters 'sequence', or set its probability to 0"
+            )
+        if found and isinstance(found[0], Rows):
+            self._rows_behind[name] = found[0]
+        if None in found:
+            raise RuntimeError(
+                f"{name}: the plan says 'sequence', for modules that treat the rows of their input one by one, but "
+                f"{type(module).__name__} mixes them: on a shard it would see {self.held()} only. Give it the style "
+                "'replicated', which runs it on the whole sequence"
+            )
+
+
+def _inner(tensor: Tensor, dim: int) -> int:
+    product = 1
+    for size in tensor.shape[dim + 1 :]:
+        product *= int(size)
+    return product
+
+
+def _random_state(tensors: list[Tensor]) -> list[Tensor]:
+    """The states of the generators that a function on ``tensors`` may draw from."""
+    states = [torch.get_rng_state()]
+    device = next((t.device for t in tensors if t.device.type == "cuda"), None)
+    if device is not None:
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _restore(states: list[Tensor], like: Tensor) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], like.device)
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """A trial leaves running statistics as they are."""
+    kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)

@@ -1,0 +1,145 @@
+"""What a block of attention is asked to do, in values that every backend takes, and which keys a row sees.
+
+Tensors: q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv], out [B, Sq, Hq, Dv], lse [B, Hq, Sq] in the
+accumulation dtype. Hq is a multiple of Hkv; query head h reads key head h // (Hq // Hkv). Any strides, the last one 1:
+a [B, H, S, D] tensor comes as its transpose(1, 2).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class AttentionSpec(NamedTuple):
+    """The scalars of a block of attention; tensors travel beside it.
+
+    Row ``i`` of the block stands at position ``q_offset + i`` of the sequence, or at ``q_positions[i]`` where that
+    tensor is given; keys likewise. A row at position P sees keys at positions P - ``left`` .. P + ``right``; None is no
+    bound, causal is ``right=0``.
+
+    A weight is dropped by (seed, row, column) as :func:`.reference.dropout_mask` says, with
+    row = ((first_batch + b) * all_heads + first_head + h) * all_rows + position of the row, column = position of the
+    key: ``all_heads`` and ``all_rows`` are those of the unsharded attention, so that a shard drops what the whole does.
+    """
+
+    scale: float
+    softcap: float = 0.0  # scores become softcap * tanh(scores / softcap); 0 leaves them alone
+    left: int | None = None
+    right: int | None = None
+    q_offset: int = 0
+    k_offset: int = 0
+    p: float = 0.0  # dropout, where a seed is given
+    first_batch: int = 0
+    all_heads: int = 0
+    first_head: int = 0
+    all_rows: int = 0
+
+
+class AttentionMasks(NamedTuple):
+    """What decides beside the spec which keys a row sees, what is added to its scores, and what is dropped."""
+
+    q_positions: Tensor | None = None  # [Sq] int64
+    k_positions: Tensor | None = None  # [Sk] int64
+    q_documents: Tensor | None = None  # [Sq] or [B, Sq] integers: rows see the keys of their own document alone
+    k_documents: Tensor | None = None  # [Sk] or [B, Sk]
+    mask: Tensor | None = None  # bool, broadcast to [B, Hq, Sq, Sk]: True is seen
+    bias: Tensor | None = None  # q's or the accumulation dtype, broadcast to [B, Hq, Sq, Sk]: added to the scores
+    seed: Tensor | None = None  # 0-d int64: dropout
+
+
+NO_MASKS = AttentionMasks()
+
+
+class AttentionState(NamedTuple):
+    """A row's softmax so far: p = 2 ** (s * log2(e) - maxima) with integer maxima, sums of p, and acc = sum of p v.
+
+    Rescaling by powers of two is exact and sums run key by key, so a call that resumes goes on with the very bits:
+    keys given in several calls, cut at multiples of :data:`CANONICAL_KEYS`, come to what a single call gives.
+    """
+
+    acc: Tensor  # [B, Sq, Hq, Dv] accumulation dtype
+    maxima: Tensor  # [B, Hq, Sq] fp64
+    sums: Tensor  # [B, Hq, Sq] fp64
+
+
+#: Blocks of keys whose sizes are multiples of this, the last one excepted, leave no trace in the bits of a result.
+CANONICAL_KEYS = 8
+
+
+class AttentionGrads(NamedTuple):
+    """dq, dk, dv: as q, k, v; None where not wanted."""
+
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+
+
+class Visible(NamedTuple):
+    """:class:`AttentionMasks` boiled down: row i sees key j where ``first[i] <= j < last[i]`` and ``mask`` has True.
+
+    ``first`` and ``last`` are int32 [B or 1, Sq]; the bounds of the spec hold beside them where ``by_offsets`` is True.
+    """
+
+    first: Tensor | None
+    last: Tensor | None
+    mask: Tensor | None
+    by_offsets: bool
+
+
+def _ascending(t: Tensor) -> bool:
+    return bool((t[..., 1:] >= t[..., :-1]).all())
+
+
+def _positions(given: Tensor | None, offset: int, rows: int, device: torch.device) -> Tensor:
+    return torch.arange(offset, offset + rows, device=device) if given is None else given.to(torch.int64)
+
+
+def _spans(keys: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in ``keys``, ascending along its last dimension, the values ``low`` .. ``high`` begin and end."""
+    return torch.searchsorted(keys, low, right=False), torch.searchsorted(keys, high, right=True)
+
+
+def visible(spec: AttentionSpec, masks: AttentionMasks, q_rows: int, k_rows: int) -> Visible:
+    """Positions and documents as one span of keys a row, where keys are in ascending order; else as a boolean mask."""
+    first = last = None
+    mask = masks.mask
+    by_offsets = masks.q_positions is None and masks.k_positions is None
+    if not by_offsets and (spec.left is not None or spec.right is not None):
+        given = masks.q_positions if masks.q_positions is not None else masks.k_positions
+        assert given is not None
+        queries = _positions(masks.q_positions, spec.q_offset, q_rows, given.device)
+        keys = _positions(masks.k_positions, spec.k_offset, k_rows, given.device)
+        far = torch.iinfo(torch.int64)
+        low = torch.full_like(queries, far.min) if spec.left is None else queries - spec.left
+        high = torch.full_like(queries, far.max) if spec.right is None else queries + spec.right
+        if _ascending(keys):
+            first, last = (t[None] for t in _spans(keys, low, high))
+        else:
+            seen = (keys >= low[:, None]) & (keys <= high[:, None])
+            mask = seen if mask is None else mask & seen
+    if masks.q_documents is not None and masks.k_documents is not None:
+        queries, keys = masks.q_documents, masks.k_documents
+        if queries.dim() != keys.dim():
+            batch = max(t.shape[0] for t in (queries, keys) if t.dim() == 2)
+            queries, keys = queries.expand(batch, q_rows), keys.expand(batch, k_rows)
+        if _ascending(keys):
+            begin, end = _spans(keys.contiguous(), queries.contiguous(), queries.contiguous())
+            begin, end = (t if t.dim() == 2 else t[None] for t in (begin, end))
+            first = begin if first is None else torch.maximum(first, begin)
+            last = end if last is None else torch.minimum(last, end)
+        else:
+            same = queries[..., :, None] == keys[..., None, :]
+            same = same[:, None] if same.dim() == 3 else same
+            mask = same if mask is None else mask & same
+    if first is not None and last is not None:
+        first, last = (t.to(torch.int32).contiguous() for t in (first, last))
+    return Visible(first, last, mask, by_offsets)
+
+
+def empty_like_heads(like: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """[B, S, H, columns] that lies in memory as ``like`` does: by rows, or by heads where ``like`` is a transpose."""
+    batch, rows, heads, _ = like.shape
+    if not like.is_contiguous() and like.transpose(1, 2).is_contiguous():
+        return torch.empty(batch, heads, rows, columns, dtype=dtype, device=like.device).transpose(1, 2)
+    return torch.empty(batch, rows, heads, columns, dtype=dtype, device=like.device)

@@ -1,0 +1,64 @@
+"""Tells the check of a converted model's first forward where a module's own statements begin and end.
+
+What a parallel module does in its own ``forward`` is right by construction. What hooks, wrappers and patched forwards
+add around it is not, and is followed like any other statement of the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+ForwardT = TypeVar("ForwardT", bound=Callable[..., Any])
+
+
+class Follower(Protocol):
+    """Who follows a forward."""
+
+    def own(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run ``forward(module, ...)``, the module's own."""
+
+    def summed(
+        self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, tensors: Mapping[str, Tensor]
+    ) -> Any:
+        """Run ``forward(...)`` of a module whose parameters are ``tensors``, gradients summed over the ranks."""
+
+    def trusted(self) -> AbstractContextManager[None]:
+        """What runs inside is this package's own."""
+
+
+class _State:
+    follower: Follower | None = None
+
+
+def follow(follower: Follower | None) -> None:
+    """From here on ``follower`` runs the forwards; None: nobody."""
+    _State.follower = follower
+
+
+def follower() -> Follower | None:
+    """Who follows the forward under way; nobody while torch.compile traces."""
+    return None if torch.compiler.is_compiling() else _State.follower
+
+
+def trusted() -> AbstractContextManager[None]:
+    """Around statements of this package's own that are right by construction."""
+    following = follower()
+    return nullcontext() if following is None else following.trusted()
+
+
+def own_forward(forward: ForwardT) -> ForwardT:
+    """Decorates the ``forward`` of a parallel module."""
+
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _State.follower is None:
+            return forward(self, *args, **kwargs)
+        return _State.follower.own(self, forward, args, kwargs)
+
+    return run  # type: ignore[return-value]
