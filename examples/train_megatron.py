@@ -56,7 +56,7 @@ class Model(nn.Module):
         for block in self.blocks:
             x, normed = block(x, normed)
         # What follows runs alike on every rank, so the gradient is whole on each.
-        whole = gather_from_sequence_parallel_region(normed, self.group, tensor_parallel_output_grad=False)
+        whole = gather_from_sequence_parallel_region(normed, tensor_parallel_output_grad=False, group=self.group)
         return F.cross_entropy(self.head(whole[:-1]).flatten(0, 1), ids[1:].flatten())
 
 

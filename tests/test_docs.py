@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -31,6 +32,26 @@ def test_every_public_name_is_in_the_reference() -> None:
     listed = set(re.findall(r"^::: (\S+)", pages, re.MULTILINE))
     wanted = {f"seqpar_kernels.{name}" for name in seqpar_kernels.__all__} - {"seqpar_kernels.nn"}
     assert wanted == listed
+
+
+def described(function: object) -> list[str]:
+    """Names of the ``Args`` of a docstring; one entry may describe several."""
+    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", inspect.getdoc(function) or "", re.MULTILINE)
+    entries = re.findall(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*): ", section[1] if section else "", re.MULTILINE)
+    return [name.lstrip("*") for entry in entries for name in entry.split(", ")]
+
+
+def test_described_arguments_are_in_the_signature() -> None:
+    wrong, seen = [], 0
+    for name in seqpar_kernels.__all__:
+        public = getattr(seqpar_kernels, name)
+        if not callable(public):
+            continue
+        names = described(public)
+        seen += len(names)
+        wrong += [f"{name}: {got}" for got in names if got not in inspect.signature(public).parameters]
+    assert not wrong
+    assert seen > 100
 
 
 def test_site_builds_strictly(tmp_path: Path) -> None:

@@ -176,9 +176,10 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
         group.sum(squares);
         // Alike for all threads of a row; rows that share a warp go through it together, which changes nothing for
         // those that need it not
-        float offset[1] = {}, variance = squares[0] * p.inverse_cols;
+        float variance = squares[0] * p.inverse_cols;
         const bool hidden = p.is_layer && hides_spread(mean, variance);
         if (__any_sync(0xFFFFFFFFu, hidden)) {
+            float offset[1] = {};
 #pragma unroll
             for (int u = 0; u < kUnits; ++u) {
                 if (unit_of(u) >= units) continue;
@@ -191,6 +192,11 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
             variance = fmaf(-offset[0], offset[0], variance);
             variance = variance > 0.0f ? variance : 0.0f;
             mean = exact;
+#pragma unroll
+            for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+                for (int i = 0; i < W; ++i) z[u][i] -= offset[0];
+            }
         }
         const float rstd = reciprocal_sqrt(variance + p.eps);
         if (group.thread == 0 && valid) {
@@ -205,7 +211,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __gri
             const int column = unit_of(u) * W;
             float y[W];
 #pragma unroll
-            for (int i = 0; i < W; ++i) z[u][i] = (z[u][i] - offset[0]) * rstd;
+            for (int i = 0; i < W; ++i) z[u][i] *= rstd;
             if (a.y != nullptr) {
                 affine<X>(y, z[u], a.weight, a.bias, p, column);
                 store_y<X>(a.y, row64 * a.y_stride + column, y, a);
