@@ -112,7 +112,8 @@ class Register(NamedTuple):
         if not text:
             return None
         letter, *numbers, rest = text.split(" ", 8)
-        return Register(letter, *map(int, numbers), rest)
+        epoch, step, met, generation, since, left, passed = map(int, numbers)
+        return Register(letter, epoch, step, met, generation, since, left, passed, rest)
 
     def meetings(self, epoch: int) -> int:
         """How many meetings of ``epoch`` it has certainly passed."""
