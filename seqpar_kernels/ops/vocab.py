@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..comm.steps import Compute, Transfer
 from ..layout import SequenceShard, group_rank, group_size, vocabulary_range
 from ..overlap import pipeline
 from ..overlap import schedule as schedules
-from ..overlap.pipeline import Call, Partials, Sequence3D, reshaped, run
-from ..overlap.schedule import Compute, Transfer
+from ..overlap.pipeline import Call, Partials, Sequence3D, run
+from ..tensors import reshaped
 from .library import group_named, register, without_autocast
 from .mappings import all_reduce
 

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..comm.select import transport_of
+from ..comm.steps import Compute, Drain, Post, Step, Transfer, Wait
+from ..comm.transport import Message, Room, Session, Transport, end, in_blocks
 from ..kernels import select
 from ..layout import SequenceShard, group_rank, group_size
-from . import peer, planner
+from ..tensors import reshaped
+from . import planner
 from . import schedule as schedules
-from .collective import CollectiveTransport
-from .labels import span, traced
-from .loopback import LoopbackGroup, LoopbackTransport
-from .schedule import Compute, Drain, Post, Schedule, Step, Transfer, Wait
-from .transport import Message, Room, Session, Transport, end, in_blocks
+from .profiling import span, traced
+from .schedule import Schedule
 
 # A matmul of fewer rows than this per outer index wastes the machine: rather one matmul and a copy into place.
 _MIN_ROWS_IN_PLACE = 128
@@ -186,25 +187,6 @@ def matmul_into(out: Tensor, x: Tensor, weight_t: Tensor, bias: Tensor | None = 
         out.copy_(product)
     else:
         torch.add(product, bias, out=out)
-
-
-def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
-    """A fresh contiguous tensor in another shape, and not as a view: autograd lets results be modified in place."""
-    if t.shape == torch.Size(shape) and not t._is_view():
-        return t
-    return torch.ops.aten._unsafe_view.default(t, list(shape))  # type: ignore[no-any-return]
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """[..., H] as [rows, H]."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def transport_of(group: ProcessGroup, engine: str) -> Transport:
-    """Who moves the chunks of ``group``."""
-    if isinstance(group, LoopbackGroup) and engine != "peer":
-        return LoopbackTransport(group)
-    return peer.transport_over(group) if engine in ("peer", "fused") else CollectiveTransport(group)
 
 
 class Kind:

@@ -18,7 +18,7 @@ import triton_waiting_cases as cases
 from interpreted import Interpreted
 
 from seqpar_kernels.layout import SequenceShard
-from seqpar_kernels.overlap import planner, schedule, waiting
+from seqpar_kernels.overlap import fused_gemm, planner, schedule
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +39,7 @@ def test_rows_are_visited_in_the_order_of_the_schedule(ranks: int, length: int, 
         for make, kind in ((schedule.gather_matmul, "gather"), (schedule.matmul_scatter, "scatter")):
             steps = make(shard, chunks)
             computed = [s for s in steps if isinstance(s, schedule.Compute) and s.stage == "matmul"]
-            transfers, rows = waiting.visits(steps, outer, length, inner)
+            transfers, rows = fused_gemm.visits(steps, outer, length, inner)
             assert len(rows) == outer * len(computed)
             for i, visit in enumerate(rows):
                 step, row = computed[i // outer], i % outer * length

@@ -9,16 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from seqpar_kernels.comm.steps import Compute, Drain, Post, Step, Transfer, Wait
 from seqpar_kernels.layout import SequenceShard
 from seqpar_kernels.overlap.schedule import (
-    Compute,
-    Drain,
-    Post,
     Schedule,
-    Step,
     Taper,
-    Transfer,
-    Wait,
     chunks_of,
     column_backward,
     gather_matmul,

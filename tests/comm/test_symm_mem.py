@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import seqpar_kernels as sp
+from seqpar_kernels.comm import symm_mem, transport
+from seqpar_kernels.comm.loopback import Loopback, RankErrors
+from seqpar_kernels.comm.steps import Transfer
+from seqpar_kernels.comm.transport import Room
 from seqpar_kernels.layout import SequenceShard
-from seqpar_kernels.overlap import peer, planner, schedule, transport
-from seqpar_kernels.overlap.loopback import Loopback, RankErrors
-from seqpar_kernels.overlap.schedule import Transfer
-from seqpar_kernels.overlap.transport import Room
+from seqpar_kernels.overlap import planner, schedule
 
 from .symmetric_stand_in import Fabric, StandInDevice
 from .test_loopback import integers, layer
@@ -37,8 +38,8 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     def open_(ranks: int, timeout: float = 30.0, **options: Any) -> Loopback:
         loopback, fabric = Loopback(ranks, timeout=timeout), Fabric(ranks, timeout)
         devices = [StandInDevice(fabric, rank, **options) for rank in range(ranks)]
-        monkeypatch.setattr(peer, "open_device", lambda group: devices[group.rank()])
-        monkeypatch.setattr(peer, "why_not", lambda group: "")
+        monkeypatch.setattr(symm_mem, "open_device", lambda group: devices[group.rank()])
+        monkeypatch.setattr(symm_mem, "why_not", lambda group: "")
         loopback.devices = devices  # type: ignore[attr-defined]
         opened.append(loopback)
         return loopback
@@ -99,7 +100,7 @@ def test_late_peers(peers: Open) -> None:
 def test_partial_results_are_computed_where_they_are_sent_from(peers: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a reduce-scatter nothing is staged: the only copies are the pulls."""
     staged: list[torch.Size] = []
-    own = peer.PeerSession._slot
+    own = symm_mem.SymmMemSession._slot
 
     def spy(self: Any, rank: int, transfer: Transfer, shape: Any, dtype: torch.dtype) -> Tensor:
         slot = own(self, rank, transfer, shape, dtype)
@@ -112,7 +113,7 @@ def test_partial_results_are_computed_where_they_are_sent_from(peers: Open, monk
         sp.linear_reduce_scatter(x, w, group=g, seq_dim=0, chunks=2, engine="peer")
 
     with peers(2) as loopback:
-        monkeypatch.setattr(peer.PeerSession, "_slot", spy)
+        monkeypatch.setattr(symm_mem.SymmMemSession, "_slot", spy)
         copies: list[int] = []
         monkeypatch.setattr(Tensor, "copy_", _counted(copies, Tensor.copy_))
         loopback.run(scatter)
@@ -159,7 +160,7 @@ def test_a_message_has_one_place_at_its_sender(ranks: int, length: int, chunks: 
 
 def test_a_workspace_cannot_grow_during_capture(peers: Open) -> None:
     def capture(g: dist.ProcessGroup) -> list[Tensor]:
-        device = peer.transport_over(g).device
+        device = symm_mem.transport_over(g).device
         assert isinstance(device, StandInDevice)
         device.captures = True
         try:
@@ -171,7 +172,7 @@ def test_a_workspace_cannot_grow_during_capture(peers: Open) -> None:
     with peers(2) as loopback, pytest.raises(RankErrors, match=match):
         loopback.run(capture)
     with peers(2) as loopback:
-        loopback.run(lambda g: peer.reserve_workspace(g, 1 << 16))
+        loopback.run(lambda g: symm_mem.reserve_workspace(g, 1 << 16))
         expected = loopback.run(layer, 8, 1, 2, "collective", torch.float32)
         assert same(loopback.run(capture), expected)
 
@@ -200,7 +201,7 @@ def test_a_peer_that_never_comes_is_named_and_the_workspace_lives(
     with peers(2, timeout=3.0) as loopback:
         expected = loopback.run(layer, 6, 1, 2, "collective", torch.float32)
         loopback.run(healthy)  # all is agreed on: rank 0 is left waiting for a signal
-        with caplog.at_level(logging.ERROR, "seqpar_kernels.overlap.peer"):
+        with caplog.at_level(logging.ERROR, "seqpar_kernels.comm.symm_mem"):
             first, second = loopback.outcomes(stops_short)
         assert isinstance(second, ArithmeticError)
         assert "linear_reduce_scatter backward(" in str(first) and "between rank 0 and rank 1" in str(first), first

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.autograd import profiler
 
+from ..comm.steps import Compute, Drain, Post, Step, Transfer, Wait
 from ..environment import flag
-from .schedule import Compute, Drain, Post, Step, Transfer, Wait
 
 # Nsight Systems says so in the environment of what it starts; SEQPAR_NVTX=1 is for tools that attach otherwise.
 _nvtx = torch.version.cuda is not None and (flag("SEQPAR_NVTX") or "NVTX_INJECTION64_PATH" in os.environ)

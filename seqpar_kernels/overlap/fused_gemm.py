@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import peer, planner
+from ..comm import symm_mem
+from ..comm.coordination import agreement_of
+from ..comm.loopback import LoopbackGroup
+from ..comm.steps import Compute, Post, Step, Transfer, Wait
+from . import planner
 from . import schedule as schedules
-from .agreement import agreement_of
-from .labels import span
-from .loopback import LoopbackGroup
 from .pipeline import Call, Exchange, Partials, Sequence3D, matmul_into
-from .schedule import Compute, Post, Step, Transfer, Wait
+from .profiling import span
 
 if TYPE_CHECKING:
     from ..kernels.triton_gemm import Chunk
@@ -148,7 +149,7 @@ def why_not(group: ProcessGroup, x: Tensor, elements: int) -> str:
         return f"it multiplies bfloat16, float16 and float32, not {x.dtype}"
     if not elements:
         return "the weight is empty"
-    return _why_not_on(x.device) or ("" if isinstance(group, LoopbackGroup) else peer.why_not(group))
+    return _why_not_on(x.device) or ("" if isinstance(group, LoopbackGroup) else symm_mem.why_not(group))
 
 
 @torch.compiler.assume_constant_result

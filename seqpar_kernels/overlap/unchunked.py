@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..caches import Remembered
-from .agreement import per_group
-from .labels import describe, listening, span
-from .pipeline import Kind, Partials, transport_of
+from ..caches import Remembered, per_group
+from ..comm.select import transport_of
+from ..comm.steps import Compute, Post, Rows, Stage, Transfer, Wait
+from ..comm.transport import Message, Room, end, in_blocks
+from .pipeline import Kind, Partials
 from .planner import max_workspace_bytes
-from .schedule import Compute, Post, Rows, Stage, Transfer, Wait
-from .transport import Message, Room, end, in_blocks
+from .profiling import describe, listening, span
 
 _UNLABELLED = contextlib.nullcontext()
 
@@ -34,8 +34,8 @@ class _Peer(NamedTuple):
     receives: tuple[Transfer, ...]
 
 
-class UncutKind(Kind):
-    """Uncut calls of one op on tensors of the same sizes: ``features`` of each row travel."""
+class UnchunkedKind(Kind):
+    """Unchunked calls of one op on tensors of the same sizes: ``features`` of each row travel."""
 
     def __init__(
         self,
@@ -81,31 +81,31 @@ class UncutKind(Kind):
 
 
 @per_group
-def _kinds_of(group: ProcessGroup) -> Remembered[tuple[object, ...], UncutKind]:
+def _kinds_of(group: ProcessGroup) -> Remembered[tuple[object, ...], UnchunkedKind]:
     return Remembered()
 
 
-def uncut_kind(
+def unchunked_kind(
     name: str, x: Tensor, seq_dim: int, length: int, group: ProcessGroup, features: int, **details: object
-) -> UncutKind:
-    """The one UncutKind of these arguments: ``details`` are what the ranks have to agree on beside the sizes of x."""
+) -> UnchunkedKind:
+    """The one kind of these arguments: ``details`` are what the ranks have to agree on beside the sizes of x."""
     kinds = _kinds_of(group)
     key = (name, x.shape, x.dtype, x.device, seq_dim, length, features, max_workspace_bytes(), *details.values())
     found = kinds.get(key)
     if found is None:
-        found = kinds[key] = UncutKind(name, x, seq_dim, length, group, features, details)
+        found = kinds[key] = UnchunkedKind(name, x, seq_dim, length, group, features, details)
     return found
 
 
-class Uncut:
+class Unchunked:
     """One uncut call. In ``with``: the op is finished at its end, or aborted where anything raised."""
 
-    def __init__(self, kind: UncutKind, group: ProcessGroup):
+    def __init__(self, kind: UnchunkedKind, group: ProcessGroup):
         self._kind = kind
         self._session = transport_of(group, "single").session(kind.signature, kind.room)
         self._received: list[tuple[Tensor, Tensor]] = []  # window, and the packed message that belongs there
 
-    def __enter__(self) -> Uncut:
+    def __enter__(self) -> Unchunked:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

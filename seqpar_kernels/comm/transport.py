@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from ..layout import split_point
-from .schedule import Post, Step, Transfer
+from .steps import Post, Step, Transfer
 
 
 class Message(NamedTuple):
