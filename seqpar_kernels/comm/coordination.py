@@ -431,7 +431,7 @@ def failure(rank: int, ticket: Ticket, doing: str, transfer: Transfer, cause: st
     rows, peer = transfer.rows, transfer.source if doing == "receiving" else transfer.target
     return RuntimeError(
         f"{ticket.signature}: {doing} chunk {rows.index} (rows {rows.start}..{rows.stop} of rank {rows.owner}, "
-        f"{transfer.kind}) failed between rank {rank} and rank {peer}; {cause}"
+        f"{transfer.buffer}) failed between rank {rank} and rank {peer}; {cause}"
     )
 
 

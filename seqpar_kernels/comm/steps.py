@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Stage = Literal["matmul", "dgrad", "wgrad", "reduce"]
+
+class Buffer(NamedTuple):
+    """One of the buffers that a rank sends from, alike on every rank: ``slots`` regions of at most ``rows`` rows."""
+
+    name: str
+    rows: int
+    slots: int = 1
 
 
 class Rows(NamedTuple):
-    """Rows ``start..stop`` of the unsharded sequence: chunk ``index`` of the shard of ``owner``."""
+    """Rows ``start..stop`` of what the receiver has them in: chunk ``index`` of what belongs to ``owner``."""
 
     owner: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
@@ -18,19 +24,24 @@ class Rows(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """``rows`` on their way from one rank to another.
+    """``rows`` on their way from ``source`` to ``target``.
 
-    "gather": the owner's input rows, to somebody who computes with them.
-    "scatter": somebody's partial result for those rows, to their owner, who sums.
-
-    Schedules know nothing of ``part``: where rows are several blocks of memory, which one.
+    The sender has them in slot ``slot`` of its buffer ``buffer``, from row ``offset`` on; both ends name a transfer
+    alike. Schedules know nothing of ``part``: where rows are several blocks of memory, which one.
     """
 
-    kind: Literal["gather", "scatter"]
+    buffer: str
     rows: Rows
     source: int
     target: int
+    slot: int = 0
+    offset: int = 0
     part: int = 0
+
+    @property
+    def size(self) -> int:
+        """How many rows travel."""
+        return self.rows.stop - self.rows.start
 
 
 @dataclass(frozen=True)
@@ -55,9 +66,9 @@ class Drain:
 
 @dataclass(frozen=True)
 class Compute:
-    """Run ``stage`` over rows ``start..stop`` of the unsharded sequence."""
+    """Run ``stage`` over rows ``start..stop``; what that means is the business of who runs the schedule."""
 
-    stage: Stage
+    stage: str
     start: int
     stop: int
 

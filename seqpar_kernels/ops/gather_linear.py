@@ -244,13 +244,13 @@ def _gather_backward_kernel(
 
     def source(transfer: Transfer) -> Tensor:
         rows = transfer.rows
-        if transfer.kind == "gather":
+        if transfer.buffer == schedules.SHARD:
             return mine.window(rows.start, rows.stop)
         return outgoing.pop(rows.start).data  # the session keeps it until it has left
 
     def target(transfer: Transfer) -> Tensor:
         rows = transfer.rows
-        if transfer.kind == "gather":
+        if transfer.buffer == schedules.SHARD:
             return whole.window(rows.start, rows.stop)
         assert partials is not None
         return partials.window(transfer.source, rows.start, rows.stop)

@@ -419,11 +419,11 @@ def _head_backward_kernel(
 
     def source(transfer: Transfer) -> Tensor:
         at = transfer.rows
-        return mine.window(at.start, at.stop) if transfer.kind == "gather" else outgoing.pop(at.start).data
+        return mine.window(at.start, at.stop) if transfer.buffer == schedules.SHARD else outgoing.pop(at.start).data
 
     def target_of(transfer: Transfer) -> Tensor:
         at = transfer.rows
-        if transfer.kind == "gather":
+        if transfer.buffer == schedules.SHARD:
             return whole.window(at.start, at.stop)
         assert partials is not None
         return partials.window(transfer.source, at.start, at.stop)

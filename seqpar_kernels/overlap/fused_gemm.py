@@ -47,8 +47,8 @@ def visits(steps: Sequence[Step], outer: int, length: int, inner: int) -> Visits
     """For a matrix of ``outer * length * inner`` rows: a chunk is a stretch of rows for each of ``outer``, one flag."""
     from ..kernels.triton_gemm import Chunk
 
-    arrivals = [step.transfer for step in steps if isinstance(step, Wait) and step.transfer.kind == "gather"]
-    leaving = [t for step in steps if isinstance(step, Post) for t in step.sends if t.kind == "scatter"]
+    arrivals = [step.transfer for step in steps if isinstance(step, Wait) and step.transfer.buffer == schedules.SHARD]
+    leaving = [t for step in steps if isinstance(step, Post) for t in step.sends if t.buffer == schedules.PARTIAL_SUMS]
     transfers = tuple(arrivals or leaving)
     flags = {(t.rows.start, t.rows.stop): flag for flag, t in enumerate(transfers)}
     chunks = tuple(

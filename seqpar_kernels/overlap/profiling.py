@@ -71,4 +71,4 @@ def describe(step: Step) -> str:
 
 def _message(transfer: Transfer) -> str:
     chunk = f"chunk {transfer.rows.index} of rank {transfer.rows.owner}"
-    return chunk if transfer.kind == "gather" else f"partial sums for {chunk}"
+    return chunk if transfer.rows.owner == transfer.source else f"{transfer.buffer} for {chunk}"

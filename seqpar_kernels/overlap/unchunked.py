@@ -8,7 +8,7 @@ those of :mod:`.pipeline`, with the same errors.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,11 +17,13 @@ from torch.distributed import ProcessGroup
 
 from ..caches import Remembered, per_group
 from ..comm.select import transport_of
-from ..comm.steps import Compute, Post, Rows, Stage, Transfer, Wait
+from ..comm.steps import Compute, Post, Rows, Transfer, Wait
 from ..comm.transport import Message, Room, end, in_blocks
+from ..layout import SequenceShard
 from .pipeline import Kind, Partials
 from .planner import max_workspace_bytes
 from .profiling import describe, listening, span
+from .schedule import Stage, partial_sums, sequence_buffers, shard_rows
 
 _UNLABELLED = contextlib.nullcontext()
 
@@ -54,15 +56,16 @@ class UnchunkedKind(Kind):
         self.sizes = [shard.of(rank).size for rank in range(shard.ranks)]
         row_bytes = outer * self.layout.inner * features * x.element_size()
         self._block_row = row_bytes // max(1, outer)
-        self.room = Room(length, shard.ranks, outer, row_bytes, gathers=True, scatters=True)
+        buffers = sequence_buffers(shard)
+        self.room = Room(buffers, (row_bytes,) * len(buffers), outer)
         # Each rank begins with its right neighbour, so that no rank is everybody's first.
         others = [(shard.rank + k) % shard.ranks for k in range(1, shard.ranks)]
         self.gathers = [
-            _Peer(r, self._parts("gather", shard.rank, shard.rank, r), self._parts("gather", r, r, shard.rank))
+            _Peer(r, self._parts(shard_rows, shard, r), self._parts(shard_rows, shard.of(r), shard.rank))
             for r in others
         ]
         self.scatters = [
-            _Peer(r, self._parts("scatter", r, shard.rank, r), self._parts("scatter", shard.rank, r, shard.rank))
+            _Peer(r, self._parts(partial_sums, shard.of(r), shard.rank), self._parts(partial_sums, shard, r))
             for r in others
         ]
 
@@ -70,12 +73,14 @@ class UnchunkedKind(Kind):
         """Whether a message of so many rows goes block by block, from and to where they lie."""
         return in_blocks(self.layout.outer, rows * self._block_row)
 
-    def _parts(self, kind: str, owner: int, source: int, target: int) -> tuple[Transfer, ...]:
-        rows = self.shard.of(owner)
-        if not rows.size:
+    def _parts(
+        self, transfer: Callable[[SequenceShard, Rows, int], Transfer], owner: SequenceShard, other: int
+    ) -> tuple[Transfer, ...]:
+        """The whole shard of ``owner``."""
+        if not owner.size:
             return ()
-        whole = Transfer(kind, Rows(owner, 0, rows.start, rows.stop), source, target)  # type: ignore[arg-type]
-        if not self.in_blocks(rows.size):
+        whole = transfer(owner, Rows(owner.rank, 0, owner.start, owner.stop), other)
+        if not self.in_blocks(owner.size):
             return (whole,)
         return tuple(whole._replace(part=part) for part in range(self.layout.outer))
 

@@ -17,13 +17,13 @@ import torch.distributed as dist
 
 from seqpar_kernels.comm import coordination, p2p, watchdog
 from seqpar_kernels.comm.coordination import agreement_of, checked_together
-from seqpar_kernels.comm.steps import Rows, Transfer
+from seqpar_kernels.comm.steps import Buffer, Rows, Transfer
 from seqpar_kernels.comm.transport import Message, Room, end
 from seqpar_kernels.comm.watchdog import watch_of
 
 from . import turns as made_up
 
-ROOM = Room(1, 1, 1, 1, True, False)
+ROOM = Room((Buffer("rows", 1),), (1,))
 LAST = 9  # the step after which a run ends
 SLOWEST = 5 + coordination.PATIENCE_SECONDS  # seconds of any one call, beside the delay itself
 SIZES = {"A": 2, "B": 2, "C": 3}
@@ -90,10 +90,8 @@ class Rank:
         try:
             others = [rank for rank in range(group.size()) if rank != me]
             mine = torch.full((SIZES[signature],), float(100 * session._ticket.number + me))
-            sends = [Message(Transfer("gather", Rows(me, 0, 0, 1), me, o), mine) for o in others]
-            receives = [
-                Message(Transfer("gather", Rows(o, 0, 0, 1), o, me), torch.full_like(mine, -1.0)) for o in others
-            ]
+            sends = [Message(Transfer("rows", Rows(me, 0, 0, 1), me, o), mine) for o in others]
+            receives = [Message(Transfer("rows", Rows(o, 0, 0, 1), o, me), torch.full_like(mine, -1.0)) for o in others]
             session.post(sends, receives)
             if name.islower():
                 raise ArithmeticError("amid")

@@ -505,7 +505,7 @@ def kept_case(length: int, seq_dim: int, chunks: int | None, engine: str) -> Non
     healthy = P2PSession.post
 
     def counting(self: Any, sends: Any, receives: Any) -> None:
-        sent.extend(m.transfer.kind for m in sends)
+        sent.extend(m.transfer.buffer for m in sends)
         healthy(self, sends, receives)
 
     found = []
