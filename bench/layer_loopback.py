@@ -74,7 +74,7 @@ class Virtual:
     """Ours in t parts, each on a virtual rank."""
 
     def __init__(self, case: LayerCase, device: str, ranks: int):
-        from seqpar_kernels.overlap.loopback import Loopback
+        from seqpar_kernels.comm.loopback import Loopback
 
         self.ranks, self._case, self._device = ranks, case, device
         self._world = Loopback(ranks, device)

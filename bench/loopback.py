@@ -182,7 +182,7 @@ def measure_overlap(
     session: Session, case: LoopbackCase, operands: Operands, direction: str, chunks: Sequence[int]
 ) -> None:
     """Matmuls, messages, one after the other, pipelined: on virtual ranks, interleaved."""
-    from seqpar_kernels.overlap.loopback import Loopback
+    from seqpar_kernels.comm.loopback import Loopback
 
     threads = torch.get_num_threads()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from seqpar_kernels.overlap.figures import Figures, default_figures
+from seqpar_kernels.overlap.machine_profile import Figures, default_figures
 from seqpar_kernels.overlap.planner import Work, estimate, plan
 
 from .errors import BenchError

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import seqpar_kernels as sp
-from seqpar_kernels.overlap import agreement, watch
+from seqpar_kernels.comm import coordination, watchdog
 
 _CALLS = 8  # steps of a round
 _KINDS = ("forward", "backward", "hook", "refused", "other", "skipped", "stopped")
@@ -123,16 +123,16 @@ def _right(group: dist.ProcessGroup, step: int) -> bool:
 
 def faults(group: dist.ProcessGroup, rounds: int, patience: float) -> dict[str, Any]:
     """What happened on this rank: calls that raised, wrong results, the slowest call of each kind of round, ..."""
-    usual = agreement.PATIENCE_SECONDS
-    watch.PATIENCE_SECONDS = agreement.PATIENCE_SECONDS = patience
+    usual = coordination.PATIENCE_SECONDS
+    watchdog.PATIENCE_SECONDS = coordination.PATIENCE_SECONDS = patience
     try:
         return _rounds(group, rounds, patience)
     finally:
-        watch.PATIENCE_SECONDS = agreement.PATIENCE_SECONDS = usual
+        watchdog.PATIENCE_SECONDS = coordination.PATIENCE_SECONDS = usual
 
 
 def _rounds(group: dist.ProcessGroup, rounds: int, patience: float) -> dict[str, Any]:
-    mine, choose = agreement.agreement_of(group), random.Random(1)
+    mine, choose = coordination.agreement_of(group), random.Random(1)
     random.seed(group.rank())
     slowest: Counter[str] = Counter()
     raised = wrong = unusable = 0

@@ -1,9 +1,16 @@
-"""What was worked out once for each kind of call, kept within bounds."""
+"""What was worked out once for each kind of call, kept within bounds, or for each group, kept as long as it."""
 
 from __future__ import annotations
 
+import functools
+import threading
+import weakref
+from collections.abc import Callable
 from typing import TypeVar
 
+from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -19,3 +26,23 @@ class Remembered(dict[K, V]):
         if len(self) >= MOST:
             self.clear()
         super().__setitem__(kind, found)
+
+
+_making = threading.RLock()
+
+
+def per_group(make: Callable[[ProcessGroup], T]) -> Callable[[ProcessGroup], T]:
+    """``make(group)``, once for each group of this process; forgotten with the group."""
+    made: weakref.WeakKeyDictionary[ProcessGroup, T] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(make)
+    def of(group: ProcessGroup) -> T:
+        found = made.get(group)
+        if found is None:
+            with _making:  # two threads may come at once
+                found = made.get(group)
+                if found is None:
+                    found = made[group] = make(group)
+        return found
+
+    return of

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from seqpar_kernels import environment
-from seqpar_kernels.overlap import figures_cache
-from seqpar_kernels.overlap.figures import default_figures
+from seqpar_kernels.overlap import machine_profile_cache
+from seqpar_kernels.overlap.machine_profile import default_figures
 
 
 @pytest.mark.parametrize(
@@ -68,22 +68,22 @@ def test_a_figures_file_with_numbers_no_machine_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    place = figures_cache.Place.here("cpu", "gloo", 2, True)
-    figures_cache.save(place, default_figures("cpu", True)._replace(link_bytes=123456.0))
-    assert figures_cache.load(place)[0] is not None
+    place = machine_profile_cache.Place.here("cpu", "gloo", 2, True)
+    machine_profile_cache.save(place, default_figures("cpu", True)._replace(link_bytes=123456.0))
+    assert machine_profile_cache.load(place)[0] is not None
     text = place.file.read_text()
     assert text.count("123456.0") == 1
     place.file.write_text(text.replace("123456.0", value))
-    found, reason = figures_cache.load(place)
+    found, reason = machine_profile_cache.load(place)
     assert found is None and "damaged" in reason and len(reason) < 500
 
 
 def test_a_large_int_is_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    place = figures_cache.Place.here("cpu", "gloo", 2, True)
-    figures_cache.save(place, default_figures("cpu", True))
+    place = machine_profile_cache.Place.here("cpu", "gloo", 2, True)
+    machine_profile_cache.save(place, default_figures("cpu", True))
     kept = json.loads(place.file.read_text())
     kept["figures"]["link_bytes"] = 10**12
     place.file.write_text(json.dumps(kept))
-    found, _ = figures_cache.load(place)
+    found, _ = machine_profile_cache.load(place)
     assert found is not None and found.link_bytes == 1e12

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 import seqpar_kernels as sp
-from seqpar_kernels.overlap.agreement import agreement_of
-from seqpar_kernels.overlap.watch import watch_of
+from seqpar_kernels.comm.coordination import agreement_of
+from seqpar_kernels.comm.watchdog import watch_of
 
 from .test_faults import Explodes
 from .world import World

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..caches import per_group
+from ..comm.coordination import agreement_of
 from ..overlap import pipeline
-from ..overlap.agreement import agreement_of, per_group
 from .fingerprint import fingerprint, is_plain, row_sketch
 from .head_dropout import default_generator
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..comm.coordination import agreement_of
 from ..functional import copy_to_tensor_parallel, gather_sequence, scatter_sequence
 from ..nn.embedded import EmbeddedRows
 from ..nn.pending import settled
 from ..nn.region import mark_entrance, show_whole
-from ..overlap.agreement import agreement_of
 from .changes import Watch
 from .checks import counted
 from .conversion import Conversion

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten
 
-from ..overlap.agreement import agreement_of
+from ..comm.coordination import agreement_of
 from .conversion import Conversion
 from .verify_offer import raised_in
 

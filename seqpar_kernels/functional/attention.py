@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import check_probability, check_same_device, check_sequence, check_tensor
+from ..comm.coordination import checked_together
 from ..layout import Group, group_rank, group_size, resolve_group
-from ..overlap.agreement import checked_together
 from ..random import as_seed
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..caches import per_group
 from ..kernels.spec import accumulation_dtype
 from ..layout import SequenceShard, group_rank, group_size
-from ..overlap.agreement import per_group
 
 _BACKWARDS_LOOKED_AT = 4
 

@@ -10,9 +10,9 @@ from torch.distributed import ProcessGroup
 
 from .. import ops
 from ..checks import check_tensor
+from ..comm.coordination import agreement_of, checked_together
 from ..layout import Group, SequenceShard, group_rank, group_size, normalize_dim, resolve_group, shard_of
 from ..ops.library import group_name
-from ..overlap.agreement import agreement_of, checked_together
 from .mappings import (
     copy_to_tensor_parallel,
     gather_dimension,

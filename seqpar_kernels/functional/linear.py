@@ -20,12 +20,13 @@ from ..checks import (
     check_tensor,
     check_weight,
 )
+from ..comm import symm_mem
+from ..comm.coordination import checked_together
 from ..kernels import NormKind
 from ..layout import Group, SequenceShard, group_rank, group_size, resolve_group, shard_of
 from ..ops.library import group_name
-from ..overlap import peer, waiting
-from ..overlap.agreement import checked_together
-from ..overlap.figures import Figures
+from ..overlap import fused_gemm
+from ..overlap.machine_profile import Figures
 from ..overlap.planner import FUSED_WANTED, PEER_WANTED, PLAIN, Plan, Work, check_engine, plan, rather
 from ..overlap.tuning import figures_of
 from .met import Met
@@ -322,10 +323,10 @@ def settle_plan(
     work = Work.of(x, seq_dim, shard, features, elements)
     settled = plan(engine, chunks, work, figures["cpu" if x.device.type == "cpu" else "cuda"])
     if group is not None and (engine == "fused" or (engine == "auto" and FUSED_WANTED)):
-        obstacle = waiting.why_not(group, x, elements) if fusible else "this op has none"
+        obstacle = fused_gemm.why_not(group, x, elements) if fusible else "this op has none"
         settled = rather("fused", settled, engine, obstacle)
     if group is not None and (engine == "peer" or (engine == "auto" and PEER_WANTED)):
-        settled = rather("peer", settled, engine, peer.why_not(group))
+        settled = rather("peer", settled, engine, symm_mem.why_not(group))
     return settled
 
 

@@ -17,9 +17,9 @@ from ..checks import (
     check_vector,
     check_weight,
 )
+from ..comm.coordination import checked_together
 from ..kernels import NormKind
 from ..layout import Group, SequenceShard, group_rank, group_size, resolve_group
-from ..overlap.agreement import checked_together
 from ..overlap.planner import Plan
 from ..overlap.tuning import figures_of
 from ..random import as_seed, debug_enabled

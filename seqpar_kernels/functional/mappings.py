@@ -8,9 +8,9 @@ from torch.distributed import ProcessGroup
 
 from .. import ops
 from ..checks import check_float, check_sequence, check_tensor
+from ..comm.coordination import checked_together
 from ..layout import Group, normalize_dim, resolve_group, shard_of
 from ..ops.library import eager, group_name
-from ..overlap.agreement import checked_together
 from .doubled import doubled_gradients
 
 

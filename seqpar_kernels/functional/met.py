@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..caches import Remembered
-from ..overlap.agreement import per_group
-from ..overlap.figures import Figures
+from ..caches import Remembered, per_group
+from ..overlap.machine_profile import Figures
 from ..overlap.planner import Plan, max_workspace_bytes
 
 _Known = tuple[Plan, tuple[Any, ...]]

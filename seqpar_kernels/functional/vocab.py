@@ -8,9 +8,9 @@ from torch.distributed import ProcessGroup
 
 from .. import ops
 from ..checks import check_float, check_linear_bias, check_same_device, check_sequence, check_tensor, check_weight
+from ..comm.coordination import checked_together
 from ..layout import Group, group_rank, group_size, resolve_group, shard_of, vocabulary_range
 from ..ops.library import group_name
-from ..overlap.agreement import checked_together
 from ..overlap.tuning import figures_of
 from .linear import autocast, settle_plan
 

@@ -3,7 +3,7 @@
 ``gather_matmul`` is an all-gather -> matmul: the rows of ``x`` arrive while it runs, and each chunk of rows has a flag
 that is raised behind it. ``matmul_scatter`` is the first half of a matmul -> reduce-scatter: it raises the flag of each
 chunk of ``out`` that is finished, so that it can leave. Chunks are visited in the order given, that of a schedule in
-:mod:`seqpar_kernels.overlap.waiting`, which joins either to a transport. Several weights are several launches, the
+:mod:`seqpar_kernels.overlap.fused_gemm`, which joins either to a transport. Several weights are several launches, the
 first of which waits; weights that share rows are better one weight, so that all of its columns fill the time until a
 chunk arrives.
 

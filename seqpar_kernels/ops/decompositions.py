@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels import NormKind, NormSpec, NormWants, RowMap, select
 from ..kernels.reference import norm_backward, norm_forward
-from ..overlap.pipeline import rows_of
+from ..tensors import rows_of
 from .library import register
 from .norm import NormScalars, dropout_add_norm, dropout_add_norm_backward
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..comm.steps import Compute, Transfer
+from ..overlap import fused_gemm
 from ..overlap import schedule as schedules
-from ..overlap import waiting
-from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, reshaped, rows_of, run
-from ..overlap.schedule import Compute, Transfer
+from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, run
+from ..tensors import reshaped, rows_of
 from . import linear_uncut
 from .library import apply, group_named, register, without_autocast
 from .linear_common import PLACE, rows_here, shape_with, sum_rows, weights_signature
@@ -65,7 +66,7 @@ def _gather_linear(
     outs = [call.empty_whole(w.shape[0], x) for w in weights]
     exchange = call.exchange(x.shape[-1], x, engine)
     if engine == "fused":
-        whole = waiting.gather_matmul(call, exchange, chunks, mine, weights, biases, outs)
+        whole = fused_gemm.gather_matmul(call, exchange, chunks, mine, weights, biases, outs)
         return [reshaped(out.data, call.shape(seq_len, out.features)) for out in (*outs, whole)]
     window = call.window(chunks, x.shape[-1], x)
     arrived: dict[int, Sequence3D] = {}  # within a window a chunk lives until it has been multiplied
@@ -243,13 +244,13 @@ def _gather_backward_kernel(
 
     def source(transfer: Transfer) -> Tensor:
         rows = transfer.rows
-        if transfer.kind == "gather":
+        if transfer.buffer == schedules.SHARD:
             return mine.window(rows.start, rows.stop)
         return outgoing.pop(rows.start).data  # the session keeps it until it has left
 
     def target(transfer: Transfer) -> Tensor:
         rows = transfer.rows
-        if transfer.kind == "gather":
+        if transfer.buffer == schedules.SHARD:
             return whole.window(rows.start, rows.stop)
         assert partials is not None
         return partials.window(transfer.source, rows.start, rows.stop)

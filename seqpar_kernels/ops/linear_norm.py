@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..kernels import NormKind, NormWants
 from ..kernels.spec import accumulation_dtype
-from ..overlap.labels import span
-from ..overlap.pipeline import rows_of
+from ..overlap.profiling import span
+from ..tensors import rows_of
 from .library import group_named, register, without_autocast
 from .linear_common import PLACE
 from .linear_scatter import partial_results, scatter_gradients, scattered_shape

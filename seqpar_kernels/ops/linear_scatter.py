@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..comm.steps import Compute, Transfer
+from ..overlap import fused_gemm
 from ..overlap import schedule as schedules
-from ..overlap import waiting
-from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, reshaped, rows_of, run
+from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, run
 from ..overlap.planner import Work, spreads_weight_gradient
-from ..overlap.schedule import Compute, Transfer
 from ..overlap.tuning import figures_of
+from ..tensors import reshaped, rows_of
 from . import linear_uncut
 from .library import apply, group_named, register, without_autocast
 from .linear_common import PLACE, rows_here, shape_with, sum_rows, weights_signature
@@ -49,7 +50,7 @@ def partial_results(
     exchange = call.exchange(features, x, engine)
     partials = Partials(call, features, x)
     if engine == "fused":
-        waiting.matmul_scatter(call, exchange, chunks, whole, weight, partials)
+        fused_gemm.matmul_scatter(call, exchange, chunks, whole, weight, partials)
         return partials
 
     def compute(step: Compute) -> None:

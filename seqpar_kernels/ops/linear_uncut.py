@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..overlap.pipeline import Partials, rows_of
-from ..overlap.uncut import Uncut, uncut_kind
+from ..overlap.pipeline import Partials
+from ..overlap.unchunked import Unchunked, unchunked_kind
+from ..tensors import rows_of
 from .main_grad import weight_gradient, weight_gradients
 
 
@@ -23,8 +24,8 @@ def gather_linear(
 ) -> list[Tensor]:
     """linear(all_gather(x)) for each weight, and last all rows of x. x [..., S/t, ..., K]"""
     features = x.shape[-1]
-    kind = uncut_kind("all_gather_linear", x, seq_dim, seq_len, group, features, N=_outputs(weights))
-    with Uncut(kind, group) as call:
+    kind = unchunked_kind("all_gather_linear", x, seq_dim, seq_len, group, features, N=_outputs(weights))
+    with Unchunked(kind, group) as call:
         whole = call.gather(x)
         call.gathered()
         with call.label("matmul"):
@@ -55,9 +56,11 @@ def gather_linear_backward(
         return local_dx, weight_gradients(main_grads, used, rows_of(x), want_dw) if any(want_dw) else []
     features = x.shape[-1]
     wants = {"dx": want_dx, "dw": tuple(want_dw), "gathered": gathered}
-    kind = uncut_kind("all_gather_linear backward", x, seq_dim, seq_len, group, features, N=_outputs(weights), **wants)
+    kind = unchunked_kind(
+        "all_gather_linear backward", x, seq_dim, seq_len, group, features, N=_outputs(weights), **wants
+    )
     dws: list[Tensor | None] = []
-    with Uncut(kind, group) as call:
+    with Unchunked(kind, group) as call:
         whole = x if gathered or not any(want_dw) else call.gather(x)
         if want_dx:
             with call.label("dgrad"):
@@ -85,8 +88,8 @@ def _dgrad(used: list[tuple[int, Tensor]], weights: list[Tensor]) -> Tensor:
 
 def partial_results(name: str, group: ProcessGroup, x: Tensor, weight: Tensor, seq_dim: int) -> Partials:
     """What every rank's part of linear(x, weight) is for our rows. x [..., S, ..., K/t]"""
-    kind = uncut_kind(name, x, seq_dim, x.shape[seq_dim], group, weight.shape[0], K=weight.shape[1])
-    with Uncut(kind, group) as call:
+    kind = unchunked_kind(name, x, seq_dim, x.shape[seq_dim], group, weight.shape[0], K=weight.shape[1])
+    with Unchunked(kind, group) as call:
         with call.label("matmul"):
             product = torch.nn.functional.linear(x, weight)
         partials = call.scatter(product.contiguous())
@@ -112,9 +115,9 @@ def linear_scatter_backward(
         return *gather_linear_backward(None, x, [dy], [weight], want_dx, [want_dw], [main_grad], *place), dy
     features_out, features_in = weight.shape
     wants = {"K": features_in, "dx": want_dx, "dw": want_dw, "db": want_db}
-    kind = uncut_kind("linear_reduce_scatter backward", dy, seq_dim, seq_len, group, features_out, **wants)
+    kind = unchunked_kind("linear_reduce_scatter backward", dy, seq_dim, seq_len, group, features_out, **wants)
     dx, dws = None, []
-    with Uncut(kind, group) as call:
+    with Unchunked(kind, group) as call:
         whole = call.gather(dy)
         call.gathered()
         rows = rows_of(whole)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..caches import MOST
 from ..kernels import NormKind, NormSpec, NormWants, RowMap, select
 from ..kernels.spec import accumulation_dtype, as_matrix, as_vector
-from ..overlap.pipeline import reshaped
+from ..tensors import reshaped
 from .library import PLAIN_TYPES, apply, eager, register
 
 _TENSORS = 10  # leading arguments of the forward that are tensors

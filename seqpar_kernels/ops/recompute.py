@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels import NormKind, NormSpec, RowMap, select
 from ..kernels.spec import accumulation_dtype
-from ..overlap.pipeline import reshaped, rows_of
+from ..tensors import reshaped, rows_of
 from . import gather_linear, linear_scatter
 from .library import register, without_autocast
 from .linear_common import PLACE

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..comm.steps import Compute, Transfer
 from ..layout import SequenceShard, group_rank, group_size, vocabulary_range
 from ..overlap import pipeline
 from ..overlap import schedule as schedules
-from ..overlap.pipeline import Call, Partials, Sequence3D, reshaped, run
-from ..overlap.schedule import Compute, Transfer
+from ..overlap.pipeline import Call, Partials, Sequence3D, run
+from ..tensors import reshaped
 from .library import group_named, register, without_autocast
 from .mappings import all_reduce
 
@@ -418,11 +419,11 @@ def _head_backward_kernel(
 
     def source(transfer: Transfer) -> Tensor:
         at = transfer.rows
-        return mine.window(at.start, at.stop) if transfer.kind == "gather" else outgoing.pop(at.start).data
+        return mine.window(at.start, at.stop) if transfer.buffer == schedules.SHARD else outgoing.pop(at.start).data
 
     def target_of(transfer: Transfer) -> Tensor:
         at = transfer.rows
-        if transfer.kind == "gather":
+        if transfer.buffer == schedules.SHARD:
             return whole.window(at.start, at.stop)
         assert partials is not None
         return partials.window(transfer.source, at.start, at.stop)

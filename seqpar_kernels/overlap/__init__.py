@@ -1,1 +1,1 @@
-"""Matmuls and their collectives, cut into chunks and pipelined: schedules, transports, the planner between them."""
+"""Matmuls and their collectives, cut into chunks and pipelined: schedules, engines, the planner between them."""

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..comm.select import transport_of
+from ..comm.steps import Compute, Drain, Post, Transfer, Wait
+from ..comm.transport import Message, Room, Session, Transport, end, in_blocks
 from ..kernels import select
 from ..layout import SequenceShard, group_rank, group_size
-from . import peer, planner
+from ..tensors import reshaped
+from . import planner
 from . import schedule as schedules
-from .collective import CollectiveTransport
-from .labels import span, traced
-from .loopback import LoopbackGroup, LoopbackTransport
-from .schedule import Compute, Drain, Post, Schedule, Step, Transfer, Wait
-from .transport import Message, Room, Session, Transport, end, in_blocks
+from .profiling import span, traced
+from .schedule import Schedule
 
 # A matmul of fewer rows than this per outer index wastes the machine: rather one matmul and a copy into place.
 _MIN_ROWS_IN_PLACE = 128
@@ -74,22 +75,25 @@ class Sequence3D:
 class Exchange:
     """Posts and waits of one op: which buffer each transfer reads or fills."""
 
-    def __init__(self, call: Call, transport: Transport | None, row_bytes: int):
+    def __init__(self, call: Call, transport: Transport | None, row_bytes: int | Mapping[str, int]):
+        """``row_bytes``: of a row in each buffer of the schedule, or in all of them."""
         self.name = call.name
         self._call, self._transport, self._row_bytes = call, transport, row_bytes
         self._session: Session | None = None
         self._staged: dict[Transfer, tuple[Tensor, Tensor]] = {}
         self._outgoing: dict[int, Transfer] = {}
 
-    def open(self, steps: Sequence[Step]) -> Exchange:
+    def open(self, steps: Schedule) -> Exchange:
         """All ranks are about to run ``steps``."""
         if self._transport is not None:
-            sends = [t for step in steps if isinstance(step, Post) for t in step.sends]
-            self._outgoing = {t.rows.start: t for t in sends if t.kind == "scatter"}
-            shard = self._call.shard
-            room = Room.of(steps, shard.length, shard.ranks, self._call.layout.outer, self._row_bytes)
+            self._outgoing = steps.outgoing
+            row_bytes = tuple(self._bytes_of(buffer.name) for buffer in steps.buffers)
+            room = Room(steps.buffers, row_bytes, self._call.layout.outer)
             self._session = self._transport.session(self._call.signature, room)
         return self
+
+    def _bytes_of(self, buffer: str) -> int:
+        return self._row_bytes if isinstance(self._row_bytes, int) else self._row_bytes[buffer]
 
     @property
     def takes_receives_early(self) -> bool:
@@ -123,7 +127,7 @@ class Exchange:
 
     def _in_blocks(self, transfer: Transfer) -> bool:
         outer = self._call.layout.outer
-        return in_blocks(outer, (transfer.rows.stop - transfer.rows.start) * self._row_bytes // max(1, outer))
+        return in_blocks(outer, transfer.size * self._bytes_of(transfer.buffer) // max(1, outer))
 
     def wait(self, transfer: Transfer) -> None:
         assert self._session is not None
@@ -188,25 +192,6 @@ def matmul_into(out: Tensor, x: Tensor, weight_t: Tensor, bias: Tensor | None = 
         torch.add(product, bias, out=out)
 
 
-def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
-    """A fresh contiguous tensor in another shape, and not as a view: autograd lets results be modified in place."""
-    if t.shape == torch.Size(shape) and not t._is_view():
-        return t
-    return torch.ops.aten._unsafe_view.default(t, list(shape))  # type: ignore[no-any-return]
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """[..., H] as [rows, H]."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def transport_of(group: ProcessGroup, engine: str) -> Transport:
-    """Who moves the chunks of ``group``."""
-    if isinstance(group, LoopbackGroup) and engine != "peer":
-        return LoopbackTransport(group)
-    return peer.transport_over(group) if engine in ("peer", "fused") else CollectiveTransport(group)
-
-
 class Kind:
     """What calls of an op on tensors of the same sizes share: how the sequence lies, and what the ranks agree on."""
 
@@ -251,9 +236,13 @@ class Call(Kind):
         super().__init__(name, x, seq_dim, length, group, *details)
         self.group = group
 
-    def exchange(self, features: int, like: Tensor, engine: str = "collective") -> Exchange:
-        """Messages are rows of ``features`` elements like those of ``like``."""
-        row_bytes = self.layout.outer * self.layout.inner * features * like.element_size()
+    def exchange(self, features: int | Mapping[str, int], like: Tensor, engine: str = "collective") -> Exchange:
+        """Messages are rows of ``features`` elements like those of ``like``; or the bytes of a row in each buffer."""
+        row_bytes: int | Mapping[str, int]
+        if isinstance(features, int):
+            row_bytes = self.layout.outer * self.layout.inner * features * like.element_size()
+        else:
+            row_bytes = features
         return Exchange(self, None if self.group is None else transport_of(self.group, engine), row_bytes)
 
     def window(self, chunks: int, features: int, like: Tensor) -> int | None:

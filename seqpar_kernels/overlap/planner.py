@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from ..caches import MOST
+from ..comm.transport import in_blocks
 from ..environment import flag, positive_int
 from ..layout import SequenceShard
-from .figures import Figures
+from .machine_profile import Figures
 from .schedule import chunk_weights
-from .transport import in_blocks
 
 ENGINES = ("auto", "single", "collective", "peer", "fused")
 

@@ -20,74 +20,50 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, ParamSpec
+from typing import Literal, ParamSpec
 
 from ..caches import MOST
+from ..comm.steps import Buffer, Compute, Drain, Post, Rows, Step, Transfer, Wait
 from ..layout import SequenceShard, split_point
 
 Stage = Literal["matmul", "dgrad", "wgrad", "reduce"]
 
-
-class Rows(NamedTuple):
-    """Rows ``start..stop`` of the unsharded sequence: chunk ``index`` of the shard of ``owner``."""
-
-    owner: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
-    start: int
-    stop: int
+#: The buffers of a sharded sequence. The rows of a rank's own shard, for somebody who computes with them:
+SHARD = "shard"
+#: Somebody's partial results for the rows of another rank, which sums them: a slot for each rank in rotated order.
+PARTIAL_SUMS = "partial sums"
 
 
-class Transfer(NamedTuple):
-    """``rows`` on their way from one rank to another.
-
-    "gather": the owner's input rows, to somebody who computes with them.
-    "scatter": somebody's partial result for those rows, to their owner, who sums.
-
-    Schedules know nothing of ``part``: where rows are several blocks of memory, which one.
-    """
-
-    kind: Literal["gather", "scatter"]
-    rows: Rows
-    source: int
-    target: int
-    part: int = 0
+def sequence_buffers(shard: SequenceShard, *names: str) -> tuple[Buffer, ...]:
+    """Those of ``names``, or both; alike on every rank: the largest shard counts."""
+    rows = -(-shard.length // shard.ranks)
+    both = (Buffer(SHARD, rows), Buffer(PARTIAL_SUMS, rows, shard.ranks - 1))
+    return tuple(buffer for buffer in both if not names or buffer.name in names)
 
 
-@dataclass(frozen=True)
-class Post:
-    """Start these transfers together."""
-
-    sends: tuple[Transfer, ...]
-    receives: tuple[Transfer, ...]
+def shard_rows(owner: SequenceShard, rows: Rows, target: int) -> Transfer:
+    """``rows`` of the shard of ``owner`` on their way from there."""
+    return Transfer(SHARD, rows, owner.rank, target, 0, rows.start - owner.start)
 
 
-@dataclass(frozen=True)
-class Wait:
-    """Block until this transfer has arrived here."""
-
-    transfer: Transfer
-
-
-@dataclass(frozen=True)
-class Drain:
-    """Block until the buffers of all sends posted so far may be used again."""
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Run ``stage`` over rows ``start..stop`` of the unsharded sequence."""
-
-    stage: Stage
-    start: int
-    stop: int
-
-
-Step = Post | Wait | Drain | Compute
+def partial_sums(owner: SequenceShard, rows: Rows, source: int) -> Transfer:
+    """What ``source`` has for ``rows`` of the shard of ``owner``, on its way there."""
+    slot = (owner.rank - source) % owner.ranks - 1
+    return Transfer(PARTIAL_SUMS, rows, source, owner.rank, slot, rows.start - owner.start)
 
 
 class Schedule(list[Step]):
-    """The steps of one rank, from first to last."""
+    """The steps of one rank, from first to last, and the buffers that the transfers of all ranks are read from."""
+
+    def __init__(self, steps: Iterable[Step], buffers: tuple[Buffer, ...]):
+        super().__init__(steps)
+        self.buffers = buffers
+
+    @functools.cached_property
+    def outgoing(self) -> dict[int, Transfer]:
+        """The partial results that leave, by their first row."""
+        sends = [t for step in self if isinstance(step, Post) for t in step.sends]
+        return {t.rows.start: t for t in sends if t.buffer == PARTIAL_SUMS}
 
     @functools.cached_property
     def receives_first(self) -> Schedule:
@@ -108,14 +84,14 @@ class Schedule(list[Step]):
             return self._sends_in_turn(posts, chunks)
         first = next((i for i, step in enumerate(self) if isinstance(step, Compute)), len(self))
         early = tuple(t for step in self[first:] if isinstance(step, Post) for t in step.receives)
-        return Schedule(_nonempty([*self[:first], Post((), early), *map(_sends_only, self[first:])]))
+        return Schedule(_nonempty([*self[:first], Post((), early), *map(_sends_only, self[first:])]), self.buffers)
 
     @property
     def _works_on_arrivals(self) -> bool:
-        """Whether all that travels is gathered, and each arrival computed on before the next is waited for."""
-        transfers = [t for step in self if isinstance(step, Post) for t in (*step.sends, *step.receives)]
+        """Whether all that leaves is there from the start, and each arrival computed on before the next is awaited."""
+        order = [type(step) for step in self if isinstance(step, (Post, Compute))]
         after_waits = [then for step, then in itertools.pairwise([*self, None]) if isinstance(step, Wait)]
-        return all(t.kind == "gather" for t in transfers) and all(isinstance(then, Compute) for then in after_waits)
+        return Compute not in order[: order.count(Post)] and all(isinstance(then, Compute) for then in after_waits)
 
     def _sends_in_turn(self, posts: list[Post], ahead: int) -> Schedule:
         """Sends stay ``ahead`` posts before the arrivals.
@@ -127,7 +103,7 @@ class Schedule(list[Step]):
         arrival: Transfer | None = None
         for i, post in enumerate(posts):
             if i >= ahead and posts[i - ahead].receives:
-                (arrival,) = posts[i - ahead].receives
+                *_, arrival = posts[i - ahead].receives
             leaving.setdefault(arrival, []).append(_sends_only(post))
         steps: list[Step] = [Post((), tuple(t for post in posts for t in post.receives)), *leaving[None]]
         for step in self:
@@ -135,7 +111,7 @@ class Schedule(list[Step]):
                 steps.append(step)
             if isinstance(step, Wait):
                 steps += leaving.get(step.transfer, [])
-        return Schedule(_nonempty(steps))
+        return Schedule(_nonempty(steps), self.buffers)
 
 
 def _sends_only(step: Step) -> Step:
@@ -149,15 +125,9 @@ def _nonempty(steps: Iterable[Step]) -> list[Step]:
 _Arguments = ParamSpec("_Arguments")
 
 
-def _remembered(build: Callable[_Arguments, list[Step]]) -> Callable[_Arguments, Schedule]:
+def remembered(build: Callable[_Arguments, Schedule]) -> Callable[_Arguments, Schedule]:
     """Building one takes longer than a small matmul, and layers ask for the same few. Nobody changes one."""
-
-    @functools.lru_cache(MOST)
-    @functools.wraps(build)
-    def schedule(*args: _Arguments.args, **options: _Arguments.kwargs) -> Schedule:
-        return Schedule(build(*args, **options))
-
-    return schedule  # type: ignore[return-value]  # mypy sees a cache of anything hashable
+    return functools.lru_cache(MOST)(build)  # type: ignore[return-value]  # mypy sees a cache of anything hashable
 
 
 Taper = Literal["none", "rising", "falling"]
@@ -192,8 +162,9 @@ def _gather_from(shard: SequenceShard, k: int, chunks: int, tapered: bool) -> li
     """The chunks of ``rank + k`` here, own ones to ``rank - k``."""
     source, target = (shard.rank + k) % shard.ranks, (shard.rank - k) % shard.ranks
     taper: Taper = "falling" if tapered and shard.ranks == 2 else "none"
-    sends = [Transfer("gather", rows, shard.rank, target) for rows in chunks_of(shard, chunks, taper)]
-    receives = [Transfer("gather", rows, source, shard.rank) for rows in chunks_of(shard.of(source), chunks, taper)]
+    theirs = shard.of(source)
+    sends = [shard_rows(shard, rows, target) for rows in chunks_of(shard, chunks, taper)]
+    receives = [shard_rows(theirs, rows, shard.rank) for rows in chunks_of(theirs, chunks, taper)]
     return _paired(sends, receives, chunks)
 
 
@@ -206,8 +177,9 @@ def _scatter_to(shard: SequenceShard, k: int, chunks: int, tapered: bool = False
     """Partial results for the chunks of ``rank + k``; what ``rank - k`` has for ours."""
     source, target = (shard.rank - k) % shard.ranks, (shard.rank + k) % shard.ranks
     taper: Taper = "rising" if tapered and k == 1 else "none"
-    sends = [Transfer("scatter", rows, shard.rank, target) for rows in chunks_of(shard.of(target), chunks, taper)]
-    receives = [Transfer("scatter", rows, source, shard.rank) for rows in chunks_of(shard, chunks, taper)]
+    theirs = shard.of(target)
+    sends = [partial_sums(theirs, rows, shard.rank) for rows in chunks_of(theirs, chunks, taper)]
+    receives = [partial_sums(shard, rows, source) for rows in chunks_of(shard, chunks, taper)]
     return _paired(sends, receives, chunks)
 
 
@@ -268,7 +240,7 @@ def _scatter_phase(
         if gather and window is not None:
             posts = _together(_gather_from(shard, k, chunks, tapered=False), posts)
         for post in posts:
-            leaving = [t.rows for t in post.sends if t.kind == "scatter"]
+            leaving = [t.rows for t in post.sends if t.buffer == PARTIAL_SUMS]
             steps += [Compute(stage, rows.start, rows.stop) for rows in leaving]
             if window is not None and len(under_way) == window:
                 steps += [*(Wait(t) for t in _arrivals(under_way)), Drain()]
@@ -279,45 +251,47 @@ def _scatter_phase(
     return steps, _arrivals(under_way)
 
 
-@_remembered
-def gather_only(shard: SequenceShard) -> list[Step]:
+@remembered
+def gather_only(shard: SequenceShard) -> Schedule:
     """All-gather, nothing to compute."""
     posts = _gather(shard, 1)
-    return [*posts, *(Wait(t) for t in _arrivals(posts))]
+    return Schedule([*posts, *(Wait(t) for t in _arrivals(posts))], sequence_buffers(shard, SHARD))
 
 
-@_remembered
-def scatter_only(shard: SequenceShard) -> list[Step]:
+@remembered
+def scatter_only(shard: SequenceShard) -> Schedule:
     """Reduce-scatter of something that exists already."""
     posts = [post for k in range(1, shard.ranks) for post in _scatter_to(shard, k, 1)]
-    return [*posts, *(Wait(t) for t in _arrivals(posts)), Compute("reduce", shard.start, shard.stop)]
+    steps: list[Step] = [*posts, *(Wait(t) for t in _arrivals(posts)), Compute("reduce", shard.start, shard.stop)]
+    return Schedule(steps, sequence_buffers(shard, PARTIAL_SUMS))
 
 
-@_remembered
-def gather_matmul(
-    shard: SequenceShard, chunks: int, *, pipelined: bool = True, window: int | None = None
-) -> list[Step]:
+@remembered
+def gather_matmul(shard: SequenceShard, chunks: int, *, pipelined: bool = True, window: int | None = None) -> Schedule:
     """All-gather -> matmul: own shard while the first chunks travel, then each peer's chunk as it arrives.
 
     ``pipelined=False`` waits for everything and runs one matmul: the plan for sizes too small to cut.
     """
     if pipelined:
-        return _gather_phase(shard, chunks, window, "matmul")
-    posts = _gather(shard, chunks)
-    return [*posts, *(Wait(t) for t in _arrivals(posts)), Compute("matmul", 0, shard.length)]
+        steps = _gather_phase(shard, chunks, window, "matmul")
+    else:
+        posts = _gather(shard, chunks)
+        steps = [*posts, *(Wait(t) for t in _arrivals(posts)), Compute("matmul", 0, shard.length)]
+    return Schedule(steps, sequence_buffers(shard, SHARD))
 
 
-@_remembered
-def matmul_scatter(shard: SequenceShard, chunks: int, *, window: int | None = None) -> list[Step]:
+@remembered
+def matmul_scatter(shard: SequenceShard, chunks: int, *, window: int | None = None) -> Schedule:
     """Matmul -> reduce-scatter: the peers' rows first, each chunk sent as it is ready; own rows last; then the sum."""
     steps, pending = _scatter_phase(shard, chunks, "matmul", window)
-    return [*steps, *(Wait(t) for t in pending), Compute("reduce", shard.start, shard.stop)]
+    steps += [*(Wait(t) for t in pending), Compute("reduce", shard.start, shard.stop)]
+    return Schedule(steps, sequence_buffers(shard, PARTIAL_SUMS))
 
 
-@_remembered
+@remembered
 def gather_matmul_scatter(
     shard: SequenceShard, chunks: int, *, scatter: bool = True, window: int | None = None
-) -> list[Step]:
+) -> Schedule:
     """Rows come from their owner, are worked on here, and the partial result goes back to them, chunk by chunk.
 
     Own rows first, while the peers' travel here; their results travel back under the next chunk's work. With a window
@@ -325,7 +299,7 @@ def gather_matmul_scatter(
     ``scatter=False``: nothing goes back.
     """
     if not scatter:
-        return _gather_phase(shard, chunks, window, "dgrad")
+        return Schedule(_gather_phase(shard, chunks, window, "dgrad"), sequence_buffers(shard, SHARD))
     # Counted alike on all ranks, also where a shard has no such chunk, so that messages are posted in one order.
     turns = list(itertools.product(range(1, shard.ranks), range(chunks)))
     gathers = {(k, _index(p)): p for k in range(1, shard.ranks) for p in _gather_from(shard, k, chunks, tapered=False)}
@@ -347,13 +321,14 @@ def gather_matmul_scatter(
             under_way = []
         steps += _together([ahead], [post])
         under_way.append(Post(ahead.sends + post.sends, post.receives))
-    return [*steps, *(Wait(t) for t in _arrivals(under_way)), Compute("reduce", shard.start, shard.stop)]
+    steps += [*(Wait(t) for t in _arrivals(under_way)), Compute("reduce", shard.start, shard.stop)]
+    return Schedule(steps, sequence_buffers(shard))
 
 
-@_remembered
+@remembered
 def column_backward(
     shard: SequenceShard, chunks: int, *, dgrad: bool, wgrad: bool, gather: bool = True, window: int | None = None
-) -> list[Step]:
+) -> Schedule:
     """Backward of gather_matmul: x is gathered again under dgrad, dx is scattered under wgrad.
 
     ``gather=False``: all of x is here already.
@@ -365,26 +340,28 @@ def column_backward(
     elif wgrad and gather:
         steps = _gather_phase(shard, chunks, window)
     if wgrad:
-        steps += [Wait(t) for t in pending if t.kind == "gather"]
+        steps += [Wait(t) for t in pending if t.buffer == SHARD]
         steps.append(Compute("wgrad", 0, shard.length))
-    steps += [Wait(t) for t in pending if t.kind == "scatter"]
+    steps += [Wait(t) for t in pending if t.buffer == PARTIAL_SUMS]
     if dgrad:
         steps.append(Compute("reduce", shard.start, shard.stop))
-    return steps
+    gathers, scatters = [SHARD] * (wgrad and gather), [PARTIAL_SUMS] * dgrad
+    return Schedule(steps, sequence_buffers(shard, *gathers, *scatters) if gathers or scatters else ())
 
 
-@_remembered
+@remembered
 def row_backward(
     shard: SequenceShard, chunks: int, *, dgrad: bool, wgrad: bool, spread: bool = False, window: int | None = None
-) -> list[Step]:
+) -> Schedule:
     """Backward of matmul_scatter: dy is gathered under dgrad; wgrad runs once, when the last chunk is in.
 
     ``spread``: where the wire takes longer than dgrad, wgrad too runs chunk by chunk, as they arrive.
     """
     wanted: list[Stage] = ["dgrad"] if dgrad else []
     if wgrad and spread:
-        return _gather_phase(shard, chunks, window, *wanted, "wgrad")
-    steps = _gather_phase(shard, chunks, window, *wanted)
-    if wgrad:
-        steps.append(Compute("wgrad", 0, shard.length))
-    return steps
+        steps = _gather_phase(shard, chunks, window, *wanted, "wgrad")
+    else:
+        steps = _gather_phase(shard, chunks, window, *wanted)
+        if wgrad:
+            steps.append(Compute("wgrad", 0, shard.length))
+    return Schedule(steps, sequence_buffers(shard, SHARD))

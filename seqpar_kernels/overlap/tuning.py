@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from ..comm.coordination import agreement_of
+from ..comm.topology import on_one_host
 from ..layout import Group, resolve_group
-from .agreement import agreement_of
-from .figures import Figures, default_figures
-from .figures_cache import Place, load, save
-from .hosts import on_one_host
+from .machine_profile import Figures, default_figures
+from .machine_profile_cache import Place, load, save
 
 _known: weakref.WeakKeyDictionary[ProcessGroup, dict[str, Figures]] = weakref.WeakKeyDictionary()
 

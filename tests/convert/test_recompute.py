@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import seqpar_kernels as sp
-from seqpar_kernels.overlap.agreement import Agreement
+from seqpar_kernels.comm.coordination import Agreement
 
 from ..world import World
 from .models import MODELS, VOCAB, assert_same_gradients, group

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import seqpar_kernels as sp
-from seqpar_kernels.overlap.loopback import Loopback
-from seqpar_kernels.overlap.peer import reserve_workspace, transport_over
+from seqpar_kernels.comm.loopback import Loopback
+from seqpar_kernels.comm.symm_mem import reserve_workspace, transport_over
 
 from .processes import exit_codes, join
 

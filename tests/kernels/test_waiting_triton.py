@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import triton_waiting_cases as cases
 from interpreted import Interpreted
 
+from seqpar_kernels.comm.steps import Compute
 from seqpar_kernels.layout import SequenceShard
-from seqpar_kernels.overlap import planner, schedule, waiting
+from seqpar_kernels.overlap import fused_gemm, planner, schedule
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,18 +37,21 @@ def test_rows_are_visited_in_the_order_of_the_schedule(ranks: int, length: int, 
     outer, inner = 2, 3
     for rank in range(ranks):
         shard = SequenceShard(length, ranks, rank)
-        for make, kind in ((schedule.gather_matmul, "gather"), (schedule.matmul_scatter, "scatter")):
+        for make, buffer in (
+            (schedule.gather_matmul, schedule.SHARD),
+            (schedule.matmul_scatter, schedule.PARTIAL_SUMS),
+        ):
             steps = make(shard, chunks)
-            computed = [s for s in steps if isinstance(s, schedule.Compute) and s.stage == "matmul"]
-            transfers, rows = waiting.visits(steps, outer, length, inner)
+            computed = [s for s in steps if isinstance(s, Compute) and s.stage == "matmul"]
+            transfers, rows = fused_gemm.visits(steps, outer, length, inner)
             assert len(rows) == outer * len(computed)
             for i, visit in enumerate(rows):
                 step, row = computed[i // outer], i % outer * length
                 assert (visit.start, visit.stop) == ((row + step.start) * inner, (row + step.stop) * inner)
                 if visit.flag >= 0:
                     transfer = transfers[visit.flag]
-                    assert transfer.kind == kind and transfer.rows[2:] == (step.start, step.stop)
-                    assert rank == (transfer.target if kind == "gather" else transfer.source)
+                    assert transfer.buffer == buffer and transfer.rows[2:] == (step.start, step.stop)
+                    assert rank == (transfer.target if buffer == schedule.SHARD else transfer.source)
             covered = [r for visit in rows for r in range(visit.start, visit.stop)]
             assert sorted(covered) == list(range(outer * length * inner))
             own = {r for visit in rows if visit.flag < 0 for r in range(visit.start, visit.stop)}

@@ -58,7 +58,7 @@ def case(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
 
 
 def compared(ranks: int, *sizes: Any) -> None:
-    from seqpar_kernels.overlap.loopback import Loopback
+    from seqpar_kernels.comm.loopback import Loopback
 
     with Loopback(ranks) as loopback:
         *sizes, dtype = sizes
@@ -94,25 +94,25 @@ def row(g: dist.ProcessGroup) -> Tensor:
 @case("a chunk whose flag stays down is an error")
 def _forgotten() -> None:
     """All other cases would pass without any flag if the matmul did not wait, or its end were not looked at."""
+    from seqpar_kernels.comm.loopback import Loopback
     from seqpar_kernels.kernels import triton_gemm
-    from seqpar_kernels.overlap import waiting
-    from seqpar_kernels.overlap.loopback import Loopback
+    from seqpar_kernels.overlap import fused_gemm
 
-    up, polls = waiting._Flags.up, triton_gemm._POLLS_PER_SECOND
+    up, polls = fused_gemm._Flags.up, triton_gemm._POLLS_PER_SECOND
     triton_gemm._POLLS_PER_SECOND = 50
-    waiting._Flags.up = lambda self, flag: up(self, flag) if flag == 0 else None  # type: ignore[method-assign]
+    fused_gemm._Flags.up = lambda self, flag: up(self, flag) if flag == 0 else None  # type: ignore[method-assign]
     try:
         with Loopback(2, timeout=2.0) as loopback:
             assert all("a chunk did not come in time" in str(e) for e in loopback.outcomes(column))
     finally:
         triton_gemm._POLLS_PER_SECOND = polls
-        waiting._Flags.up = up  # type: ignore[method-assign]
+        fused_gemm._Flags.up = up  # type: ignore[method-assign]
 
 
 @case("one launch an op, a poll for each chunk that leaves")
 def _launches() -> None:
+    from seqpar_kernels.comm.loopback import Loopback
     from seqpar_kernels.kernels import triton_gemm as gemm
-    from seqpar_kernels.overlap.loopback import Loopback
 
     counts: dict[str, int] = {}
     originals = {name: getattr(gemm, name) for name in ("gather_matmul", "matmul_scatter", "await_flag")}
@@ -140,7 +140,7 @@ def _launches() -> None:
 @case("what it cannot multiply is refused on every rank")
 def _refused() -> None:
     from seqpar_kernels import set_max_workspace_bytes
-    from seqpar_kernels.overlap.loopback import Loopback, RankErrors
+    from seqpar_kernels.comm.loopback import Loopback, RankErrors
 
     with Loopback(2) as loopback:
         with pytest.raises(RankErrors, match=r"engine: 'fused' cannot run here: it multiplies .* not torch\.float64"):

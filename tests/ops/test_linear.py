@@ -494,7 +494,7 @@ def test_a_refusal_by_one_rank_reaches_the_other(world2: World) -> None:
 
 def kept_case(length: int, seq_dim: int, chunks: int | None, engine: str) -> None:
     """The same outputs and gradients with the gathered x kept, and no second gather."""
-    from seqpar_kernels.overlap.collective import CollectiveSession
+    from seqpar_kernels.comm.p2p import P2PSession
 
     g = group()
     t, rank = g.size(), g.rank()
@@ -502,10 +502,10 @@ def kept_case(length: int, seq_dim: int, chunks: int | None, engine: str) -> Non
     weights = [leaf(torch.randn(n, K, dtype=torch.float64)) for n in (N, 3)]
     bias = leaf(torch.randn(N, dtype=torch.float64))
     sent: list[str] = []
-    healthy = CollectiveSession.post
+    healthy = P2PSession.post
 
     def counting(self: Any, sends: Any, receives: Any) -> None:
-        sent.extend(m.transfer.kind for m in sends)
+        sent.extend(m.transfer.buffer for m in sends)
         healthy(self, sends, receives)
 
     found = []
@@ -523,11 +523,11 @@ def kept_case(length: int, seq_dim: int, chunks: int | None, engine: str) -> Non
         )
         grads = [torch.ones_like(y) * (i + 1) for i, y in enumerate(out)]
         sent.clear()
-        CollectiveSession.post = counting  # type: ignore[method-assign]
+        P2PSession.post = counting  # type: ignore[method-assign]
         try:
             got = torch.autograd.grad(out, [x, *weights, bias], grads)
         finally:
-            CollectiveSession.post = healthy  # type: ignore[method-assign]
+            P2PSession.post = healthy  # type: ignore[method-assign]
         if x.shape[seq_dim]:
             assert ("gather" in sent) != keep, sent
         if length - x.shape[seq_dim]:

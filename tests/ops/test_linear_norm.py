@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import seqpar_kernels as sp
-from seqpar_kernels.overlap.loopback import Loopback
+from seqpar_kernels.comm.loopback import Loopback
 
 from ..oracle import assert_within_budget
 from ..world import World

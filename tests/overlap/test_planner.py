@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import seqpar_kernels as sp
 from seqpar_kernels.functional import planned_all_gather_linear, planned_linear_reduce_scatter
 from seqpar_kernels.overlap import planner
-from seqpar_kernels.overlap.figures import Figures, default_figures
+from seqpar_kernels.overlap.machine_profile import Figures, default_figures
 from seqpar_kernels.overlap.planner import Work, estimate, plan, spreads_weight_gradient
 
 from ..world import RankError, World

@@ -9,16 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from seqpar_kernels.comm.steps import Compute, Drain, Post, Step, Transfer, Wait
 from seqpar_kernels.layout import SequenceShard
+from seqpar_kernels.overlap.exchange_schedules import all_to_all, chain, ring
 from seqpar_kernels.overlap.schedule import (
-    Compute,
-    Drain,
-    Post,
+    PARTIAL_SUMS,
+    SHARD,
     Schedule,
-    Step,
     Taper,
-    Transfer,
-    Wait,
     chunks_of,
     column_backward,
     gather_matmul,
@@ -56,6 +54,25 @@ PROGRAMS |= {
     "gather_matmul_scatter_wider_window": lambda c: lambda s: gather_matmul_scatter(s, c, window=2),
     "row_backward_spread_window": lambda c: lambda s: row_backward(s, c, dgrad=True, wgrad=True, spread=True, window=2),
     "row_backward_window": lambda c: lambda s: row_backward(s, c, dgrad=True, wgrad=True, window=2),
+}
+
+
+def ragged(length: int, ranks: int) -> tuple[tuple[int, ...], ...]:
+    """How many rows each rank sends to each other: none at times."""
+    return tuple(tuple((length * (3 * s + 5 * r + 1)) % 7 for r in range(ranks)) for s in range(ranks))
+
+
+def sizes_of(s: SequenceShard) -> tuple[int, ...]:
+    return tuple(map(sum, ragged(s.length, s.ranks)))
+
+
+PROGRAMS |= {
+    "all_to_all": lambda c: lambda s: all_to_all(ragged(s.length, s.ranks), s.rank, chunks=c),
+    "all_to_all_computed": lambda c: lambda s: all_to_all(ragged(s.length, s.ranks), s.rank, chunks=c, stage="matmul"),
+    "shift": lambda c: lambda s: ring(sizes_of(s), s.rank, hops=1),
+    "ring": lambda c: lambda s: ring(sizes_of(s), s.rank),
+    "ring_computed": lambda c: lambda s: ring(sizes_of(s), s.rank, stage="matmul"),
+    "chain": lambda c: lambda s: chain(s.length, s.ranks, s.rank, stage="matmul"),
 }
 
 PROGRAMS |= {
@@ -158,10 +175,29 @@ def test_gathered_rows_are_waited_for_before_use(length: int, ranks: int, chunks
         for steps in (*programs, *(program.receives_first for program in programs)):
             here = set(range(shard.start, shard.stop))
             for step in steps:
-                if isinstance(step, Wait) and step.transfer.kind == "gather":
+                if isinstance(step, Wait) and step.transfer.buffer == SHARD:
                     here |= set(range(step.transfer.rows.start, step.transfer.rows.stop))
                 elif isinstance(step, Compute) and step.stage != "reduce":
                     assert here >= set(range(step.start, step.stop))
+
+
+@pytest.mark.parametrize("suffix", ["", "_receives_first"])
+@sizes
+def test_exchanges_bring_every_row_once(suffix: str, length: int, ranks: int, chunks: int) -> None:
+    counts = ragged(length, ranks)
+    got = [sum(row[rank] for row in counts) for rank in range(ranks)]
+    for rank, steps in simulate(PROGRAMS[f"all_to_all_computed{suffix}"](chunks), length, ranks).items():
+        assert covered(steps, "matmul") == list(range(got[rank]))
+    for rank, steps in simulate(PROGRAMS[f"ring_computed{suffix}"](chunks), length, ranks).items():
+        assert covered(steps, "matmul") == list(range(sum(map(sum, counts))))
+        here = [step for step in steps if isinstance(step, Compute)]
+        assert len(here) == sum(map(bool, map(sum, counts)))  # a shard at a time, in the order of the ring
+        ordered = [sum(map(sum, counts[: (rank - hop) % ranks])) for hop in range(ranks) if sum(counts[rank - hop])]
+        assert [step.start for step in here] == ordered
+    for rank, steps in simulate(PROGRAMS[f"chain{suffix}"](chunks), length, ranks).items():
+        assert covered(steps, "matmul") == list(range(length))
+        kinds = [type(step) for step in steps if not (isinstance(step, Post) and not step.sends)]
+        assert kinds == ([Wait] * (rank > 0) + [Compute] + [Post] * (rank < ranks - 1) if length else [])
 
 
 SCATTERS = ["matmul_scatter", "gather_matmul_scatter", "gather_matmul_scatter_wider_window"]
@@ -179,11 +215,11 @@ def test_scattered_rows_are_computed_before_they_leave_and_summed_after_all_came
         for step in PROGRAMS[name](chunks)(shard):
             if isinstance(step, Post):
                 for t in step.sends:
-                    if t.kind == "gather":
+                    if t.buffer == SHARD:
                         continue
                     assert computed >= set(range(t.rows.start, t.rows.stop))
             elif isinstance(step, Wait):
-                arrived += [step.transfer] if step.transfer.kind == "scatter" else []
+                arrived += [step.transfer] if step.transfer.buffer == PARTIAL_SUMS else []
             elif isinstance(step, Compute) and step.stage != "reduce":
                 computed |= set(range(step.start, step.stop))
             elif isinstance(step, Compute):
@@ -231,9 +267,9 @@ def test_backward_overlaps_what_it_says() -> None:
     steps = column_backward(SequenceShard(8, 2, 0), 2, dgrad=True, wgrad=True)
     kinds = [s.stage if isinstance(s, Compute) else type(s).__name__ for s in steps]
     first_dgrad, wgrad = kinds.index("dgrad"), kinds.index("wgrad")
-    last_scatter = max(i for i, s in enumerate(steps) if isinstance(s, Post) and s.sends[0].kind == "scatter")
-    gathers = [i for i, s in enumerate(steps) if isinstance(s, Post) and s.sends[0].kind == "gather"]
-    scatter_waits = [i for i, s in enumerate(steps) if isinstance(s, Wait) and s.transfer.kind == "scatter"]
+    last_scatter = max(i for i, s in enumerate(steps) if isinstance(s, Post) and s.sends[0].buffer == PARTIAL_SUMS)
+    gathers = [i for i, s in enumerate(steps) if isinstance(s, Post) and s.sends[0].buffer == SHARD]
+    scatter_waits = [i for i, s in enumerate(steps) if isinstance(s, Wait) and s.transfer.buffer == PARTIAL_SUMS]
     assert max(gathers) < first_dgrad < last_scatter < wgrad < min(scatter_waits)
     assert kinds[-1] == "reduce"
 
@@ -266,7 +302,7 @@ def test_receives_come_first_but_for_what_a_window_bounds() -> None:
     # What is gathered keeps its place before what is scattered: each connection delivers in order.
     backward = column_backward(SequenceShard(24, 3, 0), 2, dgrad=True, wgrad=True)
     posts = [step for step in backward.receives_first if isinstance(step, Post)]
-    assert [t.kind for post in posts for t in post.receives] == ["gather"] * 4 + ["scatter"] * 4
+    assert [t.buffer for post in posts for t in post.receives] == [SHARD] * 4 + [PARTIAL_SUMS] * 4
     unchanged = matmul_scatter(SequenceShard(24, 3, 0), 2, window=1)
     assert unchanged.receives_first is unchanged
 
@@ -290,7 +326,7 @@ def test_sends_take_turns_where_arrivals_are_worked_on() -> None:
     # Where nothing is computed in between, or partial results travel too, all sends go at once.
     for steps in (gather_only(SequenceShard(48, 4, 1)), gather_matmul_scatter(SequenceShard(48, 4, 1), 3)):
         kinds = [type(step) for step in steps.receives_first]
-        gathers = [s for s in steps.receives_first if isinstance(s, Post) and s.sends and s.sends[0].kind == "gather"]
+        gathers = [s for s in steps.receives_first if isinstance(s, Post) and s.sends and s.sends[0].buffer == SHARD]
         assert kinds.index(Wait) > max(steps.receives_first.index(post) for post in gathers)
 
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 import seqpar_kernels as sp
 from seqpar_kernels.overlap import tuning
-from seqpar_kernels.overlap.figures import Figures, default_figures
-from seqpar_kernels.overlap.figures_cache import Place, load, save
+from seqpar_kernels.overlap.machine_profile import Figures, default_figures
+from seqpar_kernels.overlap.machine_profile_cache import Place, load, save
 from seqpar_kernels.overlap.planner import Work, plan
 from seqpar_kernels.overlap.tuning import figures_of, tune
 

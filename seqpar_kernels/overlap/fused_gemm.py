@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import peer, planner
+from ..comm import symm_mem
+from ..comm.coordination import agreement_of
+from ..comm.loopback import LoopbackGroup
+from ..comm.steps import Compute, Post, Step, Transfer, Wait
+from . import planner
 from . import schedule as schedules
-from .agreement import agreement_of
-from .labels import span
-from .loopback import LoopbackGroup
 from .pipeline import Call, Exchange, Partials, Sequence3D, matmul_into
-from .schedule import Compute, Post, Step, Transfer, Wait
+from .profiling import span
 
 if TYPE_CHECKING:
     from ..kernels.triton_gemm import Chunk
@@ -46,8 +47,8 @@ def visits(steps: Sequence[Step], outer: int, length: int, inner: int) -> Visits
     """For a matrix of ``outer * length * inner`` rows: a chunk is a stretch of rows for each of ``outer``, one flag."""
     from ..kernels.triton_gemm import Chunk
 
-    arrivals = [step.transfer for step in steps if isinstance(step, Wait) and step.transfer.kind == "gather"]
-    leaving = [t for step in steps if isinstance(step, Post) for t in step.sends if t.kind == "scatter"]
+    arrivals = [step.transfer for step in steps if isinstance(step, Wait) and step.transfer.buffer == schedules.SHARD]
+    leaving = [t for step in steps if isinstance(step, Post) for t in step.sends if t.buffer == schedules.PARTIAL_SUMS]
     transfers = tuple(arrivals or leaving)
     flags = {(t.rows.start, t.rows.stop): flag for flag, t in enumerate(transfers)}
     chunks = tuple(
@@ -148,7 +149,7 @@ def why_not(group: ProcessGroup, x: Tensor, elements: int) -> str:
         return f"it multiplies bfloat16, float16 and float32, not {x.dtype}"
     if not elements:
         return "the weight is empty"
-    return _why_not_on(x.device) or ("" if isinstance(group, LoopbackGroup) else peer.why_not(group))
+    return _why_not_on(x.device) or ("" if isinstance(group, LoopbackGroup) else symm_mem.why_not(group))
 
 
 @torch.compiler.assume_constant_result

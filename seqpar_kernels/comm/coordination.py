@@ -9,25 +9,22 @@ calls cost a look-up. A rank that fails says that too, so that its peers do not 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from ..caches import per_group
 from . import alive, protocol
 from .protocol import DONE, HINT, LEFT, MOST_GENERATIONS, MOST_KINDS, RUNNING, STUCK, WAITING, Register, Ticket
-from .schedule import Transfer
+from .steps import Transfer
 
-__all__ = ["PATIENCE_SECONDS", "Agreement", "Ticket", "agreement_of", "checked_together", "failure", "per_group"]
-
-T = TypeVar("T")
+__all__ = ["PATIENCE_SECONDS", "Agreement", "Ticket", "agreement_of", "checked_together", "failure"]
 
 # A rank that refused a call which is no step may have caught its error and be on its way: so long its peers wait.
 _GRACE_SECONDS = 2.0
@@ -427,26 +424,6 @@ def _timeout_of(group: ProcessGroup) -> timedelta:
     return dist.default_pg_timeout
 
 
-_making = threading.RLock()
-
-
-def per_group(make: Callable[[ProcessGroup], T]) -> Callable[[ProcessGroup], T]:
-    """``make(group)``, once for each group of this process; forgotten with the group."""
-    made: weakref.WeakKeyDictionary[ProcessGroup, T] = weakref.WeakKeyDictionary()
-
-    @functools.wraps(make)
-    def of(group: ProcessGroup) -> T:
-        found = made.get(group)
-        if found is None:
-            with _making:  # two threads may come at once
-                found = made.get(group)
-                if found is None:
-                    found = made[group] = make(group)
-        return found
-
-    return of
-
-
 @per_group
 def agreement_of(group: ProcessGroup) -> Agreement:
     """The one Agreement of ``group`` in this process."""
@@ -458,7 +435,7 @@ def failure(rank: int, ticket: Ticket, doing: str, transfer: Transfer, cause: st
     rows, peer = transfer.rows, transfer.source if doing == "receiving" else transfer.target
     return RuntimeError(
         f"{ticket.signature}: {doing} chunk {rows.index} (rows {rows.start}..{rows.stop} of rank {rows.owner}, "
-        f"{transfer.kind}) failed between rank {rank} and rank {peer}; {cause}"
+        f"{transfer.buffer}) failed between rank {rank} and rank {peer}; {cause}"
     )
 
 

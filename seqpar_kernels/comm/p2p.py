@@ -12,25 +12,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .agreement import Ticket, agreement_of, failure
-from .schedule import Transfer
+from .coordination import Ticket, agreement_of, failure
+from .steps import Transfer
 from .transport import Message, Room
-from .watch import Doing, Watch, watch_of
+from .watchdog import Doing, Watch, watch_of
 
 _SMALL_BYTES = 1 << 16
 
 
-class CollectiveTransport:
+class P2PTransport:
     """Chunks over ``torch.distributed.batch_isend_irecv`` within ``group``."""
 
     def __init__(self, group: ProcessGroup):
         self._group = group
 
-    def session(self, signature: str, room: Room) -> CollectiveSession:
-        return CollectiveSession(self._group, agreement_of(self._group).begin(signature))
+    def session(self, signature: str, room: Room) -> P2PSession:
+        return P2PSession(self._group, agreement_of(self._group).begin(signature))
 
 
-class CollectiveSession:
+class P2PSession:
     """One op's works, by transfer.
 
     The tag tells the step and what was agreed on for it: where tags are matched (gloo), messages of ops that do not

@@ -15,17 +15,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from seqpar_kernels.overlap import agreement, collective, watch
-from seqpar_kernels.overlap.agreement import agreement_of, checked_together
-from seqpar_kernels.overlap.schedule import Rows, Transfer
-from seqpar_kernels.overlap.transport import Message, Room, end
-from seqpar_kernels.overlap.watch import watch_of
+from seqpar_kernels.comm import coordination, p2p, watchdog
+from seqpar_kernels.comm.coordination import agreement_of, checked_together
+from seqpar_kernels.comm.steps import Buffer, Rows, Transfer
+from seqpar_kernels.comm.transport import Message, Room, end
+from seqpar_kernels.comm.watchdog import watch_of
 
 from . import turns as made_up
 
-ROOM = Room(1, 1, 1, 1, True, False)
+ROOM = Room((Buffer("rows", 1),), (1,))
 LAST = 9  # the step after which a run ends
-SLOWEST = 5 + agreement.PATIENCE_SECONDS  # seconds of any one call, beside the delay itself
+SLOWEST = 5 + coordination.PATIENCE_SECONDS  # seconds of any one call, beside the delay itself
 SIZES = {"A": 2, "B": 2, "C": 3}
 
 # What a rank does: call A, B (messages of one size) or C (another size); "a", "b", "c" fail amid it, after the sends;
@@ -85,15 +85,13 @@ class Rank:
 
     def call(self, name: str) -> None:
         group, me, signature = self.group, self.group.rank(), name.upper()
-        session = collective.CollectiveTransport(group).session(signature, ROOM)  # type: ignore[arg-type]
+        session = p2p.P2PTransport(group).session(signature, ROOM)  # type: ignore[arg-type]
         error = None
         try:
             others = [rank for rank in range(group.size()) if rank != me]
             mine = torch.full((SIZES[signature],), float(100 * session._ticket.number + me))
-            sends = [Message(Transfer("gather", Rows(me, 0, 0, 1), me, o), mine) for o in others]
-            receives = [
-                Message(Transfer("gather", Rows(o, 0, 0, 1), o, me), torch.full_like(mine, -1.0)) for o in others
-            ]
+            sends = [Message(Transfer("rows", Rows(me, 0, 0, 1), me, o), mine) for o in others]
+            receives = [Message(Transfer("rows", Rows(o, 0, 0, 1), o, me), torch.full_like(mine, -1.0)) for o in others]
             session.post(sends, receives)
             if name.islower():
                 raise ArithmeticError("amid")
@@ -115,11 +113,11 @@ def run(program: tuple[str, ...], delays: Mapping[int, float], late: Callable[[]
     """How many turns there were, and what was wrong."""
     turns = made_up.Turns(delays)
     patched = pytest.MonkeyPatch()
-    for module in (agreement, watch):
+    for module in (coordination, watchdog):
         patched.setattr(module, "time", turns.time())
         patched.setattr(module, "threading", turns.threading())
     patched.setattr(dist, "PrefixStore", made_up.Prefix)
-    patched.setattr(watch, "calm_gloo", lambda: 0)
+    patched.setattr(watchdog, "calm_gloo", lambda: 0)
     try:
         server, wire = made_up.Server(turns, late), made_up.Wire(turns)
         groups: list[Any] = [made_up.Group(r, len(program), made_up.Client(server), wire) for r in range(len(program))]

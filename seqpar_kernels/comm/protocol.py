@@ -47,7 +47,7 @@ the number of the signature, each modulo a power of two. Ranks in one epoch are 
 messages, for gloo's sends end when they are received. So messages of different steps, epochs or signatures never meet.
 
 **Dummies.** A wait in gloo cannot be called off. A rank that has left an epoch ends the waits that others of that epoch
-have for it by a message of the same tag and size (:mod:`.watch`). A dummy is never taken for data:
+have for it by a message of the same tag and size (:mod:`.watchdog`). A dummy is never taken for data:
 
 1. a dummy for a wait is sent only after the wait was told of (under ``wait``, with a number of its own);
 2. it is sent only by a rank whose later epoch stands in the store already (it reads back what it wrote);

@@ -19,7 +19,8 @@ from typing import Literal
 import torch
 from torch.distributed import ProcessGroup
 
-from .agreement import PATIENCE_SECONDS, Agreement, agreement_of, per_group
+from ..caches import per_group
+from .coordination import PATIENCE_SECONDS, Agreement, agreement_of
 from .gloo_threads import calm_gloo
 from .protocol import Ticket
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .figures import Figures
+from .machine_profile import Figures
 
 _FORMAT = 3  # raised when figures change their meaning
 

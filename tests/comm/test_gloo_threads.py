@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import seqpar_kernels as sp
-from seqpar_kernels.overlap.gloo_threads import calm_gloo
+from seqpar_kernels.comm.gloo_threads import calm_gloo
 
 from ..world import World
 

@@ -8,9 +8,9 @@ from typing import cast
 import pytest
 import torch.distributed as dist
 
-from seqpar_kernels.overlap.figures import default_figures
-from seqpar_kernels.overlap.hosts import on_one_host
-from seqpar_kernels.overlap.loopback import Loopback
+from seqpar_kernels.comm.loopback import Loopback
+from seqpar_kernels.comm.topology import on_one_host
+from seqpar_kernels.overlap.machine_profile import default_figures
 
 GROUP = cast(dist.ProcessGroup, None)  # its members are made up
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from seqpar_kernels.overlap import alive
+from seqpar_kernels.comm import alive
 
 HERE = alive.identity()
 

@@ -7,8 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from ..layout import split_point
-from .schedule import Post, Step, Transfer
+from .steps import Buffer, Transfer
 
 
 class Message(NamedTuple):
@@ -19,40 +18,37 @@ class Message(NamedTuple):
 
 
 class Room(NamedTuple):
-    """Where the messages of one op lie among what a rank sends.
+    """The byte layout of one op: where its messages lie among what a rank sends. Alike on every rank.
 
-    A message lies where its rows do within its shard: ranks that cut shards differently, into tapered chunks or not,
-    agree on it all the same.
+    Buffers lie one after the other, slots of a buffer too. A message lies where its transfer says, however ranks cut.
     """
 
-    length: int  # of the sequence
-    ranks: int
-    outer: int  # parts of a message that goes in parts
-    row_bytes: int
-    gathers: bool
-    scatters: bool
-
-    @staticmethod
-    def of(steps: Sequence[Step], length: int, ranks: int, outer: int, row_bytes: int) -> Room:
-        """``steps`` of any rank name the kinds of transfers there are: it receives the others' or sends its own."""
-        kinds = {t.kind for step in steps if isinstance(step, Post) for t in (*step.sends, *step.receives)}
-        return Room(length, ranks, outer, row_bytes, "gather" in kinds, "scatter" in kinds)
+    buffers: tuple[Buffer, ...]
+    row_bytes: tuple[int, ...]  # one for each buffer
+    outer: int = 1  # parts of a message that goes in parts
 
     def nbytes(self) -> int:
         """What a rank sends, a chunk that goes to several peers once."""
-        return self._shard_bytes() * (self.gathers + self.scatters * (self.ranks - 1))
+        return sum(b.slots * _slot_bytes(b, row_bytes) for b, row_bytes in zip(*self[:2], strict=True))
 
     def offset(self, transfer: Transfer) -> int:
-        """Where in the sender's :meth:`nbytes` the message of ``transfer`` lies."""
-        shard = 0 if transfer.kind == "gather" else self.gathers + (transfer.target - transfer.source) % self.ranks - 1
-        row = transfer.rows.start - split_point(self.length, self.ranks, transfer.rows.owner)
-        part = transfer.part * (transfer.rows.stop - transfer.rows.start) * self.row_bytes // max(1, self.outer)
-        return shard * self._shard_bytes() + row * self.row_bytes + part
+        """Where in the sender's :meth:`nbytes` the message of ``transfer`` lies.
 
-    def _shard_bytes(self) -> int:
-        """Of the largest one."""
-        nbytes = -(-self.length // self.ranks) * self.row_bytes
-        return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        Raises:
+            KeyError: no such buffer.
+        """
+        start = 0
+        for buffer, row_bytes in zip(self.buffers, self.row_bytes, strict=True):
+            slot_bytes = _slot_bytes(buffer, row_bytes)
+            if buffer.name == transfer.buffer:
+                part = transfer.part * transfer.size * row_bytes // max(1, self.outer)
+                return start + transfer.slot * slot_bytes + transfer.offset * row_bytes + part
+            start += buffer.slots * slot_bytes
+        raise KeyError(f"{transfer}: expected one of the buffers {[buffer.name for buffer in self.buffers]}")
+
+
+def _slot_bytes(buffer: Buffer, row_bytes: int) -> int:
+    return -(-buffer.rows * row_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 _ALIGNMENT = 256

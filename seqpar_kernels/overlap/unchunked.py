@@ -8,20 +8,22 @@ those of :mod:`.pipeline`, with the same errors.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..caches import Remembered
-from .agreement import per_group
-from .labels import describe, listening, span
-from .pipeline import Kind, Partials, transport_of
+from ..caches import Remembered, per_group
+from ..comm.select import transport_of
+from ..comm.steps import Compute, Post, Rows, Transfer, Wait
+from ..comm.transport import Message, Room, end, in_blocks
+from ..layout import SequenceShard
+from .pipeline import Kind, Partials
 from .planner import max_workspace_bytes
-from .schedule import Compute, Post, Rows, Stage, Transfer, Wait
-from .transport import Message, Room, end, in_blocks
+from .profiling import describe, listening, span
+from .schedule import Stage, partial_sums, sequence_buffers, shard_rows
 
 _UNLABELLED = contextlib.nullcontext()
 
@@ -34,8 +36,8 @@ class _Peer(NamedTuple):
     receives: tuple[Transfer, ...]
 
 
-class UncutKind(Kind):
-    """Uncut calls of one op on tensors of the same sizes: ``features`` of each row travel."""
+class UnchunkedKind(Kind):
+    """Unchunked calls of one op on tensors of the same sizes: ``features`` of each row travel."""
 
     def __init__(
         self,
@@ -54,15 +56,16 @@ class UncutKind(Kind):
         self.sizes = [shard.of(rank).size for rank in range(shard.ranks)]
         row_bytes = outer * self.layout.inner * features * x.element_size()
         self._block_row = row_bytes // max(1, outer)
-        self.room = Room(length, shard.ranks, outer, row_bytes, gathers=True, scatters=True)
+        buffers = sequence_buffers(shard)
+        self.room = Room(buffers, (row_bytes,) * len(buffers), outer)
         # Each rank begins with its right neighbour, so that no rank is everybody's first.
         others = [(shard.rank + k) % shard.ranks for k in range(1, shard.ranks)]
         self.gathers = [
-            _Peer(r, self._parts("gather", shard.rank, shard.rank, r), self._parts("gather", r, r, shard.rank))
+            _Peer(r, self._parts(shard_rows, shard, r), self._parts(shard_rows, shard.of(r), shard.rank))
             for r in others
         ]
         self.scatters = [
-            _Peer(r, self._parts("scatter", r, shard.rank, r), self._parts("scatter", shard.rank, r, shard.rank))
+            _Peer(r, self._parts(partial_sums, shard.of(r), shard.rank), self._parts(partial_sums, shard, r))
             for r in others
         ]
 
@@ -70,42 +73,44 @@ class UncutKind(Kind):
         """Whether a message of so many rows goes block by block, from and to where they lie."""
         return in_blocks(self.layout.outer, rows * self._block_row)
 
-    def _parts(self, kind: str, owner: int, source: int, target: int) -> tuple[Transfer, ...]:
-        rows = self.shard.of(owner)
-        if not rows.size:
+    def _parts(
+        self, transfer: Callable[[SequenceShard, Rows, int], Transfer], owner: SequenceShard, other: int
+    ) -> tuple[Transfer, ...]:
+        """The whole shard of ``owner``."""
+        if not owner.size:
             return ()
-        whole = Transfer(kind, Rows(owner, 0, rows.start, rows.stop), source, target)  # type: ignore[arg-type]
-        if not self.in_blocks(rows.size):
+        whole = transfer(owner, Rows(owner.rank, 0, owner.start, owner.stop), other)
+        if not self.in_blocks(owner.size):
             return (whole,)
         return tuple(whole._replace(part=part) for part in range(self.layout.outer))
 
 
 @per_group
-def _kinds_of(group: ProcessGroup) -> Remembered[tuple[object, ...], UncutKind]:
+def _kinds_of(group: ProcessGroup) -> Remembered[tuple[object, ...], UnchunkedKind]:
     return Remembered()
 
 
-def uncut_kind(
+def unchunked_kind(
     name: str, x: Tensor, seq_dim: int, length: int, group: ProcessGroup, features: int, **details: object
-) -> UncutKind:
-    """The one UncutKind of these arguments: ``details`` are what the ranks have to agree on beside the sizes of x."""
+) -> UnchunkedKind:
+    """The one kind of these arguments: ``details`` are what the ranks have to agree on beside the sizes of x."""
     kinds = _kinds_of(group)
     key = (name, x.shape, x.dtype, x.device, seq_dim, length, features, max_workspace_bytes(), *details.values())
     found = kinds.get(key)
     if found is None:
-        found = kinds[key] = UncutKind(name, x, seq_dim, length, group, features, details)
+        found = kinds[key] = UnchunkedKind(name, x, seq_dim, length, group, features, details)
     return found
 
 
-class Uncut:
+class Unchunked:
     """One uncut call. In ``with``: the op is finished at its end, or aborted where anything raised."""
 
-    def __init__(self, kind: UncutKind, group: ProcessGroup):
+    def __init__(self, kind: UnchunkedKind, group: ProcessGroup):
         self._kind = kind
         self._session = transport_of(group, "single").session(kind.signature, kind.room)
         self._received: list[tuple[Tensor, Tensor]] = []  # window, and the packed message that belongs there
 
-    def __enter__(self) -> Uncut:
+    def __enter__(self) -> Unchunked:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

@@ -33,8 +33,8 @@ from torch._C._distributed_c10d import _register_process_group, _unregister_proc
 from torch.distributed import ProcessGroup
 
 from ..random import own_generator
-from .agreement import PATIENCE_SECONDS, Ticket, agreement_of, failure
-from .schedule import Transfer
+from .coordination import PATIENCE_SECONDS, Ticket, agreement_of, failure
+from .steps import Transfer
 from .transport import Message, Room
 
 _names = itertools.count()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 import time
@@ -15,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import seqpar_kernels as sp
+from seqpar_kernels.comm import symm_mem, transport
+from seqpar_kernels.comm.loopback import Loopback, RankErrors
+from seqpar_kernels.comm.steps import Buffer, Post, Rows, Transfer
+from seqpar_kernels.comm.transport import Room
 from seqpar_kernels.layout import SequenceShard
-from seqpar_kernels.overlap import peer, planner, schedule, transport
-from seqpar_kernels.overlap.loopback import Loopback, RankErrors
-from seqpar_kernels.overlap.schedule import Transfer
-from seqpar_kernels.overlap.transport import Room
+from seqpar_kernels.overlap import exchange_schedules, planner, schedule
 
 from .symmetric_stand_in import Fabric, StandInDevice
 from .test_loopback import integers, layer
@@ -37,8 +37,8 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     def open_(ranks: int, timeout: float = 30.0, **options: Any) -> Loopback:
         loopback, fabric = Loopback(ranks, timeout=timeout), Fabric(ranks, timeout)
         devices = [StandInDevice(fabric, rank, **options) for rank in range(ranks)]
-        monkeypatch.setattr(peer, "open_device", lambda group: devices[group.rank()])
-        monkeypatch.setattr(peer, "why_not", lambda group: "")
+        monkeypatch.setattr(symm_mem, "open_device", lambda group: devices[group.rank()])
+        monkeypatch.setattr(symm_mem, "why_not", lambda group: "")
         loopback.devices = devices  # type: ignore[attr-defined]
         opened.append(loopback)
         return loopback
@@ -99,7 +99,7 @@ def test_late_peers(peers: Open) -> None:
 def test_partial_results_are_computed_where_they_are_sent_from(peers: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a reduce-scatter nothing is staged: the only copies are the pulls."""
     staged: list[torch.Size] = []
-    own = peer.PeerSession._slot
+    own = symm_mem.SymmMemSession._slot
 
     def spy(self: Any, rank: int, transfer: Transfer, shape: Any, dtype: torch.dtype) -> Tensor:
         slot = own(self, rank, transfer, shape, dtype)
@@ -112,7 +112,7 @@ def test_partial_results_are_computed_where_they_are_sent_from(peers: Open, monk
         sp.linear_reduce_scatter(x, w, group=g, seq_dim=0, chunks=2, engine="peer")
 
     with peers(2) as loopback:
-        monkeypatch.setattr(peer.PeerSession, "_slot", spy)
+        monkeypatch.setattr(symm_mem.SymmMemSession, "_slot", spy)
         copies: list[int] = []
         monkeypatch.setattr(Tensor, "copy_", _counted(copies, Tensor.copy_))
         loopback.run(scatter)
@@ -137,29 +137,40 @@ def _counted(copies: list[int], copy: Any) -> Any:
 def test_a_message_has_one_place_at_its_sender(ranks: int, length: int, chunks: int) -> None:
     """However each rank cuts: both ends find it there, and no two of a sender's share a byte."""
     row_bytes = 24
+    counts = tuple(tuple((length + s + 2 * r) % 5 for r in range(ranks)) for s in range(ranks))
+    sizes = counts[0]
     for make in (
-        functools.partial(schedule.gather_matmul, chunks=chunks),
-        functools.partial(schedule.matmul_scatter, chunks=chunks),
-        functools.partial(schedule.column_backward, chunks=chunks, dgrad=True, wgrad=True),
+        lambda shard: schedule.gather_matmul(shard, chunks),
+        lambda shard: schedule.matmul_scatter(shard, chunks),
+        lambda shard: schedule.column_backward(shard, chunks, dgrad=True, wgrad=True),
+        lambda shard: exchange_schedules.all_to_all(counts, shard.rank, chunks=chunks),
+        lambda shard: exchange_schedules.ring(sizes, shard.rank),
+        lambda shard: exchange_schedules.chain(length, ranks, shard.rank, stage="scan"),
     ):
         steps = [make(SequenceShard(length, ranks, rank)) for rank in range(ranks)]
-        rooms = [Room.of(program, length, ranks, 1, row_bytes) for program in steps]
+        rooms = [Room(program.buffers, (row_bytes,) * len(program.buffers)) for program in steps]
         assert len(set(rooms)) == 1
         for rank, program in enumerate(steps):
-            sent = {t for step in program if isinstance(step, schedule.Post) for t in step.sends}
+            sent = {t for step in program if isinstance(step, Post) for t in step.sends}
             assert {t.source for t in sent} <= {rank}
-            places = {(t.kind, t.rows, 0 if t.kind == "gather" else t.target): rooms[rank].offset(t) for t in sent}
-            taken = [
-                byte
-                for (_, rows, _), offset in places.items()
-                for byte in range(offset, offset + (rows.stop - rows.start) * row_bytes)
-            ]
+            places = {(t.buffer, t.slot, t.rows): (rooms[rank].offset(t), t.size) for t in sent}
+            taken = [b for offset, size in places.values() for b in range(offset, offset + size * row_bytes)]
             assert len(set(taken)) == len(taken) and max(taken, default=-1) < rooms[rank].nbytes()
+
+
+def test_a_room_holds_rows_of_several_widths() -> None:
+    room = Room((Buffer("wide", 3), Buffer("narrow", 5, 2)), (100, 4), outer=2)
+    assert room.nbytes() == 512 + 2 * 256
+    transfer = Transfer("narrow", Rows(0, 0, 10, 14), 0, 1, slot=1, offset=1)
+    assert room.offset(transfer) == 512 + 256 + 4
+    assert room.offset(transfer._replace(part=1)) == 512 + 256 + 4 + 8
+    with pytest.raises(KeyError, match="expected one of the buffers"):
+        room.offset(transfer._replace(buffer="none"))
 
 
 def test_a_workspace_cannot_grow_during_capture(peers: Open) -> None:
     def capture(g: dist.ProcessGroup) -> list[Tensor]:
-        device = peer.transport_over(g).device
+        device = symm_mem.transport_over(g).device
         assert isinstance(device, StandInDevice)
         device.captures = True
         try:
@@ -171,7 +182,7 @@ def test_a_workspace_cannot_grow_during_capture(peers: Open) -> None:
     with peers(2) as loopback, pytest.raises(RankErrors, match=match):
         loopback.run(capture)
     with peers(2) as loopback:
-        loopback.run(lambda g: peer.reserve_workspace(g, 1 << 16))
+        loopback.run(lambda g: symm_mem.reserve_workspace(g, 1 << 16))
         expected = loopback.run(layer, 8, 1, 2, "collective", torch.float32)
         assert same(loopback.run(capture), expected)
 
@@ -200,7 +211,7 @@ def test_a_peer_that_never_comes_is_named_and_the_workspace_lives(
     with peers(2, timeout=3.0) as loopback:
         expected = loopback.run(layer, 6, 1, 2, "collective", torch.float32)
         loopback.run(healthy)  # all is agreed on: rank 0 is left waiting for a signal
-        with caplog.at_level(logging.ERROR, "seqpar_kernels.overlap.peer"):
+        with caplog.at_level(logging.ERROR, "seqpar_kernels.comm.symm_mem"):
             first, second = loopback.outcomes(stops_short)
         assert isinstance(second, ArithmeticError)
         assert "linear_reduce_scatter backward(" in str(first) and "between rank 0 and rank 1" in str(first), first

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import seqpar_kernels as sp
 from seqpar_kernels.layout import SequenceShard
-from seqpar_kernels.overlap import labels
+from seqpar_kernels.overlap import profiling
 from seqpar_kernels.overlap.schedule import matmul_scatter
 
 from ..world import World
@@ -62,8 +62,8 @@ def test_a_profile_names_every_step(world2: World) -> None:
 
 def test_nobody_traces_nobody_pays() -> None:
     steps = matmul_scatter(SequenceShard(8, 2, 0), 2)
-    assert not labels.listening()
-    assert labels.traced("op", steps) is steps
+    assert not profiling.listening()
+    assert profiling.traced("op", steps) is steps
 
 
 def test_nvtx_ranges_open_and_close(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,16 +71,16 @@ def test_nvtx_ranges_open_and_close(monkeypatch: pytest.MonkeyPatch) -> None:
     open_ranges: list[str] = []
     seen: list[str] = []
     nvtx: Any = torch.cuda.nvtx
-    monkeypatch.setattr(labels, "_nvtx", True)
+    monkeypatch.setattr(profiling, "_nvtx", True)
     monkeypatch.setattr(nvtx, "range_push", lambda text: (open_ranges.append(text), seen.append(text)))
     monkeypatch.setattr(nvtx, "range_pop", open_ranges.pop)
     steps = matmul_scatter(SequenceShard(8, 2, 0), 1)
-    for step in labels.traced("op", steps):
-        assert open_ranges == [f"seqpar::op: {labels.describe(step)}"]
+    for step in profiling.traced("op", steps):
+        assert open_ranges == [f"seqpar::op: {profiling.describe(step)}"]
     assert not open_ranges and len(seen) == len(steps)
 
     def failing() -> None:
-        for _ in labels.traced("op", steps):
+        for _ in profiling.traced("op", steps):
             raise ArithmeticError
 
     with pytest.raises(ArithmeticError):

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import seqpar_kernels as sp
+from seqpar_kernels.comm import transport
+from seqpar_kernels.comm.loopback import Loopback, RankErrors
+from seqpar_kernels.comm.steps import Post
+from seqpar_kernels.comm.transport import Message
 from seqpar_kernels.layout import resolve_group
-from seqpar_kernels.overlap import transport
-from seqpar_kernels.overlap.loopback import Loopback, RankErrors
 from seqpar_kernels.overlap.pipeline import Exchange
-from seqpar_kernels.overlap.schedule import Post
-from seqpar_kernels.overlap.transport import Message
 
 from ..world import World
 
@@ -154,7 +154,7 @@ def test_a_message_that_a_paced_link_cannot_carry_is_an_error_at_once(monkeypatc
     def broken(self: object, letter: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("seqpar_kernels.overlap.loopback._CopyLink.carry", broken)
+    monkeypatch.setattr("seqpar_kernels.comm.loopback._CopyLink.carry", broken)
     with Loopback(2, bytes_per_second=1e9) as loopback:
         start = time.perf_counter()
         with pytest.raises(RankErrors, match="the link could not carry it"):

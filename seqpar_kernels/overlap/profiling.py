@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.autograd import profiler
 
+from ..comm.steps import Compute, Drain, Post, Step, Transfer, Wait
 from ..environment import flag
-from .schedule import Compute, Drain, Post, Step, Transfer, Wait
 
 # Nsight Systems says so in the environment of what it starts; SEQPAR_NVTX=1 is for tools that attach otherwise.
 _nvtx = torch.version.cuda is not None and (flag("SEQPAR_NVTX") or "NVTX_INJECTION64_PATH" in os.environ)
@@ -71,4 +71,4 @@ def describe(step: Step) -> str:
 
 def _message(transfer: Transfer) -> str:
     chunk = f"chunk {transfer.rows.index} of rank {transfer.rows.owner}"
-    return chunk if transfer.kind == "gather" else f"partial sums for {chunk}"
+    return chunk if transfer.rows.owner == transfer.source else f"{transfer.buffer} for {chunk}"

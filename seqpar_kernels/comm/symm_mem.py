@@ -1,9 +1,9 @@
 """Transport over symmetric memory: copy engines between GPUs that reach one another's memory (NVLink, PCIe P2P).
 
 Each rank of the group owns a workspace that its peers can read. A sender puts a chunk there (partial results are
-computed right into it: :meth:`PeerSession.empty`), then signals; the receiver pulls the chunk to where it belongs and
-signals, once an op, that it has pulled the last. Pulling takes one local copy of an input shard, and none of partial
-results; no kernel runs on an SM but the signals' own, of one warp.
+computed right into it: :meth:`SymmMemSession.empty`), then signals; the receiver pulls the chunk to where it belongs
+and signals, once an op, that it has pulled the last. Pulling takes one local copy of an input shard, and none of
+partial results; no kernel runs on an SM but the signals' own, of one warp.
 
 Everything is ordered by streams, and the host never waits. Three streams of high priority work for a group: one sends
 signals behind the computing stream, one waits for signals and pulls, one waits for word that the peers have pulled.
@@ -13,7 +13,7 @@ were sent, like messages of any transport, so a counter on either side finds the
 
 A wait on the device cannot be called back. It traps when the group's time-out is over, which ends the process with a
 CUDA error; before that a thread that looks after waits says on the log which rank waits for which peer, op and chunk,
-and breaks the epoch for all others (:mod:`.agreement`).
+and breaks the epoch for all others (:mod:`.coordination`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from .agreement import PATIENCE_SECONDS, Agreement, Ticket, agreement_of, failure, per_group
-from .schedule import Transfer
+from ..caches import per_group
+from .coordination import PATIENCE_SECONDS, Agreement, Ticket, agreement_of, failure
+from .steps import Transfer
 from .transport import Message, Room
 
 _log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class CudaDevice:
             memory.handle.wait_signal(peer, channel, self._timeout_ms)
 
 
-class PeerTransport:
+class SymmMemTransport:
     """Chunks between the ranks of ``group`` through a workspace that all of them can read."""
 
     def __init__(self, group: ProcessGroup, device: Device):
@@ -160,7 +161,7 @@ class PeerTransport:
         self._epoch: int | None = None  # of the last op
         self._counts: Counter[tuple[str, int]] = Counter()
 
-    def session(self, signature: str, room: Room) -> PeerSession:
+    def session(self, signature: str, room: Room) -> SymmMemSession:
         ticket = self.agreement.begin(signature)
         nbytes = room.nbytes()
         try:
@@ -181,7 +182,7 @@ class PeerTransport:
                 self.device.wait(stream, self.device.record(self.device.current()))
         elif free is not None:
             self.device.wait(self.device.current(), free)
-        return PeerSession(self, ticket, room, half, half * self._half_bytes)
+        return SymmMemSession(self, ticket, room, half, half * self._half_bytes)
 
     def reserve(self, nbytes: int, purpose: str) -> None:
         """Room for ops that send ``nbytes`` each; all ranks must come.
@@ -218,10 +219,10 @@ class PeerTransport:
             self.memory = self.device.allocate(2 * half_bytes)
 
 
-class PeerSession:
+class SymmMemSession:
     """One op's half of the workspace, its signals and pulls."""
 
-    def __init__(self, transport: PeerTransport, ticket: Ticket, room: Room, half: int, base: int):
+    def __init__(self, transport: SymmMemTransport, ticket: Ticket, room: Room, half: int, base: int):
         self._transport, self._device = transport, transport.device
         self._ticket, self._room = ticket, room
         self._half, self._base = half, base
@@ -361,13 +362,13 @@ _obstacles: weakref.WeakKeyDictionary[ProcessGroup, str] = weakref.WeakKeyDictio
 
 
 @per_group
-def transport_over(group: ProcessGroup) -> PeerTransport:
-    """The one PeerTransport of ``group`` in this process.
+def transport_over(group: ProcessGroup) -> SymmMemTransport:
+    """The one SymmMemTransport of ``group`` in this process.
 
     Raises:
         RuntimeError: there can be none (:func:`why_not`).
     """
-    return PeerTransport(group, open_device(group))
+    return SymmMemTransport(group, open_device(group))
 
 
 def open_device(group: ProcessGroup) -> Device:
