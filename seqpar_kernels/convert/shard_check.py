@@ -132,6 +132,8 @@ class ShardCheck(TorchFunctionMode):
             mark(leaf, f"argument {name!r} that is trained")
             self._arguments.append(leaf)
         self._functions.start()
+        # Modules that are compiled by themselves run as they are written: a check would see nothing inside.
+        self._eager = torch.compiler.set_stance("force_eager")
         collectors.append(self._kept.add)
         self.rules.start()
         follow(self)
@@ -144,6 +146,7 @@ class ShardCheck(TorchFunctionMode):
                 handle.remove()
             self._handles.clear()
             self._functions.stop()
+            self._eager.__exit__(None, None, None)
             collectors.remove(self._kept.add)
             self.rules.stop()
             for leaf in self._arguments:  # they are the user's
