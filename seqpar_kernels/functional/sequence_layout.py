@@ -10,9 +10,9 @@ from torch.distributed import ProcessGroup
 
 from .. import ops
 from ..checks import check_tensor
+from ..comm.coordination import checked_together
 from ..layout import Group, group_rank, group_size, normalize_dim, resolve_group, shard_of
 from ..ops.library import group_name
-from ..overlap.agreement import checked_together
 from ..sequence_layout import check_layout, rows_of
 from .exchange import gather, split
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..comm.select import transport_of
+from ..comm.steps import Buffer, Rows, Transfer
+from ..comm.transport import Message, Room, Session, end
 from ..kernels.spec import accumulation_dtype
 from ..sequence_layout import Intervals, common, count, places
-from .pipeline import transport_of
-from .schedule import Rows, Transfer
-from .transport import Message, Room, Session, end
 
 _ALIGNMENT = 16  # of each tensor in a message
 
@@ -28,7 +28,8 @@ class Messages:
     """
 
     def __init__(self, group: ProcessGroup, signature: str, kind: str = "gather"):
-        self._session: Session = transport_of(group, "collective").session(signature, Room(0, 1, 1, 0, False, False))
+        room = Room((Buffer(kind, 0),), (1,))  # messages between pairs of ranks lie wherever they were made
+        self._session: Session = transport_of(group, "p2p").session(signature, room)
         self._rank, self._kind = group.rank(), kind
 
     def post(self, sends: Sequence[tuple[int, int, Tensor]], receives: Sequence[tuple[int, int, Tensor]]) -> None:
@@ -48,7 +49,7 @@ class Messages:
         self._session.drain()
 
     def _transfer(self, index: int, source: int, target: int) -> Transfer:
-        return Transfer(self._kind, Rows(source, index, 0, 0), source, target)  # type: ignore[arg-type]
+        return Transfer(self._kind, Rows(source, index, 0, 0), source, target)
 
     def __enter__(self) -> Messages:
         return self
