@@ -112,6 +112,7 @@ def compile_case(group: dist.ProcessGroup) -> None:
         inputs = [torch.randn(1, 5, 4, 8, requires_grad=True) for _ in range(3)]
         inputs.append(torch.randn(4, requires_grad=True))
         graphs: list[str] = []
+        torch._dynamo.reset()  # one function for all cases of all groups: too many to be compiled again for each
 
         def attend(*tensors: Tensor, asked: dict[str, Any] = asked) -> Any:
             return sp.sequence_parallel_attention(*tensors[:3], sinks=tensors[3], group=group, is_causal=True, **asked)
