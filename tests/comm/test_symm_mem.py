@@ -274,7 +274,7 @@ def test_nothing_unmeasured_is_chosen_silently(monkeypatch: pytest.MonkeyPatch) 
     )
     refused = engines.rather(engines.SYMM_MEM, settled, "auto", "no CUDA device")
     assert refused.engine == "p2p" and "no symmetric memory: no CUDA device" in refused.reason
-    with pytest.raises(RuntimeError, match="engine: 'peer' cannot run here: no CUDA device"):
+    with pytest.raises(RuntimeError, match="engine: 'symm_mem' cannot run here: no CUDA device"):
         engines.rather(engines.SYMM_MEM, settled, "symm_mem", "no CUDA device")
 
 
@@ -288,4 +288,4 @@ def test_without_cuda_the_reason_is_given_on_every_rank() -> None:
         pytest.skip("there is CUDA")
     with Loopback(2) as loopback:
         for text in loopback.run(ask):  # a rank that is late hears it from one that has raised
-            assert "engine: 'peer' cannot run here: rank 0: no CUDA device" in text
+            assert "engine: 'symm_mem' cannot run here: rank 0: no CUDA device" in text
