@@ -62,7 +62,7 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
     forwards: dict[str, tuple[Forward, Tensor]] = {}
     builders = {f"ours/{c}" if c else "ours": partial(ours, chunks=c) for c in [None, *job["chunks"]]}
     if device == "cuda":
-        builders.update({f"ours/{engine}": partial(ours, engine=engine) for engine in ("peer", "fused")})
+        builders.update({f"ours/{engine}": partial(ours, engine=engine) for engine in ("symm_mem", "fused")})
     if job["op"] == OPS[0]:
         builders["ours-kept"] = ours_keeping
     builders.update({name: PEERS[name] for name in job["peers"]})

@@ -202,8 +202,8 @@ def measure_overlap(
         "matmul": matmul(operands, direction),
         "messages": messages(operands, direction),
         "one after the other": on_ranks(operands, direction, "single", None),
-        "ours": on_ranks(operands, direction, "collective", None),
-        **{f"ours/{count}": on_ranks(operands, direction, "collective", count) for count in chunks},
+        "ours": on_ranks(operands, direction, "p2p", None),
+        **{f"ours/{count}": on_ranks(operands, direction, "p2p", count) for count in chunks},
     }
     with Loopback(case.job.ranks, session.device, bytes_per_second=rate) as world:
         errors: dict[str, float] = {}

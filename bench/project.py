@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from seqpar_kernels.overlap.engines import plan
 from seqpar_kernels.overlap.machine_profile import Figures, default_figures
-from seqpar_kernels.overlap.planner import Work, estimate, plan
+from seqpar_kernels.overlap.planner import Work, estimate
 
 from .errors import BenchError
 from .facts import DTYPES

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.13.0, gloo, 2 ranks. item() and float() of a DTensor that is Partial give the rank's own share, not the sum.
 #
-# x.sum() of a sharded DTensor is Partial. Comparing it reduces over the ranks first, so (total > 20).item() is right.
+# x.sum() of a sharded DTensor is Partial. Comparing it reduces over the ranks first, so (total > 25).item() is right.
 # total.item() does not reduce: every rank reads another number, each of them wrong. A loss printed, logged or tested
 # for NaN with item() is the loss of one shard, without an error.
 # Seen, sum of 0..7 over two ranks: item() 6.0 on rank 0 and 22.0 on rank 1, full_tensor() 28.0, (total > 25) True on

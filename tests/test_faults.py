@@ -102,6 +102,7 @@ def right_result() -> None:
 def fails_between_chunks(kind: str) -> None:
     """One rank fails in its matmul, with its first chunks sent and its peer's on the way."""
     from seqpar_kernels.ops import gather_linear
+    from seqpar_kernels.overlap import pipelined
 
     x, w = torch.randn(2, 4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
     y = sp.all_gather_linear(x, w, group=group(), chunks=2)
@@ -109,16 +110,16 @@ def fails_between_chunks(kind: str) -> None:
     def explode(*args: object, **options: object) -> None:
         raise ArithmeticError("boom")
 
-    healthy = gather_linear.matmul_into
+    healthy = pipelined.matmul_into
     if group().rank() == 1:
-        gather_linear.matmul_into = explode  # type: ignore[assignment]
+        gather_linear.matmul_into = pipelined.matmul_into = explode  # type: ignore[assignment]
     try:
         if kind == "forward":
             sp.all_gather_linear(x, w, group=group(), chunks=2)
         else:
             y.sum().backward()
     finally:
-        gather_linear.matmul_into = healthy
+        gather_linear.matmul_into = pipelined.matmul_into = healthy
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward"])
@@ -175,9 +176,9 @@ def test_a_stalled_rank_is_named(short_world: World) -> None:
 
 def scatter_with(act: Callable[[], object]) -> None:
     """A reduce-scatter in which rank 1 does ``act`` before each of its matmuls; the others wait for its sums."""
-    from seqpar_kernels.ops import linear_scatter
+    from seqpar_kernels.overlap import pipelined
 
-    g, healthy = group(), linear_scatter.matmul_into
+    g, healthy = group(), pipelined.matmul_into
 
     def acting(*args: Any, **options: Any) -> None:
         act()
@@ -185,11 +186,11 @@ def scatter_with(act: Callable[[], object]) -> None:
 
     x, w = torch.arange(96.0).view(2, 12, 4) + g.rank(), torch.ones(3, 4)
     if g.rank() == 1:
-        linear_scatter.matmul_into = acting
+        pipelined.matmul_into = acting
     try:
-        y = sp.linear_reduce_scatter(x, w, group=g, chunks=2, engine="collective")
+        y = sp.linear_reduce_scatter(x, w, group=g, chunks=2, engine="p2p")
     finally:
-        linear_scatter.matmul_into = healthy
+        pipelined.matmul_into = healthy
     whole = sum((torch.arange(96.0).view(2, 12, 4) + r) @ w.t() for r in range(g.size()))
     assert isinstance(whole, torch.Tensor) and torch.equal(y, whole.tensor_split(g.size(), 1)[g.rank()])
 

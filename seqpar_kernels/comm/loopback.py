@@ -352,6 +352,12 @@ class LoopbackSession:
         for message in sends:
             self._bring(message.transfer, message.buffer, None)
 
+    def all_gather(self, whole: Tensor, own: Tensor) -> bool:
+        return False
+
+    def all_gathered(self) -> None:
+        """Nothing was started."""
+
     def takes_receives_early(self, device_type: str) -> bool:
         return False  # nothing is asked for first
 

@@ -8,16 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..caches import per_group
 from .coordination import Ticket, agreement_of, failure
 from .steps import Transfer
 from .transport import Message, Room
 from .watchdog import Doing, Watch, watch_of
 
 _SMALL_BYTES = 1 << 16
+
+
+def gathers_itself(group: ProcessGroup, device_type: str) -> bool:
+    """Whether the backend's own all-gather is better than messages: NCCL's uses what joins the devices, gloo's not."""
+    return device_type == "cuda" and _on_nccl(group)
+
+
+@per_group
+def _on_nccl(group: ProcessGroup) -> bool:
+    types = [device.type for device in group._device_types]
+    return "cuda" in types and group._get_backend(torch.device("cuda")).name() == "nccl"
 
 
 class P2PTransport:
@@ -45,6 +58,7 @@ class P2PSession:
         self._doubtful = False  # the peers were told of a wait: a dummy may come
         self._arrivals: dict[Transfer, tuple[Message, dist.Work]] = {}
         self._departures: list[tuple[Message, dist.Work]] = []  # a buffer must outlive its send
+        self._gathering: dist.Work | None = None
 
     def empty(self, transfer: Transfer, shape: Sequence[int], like: Tensor) -> Tensor:
         return like.new_empty(shape)
@@ -73,6 +87,27 @@ class P2PSession:
             raise self._failure("posting", first.transfer, error) from error
         self._arrivals.update((m.transfer, (m, work)) for m, work in zip(receives, works, strict=False))
         self._departures += zip(sends, works[len(receives) :], strict=True)
+
+    def all_gather(self, whole: Tensor, own: Tensor) -> bool:
+        if not gathers_itself(self._group, own.device.type):
+            return False
+        try:
+            self._gathering = dist.all_gather_into_tensor(whole, own, self._group, async_op=True)
+        except RuntimeError as error:
+            raise self._gather_failure(error) from error
+        return True
+
+    def all_gathered(self) -> None:
+        assert self._gathering is not None
+        try:
+            self._gathering.wait()
+        except RuntimeError as error:
+            raise self._gather_failure(error) from error
+        self._gathering = None
+
+    def _gather_failure(self, error: RuntimeError) -> RuntimeError:
+        where = f"{self._ticket.signature}: the all-gather of {self._group.size()} ranks failed on rank"
+        return RuntimeError(f"{where} {self._group.rank()}; {type(error).__name__}: {error}")
 
     def takes_receives_early(self, device_type: str) -> bool:
         # On a CPU works are independent of one another; NCCL's stream would wait in such a receive and send nothing.

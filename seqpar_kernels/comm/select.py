@@ -1,4 +1,4 @@
-"""Which transport moves the messages of a group."""
+"""Which transport moves the messages of a group: one function for each means there is."""
 
 from __future__ import annotations
 
@@ -10,8 +10,20 @@ from .p2p import P2PTransport
 from .transport import Transport
 
 
-def transport_of(group: ProcessGroup, engine: str) -> Transport:
-    """Who moves the chunks of ``group``."""
-    if isinstance(group, LoopbackGroup) and engine != "peer":
-        return LoopbackTransport(group)
-    return symm_mem.transport_over(group) if engine in ("peer", "fused") else P2PTransport(group)
+def messages(group: ProcessGroup) -> Transport:
+    """Point-to-point messages of torch.distributed; copies between virtual ranks."""
+    return LoopbackTransport(group) if isinstance(group, LoopbackGroup) else P2PTransport(group)
+
+
+def symmetric_memory(group: ProcessGroup) -> Transport:
+    """Workspaces that all ranks can read.
+
+    Raises:
+        RuntimeError: there can be none (:func:`.symm_mem.why_not`).
+    """
+    return symm_mem.transport_over(group)
+
+
+def symmetric_memory_or_loopback(group: ProcessGroup) -> Transport:
+    """What a matmul that waits by itself takes: it must not share the device with kernels that move bytes."""
+    return LoopbackTransport(group) if isinstance(group, LoopbackGroup) else symm_mem.transport_over(group)

@@ -258,6 +258,12 @@ class SymmMemSession:
             transport.watch.add(arrival, self._ticket, "receiving", transfer)
             self._sources[transfer.source] = transfer
 
+    def all_gather(self, whole: Tensor, own: Tensor) -> bool:
+        return False
+
+    def all_gathered(self) -> None:
+        """Nothing was started."""
+
     def takes_receives_early(self, device_type: str) -> bool:
         return False  # pulls run one after the other
 
@@ -374,7 +380,7 @@ def transport_over(group: ProcessGroup) -> SymmMemTransport:
 def open_device(group: ProcessGroup) -> Device:
     reason = why_not(group)
     if reason:
-        raise RuntimeError(f"engine: 'peer' cannot run here: {reason}")
+        raise RuntimeError(f"symmetric memory cannot be used here: {reason}")
     return CudaDevice(group)
 
 

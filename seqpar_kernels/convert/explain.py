@@ -7,6 +7,7 @@ from torch import nn
 
 from ..kernels import choice
 from ..nn import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
+from ..overlap import engines
 from ..overlap.tuning import figures_of
 from .conversion import Conversion, conversion_of
 from .explanation import Explanation, Row
@@ -55,7 +56,7 @@ def _row(name: str, module: nn.Module, conversion: Conversion, device: torch.dev
         family = next((f for f in conversion.shared if name in f), None)
         if family is not None:
             why += "; one gather with " + ", ".join(n.rpartition(".")[2] for n in family if n != name)
-        pipelined = ran is not None and ran.engine != "single"
+        pipelined = ran is not None and engines.named(ran.engine).chunked
         fused = "yes" if pipelined or conversion.region.group is None else "no"
         wire, model = ("", "") if ran is None or ran.estimate is None else (_bytes(ran.wire_bytes), str(ran.estimate))
         if family is not None and name != family[0]:

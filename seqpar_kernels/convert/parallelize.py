@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..comm.coordination import agreement_of, checked_together
 from ..layout import Group, check_launched
 from ..nn import ColumnParallelLinear, Region, SharedGather
-from ..overlap.planner import check_engine
+from ..overlap.engines import check_engine
 from ..strict import strict_enabled
 from .alike import comparison_enabled
 from .checks import (

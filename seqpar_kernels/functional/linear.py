@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -11,7 +11,6 @@ from torch.distributed import ProcessGroup
 
 from .. import ops
 from ..checks import (
-    check_chunks,
     check_linear_bias,
     check_main_grad,
     check_same_device,
@@ -20,14 +19,12 @@ from ..checks import (
     check_tensor,
     check_weight,
 )
-from ..comm import symm_mem
 from ..comm.coordination import checked_together
 from ..kernels import NormKind
 from ..layout import Group, SequenceShard, group_rank, group_size, resolve_group, shard_of
 from ..ops.library import group_name
-from ..overlap import fused_gemm
-from ..overlap.machine_profile import Figures
-from ..overlap.planner import FUSED_WANTED, PEER_WANTED, PLAIN, Plan, Work, check_engine, plan, rather
+from ..overlap.engines import settle_plan
+from ..overlap.planner import Plan
 from ..overlap.tuning import figures_of
 from .met import Met
 
@@ -100,9 +97,10 @@ def all_gather_linear(
         group: ProcessGroup or 1-D DeviceMesh of t ranks; None computes locally.
         seq_dim: the sequence dimension of ``x``.
         chunks: pieces each shard is cut into; None lets the planner choose.
-        engine: "auto", "single" (one gather, one matmul), "collective" (pipelined over torch.distributed), "peer"
-            (pipelined over symmetric memory; "auto" takes it where the variable SEQPAR_PEER=1 asks for it) or "fused"
-            (the forward's matmul waits by itself, in one Triton launch; likewise with SEQPAR_FUSED=1).
+        engine: "auto", "single" (one gather, one matmul), "p2p" (pipelined over messages of torch.distributed),
+            "symm_mem" (pipelined over symmetric memory; "auto" takes it where the variable SEQPAR_PEER=1 asks for it)
+            or "fused" (the forward's matmul waits by itself, in one Triton launch; likewise with SEQPAR_FUSED=1).
+            "collective" and "peer" are old names of "p2p" and "symm_mem".
         seq_len: the unsharded length S; needed only where it is not a multiple of t.
         main_grad: float32 (float64 for float64) of ``weight``'s shape, or one entry for each weight. The backward adds
             the weight's gradient to it, accumulated in that dtype, and leaves ``weight.grad`` alone (Megatron's
@@ -297,37 +295,6 @@ def check_activation(x: Tensor, activation: str | None, gate: Tensor | None) -> 
     check_same_device("gate", gate, "x", x)
     if gate.dtype != x.dtype:
         raise ValueError(f"gate: expected the dtype of x, {x.dtype}, got {gate.dtype}")
-
-
-def settle_plan(
-    x: Tensor,
-    seq_dim: int,
-    shard: SequenceShard,
-    features: int,
-    elements: int,
-    engine: str,
-    chunks: int | None,
-    figures: Mapping[str, Figures] | None,
-    group: ProcessGroup | None,
-    *,
-    fusible: bool = True,
-) -> Plan:
-    """``features`` of each row travel; the weights of one rank have ``elements``, alike on all ranks.
-
-    ``fusible=False``: the op has no matmul that could wait by itself.
-    """
-    check_engine(engine)
-    check_chunks(chunks)
-    if figures is None:
-        return PLAIN
-    work = Work.of(x, seq_dim, shard, features, elements)
-    settled = plan(engine, chunks, work, figures["cpu" if x.device.type == "cpu" else "cuda"])
-    if group is not None and (engine == "fused" or (engine == "auto" and FUSED_WANTED)):
-        obstacle = fused_gemm.why_not(group, x, elements) if fusible else "this op has none"
-        settled = rather("fused", settled, engine, obstacle)
-    if group is not None and (engine == "peer" or (engine == "auto" and PEER_WANTED)):
-        settled = rather("peer", settled, engine, symm_mem.why_not(group))
-    return settled
 
 
 def place(pg: ProcessGroup | None, seq_dim: int, shard: SequenceShard, settled: Plan) -> tuple[Any, ...]:

@@ -20,10 +20,11 @@ from ..checks import (
 from ..comm.coordination import checked_together
 from ..kernels import NormKind
 from ..layout import Group, SequenceShard, group_rank, group_size, resolve_group
+from ..overlap.engines import settle_plan
 from ..overlap.planner import Plan
 from ..overlap.tuning import figures_of
 from ..random import as_seed, debug_enabled
-from .linear import autocast, check_activation, place, settle_plan
+from .linear import autocast, check_activation, place
 from .norm import Meta, NormOptions, compare_seeds, metas_of, replicated, settle
 
 Norm = Literal["layer", "rms"] | None

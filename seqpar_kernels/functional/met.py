@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..caches import Remembered, per_group
+from ..overlap import engines
 from ..overlap.machine_profile import Figures
 from ..overlap.planner import Plan, max_workspace_bytes
 
@@ -66,5 +67,5 @@ class Met:
 
     def remember(self, settled: Plan, where: tuple[Any, ...]) -> None:
         """The call has been checked and planned. Whether the other engines can run may change from call to call."""
-        if settled.engine in ("single", "collective"):
+        if engines.named(settled.engine).everywhere:
             self._all[self._key] = (settled, where)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..comm.steps import Compute, Transfer
-from ..overlap import fused_gemm
+from ..overlap import engines
 from ..overlap import schedule as schedules
-from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, run
-from ..tensors import reshaped, rows_of
+from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, run, weights_signature
+from ..tensors import rows_of
 from . import linear_uncut
 from .library import apply, group_named, register, without_autocast
-from .linear_common import PLACE, rows_here, shape_with, sum_rows, weights_signature
+from .linear_common import PLACE, rows_here, shape_with, sum_rows
 from .main_grad import weight_gradients
 
 
@@ -58,48 +58,7 @@ def _gather_linear(
     if pg is None:
         whole_x = x.clone() if keep else x
         return [*(torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)), whole_x]
-    if engine == "single":
-        return linear_uncut.gather_linear(pg, x, weights, biases, seq_dim, seq_len)
-    details = weights_signature(weights, f"chunks={chunks}", f"engine={engine}")
-    call = Call("all_gather_linear", x, seq_dim, seq_len, pg, *details)
-    mine = call.mine(x)
-    outs = [call.empty_whole(w.shape[0], x) for w in weights]
-    exchange = call.exchange(x.shape[-1], x, engine)
-    if engine == "fused":
-        whole = fused_gemm.gather_matmul(call, exchange, chunks, mine, weights, biases, outs)
-        return [reshaped(out.data, call.shape(seq_len, out.features)) for out in (*outs, whole)]
-    window = call.window(chunks, x.shape[-1], x)
-    arrived: dict[int, Sequence3D] = {}  # within a window a chunk lives until it has been multiplied
-    # Without a bound, or to be kept, chunks lie where they belong in the whole.
-    lasting = keep or window is None
-    whole = call.around(mine) if keep else call.empty_whole(x.shape[-1], x) if lasting else mine
-
-    def matmul(step: Compute) -> None:
-        if step.start == call.shard.start and step.stop == call.shard.stop:
-            source = mine
-        else:
-            source = whole if lasting else arrived.pop(step.start)
-        rows = source.matrices(step.start, step.stop)
-        for out, weight, bias in zip(outs, weights, biases, strict=True):
-            matmul_into(out.matrices(step.start, step.stop), rows, weight.t(), bias)
-
-    def target(transfer: Transfer) -> Tensor:
-        start, stop = transfer.rows.start, transfer.rows.stop
-        if lasting:
-            return whole.window(start, stop)
-        arrived[start] = chunk = Sequence3D.empty(call.layout, start, stop, x.shape[-1], x)
-        return chunk.data
-
-    run(
-        schedules.gather_matmul(call.shard, chunks, window=window),
-        exchange,
-        source=lambda t: mine.window(t.rows.start, t.rows.stop),
-        target=target,
-        compute=matmul,
-    )
-    return [reshaped(out.data, call.shape(seq_len, out.features)) for out in outs] + [
-        reshaped(whole.data, call.shape(seq_len, whole.features)) if keep else x
-    ]
+    return engines.named(engine).gather_matmul(pg, x, weights, biases, seq_dim, seq_len, chunks, keep)
 
 
 def _gather_fake(
@@ -207,7 +166,8 @@ def _gather_backward_kernel(
     main_grads: list[Tensor | None] | None = None,
 ) -> list[Tensor]:
     pg = group_named(group)
-    if pg is None or engine == "single":
+    way = engines.named(engine)
+    if pg is None or not way.chunked:
         dx, dws = linear_uncut.gather_linear_backward(
             pg, x, grads, weights, want_dx, want_dw, main_grads, gathered, seq_dim, seq_len
         )
@@ -224,7 +184,7 @@ def _gather_backward_kernel(
         mine = call.mine(x)
         whole = call.around(mine) if any(want_dw) else mine
     outgoing: dict[int, Sequence3D] = {}
-    exchange = call.exchange(features, x, engine)
+    exchange = call.exchange(features, x, way.transport)
     partials = Partials(call, features, x) if want_dx else None
     dws = []
 

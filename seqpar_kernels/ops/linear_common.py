@@ -18,10 +18,6 @@ def sum_rows(dy: Tensor, dtype: torch.dtype) -> Tensor:
     return dy.sum(0, dtype=acc).to(dtype)
 
 
-def weights_signature(weights: list[Tensor], *more: object) -> tuple[object, ...]:
-    return (f"K={weights[0].shape[1]}", f"N={[w.shape[0] for w in weights]}", *more)
-
-
 def shape_with(x: Tensor, seq_dim: int, length: int, features: int) -> list[int]:
     shape = list(x.shape)
     shape[seq_dim], shape[-1] = length, features

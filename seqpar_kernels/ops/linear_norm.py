@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..kernels import NormKind, NormWants
 from ..kernels.spec import accumulation_dtype
+from ..overlap import engines
 from ..overlap.profiling import span
 from ..tensors import rows_of
 from .library import group_named, register, without_autocast
 from .linear_common import PLACE
-from .linear_scatter import partial_results, scatter_gradients, scattered_shape
+from .linear_scatter import scatter_gradients, scattered_shape
 from .norm import SCALARS, as_matrix, as_vector, dropout_add_norm_backward, prepared, shaped
 from .recompute import activate, activation_gradients
 
@@ -51,7 +52,7 @@ def _kernel(
     if pg is None:
         summed = rows_of(torch.nn.functional.linear(x, weight))
     else:
-        summed = partial_results(_NAME, x, weight, pg, seq_dim, chunks, engine).matrices()
+        summed = engines.named(engine).matmul_scatter(_NAME, pg, x, weight, seq_dim, chunks).matrices()
     backend, spec = prepared(x.device, x.dtype, scalars)
     with span(_NAME, "sum and norm"):
         out = backend.norm_forward(

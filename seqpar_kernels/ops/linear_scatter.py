@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..comm.steps import Compute, Transfer
-from ..overlap import fused_gemm
+from ..comm.steps import Compute
+from ..overlap import engines
 from ..overlap import schedule as schedules
-from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, run
+from ..overlap.pipeline import Call, matmul_into, run, weights_signature
 from ..overlap.planner import Work, spreads_weight_gradient
 from ..overlap.tuning import figures_of
 from ..tensors import reshaped, rows_of
 from . import linear_uncut
 from .library import apply, group_named, register, without_autocast
-from .linear_common import PLACE, rows_here, shape_with, sum_rows, weights_signature
+from .linear_common import PLACE, rows_here, shape_with, sum_rows
 from .main_grad import weight_gradient
 
 
@@ -32,49 +32,7 @@ def _scatter_kernel(
     pg = group_named(group)
     if pg is None:
         return torch.nn.functional.linear(x, weight, bias)
-    return partial_results("linear_reduce_scatter", x, weight, pg, seq_dim, chunks, engine).reduce(bias)
-
-
-def partial_results(
-    name: str, x: Tensor, weight: Tensor, group: ProcessGroup, seq_dim: int, chunks: int, engine: str
-) -> Partials:
-    """What every rank's part of ``linear(x, weight)`` is for our rows, the exchange hidden behind the matmul."""
-    if engine == "single":
-        return linear_uncut.partial_results(name, group, x, weight, seq_dim)
-    seq_len = x.shape[seq_dim]
-    details = weights_signature([weight], f"chunks={chunks}", f"engine={engine}")
-    call = Call(name, x, seq_dim, seq_len, group, *details)
-    shard, features = call.shard, weight.shape[0]
-    whole = call.whole(x)
-    outgoing: dict[int, Sequence3D] = {}
-    exchange = call.exchange(features, x, engine)
-    partials = Partials(call, features, x)
-    if engine == "fused":
-        fused_gemm.matmul_scatter(call, exchange, chunks, whole, weight, partials)
-        return partials
-
-    def compute(step: Compute) -> None:
-        if step.stage != "matmul":
-            return
-        if (step.start, step.stop) == (shard.start, shard.stop):
-            out = partials.own_matrices(step.start, step.stop)
-        else:
-            buffer = outgoing[step.start] = exchange.empty(step.start, step.stop, features, x)
-            out = buffer.matrices(step.start, step.stop)
-        matmul_into(out, whole.matrices(step.start, step.stop), weight.t())
-
-    def source(transfer: Transfer) -> Tensor:
-        return outgoing.pop(transfer.rows.start).data  # the session keeps it until it has left
-
-    window = call.window(chunks, features, x)
-    run(
-        schedules.matmul_scatter(shard, chunks, window=window),
-        exchange,
-        source=source,
-        target=lambda t: partials.window(t.source, t.rows.start, t.rows.stop),
-        compute=compute,
-    )
-    return partials
+    return engines.named(engine).matmul_scatter("linear_reduce_scatter", pg, x, weight, seq_dim, chunks).reduce(bias)
 
 
 def _scatter_fake(
@@ -156,7 +114,8 @@ def _scatter_backward_kernel(
 ) -> list[Tensor]:
     pg = group_named(group)
     features_out, features_in = weight.shape
-    if pg is None or engine == "single":
+    way = engines.named(engine)
+    if pg is None or not way.chunked:
         dx, dws, rows = linear_uncut.linear_scatter_backward(
             pg, dy, x, weight, want_dx, want_dw, want_db, main_grad, seq_dim, seq_len
         )
@@ -186,7 +145,7 @@ def _scatter_backward_kernel(
     steps = schedules.row_backward(shard, chunks, dgrad=want_dx, wgrad=want_dw, spread=spread, window=window)
     run(
         steps,
-        call.exchange(features_out, dy, engine),
+        call.exchange(features_out, dy, way.transport),
         source=lambda t: mine.window(t.rows.start, t.rows.stop),
         target=lambda t: whole.window(t.rows.start, t.rows.stop),
         compute=compute,

@@ -1,6 +1,6 @@
-"""The kernels of :mod:`.gather_linear` and :mod:`.linear_scatter` below the size floor, and without a group.
+"""The backwards of :mod:`.gather_linear` and :mod:`.linear_scatter` below the size floor, and without a group.
 
-One exchange, one matmul each for result and gradients; without a group no exchange.
+One exchange, one matmul for each gradient; without a group no exchange.
 
 A backward has two of each, so there they overlap all the same: x is gathered under dgrad, dx is scattered under wgrad.
 """
@@ -13,24 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..overlap.pipeline import Partials
-from ..overlap.unchunked import Unchunked, unchunked_kind
+from ..overlap.unchunked import Unchunked, outputs_of, unchunked_kind
 from ..tensors import rows_of
 from .main_grad import weight_gradient, weight_gradients
-
-
-def gather_linear(
-    group: ProcessGroup, x: Tensor, weights: list[Tensor], biases: list[Tensor | None], seq_dim: int, seq_len: int
-) -> list[Tensor]:
-    """linear(all_gather(x)) for each weight, and last all rows of x. x [..., S/t, ..., K]"""
-    features = x.shape[-1]
-    kind = unchunked_kind("all_gather_linear", x, seq_dim, seq_len, group, features, N=_outputs(weights))
-    with Unchunked(kind, group) as call:
-        whole = call.gather(x)
-        call.gathered()
-        with call.label("matmul"):
-            linear = torch.nn.functional.linear
-            return [*(linear(whole, w, b) for w, b in zip(weights, biases, strict=True)), whole]
 
 
 def gather_linear_backward(
@@ -57,7 +42,7 @@ def gather_linear_backward(
     features = x.shape[-1]
     wants = {"dx": want_dx, "dw": tuple(want_dw), "gathered": gathered}
     kind = unchunked_kind(
-        "all_gather_linear backward", x, seq_dim, seq_len, group, features, N=_outputs(weights), **wants
+        "all_gather_linear backward", x, seq_dim, seq_len, group, features, N=outputs_of(weights), **wants
     )
     dws: list[Tensor | None] = []
     with Unchunked(kind, group) as call:
@@ -84,17 +69,6 @@ def _dgrad(used: list[tuple[int, Tensor]], weights: list[Tensor]) -> Tensor:
     for i, dy in others:
         dx.addmm_(dy, weights[i])
     return dx
-
-
-def partial_results(name: str, group: ProcessGroup, x: Tensor, weight: Tensor, seq_dim: int) -> Partials:
-    """What every rank's part of linear(x, weight) is for our rows. x [..., S, ..., K/t]"""
-    kind = unchunked_kind(name, x, seq_dim, x.shape[seq_dim], group, weight.shape[0], K=weight.shape[1])
-    with Unchunked(kind, group) as call:
-        with call.label("matmul"):
-            product = torch.nn.functional.linear(x, weight)
-        partials = call.scatter(product.contiguous())
-        call.scattered()
-        return partials
 
 
 def linear_scatter_backward(
@@ -128,7 +102,3 @@ def linear_scatter_backward(
             with call.label("wgrad"):
                 dws = [weight_gradient(main_grad, rows, rows_of(x))]
     return dx, dws, whole
-
-
-def _outputs(weights: list[Tensor]) -> tuple[int, ...]:
-    return tuple(w.shape[0] for w in weights)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..comm.steps import Compute, Transfer
 from ..layout import SequenceShard, group_rank, group_size, vocabulary_range
-from ..overlap import pipeline
+from ..overlap import engines, pipeline
 from ..overlap import schedule as schedules
 from ..overlap.pipeline import Call, Partials, Sequence3D, run
 from ..tensors import reshaped
@@ -298,8 +298,8 @@ def _head_kernel(
     details = _details(weight, bias, vocab, f"chunks={chunks}", f"engine={engine}")
     call = Call("linear_cross_entropy", x, seq_dim, seq_len, group_named(group), *details)
     mine = call.mine(x)
-    pipelined = engine != "single"
-    window = call.window(chunks, x.shape[-1], x) if pipelined else None
+    way = engines.named(engine)
+    window = call.window(chunks, x.shape[-1], x) if way.chunked else None
     arrived: dict[int, Sequence3D] = {}  # within a window a chunk lives until it has been multiplied
     whole = mine if call.group is None or window is not None else call.around(mine)
     classes = call.whole(target.unsqueeze(-1))
@@ -323,8 +323,8 @@ def _head_kernel(
         return chunk.data
 
     run(
-        schedules.gather_matmul(call.shard, chunks, pipelined=pipelined, window=window),
-        call.exchange(x.shape[-1], x, engine),
+        schedules.gather_matmul(call.shard, chunks, pipelined=way.chunked, window=window),
+        call.exchange(x.shape[-1], x, way.transport),
         source=lambda t: mine.window(t.rows.start, t.rows.stop),
         target=target_of,
         compute=compute,
@@ -382,13 +382,14 @@ def _head_backward_kernel(
     call = Call("linear_cross_entropy backward", x, seq_dim, seq_len, group_named(group), *details)
     shard, features = call.shard, x.shape[-1]
     mine = call.mine(x)
-    chunks = chunks if engine != "single" else 1
+    way = engines.named(engine)
+    chunks = chunks if way.chunked else 1
     window = call.window(chunks, features, x)
     whole = mine if call.group is None else call.around(mine)
     classes, lses, dlosses = (call.whole(t.reshape(target.shape).unsqueeze(-1)) for t in (target, lse, dloss))
     wide = _wide(x.dtype)
     partials = Partials(call, features, x) if want_dx else None
-    exchange = call.exchange(features, x, engine)
+    exchange = call.exchange(features, x, way.transport)
     outgoing: dict[int, Sequence3D] = {}
     dw = torch.zeros_like(weight, dtype=wide) if want_dw else None
     db = weight.new_zeros(weight.shape[0], dtype=wide) if want_db else None

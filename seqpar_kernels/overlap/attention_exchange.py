@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..comm.select import transport_of
+from ..comm import select
 from ..comm.steps import Buffer, Rows, Transfer
 from ..comm.transport import Message, Room, Session, end
 from ..kernels.spec import accumulation_dtype
@@ -29,7 +29,7 @@ class Messages:
 
     def __init__(self, group: ProcessGroup, signature: str, kind: str = "gather"):
         room = Room((Buffer(kind, 0),), (1,))  # messages between pairs of ranks lie wherever they were made
-        self._session: Session = transport_of(group, "p2p").session(signature, room)
+        self._session: Session = select.messages(group).session(signature, room)
         self._rank, self._kind = group.rank(), kind
 
     def post(self, sends: Sequence[tuple[int, int, Tensor]], receives: Sequence[tuple[int, int, Tensor]]) -> None:

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..comm import symm_mem
+from ..comm import select, symm_mem
 from ..comm.coordination import agreement_of
 from ..comm.loopback import LoopbackGroup
 from ..comm.steps import Compute, Post, Step, Transfer, Wait
+from ..tensors import reshaped
 from . import planner
 from . import schedule as schedules
-from .pipeline import Call, Exchange, Partials, Sequence3D, matmul_into
+from .pipeline import Call, Partials, Sequence3D, matmul_into, weights_signature
 from .profiling import span
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 
 # Left free of the matmul. Not measured: a copy within a device takes a few, polls and packing one each.
 _FREE_MULTIPROCESSORS = 8
+
+
+#: Who moves the chunks: no transport whose kernels would wait for the multiprocessors that the matmul holds.
+transport_of = select.symmetric_memory_or_loopback
 
 
 class Visits(NamedTuple):
@@ -63,20 +68,27 @@ def visits(steps: Sequence[Step], outer: int, length: int, inner: int) -> Visits
 
 
 def gather_matmul(
-    call: Call,
-    exchange: Exchange,
-    chunks: int,
-    mine: Sequence3D,
+    engine: str,
+    group: ProcessGroup,
+    x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    outs: list[Sequence3D],
-) -> Sequence3D:
-    """outs = linear(all_gather(mine), weights, biases). The first weight waits; the others find everything there.
+    seq_dim: int,
+    seq_len: int,
+    chunks: int,
+    keep: bool,
+) -> list[Tensor]:
+    """linear(all_gather(x)) for each weight, and last all rows of x, whether to ``keep`` or not.
 
-    Returns what was gathered.
+    The matmul with the first weight waits; the others find everything there.
     """
     from ..kernels import triton_gemm
 
+    details = weights_signature(weights, f"chunks={chunks}", f"engine={engine}")
+    call = Call("all_gather_linear", x, seq_dim, seq_len, group, *details)
+    mine = call.mine(x)
+    outs = [call.empty_whole(w.shape[0], x) for w in weights]
+    exchange = call.exchange(x.shape[-1], x, transport_of)
     steps = schedules.gather_matmul(call.shard, chunks)
     length, whole = call.shard.length, call.around(mine)
     transfers, rows = visits(steps, call.layout.outer, length, call.layout.inner)
@@ -103,17 +115,21 @@ def gather_matmul(
         for out, weight, bias in zip(outs[1:], weights[1:], biases[1:], strict=True):
             matmul_into(out.matrices(0, length), whole.matrices(0, length), weight.t(), bias)
     flags.check()
-    return whole
+    return [reshaped(out.data, call.shape(seq_len, out.features)) for out in (*outs, whole)]
 
 
 def matmul_scatter(
-    call: Call, exchange: Exchange, chunks: int, whole: Sequence3D, weight: Tensor, partials: Partials
-) -> None:
-    """``partials`` of linear(whole, weight), for :meth:`Partials.reduce`."""
+    engine: str, name: str, group: ProcessGroup, x: Tensor, weight: Tensor, seq_dim: int, chunks: int
+) -> Partials:
+    """The partial results of every rank's linear(x, weight) for our rows."""
     from ..kernels import triton_gemm
 
-    steps = schedules.matmul_scatter(call.shard, chunks)
-    shard = call.shard
+    details = weights_signature([weight], f"chunks={chunks}", f"engine={engine}")
+    call = Call(name, x, seq_dim, x.shape[seq_dim], group, *details)
+    shard, features = call.shard, weight.shape[0]
+    whole, partials = call.whole(x), Partials(call, features, x)
+    exchange = call.exchange(features, x, transport_of)
+    steps = schedules.matmul_scatter(shard, chunks)
     out = call.empty_whole(weight.shape[0], whole.data)
     transfers, rows = visits(steps, call.layout.outer, shard.length, call.layout.inner)
     with exchange.open(steps), span(call.name, f"a matmul that tells of {len(transfers)} chunks"):
@@ -139,6 +155,7 @@ def matmul_scatter(
             if isinstance(step, Wait):
                 exchange.wait(step.transfer)
     flags.check()
+    return partials
 
 
 def why_not(group: ProcessGroup, x: Tensor, elements: int) -> str:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..comm.select import transport_of
+from ..comm import select
 from ..comm.steps import Compute, Drain, Post, Transfer, Wait
 from ..comm.transport import Message, Room, Session, Transport, end, in_blocks
-from ..kernels import select
+from ..kernels import select as select_kernels
 from ..layout import SequenceShard, group_rank, group_size
 from ..tensors import reshaped
 from . import planner
@@ -29,6 +29,10 @@ from .schedule import Schedule
 
 # A matmul of fewer rows than this per outer index wastes the machine: rather one matmul and a copy into place.
 _MIN_ROWS_IN_PLACE = 128
+
+
+#: Makes the transport of a group.
+TransportOf = Callable[[ProcessGroup], Transport]
 
 
 class Layout(NamedTuple):
@@ -236,14 +240,16 @@ class Call(Kind):
         super().__init__(name, x, seq_dim, length, group, *details)
         self.group = group
 
-    def exchange(self, features: int | Mapping[str, int], like: Tensor, engine: str = "collective") -> Exchange:
+    def exchange(
+        self, features: int | Mapping[str, int], like: Tensor, transport: TransportOf = select.messages
+    ) -> Exchange:
         """Messages are rows of ``features`` elements like those of ``like``; or the bytes of a row in each buffer."""
         row_bytes: int | Mapping[str, int]
         if isinstance(features, int):
             row_bytes = self.layout.outer * self.layout.inner * features * like.element_size()
         else:
             row_bytes = features
-        return Exchange(self, None if self.group is None else transport_of(self.group, engine), row_bytes)
+        return Exchange(self, None if self.group is None else transport(self.group), row_bytes)
 
     def window(self, chunks: int, features: int, like: Tensor) -> int | None:
         """How many chunks of a shard with ``features`` may be under way at once; None: any number."""
@@ -284,8 +290,13 @@ class Partials:
             cols = cols if cols >= 64 else max(1, self.data[0].numel())
         parts = self.data.view(self.data.shape[0], -1, cols)
         with span(self._call.name, f"sum {parts.shape[0]} partial results"):
-            total = select(None, parts.device).reduce_shards(parts, bias)
+            total = select_kernels(None, parts.device).reduce_shards(parts, bias)
         return reshaped(total, self.data.shape[1:])
+
+
+def weights_signature(weights: list[Tensor], *more: object) -> tuple[object, ...]:
+    """What the ranks have to agree on of the weights of a linear."""
+    return (f"K={weights[0].shape[1]}", f"N={[w.shape[0] for w in weights]}", *more)
 
 
 def gather(x: Tensor, seq_dim: int, length: int, group: ProcessGroup | None, name: str = "all_gather") -> Tensor:

@@ -1,13 +1,11 @@
-"""Which engine runs a call and into how many chunks it is cut.
+"""Into how many chunks a call is cut: what the cost model foresees, and the bound of the workspace.
 
-"single" moves everything at once around one matmul; "collective" pipelines chunks over torch.distributed; "peer" does
-over symmetric memory, and "fused" around a matmul that waits by itself, where they were asked for (:func:`rather`). The
-choice between one matmul and a pipelined one is that of a small cost model. With m the seconds of the whole matmul and
-w those of the wire, an unpipelined call takes m + w. A pipelined one takes whichever is longer: w plus the smallest
-piece of the matmul (the first that leaves, or the last to arrive); or m plus what the own rows, a t-th of the matmul,
-leave of the largest piece's travel (the first to arrive, or the last that leaves). Each piece costs a message and a
-matmul call that reads the weight again; where the processor that multiplies also moves the bytes (gloo), that adds to
-m. Where cutting does not pay, nothing is cut: that is the size floor.
+The choice between one matmul and a pipelined one is that of a small cost model. With m the seconds of the whole matmul
+and w those of the wire, an unpipelined call takes m + w. A pipelined one takes whichever is longer: w plus the
+smallest piece of the matmul (the first that leaves, or the last to arrive); or m plus what the own rows, a t-th of the
+matmul, leave of the largest piece's travel (the first to arrive, or the last that leaves). Each piece costs a message
+and a matmul call that reads the weight again; where the processor that multiplies also moves the bytes (gloo), that
+adds to m. Where cutting does not pay, nothing is cut: that is the size floor.
 
 All that enters is alike on all ranks: sizes are those of the largest shard, figures those that the group has agreed on
 (:mod:`.tuning`), so all come to the same plan.
@@ -15,28 +13,23 @@ All that enters is alike on all ranks: sizes are those of the largest shard, fig
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..caches import MOST
 from ..comm.transport import in_blocks
-from ..environment import flag, positive_int
+from ..environment import positive_int
 from ..layout import SequenceShard
 from .machine_profile import Figures
 from .schedule import chunk_weights
-
-ENGINES = ("auto", "single", "collective", "peer", "fused")
 
 _MAX_CHUNKS = 16
 # Matmuls of fewer rows than this in the mean cost more, and err more, than the rates of larger ones tell.
 _LEAST_ROWS = 64
 # Cut only where the model promises this much: what it leaves out must not make a small call slower than uncut.
 _WORTH_CUTTING = 0.95
-_BELOW_FLOOR = "below the size floor: cutting saves less than 5 %"
 # Message buffers alive at once with one post in flight: one leaving, one being computed; a message of several small
 # blocks of memory is packed at both ends, and a backward moves two kinds.
 _STAGED, _STAGED_PACKED = 2, 5
@@ -114,16 +107,6 @@ class Plan(NamedTuple):
     estimate: Estimate | None = None
 
 
-#: Without a group.
-PLAIN = Plan("single", 1, "one rank: plain matmul, no communication")
-
-
-def check_engine(engine: str) -> None:
-    """Raises ValueError for a name that is no engine."""
-    if engine not in ENGINES:
-        raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
-
-
 def estimate(chunks: int | None, work: Work, figures: Figures) -> Estimate:
     """The cost model; ``chunks=None`` is the unpipelined call."""
     peers = work.ranks - 1
@@ -170,46 +153,12 @@ def _extremes(chunks: int, ranks: int) -> _Extremes:
     return _Extremes(min(weights) / sum(weights), max(weights) / sum(weights))
 
 
-def plan(engine: str, chunks: int | None, work: Work, figures: Figures) -> Plan:
-    """Settle ``engine="auto"`` and ``chunks=None`` on two ranks or more.
-
-    Raises:
-        ValueError: the call cannot be cut finely enough for the workspace bound.
-    """
-    settle = _plan if torch.compiler.is_compiling() else _remembered_plan
-    return settle(engine, chunks, work, figures, max_workspace_bytes())
+def pays(chunks: int, work: Work, figures: Figures) -> bool:
+    """Whether cutting into so many chunks is worth while."""
+    return estimate(chunks, work, figures).total <= _WORTH_CUTTING * estimate(None, work, figures).total
 
 
-def _plan(engine: str, chunks: int | None, work: Work, figures: Figures, bound: int | None) -> Plan:
-    needed, bounded = 1, ""
-    if bound is not None and bound < work.ranks * work.shard_bytes * (
-        3 if work.packed(1) else 1
-    ):  # too little for uncut
-        needed = _chunks_within(bound, work, 1)
-        bounded = f"; max_workspace_bytes={bound} wants {needed} or more"
-
-    def within(count: int) -> int:
-        return _chunks_within(bound, work, count) if bound is not None and bounded else count
-
-    def made(engine: str, chunks: int, reason: str) -> Plan:
-        foreseen = estimate(None if engine == "single" else chunks, work, figures)
-        return Plan(engine, chunks, reason, work.wire_bytes, foreseen)
-
-    if engine == "single":
-        if bounded:
-            raise ValueError(f"engine: 'single' moves everything at once, expected another with {bounded[2:]} chunks")
-        return made("single", 1, "asked for" if chunks in (None, 1) else f"asked for; chunks={chunks} has no effect")
-    if chunks is not None:
-        return made("collective", within(chunks), f"chunks={chunks} given{bounded}")
-    count = within(_best_count(work, figures))
-    if engine == "auto" and not bounded:
-        cut, uncut = estimate(count, work, figures).total, estimate(None, work, figures).total
-        if cut > _WORTH_CUTTING * uncut:
-            return made("single", 1, _BELOW_FLOOR)
-    return made("collective", count, f"the model's best{bounded}")
-
-
-def _best_count(work: Work, figures: Figures) -> int:
+def best_count(work: Work, figures: Figures) -> int:
     """Doubled as long as the model gains by it.
 
     With pieces all alike that ends at the best count. On two ranks, where they are tapered, a later one may be some
@@ -223,54 +172,6 @@ def _best_count(work: Work, figures: Figures) -> int:
             break
         count, total = 2 * count, finer
     return count
-
-
-class _Special(NamedTuple):
-    variable: str  # asks for it under ``engine="auto"``
-    means: str
-
-
-_SPECIAL = {
-    "peer": _Special("SEQPAR_PEER", "symmetric memory"),
-    "fused": _Special("SEQPAR_FUSED", "a matmul that waits by itself"),
-}
-
-
-def wanted(engine: str) -> bool:
-    """Whether ``engine="auto"`` is to take ``engine`` where it can; it stays with what has known figures otherwise."""
-    return flag(_SPECIAL[engine].variable)
-
-
-#: Read once, when the package is imported.
-PEER_WANTED, FUSED_WANTED = wanted("peer"), wanted("fused")
-
-
-def rather(special: str, settled: Plan, engine: str, obstacle: str) -> Plan:
-    """``settled`` by the engine ``special``, where it is pipelined, asked for and nothing stands against it.
-
-    Args:
-        special: "peer" or "fused".
-        settled: what :func:`plan` says.
-        engine: what the caller asked for.
-        obstacle: why ``special`` cannot run; "" where it can.
-
-    Raises:
-        RuntimeError: ``special`` was asked for by name and cannot be.
-    """
-    variable, means = _SPECIAL[special]
-    if engine == special and obstacle:
-        raise RuntimeError(f"engine: {special!r} cannot run here: {obstacle}")
-    if settled.engine != "collective" or engine not in ("auto", special):
-        return settled
-    if obstacle:
-        return settled._replace(
-            reason=f"{settled.reason}; {variable} is set, but no {means.removeprefix('a ')}: {obstacle}"
-        )
-    asked = "asked for" if engine == special else f"{variable} is set"
-    return settled._replace(engine=special, reason=f"{settled.reason}; by {means}: {asked}")
-
-
-_remembered_plan = functools.lru_cache(MOST)(_plan)
 
 
 # --- the workspace bound ---------------------------------------------------------------------------------------------
@@ -313,9 +214,16 @@ def window(message_bytes: int, packed: bool) -> int | None:
     return max(1, (_bound // message_bytes - 1) // per_post)
 
 
-def _chunks_within(bound: int, work: Work, count: int) -> int:
+def chunks_needed(work: Work, bound: int | None) -> int | None:
+    """The least number of chunks that stay within the bound; None where uncut does."""
+    if bound is None or bound >= work.ranks * work.shard_bytes * (3 if work.packed(1) else 1):
+        return None
+    return chunks_within(work, bound, 1)
+
+
+def chunks_within(work: Work, bound: int | None, count: int) -> int:
     """The least number of chunks, ``count`` or more, whose messages stay within the bound, one post under way."""
-    if not work.shard_bytes:
+    if bound is None or not work.shard_bytes:
         return count
     count = max(count, _chunks_of(bound, work, _STAGED))
     return max(count, _chunks_of(bound, work, _STAGED_PACKED)) if work.packed(count) else count

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..caches import Remembered, per_group
-from ..comm.select import transport_of
+from ..comm import select
 from ..comm.steps import Compute, Post, Rows, Transfer, Wait
 from ..comm.transport import Message, Room, end, in_blocks
 from ..layout import SequenceShard
@@ -54,6 +54,7 @@ class UnchunkedKind(Kind):
         shard, outer = self.shard, self.layout.outer
         self.features, self.seq_dim = features, seq_dim
         self.sizes = [shard.of(rank).size for rank in range(shard.ranks)]
+        self.even = length > 0 and length % shard.ranks == 0
         row_bytes = outer * self.layout.inner * features * x.element_size()
         self._block_row = row_bytes // max(1, outer)
         buffers = sequence_buffers(shard)
@@ -107,8 +108,9 @@ class Unchunked:
 
     def __init__(self, kind: UnchunkedKind, group: ProcessGroup):
         self._kind = kind
-        self._session = transport_of(group, "single").session(kind.signature, kind.room)
+        self._session = select.messages(group).session(kind.signature, kind.room)
         self._received: list[tuple[Tensor, Tensor]] = []  # window, and the packed message that belongs there
+        self._at_once = False  # what is gathered comes by the backend's own all-gather
 
     def __enter__(self) -> Unchunked:
         return self
@@ -120,8 +122,10 @@ class Unchunked:
         """Start gathering our [..., S/t, ..., H]. Returns where it goes: [..., S, ..., H], ours in its place."""
         kind = self._kind
         whole = x.new_empty(kind.shape(kind.shard.length, kind.features))
-        windows = whole.split_with_sizes(kind.sizes, kind.seq_dim)
         rows = x.contiguous()
+        if kind.even and self._gather_at_once(whole, rows):
+            return whole
+        windows = whole.split_with_sizes(kind.sizes, kind.seq_dim)
         sends = self._messages([(peer.sends, rows) for peer in kind.gathers])
         receives = []
         for peer in kind.gathers:
@@ -135,9 +139,24 @@ class Unchunked:
         windows[kind.shard.rank].copy_(rows)
         return whole
 
+    def _gather_at_once(self, whole: Tensor, rows: Tensor) -> bool:
+        """By the backend's own all-gather, if it has one."""
+        kind = self._kind
+        lies_apart = kind.layout.outer > 1  # a rank's rows are several blocks of ``whole``
+        buffer = whole.new_empty((kind.shard.ranks, *rows.shape)) if lies_apart else whole
+        self._at_once = self._session.all_gather(buffer.view(-1), rows.view(-1))
+        if self._at_once and lies_apart:
+            window = whole.unflatten(kind.seq_dim, (kind.shard.ranks, kind.sizes[0]))
+            self._received.append((window, buffer.movedim(0, kind.seq_dim)))
+        return self._at_once
+
     def gathered(self) -> None:
         """Wait for what :meth:`gather` has started."""
-        self._wait(self._kind.gathers)
+        if self._at_once:
+            with span(self._kind.name, "wait for the rows of all ranks") if listening() else _UNLABELLED:
+                self._session.all_gathered()
+        else:
+            self._wait(self._kind.gathers)
         for window, buffer in self._received:
             window.copy_(buffer)
         self._received.clear()
@@ -187,3 +206,44 @@ class Unchunked:
             for transfer in peer.receives:
                 with span(self._kind.name, describe(Wait(transfer))) if listening() else _UNLABELLED:
                     self._session.wait(transfer)
+
+
+def gather_matmul(
+    group: ProcessGroup,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    seq_dim: int,
+    seq_len: int,
+    chunks: int = 1,
+    keep: bool = False,
+) -> list[Tensor]:
+    """linear(all_gather(x)) for each weight, and last all rows of x. x [..., S/t, ..., K]
+
+    ``chunks`` and ``keep`` make no difference here.
+    """
+    features = x.shape[-1]
+    kind = unchunked_kind("all_gather_linear", x, seq_dim, seq_len, group, features, N=outputs_of(weights))
+    with Unchunked(kind, group) as call:
+        whole = call.gather(x)
+        call.gathered()
+        with call.label("matmul"):
+            linear = torch.nn.functional.linear
+            return [*(linear(whole, w, b) for w, b in zip(weights, biases, strict=True)), whole]
+
+
+def matmul_scatter(
+    name: str, group: ProcessGroup, x: Tensor, weight: Tensor, seq_dim: int, chunks: int = 1
+) -> Partials:
+    """The partial results of every rank's linear(x, weight) for our rows. x [..., S, ..., K/t]"""
+    kind = unchunked_kind(name, x, seq_dim, x.shape[seq_dim], group, weight.shape[0], K=weight.shape[1])
+    with Unchunked(kind, group) as call:
+        with call.label("matmul"):
+            product = torch.nn.functional.linear(x, weight)
+        partials = call.scatter(product.contiguous())
+        call.scattered()
+        return partials
+
+
+def outputs_of(weights: list[Tensor]) -> tuple[int, ...]:
+    return tuple(w.shape[0] for w in weights)

@@ -62,7 +62,7 @@ def layer_on_the_world(*args: Any) -> list[Tensor]:
     return layer(dist.group.WORLD, *args)
 
 
-PLANS = [(None, "auto"), (None, "single"), (1, "collective"), (3, "collective")]
+PLANS = [(None, "auto"), (None, "single"), (1, "p2p"), (3, "p2p")]
 
 
 @pytest.mark.parametrize(("chunks", "engine"), PLANS)
@@ -81,13 +81,13 @@ def test_the_bits_of_gloo_ranks(
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 @pytest.mark.parametrize("rate", [None, 2e6], ids=["copied", "paced"])
-@pytest.mark.parametrize(("seq_dim", "engine"), [(0, "collective"), (0, "single"), (1, "collective")])
+@pytest.mark.parametrize(("seq_dim", "engine"), [(0, "p2p"), (0, "single"), (1, "p2p")])
 def test_the_unsharded_result_on_any_number_of_ranks(ranks: int, rate: float | None, seq_dim: int, engine: str) -> None:
     """In fp64 integers are exact however they are summed, so shards of any layer are those of the whole."""
     length = 2 * ranks + 1
     shape = (length, 2) if seq_dim == 0 else (2, length)
     with Loopback(ranks, bytes_per_second=rate) as loopback:
-        got = loopback.run(layer, length, seq_dim, 2, "collective", torch.float64)
+        got = loopback.run(layer, length, seq_dim, 2, "p2p", torch.float64)
     x = integers(1, *shape, 6, dtype=torch.float64).requires_grad_()
     up = integers(2, 4 * ranks, 6, dtype=torch.float64).requires_grad_()
     bias, down = integers(4, 4 * ranks, dtype=torch.float64), integers(5, 5, 4 * ranks, dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_a_paced_link_takes_bytes_over_rate() -> None:
     assert min(elapsed) >= 2 * 65536 / rate
 
 
-@pytest.mark.parametrize("engine", ["collective", "single"])
+@pytest.mark.parametrize("engine", ["p2p", "single"])
 def test_a_paced_link_carries_what_autograd_follows(engine: str) -> None:
     """The link's thread has a grad mode of its own, and a whole shard is sent as the leaf that it is."""
 
@@ -201,10 +201,10 @@ def test_a_virtual_rank_that_fails_is_named_and_the_world_lives(where: str) -> N
         assert isinstance(first, RuntimeError) and "all_gather_linear" in str(first)
         assert ("rank 1" in str(first)) and isinstance(second, Exception)
         with pytest.raises(RankErrors, match="rank 0 failed in") if where == "backward" else nullcontext():
-            loopback.run(layer, 5, 1, 2, "collective", torch.float32)
+            loopback.run(layer, 5, 1, 2, "p2p", torch.float32)
         with Loopback(2) as fresh:
-            expected = fresh.run(layer, 5, 1, 2, "collective", torch.float32)
-        got = loopback.run(layer, 5, 1, 2, "collective", torch.float32)
+            expected = fresh.run(layer, 5, 1, 2, "p2p", torch.float32)
+        got = loopback.run(layer, 5, 1, 2, "p2p", torch.float32)
         for mine, theirs in zip(got, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
@@ -234,7 +234,7 @@ def test_blocks_straight_or_packed(
             assert all(torch.equal(a, b) for a, b in zip(theirs[3:], mine[3:], strict=True))
 
 
-def batched(g: dist.ProcessGroup, batch: int, length: int, seq_dim: int, engine: str = "collective") -> list[Tensor]:
+def batched(g: dist.ProcessGroup, batch: int, length: int, seq_dim: int, engine: str = "p2p") -> list[Tensor]:
     """h, y, dx, then the weights' gradients."""
     t, rank = g.size(), g.rank()
     x, gy = (
@@ -245,7 +245,7 @@ def batched(g: dist.ProcessGroup, batch: int, length: int, seq_dim: int, engine:
     up = integers(2, 4 * t, 6, dtype=torch.float32).tensor_split(t)[rank].requires_grad_()
     down = integers(5, 5, 4 * t, dtype=torch.float32).tensor_split(t, 1)[rank].requires_grad_()
     common: dict[str, Any] = {"group": g, "seq_dim": seq_dim, "engine": engine}
-    common["chunks"] = 2 if engine == "collective" else None
+    common["chunks"] = 2 if engine == "p2p" else None
     h = sp.all_gather_linear(x.requires_grad_(), up, seq_len=length, **common)
     y = sp.linear_reduce_scatter(h, down, **common)
     return [h.detach(), y.detach(), *torch.autograd.grad(y, (x, up, down), gy)]
@@ -305,5 +305,5 @@ def _watching(post: Any, copied: list[int]) -> Any:
 def wide_rows(g: dist.ProcessGroup, length: int) -> None:
     x = torch.ones(2, length // 2, 256, requires_grad=True)
     up = torch.ones(256, 256, requires_grad=True)
-    h = sp.all_gather_linear(x, up, group=g, chunks=1, engine="collective")
-    sp.linear_reduce_scatter(h, up, group=g, chunks=1, engine="collective").sum().backward()
+    h = sp.all_gather_linear(x, up, group=g, chunks=1, engine="p2p")
+    sp.linear_reduce_scatter(h, up, group=g, chunks=1, engine="p2p").sum().backward()

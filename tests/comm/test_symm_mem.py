@@ -19,7 +19,7 @@ from seqpar_kernels.comm.loopback import Loopback, RankErrors
 from seqpar_kernels.comm.steps import Buffer, Post, Rows, Transfer
 from seqpar_kernels.comm.transport import Room
 from seqpar_kernels.layout import SequenceShard
-from seqpar_kernels.overlap import exchange_schedules, planner, schedule
+from seqpar_kernels.overlap import engines, exchange_schedules, planner, schedule
 
 from .symmetric_stand_in import Fabric, StandInDevice
 from .test_loopback import integers, layer
@@ -29,7 +29,7 @@ Open = Callable[..., Loopback]
 
 @pytest.fixture
 def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
-    """Opens virtual ranks whose engine "peer" runs over the stand-in."""
+    """Opens virtual ranks whose engine "symm_mem" runs over the stand-in."""
     opened: list[Loopback] = []
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -62,8 +62,8 @@ def test_the_bits_of_the_collective_engine(
 ) -> None:
     with peers(ranks) as loopback:
         for length in (4 * ranks, 2 * ranks + 1, 1, 4 * ranks):
-            expected = loopback.run(layer, length, seq_dim, chunks, "collective", dtype)
-            assert same(loopback.run(layer, length, seq_dim, chunks, "peer", dtype), expected)
+            expected = loopback.run(layer, length, seq_dim, chunks, "p2p", dtype)
+            assert same(loopback.run(layer, length, seq_dim, chunks, "symm_mem", dtype), expected)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -71,18 +71,18 @@ def test_the_bits_of_the_collective_engine_block_by_block(
     peers: Open, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
     with peers(ranks) as loopback:
-        expected = loopback.run(layer, 13, 1, 2, "collective", torch.float32)
+        expected = loopback.run(layer, 13, 1, 2, "p2p", torch.float32)
         monkeypatch.setattr(transport, "_BLOCK_BYTES", 1)
-        assert same(loopback.run(layer, 13, 1, 2, "peer", torch.float32), expected)
+        assert same(loopback.run(layer, 13, 1, 2, "symm_mem", torch.float32), expected)
 
 
 @pytest.mark.parametrize("channels", [2, 16])
 def test_late_streams_and_few_channels(peers: Open, channels: int) -> None:
     """Streams that come late at random, ops one upon the other: all that orders them is what the transport said."""
     with peers(3, channels=channels, laziness=0.004) as loopback:
-        expected = loopback.run(layer, 13, 0, 2, "collective", torch.float32)
+        expected = loopback.run(layer, 13, 0, 2, "p2p", torch.float32)
         for _ in range(4):
-            assert same(loopback.run(layer, 13, 0, 2, "peer", torch.float32), expected)
+            assert same(loopback.run(layer, 13, 0, 2, "symm_mem", torch.float32), expected)
 
 
 def late(g: dist.ProcessGroup, *args: Any) -> list[Tensor]:
@@ -92,8 +92,8 @@ def late(g: dist.ProcessGroup, *args: Any) -> list[Tensor]:
 
 def test_late_peers(peers: Open) -> None:
     with peers(4) as loopback:
-        expected = loopback.run(layer, 13, 1, 2, "collective", torch.float32)
-        assert same(loopback.run(late, 13, 1, 2, "peer", torch.float32), expected)
+        expected = loopback.run(layer, 13, 1, 2, "p2p", torch.float32)
+        assert same(loopback.run(late, 13, 1, 2, "symm_mem", torch.float32), expected)
 
 
 def test_partial_results_are_computed_where_they_are_sent_from(peers: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_partial_results_are_computed_where_they_are_sent_from(peers: Open, monk
 
     def scatter(g: dist.ProcessGroup) -> None:
         x, w = integers(1, 8, 3, 6, dtype=torch.float32), integers(2, 5, 6, dtype=torch.float32)
-        sp.linear_reduce_scatter(x, w, group=g, seq_dim=0, chunks=2, engine="peer")
+        sp.linear_reduce_scatter(x, w, group=g, seq_dim=0, chunks=2, engine="symm_mem")
 
     with peers(2) as loopback:
         monkeypatch.setattr(symm_mem.SymmMemSession, "_slot", spy)
@@ -174,7 +174,7 @@ def test_a_workspace_cannot_grow_during_capture(peers: Open) -> None:
         assert isinstance(device, StandInDevice)
         device.captures = True
         try:
-            return layer(g, 8, 1, 2, "peer", torch.float32)
+            return layer(g, 8, 1, 2, "symm_mem", torch.float32)
         finally:
             device.captures = False
 
@@ -183,14 +183,14 @@ def test_a_workspace_cannot_grow_during_capture(peers: Open) -> None:
         loopback.run(capture)
     with peers(2) as loopback:
         loopback.run(lambda g: symm_mem.reserve_workspace(g, 1 << 16))
-        expected = loopback.run(layer, 8, 1, 2, "collective", torch.float32)
+        expected = loopback.run(layer, 8, 1, 2, "p2p", torch.float32)
         assert same(loopback.run(capture), expected)
 
 
 def stops_short(g: dist.ProcessGroup) -> None:
     """Rank 1 fails amid an op whose first chunks are under way."""
     x, w = integers(1, 2, 6, 6, dtype=torch.float32), integers(2, 5, 6, dtype=torch.float32)
-    y = sp.linear_reduce_scatter(x.requires_grad_(), w.requires_grad_(), group=g, chunks=2, engine="peer")
+    y = sp.linear_reduce_scatter(x.requires_grad_(), w.requires_grad_(), group=g, chunks=2, engine="symm_mem")
     if g.rank() == 1:
         y.register_hook(_explode)
     y.sum().backward()
@@ -206,28 +206,28 @@ def test_a_peer_that_never_comes_is_named_and_the_workspace_lives(
     def healthy(g: dist.ProcessGroup) -> None:
         x, w = integers(1, 2, 6, 6, dtype=torch.float32), integers(2, 5, 6, dtype=torch.float32)
         w.requires_grad_()
-        sp.linear_reduce_scatter(x.requires_grad_(), w, group=g, chunks=2, engine="peer").sum().backward()
+        sp.linear_reduce_scatter(x.requires_grad_(), w, group=g, chunks=2, engine="symm_mem").sum().backward()
 
     with peers(2, timeout=3.0) as loopback:
-        expected = loopback.run(layer, 6, 1, 2, "collective", torch.float32)
+        expected = loopback.run(layer, 6, 1, 2, "p2p", torch.float32)
         loopback.run(healthy)  # all is agreed on: rank 0 is left waiting for a signal
         with caplog.at_level(logging.ERROR, "seqpar_kernels.comm.symm_mem"):
             first, second = loopback.outcomes(stops_short)
         assert isinstance(second, ArithmeticError)
         assert "linear_reduce_scatter backward(" in str(first) and "between rank 0 and rank 1" in str(first), first
         assert "receiving chunk 0 (rows" in caplog.text and "no signal for" in caplog.text
-        loopback.outcomes(layer, 6, 1, 2, "peer", torch.float32)  # here rank 1 hears of it
+        loopback.outcomes(layer, 6, 1, 2, "symm_mem", torch.float32)  # here rank 1 hears of it
         for _ in range(3):
-            assert same(loopback.run(layer, 6, 1, 2, "peer", torch.float32), expected)
+            assert same(loopback.run(layer, 6, 1, 2, "symm_mem", torch.float32), expected)
 
 
-@pytest.mark.parametrize("engine", ["collective", "peer"])
+@pytest.mark.parametrize("engine", ["p2p", "symm_mem"])
 @pytest.mark.parametrize("what", ["error", "straggler"])
 def test_faults_amid_an_op(peers: Open, monkeypatch: pytest.MonkeyPatch, engine: str, what: str) -> None:
-    """Over virtual ranks ("collective" is loopback there) and over symmetric memory."""
-    from seqpar_kernels.ops import linear_scatter
+    """Over virtual ranks ("p2p" is loopback there) and over symmetric memory."""
+    from seqpar_kernels.overlap import pipelined
 
-    healthy, armed = linear_scatter.matmul_into, [True]
+    healthy, armed = pipelined.matmul_into, [True]
 
     def acting(*args: Any, **options: Any) -> None:
         if armed[0] and threading.current_thread().name == "rank-1":
@@ -240,7 +240,7 @@ def test_faults_amid_an_op(peers: Open, monkeypatch: pytest.MonkeyPatch, engine:
         x = integers(g.rank(), 2, 12, 4, dtype=torch.float32)
         return sp.linear_reduce_scatter(x, torch.ones(3, 4), group=g, chunks=2, engine=engine)
 
-    monkeypatch.setattr(linear_scatter, "matmul_into", acting)
+    monkeypatch.setattr(pipelined, "matmul_into", acting)
     expected = sum(integers(r, 2, 12, 4, dtype=torch.float32) @ torch.ones(4, 3) for r in range(3))
     with peers(3, timeout=4.0) as loopback:
         outcomes = loopback.outcomes(scatter)
@@ -255,35 +255,37 @@ def test_faults_amid_an_op(peers: Open, monkeypatch: pytest.MonkeyPatch, engine:
 
 def test_shapes_that_differ_are_refused_before_anything_is_sent(peers: Open) -> None:
     def differ(g: dist.ProcessGroup) -> None:
-        sp.linear_reduce_scatter(torch.ones(2, 4 + 2 * g.rank(), 6), torch.ones(3, 6), group=g, engine="peer", chunks=2)
+        sp.linear_reduce_scatter(
+            torch.ones(2, 4 + 2 * g.rank(), 6), torch.ones(3, 6), group=g, engine="symm_mem", chunks=2
+        )
 
     with peers(2) as loopback:
-        expected = loopback.run(layer, 6, 1, 2, "collective", torch.float32)
+        expected = loopback.run(layer, 6, 1, 2, "p2p", torch.float32)
         for outcome in loopback.outcomes(differ):
             assert isinstance(outcome, RuntimeError) and "the ranks disagree, nothing was sent" in str(outcome)
-        assert same(loopback.run(layer, 6, 1, 2, "peer", torch.float32), expected)
+        assert same(loopback.run(layer, 6, 1, 2, "symm_mem", torch.float32), expected)
 
 
 def test_nothing_unmeasured_is_chosen_silently(monkeypatch: pytest.MonkeyPatch) -> None:
-    settled = planner.Plan("collective", 4, "the model's best")
-    assert planner.rather("peer", settled, "collective", "") == settled
-    assert planner.rather("peer", settled, "auto", "") == (
-        settled._replace(engine="peer", reason="the model's best; by symmetric memory: SEQPAR_PEER is set")
+    settled = planner.Plan("p2p", 4, "the model's best")
+    assert engines.rather(engines.SYMM_MEM, settled, "p2p", "") == settled
+    assert engines.rather(engines.SYMM_MEM, settled, "auto", "") == (
+        settled._replace(engine="symm_mem", reason="the model's best; by symmetric memory: SEQPAR_PEER is set")
     )
-    refused = planner.rather("peer", settled, "auto", "no CUDA device")
-    assert refused.engine == "collective" and "no symmetric memory: no CUDA device" in refused.reason
-    with pytest.raises(RuntimeError, match="engine: 'peer' cannot run here: no CUDA device"):
-        planner.rather("peer", settled, "peer", "no CUDA device")
+    refused = engines.rather(engines.SYMM_MEM, settled, "auto", "no CUDA device")
+    assert refused.engine == "p2p" and "no symmetric memory: no CUDA device" in refused.reason
+    with pytest.raises(RuntimeError, match="engine: 'symm_mem' cannot run here: no CUDA device"):
+        engines.rather(engines.SYMM_MEM, settled, "symm_mem", "no CUDA device")
 
 
 def test_without_cuda_the_reason_is_given_on_every_rank() -> None:
     def ask(g: dist.ProcessGroup) -> str:
         with pytest.raises(RuntimeError) as caught:
-            sp.all_gather_linear(torch.ones(2, 4, 6), torch.ones(3, 6), group=g, engine="peer")
+            sp.all_gather_linear(torch.ones(2, 4, 6), torch.ones(3, 6), group=g, engine="symm_mem")
         return str(caught.value)
 
     if torch.cuda.is_available():
         pytest.skip("there is CUDA")
     with Loopback(2) as loopback:
-        text = "engine: 'peer' cannot run here: rank 0: no CUDA device"
+        text = "engine: 'symm_mem' cannot run here: rank 0: no CUDA device"
         assert loopback.run(ask) == [text, text]

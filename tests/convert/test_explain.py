@@ -46,7 +46,7 @@ def test_no_layer_is_unfused_without_a_reason(world2: World, kind: str) -> None:
 
 
 def columns_case() -> tuple[Any, str, Any]:
-    model = sp.parallelize(MODELS["llama"](), group(), engine="collective")
+    model = sp.parallelize(MODELS["llama"](), group(), engine="p2p")
     ids = torch.randint(50, (2, 16))
     model(input_ids=ids, labels=ids)
     table = sp.explain(model)
@@ -59,7 +59,7 @@ def columns_case() -> tuple[Any, str, Any]:
 def test_bytes_and_estimate_of_every_call_site(world2: World) -> None:
     for rows, text, expected in world2.run(columns_case):
         q, k, o = (rows[f"model.layers.0.self_attn.{name}"] for name in ("q_proj", "k_proj", "o_proj"))
-        assert (q.engine, q.fused, q.wire) == ("collective", "yes", "2.0 KiB")  # [2, 8, 32] fp32 to one peer
+        assert (q.engine, q.fused, q.wire) == ("p2p", "yes", "2.0 KiB")  # [2, 8, 32] fp32 to one peer
         assert (k.wire, k.model) == ("", "")  # the gather is q's
         assert o.wire == "2.0 KiB"
         assert q.model == str(expected)

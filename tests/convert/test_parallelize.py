@@ -370,14 +370,14 @@ def test_ranks_with_different_weights_all_refuse(world2: World) -> None:
 
 
 def explain_case() -> None:
-    model = sp.parallelize(llama(hidden_size=128, intermediate_size=256), group(), engine="collective")
+    model = sp.parallelize(llama(hidden_size=128, intermediate_size=256), group(), engine="p2p")
     before = sp.explain(model)
     assert all(row.engine == "not run yet" for row in before.rows if row.style in ("colwise", "rowwise"))
     ids = torch.randint(50, (4, 128))
     model(input_ids=ids, labels=ids).loss.backward()
     rows = {row.module: row for row in sp.explain(model).rows}
     q = rows["model.layers.0.self_attn.q_proj"]
-    assert (q.style, q.engine, q.fused) == ("colwise", "collective", "yes") and "k_proj, v_proj" in q.why
+    assert (q.style, q.engine, q.fused) == ("colwise", "p2p", "yes") and "k_proj, v_proj" in q.why
     assert rows["model.norm"].style == "norm+gather_output"
     assert all(row.why for row in rows.values())
     assert "group of 2 ranks" in str(sp.explain(model))

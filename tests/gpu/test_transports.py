@@ -36,7 +36,7 @@ def layer(g: dist.ProcessGroup, length: int, engine: str, dtype: torch.dtype) ->
     return [t.detach().cpu() for t in (h, y, *torch.autograd.grad(y, (x, up, down), grad))]
 
 
-@pytest.mark.parametrize("engine", ["collective", "fused"])
+@pytest.mark.parametrize("engine", ["p2p", "fused"])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("rate", [None, 20e9], ids=["copied", "paced"])
 def test_virtual_ranks_on_streams_give_the_unsharded_result(ranks: int, rate: float | None, engine: str) -> None:
@@ -80,6 +80,9 @@ def _rank(rank: int, ranks: int, store: str, expected: list[list[Tensor]], what:
             got = layer(g, length, what, torch.float32)
             if length == 64 * ranks + 1:
                 assert all(torch.equal(a, b) for a, b in zip(got, expected[rank], strict=True))
+            if what == "single":  # equal shards are gathered by NCCL itself
+                messages = layer(g, length, "p2p", torch.float32)
+                assert all(torch.equal(a, b) for a, b in zip(got, messages, strict=True))
     torch.cuda.synchronize()
     dist.barrier()
     dist.destroy_process_group()
@@ -92,8 +95,8 @@ def _captured(g: dist.ProcessGroup) -> None:
     up, down = integers(2, 512, 256, dtype=torch.float32), integers(3, 256, 512, dtype=torch.float32)
 
     def both() -> Tensor:
-        h = sp.all_gather_linear(x, up, group=g, seq_dim=0, chunks=2, engine="peer")
-        return sp.linear_reduce_scatter(h, down, group=g, seq_dim=0, chunks=2, engine="peer")
+        h = sp.all_gather_linear(x, up, group=g, seq_dim=0, chunks=2, engine="symm_mem")
+        return sp.linear_reduce_scatter(h, down, group=g, seq_dim=0, chunks=2, engine="symm_mem")
 
     both()
     dist.barrier()
@@ -112,7 +115,7 @@ def _two_groups(g: dist.ProcessGroup, expected: list[Tensor]) -> None:
     other, length = dist.new_group(list(range(g.size()))), 64 * g.size() + 1
     for nbytes in (1 << 22, 1 << 24):
         for group in (g, other, g):
-            got = layer(group, length, "peer", torch.float32)
+            got = layer(group, length, "symm_mem", torch.float32)
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         spans = []
         for group in (g, other):
@@ -122,10 +125,10 @@ def _two_groups(g: dist.ProcessGroup, expected: list[Tensor]) -> None:
         reserve_workspace(g, nbytes)
 
 
-@pytest.mark.parametrize("what", ["peer", "collective", "fused", "graph", "groups"])
+@pytest.mark.parametrize("what", ["symm_mem", "p2p", "single", "fused", "graph", "groups"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_real_ranks_give_the_bits_of_virtual_ones(ranks: int, what: str) -> None:
     """On one device where there are no more: function only, never timing."""
     with Loopback(ranks, "cuda") as loopback:
-        expected = loopback.run(layer, 64 * ranks + 1, "collective", torch.float32)
+        expected = loopback.run(layer, 64 * ranks + 1, "p2p", torch.float32)
     assert exit_codes(_rank, ranks, expected, what) == [0] * ranks

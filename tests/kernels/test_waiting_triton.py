@@ -19,7 +19,7 @@ from interpreted import Interpreted
 
 from seqpar_kernels.comm.steps import Compute
 from seqpar_kernels.layout import SequenceShard
-from seqpar_kernels.overlap import fused_gemm, planner, schedule
+from seqpar_kernels.overlap import engines, fused_gemm, planner, schedule
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,14 +80,14 @@ def test_the_polling_kernel_compiles(sm: int) -> None:
 
 
 def test_auto_takes_it_where_the_variable_asks() -> None:
-    settled = planner.Plan("collective", 4, "the model's best")
-    taken = planner.rather("fused", settled, "auto", "")
+    settled = planner.Plan("p2p", 4, "the model's best")
+    taken = engines.rather(engines.FUSED, settled, "auto", "")
     assert (taken.engine, taken.reason) == (
         "fused",
         "the model's best; by a matmul that waits by itself: SEQPAR_FUSED is set",
     )
-    refused = planner.rather("fused", settled, "auto", "the weight is empty")
-    assert refused.engine == "collective" and refused.reason.endswith(
+    refused = engines.rather(engines.FUSED, settled, "auto", "the weight is empty")
+    assert refused.engine == "p2p" and refused.reason.endswith(
         "SEQPAR_FUSED is set, but no matmul that waits by itself: the weight is empty"
     )
-    assert planner.rather("peer", taken, "auto", "") == taken
+    assert engines.rather(engines.SYMM_MEM, taken, "auto", "") == taken

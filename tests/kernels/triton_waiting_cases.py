@@ -62,7 +62,7 @@ def compared(ranks: int, *sizes: Any) -> None:
 
     with Loopback(ranks) as loopback:
         *sizes, dtype = sizes
-        expected = loopback.run(layer, *sizes, "collective", dtype)
+        expected = loopback.run(layer, *sizes, "p2p", dtype)
         got = loopback.run(layer, *sizes, "fused", dtype)
     for rank, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
         for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):

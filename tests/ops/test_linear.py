@@ -79,9 +79,7 @@ def row_case(length: int, seq_dim: int, chunks: int | None, engine: str, strided
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
-@pytest.mark.parametrize(
-    ("chunks", "engine"), [(None, "auto"), (None, "single"), (1, "auto"), (2, "collective"), (8, "auto")]
-)
+@pytest.mark.parametrize(("chunks", "engine"), [(None, "auto"), (None, "single"), (1, "auto"), (2, "p2p"), (8, "auto")])
 @pytest.mark.parametrize("seq_dim", [0, 1], ids=["SBH", "BSH"])
 @pytest.mark.parametrize("length", [8, 7, 3, 1])
 @pytest.mark.parametrize("case", [column_case, row_case])
@@ -112,18 +110,18 @@ def spread_case(length: int, seq_dim: int) -> None:
     def to_main_grad() -> None:
         x, weight = torch.randint(-8, 9, (2, length, 5)).bfloat16(), torch.randint(-8, 9, (7, 5)).bfloat16()
         weight, main_grad = weight.requires_grad_(), torch.ones(7, 5)
-        y = sp.linear_reduce_scatter(x, weight, group=g, chunks=2, engine="collective", main_grad=main_grad)
+        y = sp.linear_reduce_scatter(x, weight, group=g, chunks=2, engine="p2p", main_grad=main_grad)
         y.backward(torch.ones_like(y))
         expected = 1 + x.double().sum((0, 1)).expand(7, 5)
         assert torch.equal(main_grad.double(), expected)  # integers: exact however they are summed
 
     def in_16_bits() -> None:
         x, weight = torch.randn(2, length, 5).bfloat16(), torch.randn(7, 5).bfloat16().requires_grad_()
-        sp.linear_reduce_scatter(x, weight, group=g, chunks=2, engine="collective").sum().backward()
+        sp.linear_reduce_scatter(x, weight, group=g, chunks=2, engine="p2p").sum().backward()
 
     linear.spreads_weight_gradient, linear.weight_gradient = lambda *args: True, counting
     try:
-        assert counted(lambda: row_case(length, seq_dim, 2, "collective", False)) == min(length, 2 * g.size() - 1)
+        assert counted(lambda: row_case(length, seq_dim, 2, "p2p", False)) == min(length, 2 * g.size() - 1)
         assert counted(to_main_grad) > 1
         assert counted(in_16_bits) == 1
     finally:
@@ -301,7 +299,7 @@ def opcheck_case() -> None:
     ops, check = torch.ops.seqpar, torch.library.opcheck
     x, w, b = (torch.randn(s, requires_grad=True) for s in ((2, 4, K), (3, K), (3,)))
     wide = torch.randn(2, 4 * t, K)
-    place = (name, 1, 4 * t, 2, "collective")
+    place = (name, 1, 4 * t, 2, "p2p")
     check(ops.all_gather_linear.default, (x, [w, w], [b, None], *place))
     check(ops.all_gather_linear.default, (x, [w], [None], "", 1, 4, 1, "single"))
     dy = torch.randn(2, 4 * t, 3)
@@ -536,7 +534,7 @@ def kept_case(length: int, seq_dim: int, chunks: int | None, engine: str) -> Non
     torch.testing.assert_close(found[1], found[0])
 
 
-@pytest.mark.parametrize(("chunks", "engine"), [(None, "single"), (1, "collective"), (3, "collective")])
+@pytest.mark.parametrize(("chunks", "engine"), [(None, "single"), (1, "p2p"), (3, "p2p")])
 @pytest.mark.parametrize("seq_dim", [0, 1], ids=["SBH", "BSH"])
 @pytest.mark.parametrize("length", [8, 7, 1])
 def test_a_kept_gather_is_not_repeated(

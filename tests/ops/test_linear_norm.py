@@ -150,7 +150,7 @@ def case(length: int, seq_dim: int, norm: str | None, chunks: int | None, engine
         torch.testing.assert_close(ours, expected, msg=lambda text, name=name: f"d{name}: {text}")
 
 
-@pytest.mark.parametrize(("chunks", "engine"), [(None, "auto"), (None, "single"), (1, "auto"), (3, "collective")])
+@pytest.mark.parametrize(("chunks", "engine"), [(None, "auto"), (None, "single"), (1, "auto"), (3, "p2p")])
 @pytest.mark.parametrize("norm", ["layer", "rms", None])
 @pytest.mark.parametrize("seq_dim", [0, 1], ids=["SBH", "BSH"])
 @pytest.mark.parametrize("length", [8, 7, 1])
@@ -305,7 +305,7 @@ def opcheck_case() -> None:
     op, check = torch.ops.seqpar.linear_reduce_scatter_dropout_add_norm.default, torch.library.opcheck
     x, w, b = (torch.randn(s, requires_grad=True) for s in ((2, 8, K), (N, K), (N,)))
     residual, seed = torch.randn(2, 4, N, requires_grad=True), torch.tensor(5)
-    place = (g.group_name, 1, 8, 2, "collective")
+    place = (g.group_name, 1, 8, 2, "p2p")
     scalars = (False, 1e-5, 0.1, 4, 8, 4 * g.rank(), *[torch.float32] * 3, "")
     gate = torch.randn(2, 8, K, requires_grad=True)
     check(op, (x, w, b, residual, b, b, torch.rand(8), seed, gate, *place, "silu", 1, *scalars))

@@ -160,7 +160,7 @@ def opcheck_case() -> None:
         utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(op, args, test_utils=utilities)
 
-    place = (name, 1, 4 * t, 2, "collective")
+    place = (name, 1, 4 * t, 2, "p2p")
     x, w, main_grad = torch.randn(2, 4, K), torch.randn(3, K), torch.randn(3, K)
     dy, wide, short = torch.randn(2, 4 * t, 3), torch.randn(2, 4 * t, K), torch.randn(2, 4, 3)
     wants = (True, [True, True], [True, True])

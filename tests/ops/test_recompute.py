@@ -289,7 +289,7 @@ def test_bad_attention_arguments(changed: dict[str, Any], message: str) -> None:
 def opcheck_case() -> None:
     ops, check = torch.ops.seqpar, torch.library.opcheck
     name, t = group().group_name, group().size()
-    place = (name, 1, 4 * t, 2, "collective")
+    place = (name, 1, 4 * t, 2, "p2p")
     x, z, w, b = (torch.randn(shape, requires_grad=True) for shape in ((2, 4, K), (2, 4, K), (3, K), (3,)))
     norm = (torch.ones(K), torch.zeros(K), int(NormKind.LAYER), False, 1e-5)
     check(ops.all_gather_linear_of_norm.default, (x, z.detach(), *norm, [w, w], [b, None], *place))

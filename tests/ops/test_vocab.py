@@ -219,7 +219,7 @@ def memory_case() -> None:
     t, vocab, length, rows = g.size(), 4000, 64, 8
     x, w = torch.randn(2, length // t, H), torch.randn(vocab // t, H)
     target = torch.randint(vocab, (2, length))
-    place = (g.group_name, vocab, -100, 0.1, 0.1, 1, length, 2, "collective", rows)
+    place = (g.group_name, vocab, -100, 0.1, 0.1, 1, length, 2, "p2p", rows)
     with Largest() as seen:
         _, lse = vocab_ops._head_kernel(x, w, None, target, *place)
         vocab_ops._head_backward_kernel(torch.ones_like(lse), x, w, None, target, lse, True, True, False, *place)
@@ -325,7 +325,7 @@ def opcheck_case() -> None:
     lse = torch.ops.seqpar.vocab_cross_entropy(logits.detach(), ids, *loss)[1]
     dloss = torch.randn(2, length)
     check(ops.vocab_cross_entropy_backward.default, (dloss, logits.detach(), ids, lse, *loss))
-    place = (*loss, 1, length, 2, "collective", 3)
+    place = (*loss, 1, length, 2, "p2p", 3)
     check(ops.linear_cross_entropy.default, (x, w, b, ids, *place))
     for wants in ((True, True, True), (False, True, False)):
         args = (dloss, x.detach(), w.detach(), b.detach(), ids, lse, *wants, *place)

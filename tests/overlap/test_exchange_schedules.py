@@ -13,7 +13,7 @@ from torch import Tensor
 from seqpar_kernels.comm import transport
 from seqpar_kernels.comm.loopback import Loopback
 from seqpar_kernels.comm.steps import Buffer, Compute, Post, Rows, Step, Transfer, Wait
-from seqpar_kernels.overlap import schedule
+from seqpar_kernels.overlap import engines, schedule
 from seqpar_kernels.overlap.exchange_schedules import all_to_all, chain, ring
 from seqpar_kernels.overlap.pipeline import Call, run
 
@@ -61,7 +61,7 @@ def all_to_all_case(g: dist.ProcessGroup, engine: str, seq_dim: int, even: bool,
 
     run(
         all_to_all(counts, me, chunks=chunks, stage="work"),
-        call.exchange(WIDTH, x, engine),
+        call.exchange(WIDTH, x, engines.named(engine).transport),
         source=lambda t: sent[:, t.offset : t.offset + t.size],
         target=lambda t: received[:, t.rows.start : t.rows.stop],
         compute=work,
@@ -82,7 +82,7 @@ def ring_case(g: dist.ProcessGroup, engine: str, seq_dim: int, even: bool, hops:
     whole[:, starts[me] : starts[me + 1]].copy_(schedule_rows(call, x))
     run(
         ring(sizes, me, hops=hops, stage="attend"),
-        call.exchange(WIDTH, x, engine),
+        call.exchange(WIDTH, x, engines.named(engine).transport),
         source=lambda t: whole[:, t.rows.start : t.rows.stop],  # own rows, then what has arrived
         target=lambda t: whole[:, t.rows.start : t.rows.stop],
         compute=lambda step: _no_nan(whole[:, step.start : step.stop]),
@@ -102,7 +102,7 @@ def chain_case(g: dist.ProcessGroup, engine: str, rows: int) -> None:
     state = schedule_rows(call, own).clone()
     run(
         chain(rows, ranks, me, stage="scan"),
-        call.exchange(WIDTH, own, engine),
+        call.exchange(WIDTH, own, engines.named(engine).transport),
         source=lambda t: state,
         target=lambda t: came,
         compute=lambda step: _none(state.add_(came)),
@@ -124,7 +124,8 @@ def own_schedule_case(g: dist.ProcessGroup, engine: str) -> None:
         steps += [Post((move[0],), (move[1],)), Wait(move[1])]
     program = schedule.Schedule(steps, (Buffer("rows", rows), Buffer("numbers", rows)))
     call = Call("own", sent["rows"], 0, rows, g, engine)
-    exchange = call.exchange({"rows": 2 * WIDTH * 4, "numbers": 8}, sent["rows"], engine)
+    row_bytes = {"rows": 2 * WIDTH * 4, "numbers": 8}
+    exchange = call.exchange(row_bytes, sent["rows"], engines.named(engine).transport)
     views = [{name: tensor.view(1, rows, -1) for name, tensor in side.items()} for side in (sent, came)]
     run(program, exchange, lambda t: views[0][t.buffer], lambda t: views[1][t.buffer], compute=lambda step: None)
     assert torch.equal(came["rows"], owned(left, rows, 0)) and torch.equal(came["numbers"], numbers[left])
@@ -170,8 +171,8 @@ def block_by_block(engine: str) -> None:
 
 
 def test_over_gloo(world: World) -> None:
-    world.run(in_packets_and_blocks, None, "collective")
-    world.run(block_by_block, "collective")
+    world.run(in_packets_and_blocks, None, "p2p")
+    world.run(block_by_block, "p2p")
 
 
 @pytest.mark.parametrize("block_bytes", [1, 1 << 16])
@@ -179,9 +180,9 @@ def test_over_gloo(world: World) -> None:
 def test_over_virtual_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int, block_bytes: int) -> None:
     monkeypatch.setattr(transport, "_BLOCK_BYTES", block_bytes)
     with Loopback(ranks) as loopback:
-        loopback.run(every_case, "collective")
+        loopback.run(every_case, "p2p")
     with Loopback(ranks, bytes_per_second=1e7) as loopback:
-        loopback.run(every_case, "collective")
+        loopback.run(every_case, "p2p")
 
 
 @pytest.mark.parametrize("block_bytes", [1, 1 << 16])
@@ -195,4 +196,4 @@ def test_over_symmetric_memory(
     monkeypatch.setattr(transport, "_BLOCK_BYTES", block_bytes)
     options: dict[str, Any] = {"laziness": 0.0005}
     with peers(ranks, **options) as loopback:
-        loopback.run(every_case, "peer")
+        loopback.run(every_case, "symm_mem")

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 import seqpar_kernels as sp
 from seqpar_kernels.functional import planned_all_gather_linear, planned_linear_reduce_scatter
 from seqpar_kernels.overlap import planner
+from seqpar_kernels.overlap.engines import plan
 from seqpar_kernels.overlap.machine_profile import Figures, default_figures
-from seqpar_kernels.overlap.planner import Work, estimate, plan, spreads_weight_gradient
+from seqpar_kernels.overlap.planner import Work, estimate, spreads_weight_gradient
 
 from ..world import RankError, World
 
@@ -56,7 +57,7 @@ def no_bound() -> Any:
 def test_small_calls_are_not_cut_and_large_ones_are() -> None:
     small, large = plan("auto", None, work(4), FIGURES), plan("auto", None, work(2048), FIGURES)
     assert (small.engine, small.chunks) == ("single", 1) and "size floor" in small.reason
-    assert large.engine == "collective" and large.chunks > 2
+    assert large.engine == "p2p" and large.chunks > 2
     assert large.wire_bytes == 2048 * 1024 * 4
 
 
@@ -64,7 +65,7 @@ def test_cutting_does_not_pay_where_the_processor_that_multiplies_moves_the_byte
     """Ranks of one machine: what the wire saves the matmul loses."""
     fast = FIGURES._replace(link_bytes=3e9)
     assert plan("auto", None, work(2048), fast._replace(busy_seconds=1 / 3e9)).engine == "single"
-    assert plan("auto", None, work(2048, n=64), fast).engine == "collective"
+    assert plan("auto", None, work(2048, n=64), fast).engine == "p2p"
 
 
 def test_expensive_messages_mean_fewer_chunks() -> None:
@@ -75,10 +76,10 @@ def test_expensive_messages_mean_fewer_chunks() -> None:
 
 def test_pieces_stay_large_enough_for_a_matmul() -> None:
     free = FIGURES._replace(message_seconds=0.0, call_seconds=0.0, memory_bytes=1e15)
-    assert plan("collective", None, work(2048), free).chunks == 16
-    assert plan("collective", None, work(300), free).chunks == 4
-    assert plan("collective", None, work(60), free).chunks == 1
-    assert plan("collective", 30, work(60), free).chunks == 30  # who asks for it gets it
+    assert plan("p2p", None, work(2048), free).chunks == 16
+    assert plan("p2p", None, work(300), free).chunks == 4
+    assert plan("p2p", None, work(60), free).chunks == 1
+    assert plan("p2p", 30, work(60), free).chunks == 30  # who asks for it gets it
 
 
 def test_a_faster_dtype_shifts_the_balance() -> None:
@@ -135,7 +136,7 @@ def test_the_best_of_all_counts_is_chosen_or_nearly(
     job = work(rows, ranks=ranks)
     counts = [count for count in (1, 2, 4, 8, 16) if count <= max(1, rows // 64)]
     best = min(estimate(count, job, figures).total for count in counts)
-    chosen = estimate(plan("collective", None, job, figures).chunks, job, figures).total
+    chosen = estimate(plan("p2p", None, job, figures).chunks, job, figures).total
     assert chosen <= best * (1.15 if ranks == 2 else 1 + 1e-9)
 
 
@@ -152,8 +153,8 @@ def test_a_weight_gradient_is_spread_where_the_wire_is_waited_for() -> None:
 def test_what_was_asked_for_is_done() -> None:
     assert plan("single", None, work(2048), FIGURES)[:3] == ("single", 1, "asked for")
     assert plan("single", 4, work(2048), FIGURES).reason == "asked for; chunks=4 has no effect"
-    assert plan("auto", 3, work(4), FIGURES)[:3] == ("collective", 3, "chunks=3 given")
-    assert plan("collective", None, work(4), FIGURES).engine == "collective"
+    assert plan("auto", 3, work(4), FIGURES)[:3] == ("p2p", 3, "chunks=3 given")
+    assert plan("p2p", None, work(4), FIGURES).engine == "p2p"
 
 
 @given(st.integers(1, 3000), st.integers(0, 24), st.integers(1, 2), st.sampled_from([None, 1, 2, 8]))
@@ -163,7 +164,7 @@ def test_the_bound_lowers_the_chunk_size(rows: int, log_rows: int, outer: int, c
     bound = (5 if outer > 1 else 2) * row + 2**log_rows
     sp.set_max_workspace_bytes(bound)
     try:
-        settled = plan("collective", chunks, job, FIGURES)
+        settled = plan("p2p", chunks, job, FIGURES)
         message = -(-rows // settled.chunks) * row
         assert settled.chunks <= rows or chunks is not None
         packed = job.packed(settled.chunks)
@@ -188,7 +189,7 @@ def test_a_bound_that_cannot_be_kept_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"max_workspace_bytes: expected at least 8192, .* got 8191"):
         plan("auto", None, work(16), FIGURES)
     sp.set_max_workspace_bytes(8192)
-    assert plan("auto", None, work(16), FIGURES)[:2] == ("collective", 16)
+    assert plan("auto", None, work(16), FIGURES)[:2] == ("p2p", 16)
     with pytest.raises(ValueError, match="engine: 'single' moves everything at once"):
         plan("single", None, work(16), FIGURES)
 
@@ -236,7 +237,7 @@ def bounded_case(batch: int, length: int) -> None:
             for got, want in zip(both(x, up, down, length), expected, strict=True):
                 torch.testing.assert_close(got, want)
             _, ran = planned_all_gather_linear(x, up, None, group(), -2, None, "auto", length)
-            assert ran.engine == "collective" and (ran.chunks >= 2 or rows > 1), ran
+            assert ran.engine == "p2p" and (ran.chunks >= 2 or rows > 1), ran
         finally:
             sp.set_max_workspace_bytes(None)
 
@@ -333,7 +334,7 @@ def plans_case(rank_with_other_figures: int) -> tuple[Any, ...]:
 
 
 def test_ranks_with_other_figures_plan_alike(world2: World) -> None:
-    for odd, engine in ((0, "single"), (1, "collective")):
+    for odd, engine in ((0, "single"), (1, "p2p")):
         first, second = world2.run(plans_case, odd)
         assert first == second
         assert [p.engine for p in first] == [engine, engine], first  # rank 0's count

@@ -16,9 +16,10 @@ import torch.distributed as dist
 
 import seqpar_kernels as sp
 from seqpar_kernels.overlap import tuning
+from seqpar_kernels.overlap.engines import plan
 from seqpar_kernels.overlap.machine_profile import Figures, default_figures
 from seqpar_kernels.overlap.machine_profile_cache import Place, load, save
-from seqpar_kernels.overlap.planner import Work, plan
+from seqpar_kernels.overlap.planner import Work
 from seqpar_kernels.overlap.tuning import figures_of, tune
 
 from ..world import World
@@ -154,7 +155,7 @@ def test_ranks_of_one_host_plan_with_its_link(world2: World) -> None:
     assert (unknown, here) == other
     assert "assumed, 1 Gbit/s" in unknown.source and "processes of one host" in here.source
     job = Work(2, 1024, int(43e-3 * here.flops_32), 4 << 20, 4 << 20, torch.float32, 1)
-    assert plan("auto", None, job, unknown).engine == "collective"
+    assert plan("auto", None, job, unknown).engine == "p2p"
     assert plan("auto", None, job, here).reason.startswith("below the size floor")
 
 
