@@ -62,7 +62,7 @@ wheel: $(VENV)/pip.stamp  ## sdist and wheel in dist/, each built in isolation
 	$(BIN)/python -m build --outdir dist
 
 clean:  ## remove what was built or written, keep .venv's packages
-	rm -rf build dist site *.egg-info demo_out bench_out gpu_out seqpar_kernels/_native*.so $(VENV)/demo.stamp $(VENV)/dev.stamp
+	rm -rf build dist site *.egg-info demo_out bench_out gpu_out seqpar_kernels/kernels/_native*.so $(VENV)/demo.stamp $(VENV)/dev.stamp
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 distclean: clean  ## clean, and remove .venv

@@ -101,7 +101,7 @@ def cmake_build(build_dir: Path) -> Path:
 
 
 class CMakeBuild(build_ext):
-    """One extension, ``seqpar_kernels._native``, built by CMake."""
+    """One extension, ``seqpar_kernels.kernels._native``, built by CMake."""
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -111,4 +111,4 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("seqpar_kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    setup(ext_modules=[Extension("seqpar_kernels.kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

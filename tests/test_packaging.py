@@ -80,13 +80,13 @@ def test_wheel_holds_the_package_and_nothing_else(built: SimpleNamespace) -> Non
     package = [name for name in built.names if not name.split("/")[0].endswith(".dist-info")]
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("seqpar_kernels/**/*.py")}
     assert sources | {"seqpar_kernels/py.typed"} <= set(package)
-    extension = [name for name in package if re.fullmatch(r"seqpar_kernels/_native[^/]*\.(so|pyd)", name)]
+    extension = [name for name in package if re.fullmatch(r"seqpar_kernels/kernels/_native[^/]*\.(so|pyd)", name)]
     assert len(extension) == 1
     assert {name for name in package if not name.endswith((".py", ".pyi"))} == {extension[0], "seqpar_kernels/py.typed"}
 
 
 def test_extension_of_the_wheel_loads_without_torch_and_without_a_driver(built: SimpleNamespace) -> None:
-    (extension,) = (built.folder / "unpacked" / "seqpar_kernels").glob("_native*.so")
+    (extension,) = (built.folder / "unpacked" / "seqpar_kernels" / "kernels").glob("_native*.so")
     code = f"import sys; sys.path.insert(0, {str(extension.parent)!r}); import _native; print(_native.has_cuda)"
     done = subprocess.run([built.python, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
@@ -94,14 +94,14 @@ def test_extension_of_the_wheel_loads_without_torch_and_without_a_driver(built: 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_wheel_links_no_library_of_cuda_torch_or_openmp(built: SimpleNamespace) -> None:
-    (extension,) = (built.folder / "unpacked" / "seqpar_kernels").glob("_native*.so")
+    (extension,) = (built.folder / "unpacked" / "seqpar_kernels" / "kernels").glob("_native*.so")
     assert [name for name in needed_libraries(extension) if name.startswith(FOREIGN_LIBRARIES)] == []
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_installed_extension_links_no_library_of_cuda_torch_or_openmp() -> None:
     """The one the tests run on: with the CUDA kernels inside, where there is an nvcc."""
-    spec = importlib.util.find_spec("seqpar_kernels._native")
+    spec = importlib.util.find_spec("seqpar_kernels.kernels._native")
     assert spec is not None
     assert spec.origin is not None
     assert [name for name in needed_libraries(Path(spec.origin)) if name.startswith(FOREIGN_LIBRARIES)] == []

@@ -28,7 +28,7 @@ from .spec import (
 _INTERFACE = 3
 
 try:
-    from .. import _native
+    from . import _native
 except ImportError as error:  # an unbuilt checkout: the reason is kept and shown where somebody needs the kernels
     _native = None  # type: ignore[assignment]
     build_error: str | None = str(error)
