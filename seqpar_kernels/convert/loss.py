@@ -7,73 +7,15 @@ loss of the shard behind them. A model that does anything to either on the way i
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from ..nn import Region, VocabParallelEmbedding, VocabParallelHead
-from ..nn.embedding import check_embedding, check_head
+from ..nn import Region, VocabParallelHead
 from ..nn.own_forward import trusted
 from ..nn.region import show_whole
-
-if TYPE_CHECKING:
-    from .conversion import Conversion
-
-#: Attributes of a config by which a model changes its logits between head and loss, and the value that changes nothing.
-_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1}
-
-
-class Ends(NamedTuple):
-    """Both ends of a causal language model, by module name."""
-
-    embedding: str
-    head: str
-
-
-def ends_of(model: Any, conversion: Conversion) -> Ends:
-    """The embedding and the head that ``loss_parallel`` cuts.
-
-    Raises:
-        ValueError: not a Hugging Face causal language model with its standard loss, or one this cannot be done to.
-    """
-    kind = type(model).__name__
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    loss = getattr(model, "loss_function", None)
-    if head is None or getattr(loss, "__name__", "") != "ForCausalLMLoss":
-        raise ValueError(
-            f"loss_parallel: expected a Hugging Face model with a head and the loss ForCausalLMLoss, got {kind} with "
-            f"{getattr(loss, '__name__', loss)!r}; elsewhere use seqpar_kernels.vocab_parallel_linear_cross_entropy"
-        )
-    config = model.config.get_text_config()
-    for attribute, unchanged in _LOGIT_CHANGES.items():
-        value = getattr(config, attribute, unchanged)
-        if value not in (None, unchanged):
-            raise ValueError(
-                f"loss_parallel: {kind} changes its logits before the loss (config.{attribute}={value}), and logits "
-                "never exist"
-            )
-    names = {module: name for name, module in model.named_modules()}
-    ends = Ends(names[model.get_input_embeddings()], names[head])
-    for label, check in (("embedding", check_embedding), ("head", check_head)):
-        name = getattr(ends, label)
-        try:
-            check(model.get_submodule(name))
-        except ValueError as error:
-            raise ValueError(f"loss_parallel: {name}: {error}") from error
-        weight = model.get_submodule(name).weight
-        tied = [other for other, param in model.named_parameters(remove_duplicate=False) if param is weight]
-        extra = [other for other in tied if other not in (f"{ends.embedding}.weight", f"{ends.head}.weight")]
-        if extra or name in conversion.styles:
-            what = f"its weight is tied to {extra}" if extra else f"the plan says {conversion.styles[name]!r}"
-            raise ValueError(f"loss_parallel: {name} is cut by vocabulary, but {what}")
-    gathers = [name for name, edges in conversion.edges.items() if "gather_output" in edges]
-    if len(gathers) != 1:
-        raise ValueError(f"loss_parallel: expected one module with 'gather_output' in the plan, got {gathers}")
-    return ends
 
 
 class LossParallel:
@@ -151,61 +93,3 @@ class LossParallel:
         if isinstance(output, Mapping):
             return type(output)(**{key: value for key, value in output.items() if value is not self._logits})
         return tuple(None if value is self._logits else value for value in output)
-
-
-def install(model: Any, conversion: Conversion, ends: Ends, engine: str) -> None:
-    """Put the cut modules in place and follow forwards that have labels."""
-    region = conversion.region
-    old_embedding, old_head = (model.get_submodule(name) for name in ends)
-    tied = old_embedding.weight is old_head.weight
-    embedding = VocabParallelEmbedding.from_torch(
-        old_embedding, region.group, seq_dim=region.seq_dim, whole_output=True
-    )
-    embedding.whole_needed = _between(model, ends.embedding, conversion)
-    head = VocabParallelHead.from_torch(old_head, region.group, seq_dim=region.seq_dim, engine=engine)
-    if tied:
-        head.weight = embedding.weight
-    for name, new in ((ends.embedding, embedding), (ends.head, head)):
-        new.region = region
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
-    loss = conversion.loss = LossParallel(head, region, model.loss_function)
-    head.forward = loss.head  # type: ignore[method-assign]
-    model.loss_function = loss.loss
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    position = names.index("labels") if "labels" in names else len(names)
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        labels = args[position] if len(args) > position else kwargs.get("labels")
-        loss.begin(labels is not None or kwargs.get("shift_labels") is not None)
-
-    def after(module: nn.Module, args: Any, output: Any) -> Any:
-        return loss.finish(output)
-
-    def always(module: nn.Module, *_: Any) -> None:
-        loss.begin(False)
-
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(after)
-    model.register_forward_hook(always, always_call=True)
-
-
-def _between(model: nn.Module, embedding: str, conversion: Conversion) -> Callable[[], str | None]:
-    """Asks why the modules between the embedding and where the sequence is cut need tensors that are whole."""
-    cuts = [name for name, edges in conversion.edges.items() if "scatter_input" in edges]
-    paths = {".".join(name.split(".")[: depth + 1]) for name in cuts for depth in range(name.count(".") + 1)}
-    names = sorted(path for path in paths if not f"{embedding}.".startswith(f"{path}."))
-    originals = [model.get_submodule(name) for name in names]
-
-    def reason() -> str | None:
-        for name, original in zip(names, originals, strict=True):
-            module: Any = model.get_submodule(name)
-            if module is not original or isinstance(module, FSDPModule):
-                return f"what {name} has been wrapped in"
-            if getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled():
-                options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-                if options.get("use_reentrant", True):
-                    return f"the reentrant checkpoint of {name}"
-        return None if cuts else "a plan without 'scatter_input'"
-
-    return reason

@@ -35,7 +35,7 @@ from .grad_scaler import agree_on_overflow
 from .hf_storage import refuse_lost_shards
 from .hooks import install_hooks
 from .initialising import initialise_whole
-from .loss import ends_of, install
+from .loss_ends import ends_of, install
 from .modules import converted, cut_parameters
 from .optimizers import refuse_unfit_optimizers
 from .plans import HANDLING, ParallelPlan, built_in_plan, checked_plan, matches, parse_style

@@ -9,7 +9,7 @@ the whole tensor, gathered: no more on the wire than the sum over the ranks it s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,7 @@ from torch.utils._pytree import tree_map
 
 from ..functional import gather_sequence, scatter_sequence
 from .pending import version_of
-
-if TYPE_CHECKING:
-    from .embedding import VocabParallelEmbedding
+from .region import Region
 
 _DESCRIPTIONS = frozenset(
     getattr(Tensor, name).__get__
@@ -38,6 +36,14 @@ _ROW_BY_ROW = frozenset(
 )
 
 
+class SequenceEmbedding(Protocol):
+    """What :class:`EmbeddedRows` needs of the embedding that makes it."""
+
+    region: Region
+    scattered: bool | None
+    taken_whole_by: str
+
+
 class EmbeddedRows(Tensor):
     """Looks like [..., S, ..., H], is ``shard`` [..., S/t, ..., H].
 
@@ -46,13 +52,13 @@ class EmbeddedRows(Tensor):
     """
 
     shard: Tensor
-    embedding: VocabParallelEmbedding
+    embedding: SequenceEmbedding
     whole: Tensor | None
     whole_version: int
     grad_mode: bool
 
     @staticmethod
-    def __new__(cls, shard: Tensor, length: int, embedding: VocabParallelEmbedding) -> EmbeddedRows:
+    def __new__(cls, shard: Tensor, length: int, embedding: SequenceEmbedding) -> EmbeddedRows:
         shape = list(shard.shape)
         shape[embedding.region.seq_dim] = length
         new: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]

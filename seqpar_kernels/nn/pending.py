@@ -8,7 +8,7 @@ does all of it in the kernel that sums over the ranks. Whatever else touches the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,10 +20,7 @@ from ..kernels.spec import accumulation_dtype
 from ..layout import SequenceShard
 from ..random import draw_seed
 from .own_forward import trusted
-
-if TYPE_CHECKING:
-    from .linear import RowParallelLinear
-    from .norm import Dropout, LayerNorm, RMSNorm
+from .region import Region
 
 _ADDITIONS = frozenset({torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__})
 _DESCRIPTIONS = frozenset(
@@ -31,6 +28,43 @@ _DESCRIPTIONS = frozenset(
 ) | frozenset(
     {Tensor.size, Tensor.dim, Tensor.__len__, Tensor.numel, Tensor.is_floating_point, torch.is_floating_point}
 )
+
+
+class SummingLinear(Protocol):
+    """What a :class:`PendingSum` needs of the row-parallel linear that makes it."""
+
+    region: Region
+    out_features: int
+    weight: Any
+    bias: Any
+    chunks: int | None
+    engine: str
+    ran: Any
+
+    def summed(self, x: Tensor) -> Tensor: ...
+    def _linear_weight(self) -> Tensor: ...
+    def _main_grad(self) -> Tensor | None: ...
+
+
+class Dropping(Protocol):
+    """A dropout on the way to the norm."""
+
+    p: float
+    training: bool
+    fused: bool
+
+    def dropped(self, x: Tensor, seed: Tensor | None) -> Tensor: ...
+
+
+class Normalizing(Protocol):
+    """The norm that may do what waits."""
+
+    region: Region
+    weight: Any
+    eps: float | None
+    kind: NormKind
+    zero_centered_weight: bool
+    fused: bool
 
 
 class PendingSum(Tensor):
@@ -44,10 +78,10 @@ class PendingSum(Tensor):
             inference mode, whose tensors count no changes).
     """
 
-    linear: RowParallelLinear
+    linear: SummingLinear
     x: Tensor | None
     residual: Tensor | None
-    dropout: Dropout | None
+    dropout: Dropping | None
     seed: Tensor | None
     computed: Tensor | None
     grad_mode: bool
@@ -56,10 +90,10 @@ class PendingSum(Tensor):
     @staticmethod
     def __new__(
         cls,
-        linear: RowParallelLinear,
+        linear: SummingLinear,
         x: Tensor,
         residual: Tensor | None = None,
-        dropout: Dropout | None = None,
+        dropout: Dropping | None = None,
         seed: Tensor | None = None,
     ) -> PendingSum:
         region, shape = linear.region, list(x.shape)
@@ -89,7 +123,7 @@ class PendingSum(Tensor):
         assert self.computed is not None
         return self.computed
 
-    def dropped(self, dropout: Dropout) -> Tensor | None:
+    def dropped(self, dropout: Dropping) -> Tensor | None:
         """The pending sum behind ``dropout``; None where its value is needed."""
         if self.computed is not None or self.residual is not None or self.dropout is not None:
             return None
@@ -106,7 +140,7 @@ class PendingSum(Tensor):
             return None
         return PendingSum(self.linear, self._input(), settled(other), self.dropout, self.seed)
 
-    def normalized(self, norm: LayerNorm | RMSNorm) -> Tensor | None:
+    def normalized(self, norm: Normalizing) -> Tensor | None:
         """``norm`` of the sum, both in one kernel; the sum is its value from then on. None where it has one already."""
         linear, region = self.linear, self.linear.region
         if self.computed is not None or norm.region is not region:
