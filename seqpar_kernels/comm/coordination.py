@@ -47,6 +47,7 @@ class Agreement:
         self.conversions = 0  # how often parallelize has been called on this group
         self._step = 0  # the last one that was begun or refused
         self._epoch, self._met, self._generation, self._since = 1, 0, 0, 0
+        self._passed = (0, 0)  # the last epoch that was left after a meeting, and the number of its meetings
         self._kinds: dict[str, int] = {}  # signatures met in this epoch
         self._hinted = self._meeting = False
         self._done = ""  # why no call can succeed any more
@@ -292,7 +293,7 @@ class Agreement:
                     if verdict.kind == "met" and theirs is not None:
                         missing.remove(rank)
                         if not mine.met:  # who waits here is still of an earlier one
-                            begun = theirs.generation + (theirs.met == 0)
+                            begun = theirs.generation + (not theirs.meetings(mine.epoch))
                             generation = max(generation, begun, mine.generation + 1)
                     continue
                 assert theirs is not None
@@ -336,6 +337,8 @@ class Agreement:
             if step < self._epoch:
                 return  # left already
             self._step = max(self._step, step)
+            if self._met:
+                self._passed = (self._epoch, self._met)
             self._epoch, self._met = self._step + 1, 0
             self._kinds.clear()
             self._hinted = False
@@ -371,14 +374,15 @@ class Agreement:
             return self.register(rank)
         except Exception as error:
             self._done = self._done or f"the store in which its ranks meet is gone: {type(error).__name__}: {error}"
-            return Register(DONE, 0, 0, 0, 0, 0, self._done)
+            return Register(DONE, 0, 0, 0, 0, 0, 0, 0, self._done)
 
     def _gone(self, rank: int) -> bool:
         return alive.ended(self.read("who", rank))
 
     def _say(self, letter: str, step: int, text: str) -> Register:
         with self._changing:
-            said = Register(letter, self._epoch, step, self._met, self._generation, self._since, text)
+            numbers = (self._epoch, step, self._met, self._generation, self._since, *self._passed)
+            said = Register(letter, *numbers, text)
             self.publish("status", said.to_text())
             return said
 

@@ -14,8 +14,9 @@ Ranks that met gave the signature the same short number. So the first call of an
 an epoch that another has not come to. Calls with a known signature look it up and say nothing.
 
 **Registers.** A rank says where it stands in one register of the store, which it alone writes and which has room for
-one saying: ``letter epoch step met generation since text``. Epoch, and within it ``met``, only ever grow, so that an
-older saying that was missed follows from the newer one. The letters:
+one saying: ``letter epoch step met generation since left passed text``. Epoch, and within it ``met``, only ever grow,
+so that an older saying that was missed follows from the newer one; ``left`` is the last epoch that it left after a
+meeting, and ``passed`` the number of its meetings there. The letters:
 
 - ``W`` waits in meeting ``met + 1`` of the epoch, before (or in) ``step``, with the signature ``text``;
 - ``S`` is stuck: has waited long in a transfer of ``step`` of the signature ``text``; what would end the wait lies
@@ -27,8 +28,9 @@ older saying that was missed follows from the newer one. The letters:
 
 **Conclusions.** A rank of epoch e that reads of another rank
 
-- a later epoch: that rank left e (or came to stand beyond it), so this call cannot be answered: raise. One exception:
-  a rank that has not begun its epoch and reads of one that only gave up waiting there (``since``) follows it;
+- a later epoch: that rank left e (or came to stand beyond it), so this call cannot be answered: raise. Two exceptions:
+  a rank that has not begun its epoch and reads of one that only gave up waiting there (``since``) follows it; and where
+  that rank left e after this very meeting (``left``, ``passed``), all had said the same: met;
 - an earlier epoch: it has not heard yet, or has still to raise in steps that others raised in: wait for it;
 - ``W`` of the same meeting: met where the signatures and steps are the same, else they disagree: raise;
 - more meetings than its own: that rank passed this one, which takes all ranks' saying the same: met;
@@ -98,6 +100,8 @@ class Register(NamedTuple):
     met: int  # meetings it has passed in the epoch
     generation: int
     since: int  # steps from this one on, up to the epoch, were given up for nobody came; 0: none
+    left: int  # the last epoch that it left after a meeting; 0: none
+    passed: int  # meetings it had passed there
     text: str
 
     def to_text(self) -> str:
@@ -107,8 +111,13 @@ class Register(NamedTuple):
     def of(text: str) -> Register | None:
         if not text:
             return None
-        letter, epoch, step, met, generation, since, rest = text.split(" ", 6)
-        return Register(letter, int(epoch), int(step), int(met), int(generation), int(since), rest)
+        letter, *numbers, rest = text.split(" ", 8)
+        epoch, step, met, generation, since, left, passed = map(int, numbers)
+        return Register(letter, epoch, step, met, generation, since, left, passed, rest)
+
+    def meetings(self, epoch: int) -> int:
+        """How many meetings of ``epoch`` it has certainly passed."""
+        return self.met if epoch == self.epoch else self.passed if epoch == self.left else 0
 
 
 class Verdict(NamedTuple):
@@ -128,13 +137,13 @@ def meeting(mine: Register, theirs: Register | None) -> Verdict:
         return _WAIT
     if theirs.letter == DONE:
         return _DONE
+    if theirs.meetings(mine.epoch) > mine.met:
+        return _MET
     if theirs.epoch > mine.epoch:
         waited = 0 < theirs.since <= mine.step and not mine.met and mine.epoch == mine.step
         return _FOLLOW if waited else _LEFT
     if theirs.epoch < mine.epoch:
         return _WAIT
-    if theirs.met > mine.met:
-        return _MET
     if theirs.letter == HINT:
         return _HINT
     if theirs.letter == WAITING and theirs.met == mine.met:

@@ -2,7 +2,8 @@
 
 from .conversion import conversion_of
 from .derive import derive_plan
-from .explain import Explanation, explain
+from .explain import explain
+from .explanation import Explanation, Row
 from .parallelize import parallelize
 from .plans import BUILT_IN, STYLES, ParallelPlan
 from .state import (
@@ -21,6 +22,7 @@ __all__ = [
     "STYLES",
     "Explanation",
     "ParallelPlan",
+    "Row",
     "Verification",
     "conversion_of",
     "derive_plan",

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules import module as module_hooks
 from torch.nn.modules.dropout import _DropoutNd
@@ -152,7 +153,7 @@ class Watch:
 
     def gather(self, name: str) -> None:
         """The sequence is put together behind ``name``."""
-        if self.stage == "whole" and self._cuts and not self.checking:
+        if self.stage == "whole" and self._cuts and not self.checking and not self._out_of_sight():
             raise RuntimeError(self._skipped(name))
         if self.stage is not None:
             self.stage = "whole again"
@@ -178,9 +179,19 @@ class Watch:
             "the embedding, say)"
         )
 
+    def _out_of_sight(self) -> bool:
+        """Whether the sequence may have been cut inside a module that is compiled by itself."""
+        for cut in self._cuts:
+            module: Any = self._model
+            for part in cut.split("."):
+                module = getattr(module, part, None)
+                if isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None:
+                    return True
+        return False
+
     def _reached_whole(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
-            if not torch.compiler.is_compiling() and self.stage == "whole":
+            if not torch.compiler.is_compiling() and self.stage == "whole" and not self._out_of_sight():
                 raise RuntimeError(self._skipped(name))
 
         return hook

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..nn import Region, SharedGather
 from .alike import Alike
+from .compiled import Seen
 from .cut import Cut
 from .loss import LossParallel
 from .plans import ParallelPlan
@@ -35,9 +36,11 @@ class Conversion:
         self.snapshot: Snapshot | None = None
         self.trusted = False  # no plan of the user's: known to miss nothing
         self.running = False  # a forward of the whole model is under way
+        self.compiled = False  # by torch.compile as a whole; modules inside may be compiled by themselves
         self.crossing = False  # pending sums may leave their block
         self.replicated: list[nn.Parameter] = []
         self.alike: Alike | None = None  # compares forwards between the ranks
+        self.seen: Seen | None = None  # what the last check has seen, or parallelize has left
         self.check: ShardCheck | None = None
         self.watch: Watch | None = None  # of a model on several ranks
         self.checked: set[bool] = set()  # module.training of forwards that have been followed

@@ -17,7 +17,8 @@ _SKIPPED = (PACKAGE, _TORCH + os.sep)
 _CALL = (torch.nn.Module._call_impl.__code__.co_filename, ("_call_impl", "inner"))
 
 
-def _user_frame() -> FrameType | None:
+def user_frame() -> FrameType | None:
+    """The innermost that is neither torch's nor ours."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and (
         frame.f_code.co_filename.startswith(_SKIPPED) or f"{os.sep}einops{os.sep}" in frame.f_code.co_filename
@@ -28,7 +29,7 @@ def _user_frame() -> FrameType | None:
 
 def statement() -> str:
     """The innermost statement that is neither torch's nor ours: "`y = x.mean(1)` (model.py:12)"."""
-    frame = _user_frame()
+    frame = user_frame()
     if frame is None:
         return "a statement"
     file, line = frame.f_code.co_filename, frame.f_lineno
@@ -40,7 +41,7 @@ def statement() -> str:
 
 def in_hook() -> bool:
     """Whether the user's statement is part of a module's hook and not of a forward."""
-    frame = _user_frame()
+    frame = user_frame()
     while frame is not None and frame.f_back is not None:
         caller = frame.f_back
         if caller.f_code.co_filename == _CALL[0] and caller.f_code.co_name in _CALL[1]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
@@ -12,49 +10,10 @@ from ..nn import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from ..overlap import engines
 from ..overlap.tuning import figures_of
 from .conversion import Conversion, conversion_of
+from .explanation import Explanation, Row
 from .plans import matches
 
 _VOCABULARY = (VocabParallelEmbedding, VocabParallelHead)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One module of the table.
-
-    ``wire`` is what one rank sends in one forward, ``model`` the planner's estimate of it. ``slower`` marks what runs
-    slower than this package could run it (SEQPAR_STRICT refuses it); what is best unfused is not.
-    """
-
-    module: str
-    style: str
-    engine: str
-    chunks: str
-    fused: str
-    why: str
-    wire: str = ""
-    model: str = ""
-    slower: bool = False
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        return (self.module, self.style, self.engine, self.chunks, self.fused, self.wire, self.model, self.why)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The table; ``str()`` lays it out, ``rows`` holds it."""
-
-    title: str
-    rows: tuple[Row, ...]
-
-    def __str__(self) -> str:
-        header = Row("module", "style", "engine", "chunks", "fused", "why", "wire/forward", "model of the forward")
-        table = [row.cells for row in (header, *self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        widths[-1] = len(header.why)
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)) for cells in table]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([self.title, *(line.rstrip() for line in lines)])
 
 
 def explain(model: nn.Module) -> Explanation:

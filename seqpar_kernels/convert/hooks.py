@@ -19,6 +19,7 @@ from ..nn.pending import settled
 from ..nn.region import mark_entrance, show_whole
 from .changes import Watch
 from .checks import counted
+from .compiled import Seen
 from .conversion import Conversion
 from .foreign import trained_arguments
 from .head_dropout import head_dropouts
@@ -77,12 +78,14 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
 
     ends = conversion.edges_at("scatter_input", "gather_output")
     watch = conversion.watch = Watch(model, conversion.owned, *ends)
+    seen = conversion.seen = Seen(model)
     state: dict[str, Any] = {}
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         conversion.running = False
         cleanup(module)  # what an interrupted forward may have left
         region.seq_len, conversion.running = None, True
+        conversion.compiled = torch.compiler.is_compiling()
         if not torch.compiler.is_compiling():  # both stay: a recomputation in the backward must do the same
             conversion.crossing = conversion.trusted and all(_is_plain(*block) for block in blocks)
             # The autograd function that serves backward hooks takes a waiting sum for a leaf.
@@ -100,6 +103,7 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
                     "a plan is checked by the first forward, which must be an eager one: call the model once before "
                     "torch.compile"
                 )
+            seen.refuse_others()
             return
         start(module, args, kwargs)
 
@@ -132,6 +136,7 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
             check.check_output(output)
             if check.rules.conclusive:
                 watch.passed(state["key"], check)
+                seen.remember()
                 conversion.checked.add(model.training)
             conversion.check = None
         watch.finished()
@@ -246,9 +251,10 @@ def _forward_of(block: nn.Module) -> tuple[type, Any]:
 
 
 def _is_plain(place: Place, block: nn.Module, forward: tuple[type, Any]) -> bool:
-    """Whether ``block`` is called by its model as ever: not wrapped, not sharded further, not checkpointed."""
+    """Whether ``block`` is called by its model as ever: not wrapped, sharded further, compiled or checkpointed."""
     parent, name = place
     in_place = getattr(parent, name, None) is block and _forward_of(block) == forward
+    in_place = in_place and block._compiled_call_impl is None
     return in_place and not getattr(block, "gradient_checkpointing", False)
 
 
@@ -296,10 +302,10 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         # Only where it is needed: a recomputation during backward must not find the length of a later forward.
         region.seq_len = length if length % region.ranks else None
         shard = x.rows() if isinstance(x, EmbeddedRows) else scatter_sequence(x, region.group, region.seq_dim)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and conversion.compiled:
             # Here and not before the model: torch.compile traces hooks of the outermost module as graphs of their own.
             region.sum_together(conversion.replicated)
-        else:
+        elif not torch.compiler.is_compiling():
             mark_entrance(shard)
         if conversion.check is not None:
             conversion.check.rules.length = length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -12,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 from .foreign import see
 
 MARK = "_seqpar_shard"
+#: Told of every tensor that is marked; those of the checks under way.
+collectors: list[Callable[[Tensor], None]] = []
 _ROWS = "_seqpar_rows"
 _FEATURES = "_seqpar_features"
 
@@ -79,6 +82,8 @@ def mark(value: Any, kind: Any) -> None:
             vars(leaf).pop(_FEATURES, None)
             if not isinstance(kind, str):
                 see(leaf)
+                if collectors and kind is not None:
+                    collectors[-1](leaf)
 
 
 def mark_of(value: Any) -> Any:

@@ -148,6 +148,8 @@ def parallelize(
         model.register_load_state_dict_pre_hook(cut_whole_tensors)
         answer_for_ranks(model, mesh)
         generate_alike(model, conversion)
+    if conversion.seen is not None:
+        conversion.seen.remember()
     if strict_enabled():
         refuse_unfused(model)
     return model

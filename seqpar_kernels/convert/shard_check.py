@@ -25,7 +25,8 @@ from torch.utils.hooks import RemovableHandle
 from ..nn.own_forward import follow
 from .culprit import PACKAGE, statement
 from .foreign import Functions, described, leaf_behind, trainable_inputs
-from .marks import MARK, OWNED, Kind, Local, Mixed, is_shard, kind_of, mark, mark_of
+from .kept import Collector
+from .marks import MARK, OWNED, Kind, Local, Mixed, collectors, is_shard, kind_of, mark, mark_of
 from .presented import part_of
 from .rules import REMEDY, Rules
 
@@ -115,6 +116,7 @@ class ShardCheck(TorchFunctionMode):
         self._handles: list[RemovableHandle] = []
         self._arguments: list[Tensor] = []  # those that are trained
         self._functions = Functions(self._applied)
+        self._kept = Collector(type(model).__name__)
 
     def start(self, entrance: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Hook every module and follow torch functions from here on, in the forward of ``entrance``, under way."""
@@ -130,6 +132,9 @@ class ShardCheck(TorchFunctionMode):
             mark(leaf, f"argument {name!r} that is trained")
             self._arguments.append(leaf)
         self._functions.start()
+        # Modules that are compiled by themselves run as they are written: a check would see nothing inside.
+        self._eager = torch.compiler.set_stance("force_eager")
+        collectors.append(self._kept.add)
         self.rules.start()
         follow(self)
         self.__enter__()
@@ -141,6 +146,8 @@ class ShardCheck(TorchFunctionMode):
                 handle.remove()
             self._handles.clear()
             self._functions.stop()
+            self._eager.__exit__(None, None, None)
+            collectors.remove(self._kept.add)
             self.rules.stop()
             for leaf in self._arguments:  # they are the user's
                 vars(leaf).pop(MARK, None)
@@ -149,7 +156,11 @@ class ShardCheck(TorchFunctionMode):
             self.__exit__(None, None, None)
 
     def check_output(self, output: Any) -> None:
-        """Raises RuntimeError where a model output is still a shard, or what was made of one."""
+        """What the forward has returned, and what it leaves behind for others to use.
+
+        Raises:
+            RuntimeError: an output is still a shard, or what was made of one.
+        """
         items = output.items() if isinstance(output, dict) else [("", output)]
         values = [value for key, value in items if key != "past_key_values"]
         found = next((m for leaf in tree_leaves(values) if isinstance(m := mark_of(leaf), Mixed)), None)
@@ -165,6 +176,7 @@ class ShardCheck(TorchFunctionMode):
                 f"{type(self._model).__name__} returns a tensor that has met no shard, but whose gradient is summed "
                 "over the ranks ('conditioning' or copy_to_tensor_parallel): it would count once for every rank"
             )
+        self._kept.close()
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:

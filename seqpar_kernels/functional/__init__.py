@@ -21,6 +21,7 @@ from .mappings import (
     scatter_sequence,
     scatter_tensor_parallel,
 )
+from .merge_attention import merge_attention
 from .norm import (
     NormOptions,
     NormTensors,
@@ -30,6 +31,8 @@ from .norm import (
     replicated,
     run_norm,
 )
+from .sequence_attention import attention_choice, sequence_parallel_attention
+from .sequence_layout import next_token_labels, sequence_positions, shard_sequence, unshard_sequence
 from .vocab import vocab_parallel_cross_entropy, vocab_parallel_embedding, vocab_parallel_linear_cross_entropy
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "NormRecipe",
     "NormTensors",
     "all_gather_linear",
+    "attention_choice",
     "causal_attention",
     "copy_to_tensor_parallel",
     "dropout_add",
@@ -46,6 +50,8 @@ __all__ = [
     "gather_tensor_parallel",
     "linear_reduce_scatter",
     "linear_reduce_scatter_dropout_add_norm",
+    "merge_attention",
+    "next_token_labels",
     "planned_all_gather_linear",
     "planned_linear_reduce_scatter",
     "planned_linear_reduce_scatter_dropout_add_norm",
@@ -55,6 +61,10 @@ __all__ = [
     "run_norm",
     "scatter_sequence",
     "scatter_tensor_parallel",
+    "sequence_parallel_attention",
+    "sequence_positions",
+    "shard_sequence",
+    "unshard_sequence",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_embedding",
     "vocab_parallel_linear_cross_entropy",

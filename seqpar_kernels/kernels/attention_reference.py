@@ -54,7 +54,7 @@ def kept(spec: AttentionSpec, masks: AttentionMasks, shape: tuple[int, ...], dev
     return (word >> (columns % 2 * 16) & 0xFFFF) >= dropout_threshold(spec.p)
 
 
-class _Scores:
+class Scores:
     """Scores [B, Hq, Sq, Sk] in the accumulation dtype, -inf where a row sees no key, and what leads to gradients."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, masks: AttentionMasks):
@@ -97,7 +97,7 @@ def attention_forward(
         out, lse and the new state: the first two unless ``finish=False``, the state where ``state`` or ``keep_state``
         is given. A row that sees no key has out 0 and lse -inf.
     """
-    s = _Scores(q, k, v, spec, masks)
+    s = Scores(q, k, v, spec, masks)
     shape = (q.shape[0], q.shape[2], q.shape[1])
     if state is None:
         maxima = torch.full(shape, -1e30, dtype=torch.float64, device=q.device)
@@ -144,7 +144,7 @@ def attention_backward(
         into: gradients in the accumulation dtype that are added to, in place; without it they are new, in
             ``grad_dtype``: q's dtype, or the accumulation dtype.
     """
-    s = _Scores(q, k, v, spec, masks)
+    s = Scores(q, k, v, spec, masks)
     douts = dout.to(s.wide).transpose(1, 2)
     if delta is None:
         assert out is not None

@@ -124,15 +124,16 @@ def norm_forward_kernel(
         b_variance = tl.sum(b_centred * b_centred, 1) / cols
         if KIND == LAYER:
             m_hidden = _hides_spread(b_mean, b_variance)
-            if tl.max(m_hidden.to(tl.int32), 0) > 0:  # the other rows of the tile keep their bits
-                b_exact = tl.where(m_hidden, b_mean + tl.sum(b_centred, 1) / cols, b_mean)
-                b_again = (b_centred + b_mean[:, None]) - b_exact[:, None]
-                b_centred = tl.where(m_hidden[:, None] & m_c[None, :], b_again, b_centred)
-                b_variance = tl.sum(b_centred * b_centred, 1) / cols
-                b_mean = b_exact
+            b_offset = tl.where(m_hidden, tl.sum(b_centred, 1) / cols, 0.0)
+            b_exact = b_mean + b_offset
+            b_offset = b_exact - b_mean  # without rounding: they are close
+            b_variance = tl.maximum(b_variance - b_offset * b_offset, 0.0)
+            b_mean = b_exact
             tl.store(p_mean + o_r, b_mean, m_r)
         b_rstd = tl.rsqrt(b_variance + EPS)
         tl.store(p_rstd + o_r, b_rstd, m_r)
+        if KIND == LAYER:
+            b_centred -= b_offset[:, None]
         b_xhat = b_centred * b_rstd[:, None]
         b_factor = tl.load(p_y_scale) if p_y_scale is not None else None
         if not EARLY:

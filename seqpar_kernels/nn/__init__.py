@@ -4,6 +4,7 @@ from .embedding import VocabParallelEmbedding, VocabParallelHead
 from .linear import ColumnParallelLinear, RowParallelLinear, SharedGather, SharedHeadsLinear
 from .norm import Dropout, DropoutAddNorm, LayerNorm, RMSNorm
 from .region import Region
+from .sequence_attention import SequenceParallelAttention
 from .sharding import ShardSpec, full_tensor, local_part
 from .split_norm import SplitRMSNorm
 from .transformer import TransformerLayer
@@ -16,6 +17,7 @@ __all__ = [
     "RMSNorm",
     "Region",
     "RowParallelLinear",
+    "SequenceParallelAttention",
     "ShardSpec",
     "SharedGather",
     "SharedHeadsLinear",

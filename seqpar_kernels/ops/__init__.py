@@ -2,6 +2,7 @@
 
 from .all_to_all import all_to_all
 from .attention import dropout_attention, rotary
+from .block_attention import block_attention, merge_attention
 from .decompositions import decompositions, inductor_fusion
 from .gather_linear import all_gather_linear, all_gather_linear_into, all_gather_linear_keeping
 from .linear_norm import linear_reduce_scatter_dropout_add_norm, linear_reduce_scatter_dropout_add_norm_into
@@ -17,6 +18,7 @@ from .recompute import (
     all_gather_linear_of_norm,
     all_gather_linear_of_norm_into,
 )
+from .sequence_attention import sequence_attention
 from .vocab import linear_cross_entropy, vocab_cross_entropy, vocab_embedding
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "all_reduce",
     "all_to_all",
     "announced",
+    "block_attention",
     "decompositions",
     "dropout_add_norm",
     "dropout_attention",
@@ -46,8 +49,10 @@ __all__ = [
     "linear_reduce_scatter_dropout_add_norm",
     "linear_reduce_scatter_dropout_add_norm_into",
     "linear_reduce_scatter_into",
+    "merge_attention",
     "reduce_scatter",
     "rotary",
+    "sequence_attention",
     "split",
     "vocab_cross_entropy",
     "vocab_embedding",

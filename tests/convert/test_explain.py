@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -62,7 +63,55 @@ def test_bytes_and_estimate_of_every_call_site(world2: World) -> None:
         assert (k.wire, k.model) == ("", "")  # the gather is q's
         assert o.wire == "2.0 KiB"
         assert q.model == str(expected)
-        assert q.model in text and "wire/forward" in text
+        assert q.model in " ".join(text.split()) and "wire/forward" in text
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def row(module: str, **cells: Any) -> sp.convert.Row:
+    return sp.convert.Row(module, "colwise", "single", "1", "no", cells.pop("why", "below the size floor"), **cells)
+
+
+def names_of(*modules: str) -> list[str]:
+    return [r.module for r in sp.convert.Explanation("", tuple(map(row, modules))).grouped()]
+
+
+def test_equal_layers_are_one_row() -> None:
+    assert names_of("h.0.q", "h.0.k", "h.1.q", "h.1.k", "h.2.q", "h.2.k") == ["h.0..2.q", "h.0..2.k"]
+    assert names_of("h.0.q", "h.2.q", "h.4.q", "h.5.q", "h.6.q") == ["h.0,2,4..6.q"]
+    experts = [f"layers.{layer}.experts.{e}.up" for layer in range(3) for e in range(12)]
+    assert names_of(*experts) == ["layers.0..2.experts.0..11.up"]
+    assert names_of(*experts[:-1]) == experts[:-1]  # not all combinations
+    assert names_of("0.q", "1.q", "w2.q", "head") == ["0,1.q", "w2.q", "head"]
+    assert names_of("h.0.q") == ["h.0.q"]
+
+
+def test_layers_that_differ_are_rows_of_their_own() -> None:
+    rows = (row("h.0.q"), row("h.1.q", wire="2 KiB"), row("h.2.q"), row("h.3.q", why="another"))
+    table = sp.convert.Explanation("", rows)
+    assert [r.module for r in table.grouped()] == ["h.0,2.q", "h.1.q", "h.3.q"]
+    assert table.rows == rows
+
+
+def test_text_has_120_columns() -> None:
+    names = ["model.a_long_name_" * 5 + f".layers.{i}.attention.{'q' * 40}" for i in range(3)]
+    rows = tuple(row(name, why="a reason that goes on " * 20, model="matmul 1") for name in names)
+    text = str(sp.convert.Explanation("Title " * 40 + "\nsecond line", rows))
+    assert max(map(len, text.splitlines())) <= 120
+    assert "layers.0..2.attention" in text.replace(" ", "").replace("\n", "")
+    assert text.count("a reason that goes on") >= 15 and "; model: matmul 1" in " ".join(text.split())
+
+
+def test_plain_values_and_html() -> None:
+    table = sp.convert.Explanation(
+        "a < b\nplanned", (row("h.0.q", why="x & y"), row("h.1.q", why="x & y", slower=True))
+    )
+    values = json.loads(json.dumps(table.to_dict()))
+    assert values["title"] == "a < b\nplanned" and [r["module"] for r in values["rows"]] == ["h.0.q", "h.1.q"]
+    assert values["rows"][1]["slower"] is True and values["rows"][0]["why"] == "x & y"
+    page = table._repr_html_()
+    assert page.startswith("<table><caption>a &lt; b<br>planned</caption>") and "<td>x &amp; y</td>" in page
 
 
 # --- strict ----------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ COMPILED: list[tuple[int, Variant]] = [
     # A thread of the longest held row has 64 registers for 32 elements: what is spilled is spilled once a row.
     (90, Variant("forward", 32768, RMS, on="residual weight", registers=64, spilled=8)),  # triton 3.6; 3.9: none
     (90, Variant("forward", 32768, registers=64, spilled=16)),
-    (90, Variant("forward", 32768, on=TWO_NORMS, registers=64, spilled=120)),
+    (90, Variant("forward", 32768, on=TWO_NORMS, registers=64, spilled=104)),
     (100, Variant("forward", 65536, registers=128)),
     (90, Variant("backward", 16384, on="residual weight bias dz", registers=255)),
     (90, Variant("forward", 8192, RMS, dtype=F16, y_dtype=E4M3, on="residual weight")),

@@ -1,0 +1,175 @@
+"""The attention kernels of a device, and what every caller of them needs: bounds of either sign, no heads, and the
+gradient of an additive bias."""
+
+from __future__ import annotations
+
+import functools
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import attention_native
+from .attention_reference import Scores
+from .attention_spec import AttentionGrads, AttentionMasks, AttentionSpec, AttentionState, empty_like_heads
+from .spec import accumulation_dtype
+
+_BLOCK_ELEMENTS = 1 << 22  # of the scores that exist at one time where a bias wants its gradient
+
+
+@functools.cache
+def select_attention(device: torch.device) -> ModuleType:
+    """The module with :mod:`.attention_reference`'s functions for tensors on ``device``.
+
+    Raises:
+        RuntimeError: none can run there, with the reason.
+    """
+    reason = attention_native.unavailable(device)
+    if reason is None:
+        return attention_native
+    raise RuntimeError(f"no attention kernel can run on {device}: {reason}")
+
+
+def with_bounds(
+    spec: AttentionSpec, masks: AttentionMasks, q: Tensor, k: Tensor
+) -> tuple[AttentionSpec, AttentionMasks]:
+    """``masks`` with positions where a bound is negative: kernels take that by positions alone."""
+    negative = any(bound is not None and bound < 0 for bound in (spec.left, spec.right))
+    if not negative or masks.q_positions is not None or masks.k_positions is not None:
+        return spec, masks
+    queries = torch.arange(spec.q_offset, spec.q_offset + q.shape[1], device=q.device)
+    keys = torch.arange(spec.k_offset, spec.k_offset + k.shape[1], device=q.device)
+    return spec, masks._replace(q_positions=queries, k_positions=keys)
+
+
+def no_work(q: Tensor, k: Tensor) -> bool:
+    """Whether there is no batch entry or no head."""
+    return q.shape[0] == 0 or q.shape[2] == 0 or k.shape[2] == 0
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    masks: AttentionMasks,
+    *,
+    state: AttentionState | None = None,
+    keep_state: bool = False,
+    finish: bool = True,
+) -> tuple[Tensor | None, Tensor | None, AttentionState | None]:
+    """:func:`.attention_reference.attention_forward` by the kernels of q's device."""
+    if no_work(q, k):
+        out = empty_like_heads(q, v.shape[3], q.dtype).zero_()
+        lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=accumulation_dtype(q.dtype))
+        return (out, lse.to(q.device), state) if finish else (None, None, state)
+    spec, masks = with_bounds(spec, masks, q, k)
+    found: tuple[Tensor | None, Tensor | None, AttentionState | None] = select_attention(q.device).attention_forward(
+        q, k, v, spec, masks, state=state, keep_state=keep_state, finish=finish
+    )
+    return found
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    spec: AttentionSpec,
+    masks: AttentionMasks,
+    *,
+    into: AttentionGrads | None = None,
+    grad_dtype: torch.dtype | None = None,
+) -> AttentionGrads:
+    """:func:`.attention_reference.attention_backward` by the kernels of q's device.
+
+    ``delta`` is rowsum(dout * out), less the gradient of lse where there is one. [B, Hq, Sq]
+    """
+    if no_work(q, k):
+        if into is not None:
+            return into
+        dtype = grad_dtype or q.dtype
+        return AttentionGrads(*(empty_like_heads(t, t.shape[3], dtype).zero_() for t in (q, k, v)))
+    spec, masks = with_bounds(spec, masks, q, k)
+    grads: AttentionGrads = select_attention(q.device).attention_backward(
+        dout, q, k, v, None, lse, spec, masks, delta=delta, into=into, grad_dtype=grad_dtype
+    )
+    return grads
+
+
+def row_dots(x: Tensor, y: Tensor) -> Tensor:
+    """Sums of x * y over the last dimension in the accumulation dtype: [B, S, H, D] -> [B, H, S]."""
+    batch, rows, heads, columns = x.shape
+    wide = accumulation_dtype(x.dtype)
+    out = torch.empty(batch, heads, rows, dtype=wide, device=x.device)
+    step = max(1, (1 << 18) // max(1, heads * columns))
+    for b in range(batch):
+        for start in range(0, rows, step):
+            some = slice(start, min(start + step, rows))
+            product = x[b, some].to(wide) * y[b, some].to(wide)
+            out[b, :, some] = product.sum(-1).t()
+    return out
+
+
+def bias_gradient(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    spec: AttentionSpec,
+    masks: AttentionMasks,
+    shape: torch.Size,
+) -> Tensor:
+    """Gradient of an additive bias that was broadcast from ``shape``, 4-D, in the accumulation dtype.
+
+    No kernel makes it: the scores are made again in plain torch, some rows at a time. ``delta`` as in
+    :func:`backward`.
+    """
+    wide = accumulation_dtype(q.dtype)
+    grad = torch.zeros(shape, dtype=wide, device=q.device)
+    if no_work(q, k) or k.shape[1] == 0:
+        return grad
+    spec, masks = with_bounds(spec, masks, q, k)
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    step = max(1, _BLOCK_ELEMENTS // (q.shape[2] * k.shape[1]))
+    for b in range(q.shape[0]):
+        for start in range(0, q.shape[1], step):
+            rows = slice(start, min(start + step, q.shape[1]))
+            some, their_spec = (
+                _part(masks, spec, full, b, rows),
+                spec._replace(first_batch=spec.first_batch + b, q_offset=spec.q_offset + start),
+            )
+            s = Scores(q[b : b + 1, rows], k[b : b + 1], v[b : b + 1], their_spec, some)
+            row_lse = lse[b : b + 1, :, rows].to(wide)[..., None]
+            weights = torch.exp(s.scores - row_lse.masked_fill(row_lse == -math.inf, math.inf))
+            douts = dout[b : b + 1, rows].to(wide).transpose(1, 2)
+            ds = weights * (s.drop(douts @ s.v.transpose(-1, -2)) - delta[b : b + 1, :, rows].to(wide)[..., None])
+            target = grad[b : b + 1] if shape[0] > 1 else grad
+            target = target[:, :, rows] if shape[2] > 1 else target
+            target += ds.sum_to_size(target.shape)
+    return grad
+
+
+def _part(
+    masks: AttentionMasks, spec: AttentionSpec, full: tuple[int, int, int, int], b: int, rows: slice
+) -> AttentionMasks:
+    """What concerns some rows of one batch entry."""
+
+    def documents(t: Tensor | None, some: slice) -> Tensor | None:
+        return None if t is None else (t[b : b + 1, some] if t.dim() == 2 else t[some])
+
+    def scores(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.expand(full)[b : b + 1, :, rows]
+
+    return masks._replace(
+        q_positions=None if masks.q_positions is None else masks.q_positions[rows],
+        q_documents=documents(masks.q_documents, rows),
+        k_documents=documents(masks.k_documents, slice(None)),
+        mask=scores(masks.mask),
+        bias=scores(masks.bias),
+    )

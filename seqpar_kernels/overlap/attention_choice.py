@@ -1,0 +1,213 @@
+"""Which engine attends over a sharded sequence, by the bytes that each would send.
+
+Every engine here honours every mask; what differs is who sends what:
+
+- ``ulysses``: q, k, v and out change hands, (2 Hq + 2 Hkv)/t numbers a row and head dimension, whatever the mask.
+- ``ring``: keys and values that other ranks' masks need, behind the computation of a rank's own.
+- ``all_gather``: the same keys and values, but nothing is computed before they are all there.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+from ..caches import MOST
+from ..sequence_layout import Interval, count
+from . import planner
+from .attention_plan import KEYS, Sizes, arriving, leaving, remote_rows
+
+_UNDER_WAY = 3  # messages at one time where workspace is bounded: computed with, arriving, and leaving
+
+ENGINES = ("auto", "ulysses", "ring", "all_gather")
+
+
+class Wire(NamedTuple):
+    """Bytes that the busiest rank sends, forward and backward."""
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+
+class Problem(NamedTuple):
+    """What is known of a call before anything is chosen, alike on all ranks."""
+
+    q_len: int
+    k_len: int
+    batch: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    itemsize: int
+    layout: str
+    ranks: int
+    left: int | None  # of Sizes
+    right: int | None
+    bias_row: int = 0  # bytes of a bias and a mask for one query row, where each row has its own
+
+
+class Choice(NamedTuple):
+    """How a call runs, and why."""
+
+    engine: str  # "ulysses", "ring", "all_gather"; "ring" with several columns is the hybrid
+    sizes: Sizes
+    save_kv: bool
+    wire: Wire
+    imbalance: float  # the work of the busiest rank by the mean's, documents not looked at
+    reason: str
+
+
+@functools.lru_cache(MOST)
+def work(sizes: Sizes, row: int) -> float:
+    """About how many pairs of a query and a key each head of a row of the grid has, documents not looked at."""
+    mask, total = sizes.mask(), 0.0
+    for rows in sizes.rows(sizes.q_len, row):
+        step = max(1, rows.size // 256)
+        samples = range(rows.start + step // 2, rows.stop, step)
+        seen = sum(mask.hull(Interval(at, at + 1), sizes.k_len).size for at in samples)
+        total += seen * rows.size / max(1, len(samples))
+    return total
+
+
+def imbalance(sizes: Sizes) -> float:
+    """The work of the busiest rank by the mean's."""
+    heads = [len(sizes.heads(column)[0]) for column in range(sizes.ulysses)]
+    done = [work(sizes, row) * h for row in range(sizes.ring) for h in heads]
+    return max(done) * len(done) / sum(done) if sum(done) else 1.0
+
+
+def wire(sizes: Sizes, problem: Problem, save_kv: bool) -> Wire:
+    """What a rank sends: see the module. The backward sends gradients for all that the forward sent, and fetches keys
+    and values again where they are not kept."""
+    p, worst = problem, Wire(0, 0)
+    for rank in range(sizes.ranks):
+        row, column = divmod(rank, sizes.ulysses)
+        q_rows, k_rows = (count(sizes.held(n, rank)) for n in (p.q_len, p.k_len))
+        others = [sizes.heads(c) for c in range(sizes.ulysses) if c != column]
+        numbers = q_rows * sum(len(h[0]) for h in others) * p.head_dim
+        numbers += k_rows * sum(len(h[1]) for h in others) * (p.head_dim + p.value_dim)
+        numbers += (count(sizes.rows(p.q_len, row)) - q_rows) * len(sizes.heads(column)[0]) * p.value_dim
+        exchanged = p.batch * numbers * p.itemsize + q_rows * p.bias_row * (sizes.ulysses - 1)
+        key_bytes = p.batch * p.itemsize * len(sizes.heads(column)[1]) * (p.head_dim + p.value_dim)
+        sent = sum(piece.keys.size for piece in leaving(sizes, None, row)) * key_bytes
+        received = sum(piece.keys.size for piece in arriving(sizes, None, row)) * key_bytes
+        found = Wire(exchanged + sent, exchanged + received + (0 if save_kv else sent))
+        worst = max(worst, found, key=lambda w: w.total)
+    return worst
+
+
+def _keeps(sizes: Sizes, problem: Problem) -> bool:
+    """Whether keys and values of other ranks are kept for the backward: where they are no more than q, k, v and out."""
+    p = problem
+    kept = max(remote_rows(sizes, row) for row in range(sizes.ring)) * max(
+        len(sizes.heads(c)[1]) for c in range(sizes.ulysses)
+    )
+    own = -(-p.q_len // p.ranks) * p.q_heads + -(-p.k_len // p.ranks) * p.kv_heads
+    return kept <= own
+
+
+def _chunk_rows(problem: Problem, ring: int, heads: int, chunks: int | None) -> int:
+    """Rows of a message: ``chunks`` a shard; None: messages of about 4 MiB, at most four, within the bound."""
+    p = problem
+    row_bytes = p.batch * p.itemsize * max(1, heads) * (p.head_dim + p.value_dim)
+    shard = max(1, -(-p.k_len // ring))
+    if chunks is None:
+        chunks = max(1, min(4, shard * row_bytes // (4 << 20)))
+    rows = -(-shard // chunks)
+    bound = planner.max_workspace_bytes()
+    if bound is not None and ring > 1:
+        most = bound // (_UNDER_WAY * max(1, row_bytes))
+        if most < KEYS:
+            raise ValueError(
+                f"max_workspace_bytes: expected at least {_UNDER_WAY * KEYS * row_bytes}, room for {_UNDER_WAY} "
+                f"messages of {KEYS} keys and values, got {bound}"
+            )
+        rows = min(rows, most // KEYS * KEYS)
+    return math.ceil(rows / KEYS) * KEYS
+
+
+def choose(
+    problem: Problem,
+    engine: str = "auto",
+    ulysses_degree: int | None = None,
+    ring_degree: int | None = None,
+    save_kv: bool | None = None,
+    chunks: int | None = None,
+) -> Choice:
+    """How the call runs.
+
+    Raises:
+        ValueError: an engine, degrees or sizes that do not go together, by name.
+    """
+    return _choose(problem, engine, ulysses_degree, ring_degree, save_kv, chunks, planner.max_workspace_bytes())
+
+
+@functools.lru_cache(MOST)
+def _choose(
+    problem: Problem,
+    engine: str,
+    ulysses_degree: int | None,
+    ring_degree: int | None,
+    save_kv: bool | None,
+    chunks: int | None,
+    bound: int | None,
+) -> Choice:
+    columns, reason = _columns(problem, engine, ulysses_degree, ring_degree)
+    found = [_with_columns(problem, engine, u, save_kv, chunks, reason) for u in columns]
+    best = min(found, key=lambda c: (c.wire.total, c.imbalance, c.sizes.ulysses))
+    if len(found) > 1:
+        others = ", ".join(f"{c.sizes.ulysses} x {c.sizes.ring}: {c.wire.total}" for c in found)
+        best = best._replace(reason=f"the fewest bytes of (ulysses x ring: bytes) {others}")
+    return best
+
+
+def _columns(
+    problem: Problem, engine: str, ulysses_degree: int | None, ring_degree: int | None
+) -> tuple[list[int], str]:
+    """Numbers of columns that may be, and why only one where that is so."""
+    ranks, heads = problem.ranks, problem.q_heads
+    for name, degree in (("ulysses_degree", ulysses_degree), ("ring_degree", ring_degree)):
+        if degree is not None and ranks % degree:
+            raise ValueError(f"{name}: expected a divisor of the {ranks} ranks of the group, got {degree}")
+    if ulysses_degree is not None and ring_degree is not None and ulysses_degree * ring_degree != ranks:
+        raise ValueError(
+            f"ring_degree: expected {ranks // ulysses_degree}, the {ranks} ranks of the group by "
+            f"ulysses_degree={ulysses_degree}, got {ring_degree}"
+        )
+    if ulysses_degree is None and ring_degree is not None:
+        ulysses_degree = ranks // ring_degree
+    if engine == "ulysses" and ulysses_degree not in (None, ranks):
+        raise ValueError(f"ulysses_degree: expected {ranks} or None with engine='ulysses', got {ulysses_degree}")
+    if engine == "ulysses":
+        ulysses_degree = ranks
+    if ulysses_degree is not None and ulysses_degree > heads > 0:
+        name = "engine" if engine == "ulysses" else "ulysses_degree"
+        raise ValueError(
+            f"{name}: expected no more ranks to share heads than there are query heads, {heads}, got {ulysses_degree}; "
+            f"a ring takes any number, and a hybrid ulysses_degree x ring_degree"
+        )
+    if ulysses_degree is not None:
+        return [ulysses_degree], "as asked for"
+    if engine != "auto":
+        return [1], "as asked for"
+    # More columns than key heads would copy keys to several of them.
+    most = max(1, problem.kv_heads)
+    return [u for u in range(1, ranks + 1) if ranks % u == 0 and u <= most], "no other engine fits"
+
+
+def _with_columns(
+    problem: Problem, engine: str, ulysses: int, save_kv: bool | None, chunks: int | None, reason: str
+) -> Choice:
+    p, ring = problem, problem.ranks // ulysses
+    heads = -(-p.kv_heads // ulysses)
+    rows = _chunk_rows(p, ring, heads, chunks)
+    sizes = Sizes(p.q_len, p.k_len, p.q_heads, p.kv_heads, p.layout, p.ranks, ulysses, p.left, p.right, rows)
+    keeps = _keeps(sizes, p) if save_kv is None else save_kv
+    name = engine if engine == "all_gather" else "ulysses" if ring == 1 and ulysses > 1 else "ring"
+    return Choice(name, sizes, keeps, wire(sizes, p, keeps), imbalance(sizes), reason)

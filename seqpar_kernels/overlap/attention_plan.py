@@ -1,0 +1,150 @@
+"""Attention over a sharded sequence, what goes where: pure data, no tensors, no transport.
+
+Ranks form a grid of ``ring`` rows and ``ulysses`` columns, rank = row * ulysses + column, as in USP (Fang and Zhao
+2024, arXiv 2405.07719). The ranks of a row exchange heads for rows of the sequence (Jacobs et al. 2023, DeepSpeed
+Ulysses); the ranks of a column, which then hold the same heads, send each other keys and values: each the ones that
+the other's mask needs and no others, in rotated order.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..caches import MOST
+from ..layout import split_point
+from ..sequence_layout import Interval, Intervals, common, joined, rows_of
+
+#: Messages are cut at multiples of so many keys, so that the kernels' sums do not depend on where.
+KEYS = 8
+
+
+class Mask(NamedTuple):
+    """What a mask says by positions alone: a row at P sees keys at P - left .. P + right, of its own document.
+
+    ``documents`` are the values of cu_seqlens.
+    """
+
+    left: int | None
+    right: int | None
+    documents: tuple[int, ...] | None = None
+
+    def hull(self, rows: Interval, k_len: int) -> Interval:
+        """Keys that some of ``rows`` sees lie in it."""
+        low = 0 if self.left is None else max(0, rows.start - self.left)
+        high = k_len if self.right is None else min(k_len, rows.stop + self.right)
+        if self.documents is not None:
+            low = max(low, max(d for d in self.documents if d <= rows.start))
+            high = min(high, min(d for d in self.documents if d >= rows.stop))
+        return Interval(low, max(low, high))
+
+    def needs(self, q_rows: Intervals, k_rows: Intervals, k_len: int) -> Intervals:
+        """Those of ``k_rows`` that some of ``q_rows`` may see."""
+        return joined(common(k_rows, joined(self.hull(rows, k_len) for rows in q_rows)))
+
+
+class Sizes(NamedTuple):
+    """What is asked of all ranks together, apart from documents."""
+
+    q_len: int
+    k_len: int
+    q_heads: int
+    kv_heads: int
+    layout: str
+    ranks: int
+    ulysses: int  # columns of the grid
+    left: int | None  # as in Mask
+    right: int | None
+    chunk_rows: int  # of a message, a multiple of KEYS
+
+    @property
+    def ring(self) -> int:
+        return self.ranks // self.ulysses
+
+    def mask(self, documents: tuple[int, ...] | None = None) -> Mask:
+        return Mask(self.left, self.right, documents)
+
+    def rank(self, row: int, column: int) -> int:
+        return row * self.ulysses + column
+
+    def row_of_ranks(self, row: int) -> range:
+        return range(row * self.ulysses, (row + 1) * self.ulysses)
+
+    def held(self, length: int, rank: int) -> Intervals:
+        """What ``rank`` holds before heads are exchanged, of a sequence of ``length``."""
+        return rows_of(self.layout, length, self.ranks, rank)
+
+    def rows(self, length: int, row: int) -> Intervals:
+        """What each rank of a row of the grid holds when heads have been exchanged."""
+        return joined(i for rank in self.row_of_ranks(row) for i in self.held(length, rank))
+
+    def heads(self, column: int) -> tuple[range, range]:
+        """The query heads and the key heads of a column.
+
+        Whole groups of query heads that share a key head, where there are as many key heads as columns; else query
+        heads by tensor_split, and the key heads that they read, which then several columns have.
+        """
+        group = self.q_heads // max(1, self.kv_heads)
+        if self.kv_heads >= self.ulysses:
+            begin, end = (split_point(self.kv_heads, self.ulysses, c) for c in (column, column + 1))
+            return range(begin * group, end * group), range(begin, end)
+        begin, end = (split_point(self.q_heads, self.ulysses, c) for c in (column, column + 1))
+        if begin == end:
+            return range(begin, end), range(0)
+        return range(begin, end), range(begin // group, (end - 1) // group + 1)
+
+
+class Piece(NamedTuple):
+    """Keys ``keys`` of a row of the grid, which the same column of row ``reader`` computes with."""
+
+    owner: int
+    reader: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
+    keys: Interval
+
+
+@functools.lru_cache(MOST)
+def pieces(sizes: Sizes, documents: tuple[int, ...] | None, owner: int, reader: int) -> tuple[Piece, ...]:
+    """What ``owner`` sends to ``reader``, in ascending order."""
+    q_rows, k_rows = sizes.rows(sizes.q_len, reader), sizes.rows(sizes.k_len, owner)
+    needed = sizes.mask(documents).needs(q_rows, k_rows, sizes.k_len)
+    cuts = [
+        Interval(start, min(start + sizes.chunk_rows, part.stop))
+        for part in needed
+        for start in range(part.start, part.stop, sizes.chunk_rows)
+    ]
+    return tuple(Piece(owner, reader, i, keys) for i, keys in enumerate(cuts))
+
+
+def arriving(sizes: Sizes, documents: tuple[int, ...] | None, reader: int) -> Iterator[Piece]:
+    """All that ``reader`` waits for, in the order in which it computes with it."""
+    for step in range(1, sizes.ring):
+        yield from pieces(sizes, documents, (reader - step) % sizes.ring, reader)
+
+
+def leaving(sizes: Sizes, documents: tuple[int, ...] | None, owner: int) -> Iterator[Piece]:
+    """All that ``owner`` sends, in the order in which it is waited for."""
+    for step in range(1, sizes.ring):
+        yield from pieces(sizes, documents, owner, (owner + step) % sizes.ring)
+
+
+def remote_rows(sizes: Sizes, row: int) -> int:
+    """The most keys of other rows of the grid that ``row`` computes with, whatever the documents."""
+    return sum(p.keys.size for p in arriving(sizes, None, row))
+
+
+def check_documents(ends: tuple[int, ...], q_len: int, k_len: int) -> None:
+    """
+    Raises:
+        ValueError: the values of cu_seqlens do not cut a sequence of these lengths into documents.
+    """
+    if q_len != k_len:
+        raise ValueError(f"cu_seqlens: expected as many keys as queries, got {k_len} and {q_len}")
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != q_len or any(a > b for a, b in itertools.pairwise(ends)):
+        shown = ", ".join(map(str, ends[:8])) + (", ..." if len(ends) > 8 else "")
+        raise ValueError(
+            f"cu_seqlens: expected ascending ends of documents from 0 to the {q_len} rows of the unsharded sequence, "
+            f"got [{shown}]; the same values on every rank"
+        )
