@@ -91,13 +91,14 @@ class Exchange:
         """All ranks are about to run ``steps``."""
         if self._transport is not None:
             self._outgoing = steps.outgoing
-            row_bytes = tuple(self._bytes_of(buffer.name) for buffer in steps.buffers)
-            room = Room(steps.buffers, row_bytes, self._call.layout.outer)
+            known, buffers = self._row_bytes, steps.buffers
+            if isinstance(known, int):
+                row_bytes: tuple[int, ...] = (known,) * len(buffers)
+            else:
+                row_bytes = tuple(known[buffer.name] for buffer in buffers)
+            room = Room(buffers, row_bytes, self._call.layout.outer)
             self._session = self._transport.session(self._call.signature, room)
         return self
-
-    def _bytes_of(self, buffer: str) -> int:
-        return self._row_bytes if isinstance(self._row_bytes, int) else self._row_bytes[buffer]
 
     @property
     def takes_receives_early(self) -> bool:
@@ -130,13 +131,19 @@ class Exchange:
         return [Message(transfer._replace(part=part), block) for part, block in enumerate(window)]
 
     def _in_blocks(self, transfer: Transfer) -> bool:
-        outer = self._call.layout.outer
-        return in_blocks(outer, transfer.size * self._bytes_of(transfer.buffer) // max(1, outer))
+        outer, known = self._call.layout.outer, self._row_bytes
+        if outer <= 1:
+            return False
+        row_bytes = known if isinstance(known, int) else known[transfer.buffer]
+        return in_blocks(outer, transfer.size * row_bytes // outer)
 
     def wait(self, transfer: Transfer) -> None:
         assert self._session is not None
-        for part in range(self._call.layout.outer if self._in_blocks(transfer) else 1):
-            self._session.wait(transfer._replace(part=part))
+        if self._in_blocks(transfer):
+            for part in range(self._call.layout.outer):
+                self._session.wait(transfer._replace(part=part))
+        else:
+            self._session.wait(transfer)
         if transfer in self._staged:
             window, buffer = self._staged.pop(transfer)
             window.copy_(buffer)
