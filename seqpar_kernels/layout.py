@@ -60,22 +60,34 @@ def vocabulary_range(size: int, ranks: int, rank: int) -> tuple[int, int]:
     return min(rank * most, size), min((rank + 1) * most, size)
 
 
+#: Variables that say how many processes were started together -> who sets them.
+LAUNCHERS = {
+    "WORLD_SIZE": "torchrun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+    "SLURM_STEP_NUM_TASKS": "srun",
+}
+
+
 def check_launched(group: Group) -> None:
     """Refuse None where a launcher has started several ranks and no process group has been initialised.
 
     ``torch.distributed.group.WORLD`` is None until then.
 
     Raises:
-        RuntimeError: WORLD_SIZE is more than 1, and torch.distributed is not initialised.
+        RuntimeError: one of LAUNCHERS is more than 1, and torch.distributed is not initialised.
     """
-    launched = os.environ.get("WORLD_SIZE", "1")
-    if group is None and launched.isdecimal() and int(launched) > 1 and not dist.is_initialized():
-        raise RuntimeError(
-            f"group: expected one, got None in one of {launched} processes (WORLD_SIZE, set by torchrun) before "
-            "torch.distributed.init_process_group, so that each would train a whole model on its own; "
-            "torch.distributed.group.WORLD is None until then. Call init_process_group first and pass the group or "
-            "mesh. For the same kernels without communication pass None afterwards, or unset WORLD_SIZE"
-        )
+    if group is not None or dist.is_initialized():
+        return
+    for variable, launcher in LAUNCHERS.items():
+        launched = os.environ.get(variable, "1")
+        if launched.isdecimal() and int(launched) > 1:
+            raise RuntimeError(
+                f"group: expected one, got None in one of {launched} processes ({variable}, set by {launcher}) before "
+                "torch.distributed.init_process_group, so that each would train a whole model on its own; "
+                "torch.distributed.group.WORLD is None until then. Call init_process_group first and pass the group or "
+                f"mesh. For the same kernels without communication pass None afterwards, or unset {variable}"
+            )
 
 
 def resolve_group(group: Group) -> ProcessGroup | None:

@@ -44,7 +44,7 @@ class Agreement:
         # A store may outlive a group, and another of the same name find what its ranks have said.
         self._store = dist.PrefixStore(str(store.add(f"groups/{self._rank}", 1)), store)
         self.timeout = _timeout_of(group)
-        self.conversions = 0  # how often parallelize has been called on this group
+        self.conversions = 0  # how often parallelize has been called on this group in this epoch
         self._step = 0  # the last one that was begun or refused
         self._epoch, self._met, self._generation, self._since = 1, 0, 0, 0
         self._passed = (0, 0)  # the last epoch that was left after a meeting, and the number of its meetings
@@ -341,6 +341,7 @@ class Agreement:
                 self._passed = (self._epoch, self._met)
             self._epoch, self._met = self._step + 1, 0
             self._kinds.clear()
+            self.conversions = 0
             self._hinted = False
             self._since = self._since if keep_since else 0
             self._why = reason

@@ -294,6 +294,8 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         if is_shard(x) and conversion.check is not None:
             raise RuntimeError(f"{name}: 'scatter_input' was given a sequence shard: the plan scatters twice")
         if conversion.watch is not None and not torch.compiler.is_compiling():
+            if conversion.watch.stage is None and torch.is_grad_enabled() and not _backward():
+                raise RuntimeError(_unwatched(name, conversion))
             conversion.watch.cut(name)
         length = x.shape[region.seq_dim]
         if not conversion.running and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
@@ -313,6 +315,17 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         return rebuilt(shard)
 
     return hook
+
+
+def _unwatched(name: str, conversion: Conversion) -> str:
+    (gathers,) = conversion.edges_at("gather_output")
+    together = " and ".join(gathers) or "the place where the sequence is put together"
+    return (
+        f"{name}: the sequence is cut in no forward of the model, but in a loop over its layers, say: nothing would be "
+        f"checked there, and gradients might be parts of a sum. Call the model, or a module inside that holds {name} "
+        f"and {together}; a loop of your own belongs into the forward of such a module before parallelize. Without "
+        "gradients (torch.no_grad()) it runs"
+    )
 
 
 def _scatter_arguments_hook(names: tuple[str, ...], conversion: Conversion) -> Callable[..., Any]:

@@ -20,7 +20,18 @@ _NUMBERED = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)")
 
 
 def save_from_one_rank(model: Any, mesh: DeviceMesh) -> None:
-    """Replace ``model.save_pretrained``. Transformers' own writes on rank 0 of the world and nowhere else.
+    """Replace ``save_pretrained`` of ``model``, and of the models of Transformers' inside it.
+
+    Transformers' own writes on rank 0 of the world and nowhere else, and cannot write what lies on several ranks.
+    ``mesh``: the one that the model lies on.
+    """
+    for name, module in model.named_modules():
+        if hasattr(type(module), "save_pretrained"):
+            _replace(module, model, f"{name}." if name else "", mesh)
+
+
+def _replace(model: Any, whole: Any, prefix: str, mesh: DeviceMesh) -> None:
+    """``model`` is all of the parallelized model ``whole``, or what its names with ``prefix`` are of.
 
     ``mesh`` is the one that the model lies on. Where it is a row of a larger mesh, other rows may hold the same model
     and save it to the same folder: each file is then put there as a whole.
@@ -58,7 +69,12 @@ def save_from_one_rank(model: Any, mesh: DeviceMesh) -> None:
         collective = state_dict is None or any(isinstance(value, DTensor) for value in state_dict.values())
         if collective:
             writes = _chosen(groups, is_main_process, in_rows)
-            state_dict = full_state_dict(model) if state_dict is None else whole_tensors(model, state_dict)
+            if state_dict is None:
+                state_dict = full_state_dict(whole)
+            else:
+                state_dict = whole_tensors(whole, {prefix + name: value for name, value in state_dict.items()})
+            inside = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+            state_dict = {name.removeprefix(prefix): value for name, value in inside.items()}
         else:
             first = all(dist.get_rank(g) == 0 for g in groups)
             writes = first if is_main_process is None else bool(is_main_process)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,3 +61,28 @@ def inner_case(kind: str, loss_parallel: bool, reentrant: bool) -> None:
 @pytest.mark.parametrize(("kind", "loss_parallel"), [("gpt2", False), ("llama", False), ("llama", True)])
 def test_forwards_of_the_model_inside(world2: World, kind: str, loss_parallel: bool, reentrant: bool) -> None:
     world2.run(inner_case, kind, loss_parallel, reentrant)
+
+
+def own_loop(model: Any, ids: Tensor) -> Tensor:
+    """As early exits and probes write it."""
+    x = model.model.embed_tokens(ids)
+    positions = torch.arange(ids.shape[1])[None]
+    rotary = model.model.rotary_emb(x, positions)
+    for layer in model.model.layers:
+        x = layer(x, position_embeddings=rotary)
+    return model.lm_head(model.model.norm(x))  # type: ignore[no-any-return]
+
+
+def own_loop_case() -> None:
+    ids = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(8))
+    plain, model = MODELS["llama"](), sp.parallelize(MODELS["llama"](), group())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"model\.layers\.0: the sequence is cut in no forward of the model"):
+            own_loop(model, ids)
+        with torch.no_grad():
+            torch.testing.assert_close(own_loop(model, ids), own_loop(plain, ids))
+        outer(model, ids).backward()
+
+
+def test_a_loop_over_the_layers_is_refused_where_it_has_gradients(world2: World) -> None:
+    world2.run(own_loop_case)

@@ -295,10 +295,28 @@ def test_switched_off_on_all_ranks_only(world2: World) -> None:
     world2.run(switched_off_case)
 
 
-def test_no_group_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_no_group_under_a_launcher(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "2")
+    expected = rf"got None in one of 2 processes \({variable}, .*Call init_process_group first"
     for missing in (None, dist.group.WORLD):
-        with pytest.raises(RuntimeError, match=r"got None in one of 2 processes .*Call init_process_group first"):
+        with pytest.raises(RuntimeError, match=expected):
             sp.parallelize(gpt2(), missing)
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv(variable, "1")
     sp.parallelize(gpt2(), None)(tokens(0))
+
+
+def called_apart_case() -> None:
+    """One rank refuses its arguments, so that it has called once more than the other; the group goes on."""
+    if dist.get_rank() == 0:
+        with pytest.raises(ValueError, match="engine: expected one of"):
+            sp.parallelize(gpt2(), group(), engine="none")
+    heard = r"rank 0 refused its arguments|the ranks will not meet"
+    if dist.get_rank() == 1:
+        with pytest.raises(RuntimeError, match=heard):
+            sp.parallelize(gpt2(), group())
+    sp.parallelize(gpt2(), group())(tokens(0))
+
+
+def test_parallelize_goes_on_after_a_call_of_one_rank(world2: World) -> None:
+    world2.run(called_apart_case)

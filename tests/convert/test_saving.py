@@ -194,3 +194,18 @@ def accelerator_case(folder: str) -> None:
 
 def test_what_accelerate_saves(world2: World, tmp_path: Path) -> None:
     world2.run(accelerator_case, str(tmp_path))
+
+
+def inner_case(folder: str) -> None:
+    """The decoder inside a model is one of Transformers' models too."""
+    whole, model = llama(), sp.parallelize(llama(), group())
+    ways: dict[str, dict[str, Any]] = {"plain": {}, "listed": {"state_dict": model.model.state_dict()}}
+    for way, options in ways.items():
+        model.model.save_pretrained(f"{folder}/{way}", **options)
+        reads_back(f"{folder}/{way}", whole.model)
+    model.save_pretrained(f"{folder}/all")
+    reads_back(f"{folder}/all", whole)
+
+
+def test_the_model_inside_is_saved_whole(world2: World, tmp_path: Path) -> None:
+    world2.run(inner_case, str(tmp_path))
