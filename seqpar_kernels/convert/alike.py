@@ -63,8 +63,9 @@ def _exchanges_of(group: ProcessGroup) -> Iterator[int]:
 class Alike:
     """The comparison of one converted model's forwards between the ranks of ``group``.
 
-    ``device`` gives where the model lies now. ``parameters``, where there is one, is called in the first comparison
-    and every fourth one after, on all ranks.
+    ``device`` gives where the model lies now. ``parameters``, where there is one, is called in comparisons, on all
+    ranks, but for those that follow a change of mode or drawn tokens. ``jumped`` says at the beginning of a forward
+    whether parameters have been written since that nothing in training explains: the forward is compared.
     """
 
     def __init__(
@@ -72,8 +73,9 @@ class Alike:
         group: ProcessGroup,
         device: Callable[[], torch.device],
         parameters: Callable[[Callable[[Tensor], Tensor]], None] | None = None,
+        jumped: Callable[[], bool] = lambda: False,
     ):
-        self._group, self._device, self._parameters = group, device, parameters
+        self._group, self._device, self._parameters, self._jumped = group, device, parameters, jumped
         self._ranks = group.size()
         self._agreement = agreement_of(group)
         self._epoch = self._agreement.epoch
@@ -115,7 +117,8 @@ class Alike:
             self._drawn = not torch.equal(default_generator(self._device()).get_state(), self._drawing)
         turned = (where, training) != (self._where, self._training)
         self._where, self._training = where, training
-        self._due = self._drawn or turned or count in (0, 1, 2, 4, 8) or count % EVERY == 0
+        regular = self._jumped() or count in (0, 1, 2, 4, 8) or count % EVERY == 0
+        self._due = self._drawn or turned or regular
         self._forwards += 1
         present = {}
         for name, value in arguments.items():
@@ -126,7 +129,7 @@ class Alike:
                 self.say(name, repr(value))
         if self._due:
             self.compare(present)
-            if self._parameters is not None and (self._first or count % (4 * EVERY) == 0):
+            if self._parameters is not None and regular:
                 self._parameters(self.gathered)
             generator = default_generator(self._device())
             self._random = generator, generator.get_state()

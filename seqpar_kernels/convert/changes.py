@@ -1,13 +1,14 @@
 """Notices that a converted model is no longer what its first forward was checked with.
 
-A cheap fingerprint of the model (modules, hooks, forwards, parameters and what of them is trained) is compared at every
-eager forward: where it changed, the next forward is checked again. What it cannot show, a Python flag that brings other
-modules or parameters into play or leaves out the place where the sequence is cut, is caught where it happens.
+A cheap fingerprint of the model (modules, hooks, forwards, parameters and what of them is trained, plain attributes) is
+compared at every eager forward: where it changed, that forward is checked again. What it cannot show, a flag held
+elsewhere that brings other modules or parameters into play or leaves out the place where the sequence is cut, is caught
+where it happens; trained tensors that are no parameters are looked for with autograd now and then.
 """
 
 from __future__ import annotations
 
-import re
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -21,6 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules import module as module_hooks
 from torch.nn.modules.dropout import _DropoutNd
 
+from .attributes import Attributes, alike_name
+from .foreign import described, leaves_within, where_held
 from .presented import Parameters
 from .shard_check import ShardCheck
 
@@ -98,8 +101,12 @@ class Watch:
         self.training = self.checking = False  # checking: a check is under way, which sees more than this
         self._cut_by: set[str] = set()  # in this forward
         self._cut_again: set[str] = set()  # more than once, and found right
-        self._checked: set[Any] = set()
         self._fingerprint: Fingerprint | None = None
+        self._attributes = Attributes(model)
+        self._forwards = 0  # with gradients, since the last that was checked
+        self._looking = False  # at the leaves behind the one under way
+        self._entrances: list[Any] = []  # autograd's nodes of what was cut in it
+        self._met: dict[int, weakref.ref[Tensor]] = {}  # leaves that a check has let pass
         self._entered: dict[bool, set[str]] = {}  # by training: kinds of modules called where the sequence was cut
         self._used: set[Any] = set()  # parameters outside the plan that were used there, by id and name
         self._read: set[str] = set()  # and those that a module took at least
@@ -112,31 +119,35 @@ class Watch:
     def unchecked(self, key: Any) -> bool:
         """Whether a forward like ``key`` is still to be checked, of the model as it is now."""
         if self._fingerprint is not None and not self._fingerprint.same():
-            self._checked.clear()
+            self._attributes.forget()
             self._fingerprint = None
-        return key not in self._checked
+        return self._attributes.unchecked(key)
 
     def begin(self, training: bool) -> None:
         """A forward begins."""
         self.stage, self.training = "whole", training
         self._cut_by.clear()
+        self._forwards += torch.is_grad_enabled()
+        self._looking = torch.is_grad_enabled() and (self._forwards <= _FIRST or self._forwards % _EVERY == 0)
 
     def end(self) -> None:
         """It is over, also by an error."""
         self.stage, self.checking = None, False
+        self._entrances.clear()
 
     def check(self) -> None:
         """It is checked."""
         self._guard()
-        self.checking = True
+        self._attributes.check()
+        self.checking, self._forwards = True, 0
 
     def passed(self, key: Any, check: ShardCheck) -> None:
         """The forward under way has been checked, and found right."""
-        entered = {_like(name) for name, module in self._model.named_modules() if module in check.entered}
+        entered = {alike_name(name) for name, module in self._model.named_modules() if module in check.entered}
         self._entered.setdefault(self.training, set()).update(entered)
         self._used |= check.used
         self._ends_cut[self.training] = self.stage == "cut"
-        self._checked.add(key)
+        self._attributes.passed(key)
         self._fingerprint = Fingerprint(self._model)
 
     def cut(self, name: str) -> None:
@@ -150,6 +161,37 @@ class Watch:
                 raise RuntimeError(f"{name}: 'scatter_input' was given a sequence shard: the plan scatters twice")
         self._cut_by.add(name)
         self.stage = "cut"
+
+    def entered_by(self, shard: Tensor) -> None:
+        """The sharded region begins with ``shard``."""
+        if self.stage is not None and (self._looking or self.checking) and shard.grad_fn is not None:
+            self._entrances.append(shard.grad_fn)
+
+    def judge_leaves(self, name: str, shard: Tensor) -> None:
+        """``shard`` is put together behind ``name``: now and then, look at the trained tensors that it came out of.
+
+        By count of forwards, so that all ranks do.
+
+        Raises:
+            RuntimeError: one of them is no parameter of the model, and no forward that was checked has met it.
+        """
+        if self.stage is None or not (self._looking or self.checking) or shard.grad_fn is None:
+            return
+        known = _parameter_ids(self._model)
+        for leaf, function in leaves_within(shard, self._entrances):
+            met = self._met.get(id(leaf))
+            if id(leaf) in known or (met is not None and met() is leaf):
+                continue
+            if self.checking:
+                self._met[id(leaf)] = weakref.ref(leaf)
+                continue
+            held = where_held(self._model, leaf)
+            raise RuntimeError(
+                f"{name}: {described(leaf)}{f', held by {held},' if held else ''} {_LATE} it went into {function}, and "
+                f"{_PARTIAL}. Hold it as a parameter of a module that the plan gives a style that fits ('norm', "
+                "'sequence', 'tensor_parallel' or 'own_parameters') before parallelize, use it where the sequence is "
+                "whole, or freeze it (requires_grad_(False))"
+            )
 
     def gather(self, name: str) -> None:
         """The sequence is put together behind ``name``."""
@@ -230,7 +272,7 @@ class Watch:
         def hook(module: Any, args: Any) -> None:
             if not self._late() or not (module.training and module.p > 0):
                 return
-            if _like(name) not in self._entered.get(self.training, ()):
+            if alike_name(name) not in self._entered.get(self.training, ()):
                 what = "its mask would depend on how the sequence is cut"
                 raise RuntimeError(f"{name}: {_LATE} {what}. {self._remedy()}")
 
@@ -262,11 +304,20 @@ def _refusal(error: str) -> Callable[[Tensor], None]:
     return hook
 
 
-def _like(name: str) -> str:
-    """The same for a module of every block: blocks may be skipped, also in the forward that was checked."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+def _parameter_ids(model: nn.Module) -> set[int]:
+    """ids of the leaves that parameters of ``model`` are to autograd."""
+    found = {id(param) for module in model.modules() for param in dict.values(module._parameters)}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # gathered ones lie in the modules during their forward alone
+            state: Any = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+            gathered = [param for group in groups if group is not None for param in group.fsdp_params]
+            found.update(id(param._unsharded_param) for param in gathered if hasattr(param, "_unsharded_param"))
+    return found
 
 
+#: Forwards with gradients, after one that was checked, whose leaves are looked at: the first, and one in so many.
+_FIRST, _EVERY = 4, 8
 _LATE = "comes into play where the sequence is cut, for the first time since the forward that was checked:"
 _PARTIAL = "its gradient would be a different part of the sum on every rank"
 

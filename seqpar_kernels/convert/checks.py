@@ -150,12 +150,18 @@ def check_ties(model: nn.Module, conversion: Conversion) -> None:
 
 @torch.no_grad()
 def digest(model: nn.Module) -> str:
-    """A text that differs where names, shapes, dtypes or values of the parameters differ."""
+    """A text that differs where names, shapes, dtypes or values of parameters or floating-point buffers differ."""
     found = []
     for name, param in model.named_parameters():
         value = param.double().sum().item()
         found.append(f"{name} {tuple(param.shape)} {param.dtype} {param.requires_grad} {value!r};")
-    return f"weights {short_hash(''.join(found))}: seed the ranks alike or load the same checkpoint"
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and not buffer.is_meta:
+            # Not the sum: that of a mask is -inf. By place: parts of a table may be permuted.
+            held = buffer.double().nan_to_num(0.0, 1.0, -1.0).flatten()
+            places = torch.linspace(1, 2, held.numel(), dtype=held.dtype, device=held.device)
+            found.append(f"{name} {tuple(buffer.shape)} {buffer.dtype} {held.dot(places).item()!r};")
+    return f"weights and buffers {short_hash(''.join(found))}: seed the ranks alike or load the same checkpoint"
 
 
 def short_hash(text: str) -> str:

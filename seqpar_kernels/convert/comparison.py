@@ -1,4 +1,8 @@
-"""Where a converted model is compared between the ranks: what enters it, what comes back to its output, parameters."""
+"""Where a converted model is compared between the ranks: what enters it, what comes back to its output, parameters.
+
+Floating-point buffers as well, but for those that may be this rank's own: named like a cache (``_OWN``), in modules of
+style 'tensor_parallel', and what a forward itself writes (statistics of this rank's heads, a cache of their keys).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from ..nn.linear import ColumnParallelLinear, RowParallelLinear
 from .alike import REMEDY, Alike, comparison_enabled
 from .conversion import Conversion
 from .fingerprint import is_plain
+from .optimizers import steps_taken
 from .plans import STREAM_NAMES
 from .shard_check import is_shard
 
@@ -23,6 +28,7 @@ _OWN = re.compile("past|cache|mems|rank", re.IGNORECASE)
 _TAKEN = 16  # numbers that are compared of each parameter
 #: Of the largest of them: rounding stays below, another initialisation does not.
 _DRIFT = 0.25
+_JUMPS = 32  # comparisons for parameters written by something else than an optimizer of torch's, which may do it often
 
 
 def compare_ranks(model: nn.Module, conversion: Conversion) -> Alike | None:
@@ -35,13 +41,14 @@ def compare_ranks(model: nn.Module, conversion: Conversion) -> Alike | None:
     group = conversion.region.group
     if group is None or not comparison_enabled():
         return None
-    places = list(_parameters(model))
+    parameters, buffers = list(_parameters(model)), list(_buffers(model, conversion))
+    places, written, jump = parameters + buffers, _Written(buffers), _Jump(parameters)
     first = places[0] if places else None
 
     def device() -> torch.device:
         return torch.device("cpu") if first is None else first.tensor().device
 
-    alike = Alike(group, device, lambda gathered: _compare_parameters(places, gathered))
+    alike = Alike(group, device, lambda gathered: _compare_parameters(places, written.own, gathered), jump)
     cuts = {name for name, edges in conversion.edges.items() if "scatter_input" in edges}
     paths = {".".join(path[:depth]) for path in (cut.split(".") for cut in cuts) for depth in range(len(path) + 1)}
     under: list[nn.Module] = []  # the entrance of the call that is under way
@@ -62,11 +69,13 @@ def compare_ranks(model: nn.Module, conversion: Conversion) -> Alike | None:
                 return
             under[:] = [module]
             alike.begin(where, dict(named(args, kwargs)), module.training)
+            written.start()
 
         return hook
 
     def left(module: nn.Module, args: Any, output: Any) -> None:
         if under and under[0] is module and not _not_now():
+            written.stop()
             alike.end()
 
     def leaving(module: nn.Module, *_: Any) -> None:
@@ -137,15 +146,19 @@ def _gradient_hook(name: str, alike: Alike) -> Callable[..., None]:
 
 
 class _Place(NamedTuple):
-    """A parameter that may be replaced (``fully_shard``), where it lies."""
+    """A parameter that may be replaced (``fully_shard``), or a buffer, where it lies."""
 
     name: str
     module: nn.Module
     key: str
+    buffer: bool = False
+
+    def held(self) -> Any:
+        return dict.get(self.module._buffers if self.buffer else self.module._parameters, self.key)
 
     def tensor(self) -> Tensor:
         """What this rank has of it now; no numbers of one that is gone (parametrized, say)."""
-        held: Any = dict.get(self.module._parameters, self.key)
+        held = self.held()
         if held is None:
             return torch.empty(0)
         return held._local_tensor if isinstance(held, DTensor) else held.detach()  # type: ignore[no-any-return]
@@ -169,8 +182,68 @@ def _parameters(model: nn.Module) -> Iterator[_Place]:
                 yield _Place(f"{name}.{key}" if name else key, module, key)
 
 
-def _compare_parameters(places: list[_Place], gathered: Callable[[Tensor], Tensor]) -> None:
+def _buffers(model: nn.Module, conversion: Conversion) -> Iterator[_Place]:
+    """Those that are to be alike on all ranks, as far as names and styles tell."""
+    heads = [f"{name}." for name, style in conversion.styles.items() if style == "tensor_parallel"]
+    for name, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            full = f"{name}.{key}" if name else key
+            if buffer is None or not buffer.is_floating_point() or _OWN.search(key) or full.startswith(tuple(heads)):
+                continue
+            yield _Place(full, module, key, buffer=True)
+
+
+def _version(held: Any) -> int:
+    return 0 if held is None or held.is_inference() else held._version
+
+
+class _Written:
+    """Which buffers forwards write: those are this rank's own."""
+
+    def __init__(self, places: list[_Place]):
+        self._places = places
+        self._before: list[tuple[Any, int]] = []
+        self.own: set[str] = set()
+
+    def start(self) -> None:
+        """A forward begins."""
+        self._before = [(held := place.held(), _version(held)) for place in self._places]
+
+    def stop(self) -> None:
+        """It is over."""
+        for place, (held, version) in zip(self._places, self._before, strict=False):
+            now = place.held()
+            if now is not held or _version(now) != version:
+                self.own.add(place.name)
+        self._before = []
+
+
+class _Jump:
+    """Whether parameters have been written since the last call, and by no optimizer: initialised, loaded."""
+
+    def __init__(self, places: list[_Place]):
+        self._places = places
+        self._versions, self._steps = self._now(), steps_taken()
+        self._left = _JUMPS
+
+    def _now(self) -> int:
+        held = [place.held() for place in self._places]
+        if any(isinstance(param, DTensor) for param in held):  # of fully_shard, which writes in every forward
+            return 0
+        return sum(map(_version, held))
+
+    def __call__(self) -> bool:
+        versions, steps = self._now(), steps_taken()
+        jumped = versions != self._versions and steps == self._steps and self._left > 0
+        self._versions, self._steps = versions, steps
+        self._left -= jumped
+        return jumped
+
+
+def _compare_parameters(places: list[_Place], own: set[str], gathered: Callable[[Tensor], Tensor]) -> None:
     """Some numbers of each parameter: those of replicated ones agree, and parts of a cut one do not.
+
+    What is called in ``own`` on any rank is not compared.
 
     Raises:
         RuntimeError: on every rank, naming parameters that came apart, or of which every rank has the same part.
@@ -178,6 +251,9 @@ def _compare_parameters(places: list[_Place], gathered: Callable[[Tensor], Tenso
     with torch.no_grad():
         parts = [_some(place, 1) for place in places]
         device = next((part.device for part in parts if part.device.type != "cpu"), torch.device("cpu"))
+        for place, part in zip(places, parts, strict=True):
+            if place.name in own:
+                part.fill_(float("nan"))  # differs from nothing
         mine = torch.cat([part.to(device) for part in parts])
         found = gathered(mine).view(-1, len(places), _TAKEN).cpu()
         largest = found.abs().amax((0, 2))
@@ -186,8 +262,8 @@ def _compare_parameters(places: list[_Place], gathered: Callable[[Tensor], Tenso
         wrong = [p.name for p, differs in zip(places, apart.tolist(), strict=True) if differs and not p.cut]
         if wrong:
             raise RuntimeError(
-                f"{_listed(wrong)}: the ranks of the group hold other values of parameters that are to be alike on "
-                "all of them. Initialise or load before parallelize, with the ranks seeded alike, or load with "
+                f"{_listed(wrong)}: the ranks of the group hold other values of parameters or buffers that are to "
+                "be alike on all. Initialise or load before parallelize, with the ranks seeded alike, or load with "
                 f"load_state_dict afterwards. {REMEDY}"
             )
         doubtful = [p for p, equal in zip(places, same.tolist(), strict=True) if equal and p.of_linear]
@@ -216,7 +292,7 @@ def _some(place: _Place, blocks: int) -> Tensor:
     flat = x.view(-1)
     step = (count - _TAKEN) // blocks
     taken = [flat[step * i + step // 2 :][:_TAKEN] for i in range(blocks)]
-    return torch.cat(taken).float() if blocks > 1 else taken[0].float()
+    return torch.cat(taken).float() if blocks > 1 else taken[0].to(torch.float32, copy=True)
 
 
 def _listed(names: list[str]) -> str:

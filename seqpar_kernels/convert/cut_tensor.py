@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from ..layout import vocabulary_range
 from ..nn.sharding import ShardSpec, full_tensor
 from .cut import Cut
+from .drawn import draw_whole, listed_to_draw
 
 #: Steps of optimizers, by element, for which DTensor has no rule.
 _FUSED = frozenset(
@@ -48,6 +49,23 @@ class CutTensor(DTensor):
 
     cut: Cut
     _chunks: list[tuple[ChunkStorageMetadata, Tensor]]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """As DTensor's, but for random numbers: those of the whole tensor, cut."""
+        kwargs = kwargs or {}
+        drawn = listed_to_draw(func, args, kwargs)
+        if isinstance(drawn, CutTensor):
+            if drawn.device_mesh.ndim > 1:
+                raise RuntimeError(
+                    f"{func.__name__}: takes no tensor that fully_shard has cut further, of shape "
+                    f"{tuple(drawn.shape)}: initialise before, or draw a whole tensor that load_state_dict then cuts"
+                )
+            return draw_whole(func, drawn, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]

@@ -27,7 +27,7 @@ def listed_to_draw(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) 
     """
     name = getattr(func, "__name__", "")
     if name in _MADE:
-        if args and (hasattr(args[0], "part") or cut_behind(args[0]) is not None):
+        if args and (hasattr(args[0], "cut") or cut_behind(args[0]) is not None):
             _refuse_step(sys._getframe(2))  # what called __torch_function__
         return None
     if name.endswith("_") and getattr(func, "__module__", "") == "torch.nn.init":
@@ -74,14 +74,17 @@ class DrawsWhole(TorchFunctionMode):
 
 @torch.no_grad()
 def draw_whole(func: Callable[..., Any], listed: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """``func`` on a tensor of the whole shape, of which ``listed`` (a PresentedParameter) keeps this rank's part.
+    """``func`` on a tensor of the whole shape, of which ``listed`` keeps this rank's part.
+
+    ``listed``: a PresentedParameter, or a CutTensor: its ``data``, or what a ``state_dict`` holds.
 
     DTensor's own random functions draw from this rank's generator for the part, on CPU ranks the same part on each.
     """
-    whole = torch.empty(listed.cut.shape, dtype=listed.part.dtype, device=listed.part.device)
+    part = getattr(listed, "part", listed._local_tensor)
+    whole = torch.empty(listed.cut.shape, dtype=part.dtype, device=part.device)
     if args:
         func(whole, *args[1:], **kwargs)
     else:
         func(**{**kwargs, "tensor": whole})
-    listed.part.copy_(whole if listed.cut.spec is None else listed.cut.part(whole))
+    part.copy_(whole if listed.cut.spec is None else listed.cut.part(whole))
     return listed

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+import contextlib
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from itertools import chain
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_leaves
+
+from ..ops import mappings
 
 _NODE = "_seqpar_seen"  # in the metadata of autograd's nodes
 _MOST_NODES = 10_000
@@ -46,21 +50,96 @@ def leaf_behind(tensor: Tensor, known: Container[int]) -> Tensor | None:
     return None
 
 
+#: Upstream of these a tensor is whole again on every rank, and so is its gradient: cut, or summed over the ranks.
+_INTO_REGION = frozenset(
+    function._backward_cls  # type: ignore[attr-defined]
+    for function in (mappings._Split, mappings.CopyToRegion, mappings.SumGradients)
+)
+_OUT_OF_REGION = mappings._Gather._backward_cls  # type: ignore[attr-defined]
+
+
+def leaves_within(tensor: Tensor, entrances: Sequence[Any]) -> Iterator[tuple[Tensor, str]]:
+    """(leaf, name of the autograd node that took it) of all out of which ``tensor`` was computed in the sharded region.
+
+    The region ends upstream at the nodes ``entrances``, and wherever something whole was cut or copied into it. A part
+    of the model that runs on whole tensors in between (style 'replicated') is passed through. What a reentrant
+    checkpoint has computed is out of sight.
+    """
+    seen: list[set[Any]] = [set(), set()]  # in the region, where tensors are whole
+    left: list[tuple[Any, bool]] = [(tensor.grad_fn, False)]
+    while left and len(seen[0]) < _MOST_NODES:
+        node, whole = left.pop()
+        if node is None or node in seen[whole] or node in entrances:
+            continue
+        seen[whole].add(node)
+        whole = (whole or type(node) in _INTO_REGION) and type(node) is not _OUT_OF_REGION
+        for upstream, _ in node.next_functions:
+            leaf = None if whole else getattr(upstream, "variable", None)
+            if leaf is None:
+                left.append((upstream, whole))
+            elif upstream not in seen[0]:
+                seen[0].add(upstream)
+                yield leaf, node.name()
+
+
+def where_held(model: nn.Module, tensor: Tensor) -> str | None:
+    """In words, what of ``model`` holds ``tensor``: an attribute, or a forward or hook that has it in its closure."""
+    for name, module in model.named_modules():
+        where = name or type(model).__name__
+        for key, value in vars(module).items():
+            if key in ("forward", "_forward_hooks", "_forward_pre_hooks"):
+                functions = value.values() if isinstance(value, dict) else [value]
+                found = next((f for f in functions if _at_hand(f, tensor)), None)
+                if found is not None:
+                    kind = "its forward" if key == "forward" else "a hook"
+                    return f"{where} ({kind}, {getattr(found, '__qualname__', type(found).__name__)})"
+            elif any(leaf is tensor for leaf in tree_leaves(value)):
+                return f"{where}.{key}"
+    return None
+
+
+def _at_hand(function: Any, tensor: Tensor, depth: int = 0) -> bool:
+    """Whether a function has ``tensor`` at hand besides arguments and globals."""
+    found = [
+        getattr(getattr(function, "__self__", function), "__dict__", None),
+        getattr(function, "__defaults__", None),
+    ]
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # not assigned yet
+            found.append(cell.cell_contents)
+    leaves = tree_leaves([dict(item) if isinstance(item, Mapping) else item for item in found])
+    inner = [leaf for leaf in leaves if isinstance(leaf, FunctionType)] if depth < 2 else []
+    return any(leaf is tensor for leaf in leaves) or any(_at_hand(f, tensor, depth + 1) for f in inner)
+
+
 def trainable_inputs(args: Any, kwargs: dict[str, Any], names: list[str]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the arguments of a forward that have gradients, and of what a cache among them holds."""
     for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
-        found = tree_leaves(value)
+        found = _leaves(value)
         for layer in getattr(value, "layers", ()) if not isinstance(value, nn.Module) else ():
             found += [getattr(layer, "keys", None), getattr(layer, "values", None)]
         yield from ((name, leaf) for leaf in found if isinstance(leaf, Tensor) and leaf.requires_grad)
 
 
+def _leaves(value: Any) -> list[Any]:
+    """What ``value`` holds; a mapping that torch does not know (transformers.BatchEncoding) is taken for a dict."""
+    return tree_leaves(dict(value) if isinstance(value, Mapping) else value)
+
+
 def trained_arguments(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
-    """Which arguments of a forward may bring gradients in: positions and names, quickly."""
-    if torch.is_grad_enabled():
-        for name, value in chain(enumerate(args), kwargs.items()):
-            if value.requires_grad if isinstance(value, Tensor) else name == "past_key_values" and value is not None:
+    """Which arguments of a forward may bring gradients in, quickly: positions and names, with places inside them."""
+    if not torch.is_grad_enabled():
+        return
+    for name, value in chain(enumerate(args), kwargs.items()):
+        if isinstance(value, Tensor):
+            if value.requires_grad:
                 yield name
+        elif name == "past_key_values":
+            if value is not None:
+                yield name
+        elif isinstance(value, (Mapping, list, tuple)):
+            leaves = enumerate(_leaves(value))
+            yield from ((name, i) for i, leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
 
 
 class Functions:

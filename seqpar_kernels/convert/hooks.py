@@ -309,6 +309,8 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
             region.sum_together(conversion.replicated)
         elif not torch.compiler.is_compiling():
             mark_entrance(shard)
+            if conversion.watch is not None:
+                conversion.watch.entered_by(shard)
         if conversion.check is not None:
             conversion.check.rules.length = length
             mark(shard, Kind.SHARD)
@@ -392,6 +394,8 @@ def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]
         if conversion.watch is not None and not torch.compiler.is_compiling():
             conversion.watch.gather(name)
         first, rebuilt = _first_tensor(name, "gather_output", output)
+        if conversion.watch is not None and not torch.compiler.is_compiling():
+            conversion.watch.judge_leaves(name, first)
         if conversion.check is not None:
             conversion.check.rules.leaves_region(name, first)
         if losing:

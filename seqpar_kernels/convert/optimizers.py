@@ -12,6 +12,12 @@ from .presented import PresentedParameter
 
 _checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _installed = False
+_steps = 0
+
+
+def steps_taken() -> int:
+    """How many steps optimizers of torch's have begun in this process, outside of torch.compile."""
+    return _steps
 
 
 def refuse_unfit_optimizers() -> None:
@@ -23,7 +29,11 @@ def refuse_unfit_optimizers() -> None:
 
 
 def _check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling() or optimizer in _checked:
+    global _steps
+    if torch.compiler.is_compiling():
+        return
+    _steps += 1
+    if optimizer in _checked:
         return
     listed = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, PresentedParameter)]
     why = _why_not(optimizer, listed) if listed else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import seqpar_kernels as sp
@@ -23,15 +25,21 @@ class Block(nn.Module):
         self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
         self.gate, self.other_gate = nn.Parameter(torch.zeros(16)), nn.Parameter(torch.ones(16))
         self.drop, self.late_drop = nn.Dropout(0.0), nn.Dropout(0.3)
-        self.gated = self.dropping = self.opened = False
+        self.use: set[str] = set()  # changes in place: no attribute shows it
+        self.mode, self.act = "", torch.relu
+        self.gated = False
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.drop(self.down(torch.relu(self.up(self.norm(x)))))
-        if self.dropping:
+        y: Tensor = self.drop(self.down(self.act(self.up(self.norm(x)))))
+        if "dropping" in self.use:
             y = self.late_drop(y)
+        if self.mode == "mean":
+            y = y - y.mean(1, keepdim=True)
+        if self.mode == "dropout":
+            y = nn.functional.dropout(y, 0.5)
         opening = self.other_gate
-        y = y * opening if self.opened else y
-        return x + (y * (1 + self.gate) if self.gated else y)
+        y = y * opening if "opened" in self.use else y
+        return x + (y * (1 + self.gate) if "gated" in self.use or self.gated else y)
 
 
 class Net(nn.Module):
@@ -89,6 +97,10 @@ def each(name: str, value: Any) -> Callable[[Net], None]:
     return lambda net: [setattr(block, name, value) for block in net.blocks] and None
 
 
+def each_uses(name: str) -> Callable[[Net], None]:
+    return lambda net: [block.use.add(name) for block in net.blocks] and None  # type: ignore[union-attr, operator]
+
+
 def use(*what: str) -> Callable[[Net], None]:
     return lambda net: net.use.update(what)
 
@@ -129,11 +141,11 @@ def patch_class(net: Net) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Net], None], str]] = {
     "a norm outside the plan": (use("late"), r"late\.weight: comes into play .*every rank.*plan"),
-    "a gate": (each("gated", True), r"blocks\.0\.gate: comes into play .*every rank.*plan"),
-    "a gate that was taken before": (each("opened", True), r"blocks\.\d\.other_gate: comes into play .*plan"),
+    "a gate": (each_uses("gated"), r"blocks\.0\.gate: comes into play .*every rank.*plan"),
+    "a gate that was taken before": (each_uses("opened"), r"blocks\.\d\.other_gate: comes into play .*plan"),
     "a parameter of the model": (use("scale"), r"scale: comes into play .*every rank.*plan"),
     "the embedding's table": (use("table"), r"emb\.weight: comes into play .*every rank.*plan"),
-    "a dropout outside the plan": (each("dropping", True), r"blocks\.0\.late_drop: comes into play .*'dropout'"),
+    "a dropout outside the plan": (each_uses("dropping"), r"blocks\.0\.late_drop: comes into play .*'dropout'"),
     "another probability": (set_drop, r"blocks\.1\.drop: dropout on a sequence shard that the plan does not know"),
     "dropout in a hook": (hook_dropout, r"blocks\.1: dropout on a sequence shard that the plan does not know"),
     "the first block skipped": (
@@ -149,6 +161,10 @@ REFUSED: dict[str, tuple[Callable[[Net], None], str]] = {
     "the first block twice": (use("twice"), r"blocks\.0: 'scatter_input' was given a sequence shard"),
     "a norm replaced": (replace_norm, r"blocks\.1\.norm: a sequence shard reaches parameter 'blocks\.1\.norm\.weight'"),
     "a hook on all modules": (global_hook, r"blocks\.0: a sequence shard meets a trainable tensor of shape \(16,\)"),
+    "a gate by an attribute": (each("gated", True), r"blocks\.0: a sequence shard reaches parameter 'blocks\.0\.gate'"),
+    "a mean over rows by an attribute": (each("mode", "mean"), r"blocks\.0: .*y\.mean\(1.* not treat rows one by one"),
+    "dropout by an attribute": (each("mode", "dropout"), r"blocks\.0: dropout on a sequence shard that the plan"),
+    "a softmax over features": (each("act", lambda h: h.softmax(-1)), r"blocks\.0\.down: .*it mixes them"),
     "a class patched": (patch_class, r"adapter: a sequence shard reaches parameter 'adapter\.weight'"),
 }  # fmt: skip
 
@@ -168,7 +184,7 @@ def refused_case() -> list[str]:
                     loss_of(model).backward()
         finally:
             getattr(model, "remove", lambda: None)()
-        found.append(f"{way}: {caught.value}")
+        found.append(re.sub(r"rows \d+\.\.\d+", "rows", f"{way}: {caught.value}"))
     return found
 
 
@@ -203,8 +219,9 @@ RIGHT: dict[str, Callable[[Net], None]] = {
     "a head where the sequence is whole": use("late head"),
     "a norm where the sequence is whole": use("late whole"),
     "a hook that looks on": lambda net: net.blocks[1].register_forward_hook(lambda *_: None) and None,
-    "a frozen gate": lambda net: [b.gate.requires_grad_(False) for b in net.blocks] and each("gated", True)(net),  # type: ignore
-    "a gate in a plan": each("gated", True),
+    "a frozen gate": lambda net: [b.gate.requires_grad_(False) for b in net.blocks] and each_uses("gated")(net),  # type: ignore
+    "a gate in a plan": each_uses("gated"),
+    "another activation": each("act", torch.tanh),
 }
 
 
@@ -260,6 +277,109 @@ def pruned_case() -> None:
 def test_layers_pruned_after_conversion(world2: World) -> None:
     """Right, or refused where the sequence was cut at the layer."""
     world2.run(pruned_case)
+
+
+def leaf_net(way: str) -> tuple[Net, Tensor, Callable[[], None]]:
+    """A model with a vector in a hook that is there when the model is checked, and what has it trained later."""
+    net, late = Net(), torch.linspace(0.5, 1.5, 16)
+    held = {"vector": late, "on": way not in ("a flag", "whole")}
+    if way in ("a flag", "whole", "copied"):
+        late.requires_grad_()
+
+    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        vector = held["vector"]
+        if way == "copied" and isinstance(group(), dist.ProcessGroup) and hasattr(net, "_seqpar"):
+            vector = sp.copy_to_tensor_parallel(vector, group())
+        return out * vector if held["on"] else out
+
+    def change() -> None:
+        held["on"] = True
+        if way == "another":
+            held["vector"] = late.clone().requires_grad_()
+        late.requires_grad_()
+
+    (net.head if way == "whole" else net.blocks[1]).register_forward_pre_hook(lambda m, args: (hook(m, args, args[0]),))
+    return net, late, change
+
+
+def late_leaf_case() -> list[str]:
+    found = []
+    for way, wait in (("thawed", 0), ("a flag", 2), ("another", 0), ("thawed", 5)):
+        net, _, change = leaf_net(way)
+        model = sp.parallelize(net, group(), PLAN)
+        for _ in range(1 + wait):
+            loss_of(model).backward()
+        change()
+        for forward in range(8):
+            try:
+                loss_of(model).backward()
+            except RuntimeError as error:
+                found.append(f"{forward} {error}")
+                break
+        assert re.search(r"norm: a trainable tensor of shape \(16,\) .*a hook.* for the first time", found[-1]), found
+    for way in ("whole", "copied"):
+        gradients = []
+        for parallel in (False, True):
+            net, late, change = leaf_net(way)
+            model = sp.parallelize(net, group(), PLAN) if parallel else net
+            loss_of(model).backward()
+            change()
+            late.grad = None
+            for _ in range(4):
+                loss_of(model).backward()
+            gradients.append(late.grad)
+        torch.testing.assert_close(gradients[1], gradients[0])
+    return found
+
+
+def test_tensors_outside_the_model_that_are_trained_later(world2: World) -> None:
+    errors = world2.run(late_leaf_case)
+    assert errors[0] == errors[1] and len(errors[0]) == 4
+
+
+def attributes_case() -> list[int]:
+    """Forwards that are checked: again for what has changed, and not for what counts or was checked before."""
+    from seqpar_kernels.convert.shard_check import ShardCheck
+
+    start, calls = ShardCheck.start, []
+    ShardCheck.start = lambda self, *args: calls.append(1) or start(self, *args)  # type: ignore
+    found = []
+    try:
+        net = Net()
+        for block in net.blocks:
+            block.steps = 0  # type: ignore[assignment]
+            block.register_forward_hook(lambda b, *_: setattr(b, "steps", b.steps + 1))
+        model = sp.parallelize(net, group(), PLAN)
+        for _ in range(5):
+            loss_of(model).backward()
+        found.append(len(calls))  # twice: each block counts its steps
+        for act in (torch.tanh, torch.relu, torch.tanh, torch.relu):
+            each("act", act)(model)
+            loss_of(model).backward()
+        found.append(len(calls))
+        for step in range(20):
+            each("temperature", float(step))(model)
+            loss_of(model).backward()
+        found.append(len(calls))
+        for _ in range(3):
+            for training in (False, True):
+                loss_of(model.train(training)).backward()
+        found.append(len(calls))
+        each("act", lambda h: h.softmax(-1))(model)
+        with pytest.raises(RuntimeError, match="softmax"):
+            loss_of(model)
+        each("act", torch.relu)(model)
+        if dist.get_rank() == 0:  # a check of one rank alone keeps nobody waiting
+            each("act", torch.sigmoid)(model)
+            each("act", lambda h: torch.relu(h))(model)
+        loss_of(model).backward()
+    finally:
+        ShardCheck.start = start  # type: ignore[method-assign]
+    return found
+
+
+def test_attributes_are_looked_at(world2: World) -> None:
+    assert world2.run(attributes_case) == [[2, 3, 11, 12]] * 2
 
 
 def checks_case() -> int:

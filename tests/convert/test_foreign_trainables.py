@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 import seqpar_kernels as sp
 
 from ..world import World
-from .models import VOCAB, assert_same_gradients, gpt2, group, llama
+from .models import VOCAB, assert_same_gradients, gpt2, group, llama, transformers
 from .test_parallelize import PLAN, Own
 
 Model = Any
@@ -421,6 +421,28 @@ def arguments_case() -> None:
 
 def test_trained_masks_and_prefixes_are_refused(world2: World) -> None:
     world2.run(arguments_case)
+
+
+def dict_case() -> None:
+    """A mask inside of an argument, in a forward after the one that was checked."""
+    torch.manual_seed(3)
+    config = transformers.Qwen3Config(
+        vocab_size=51, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=8,
+    )  # fmt: skip
+    model: Any = sp.parallelize(transformers.Qwen3ForCausalLM(config), group())
+    ids, causal = ids_of(), torch.full((8, 8), -1e9).triu(1)
+    for trained in (False, False, True, True):
+        mask = {"full_attention": torch.zeros(1, 1, 8, 8, requires_grad=trained) + causal}
+        if trained:
+            with pytest.raises(RuntimeError, match=r"argument 'attention_mask' that is trained .*every rank"):
+                model(input_ids=ids, labels=ids, attention_mask=mask)
+        else:
+            model(input_ids=ids, labels=ids, attention_mask=mask).loss.backward()
+
+
+def test_a_trained_mask_inside_a_dict(world2: World) -> None:
+    world2.run(dict_case)
 
 
 def inner_case() -> None:

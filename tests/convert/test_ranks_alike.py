@@ -226,6 +226,95 @@ def test_initialised_after_conversion_as_before(world2: World, kind: str, loss_p
     world2.run(initialised_case, kind, loss_parallel)
 
 
+def data_case() -> None:
+    """By other doors than a parameter itself, before and after a forward."""
+    ways: list[Callable[[Tensor], Any]] = [
+        lambda p: p.data.normal_(0, 0.02),
+        lambda p: p.detach().uniform_(-0.1, 0.1),
+        lambda p: nn.init.xavier_uniform_(p.data),
+    ]
+    for first in (False, True):
+        for way in ways:
+            whole, model = llama(), sp.parallelize(llama(), group())
+            if first:
+                model(tokens(0))
+            for each in (whole, model):
+                torch.manual_seed(7)
+                for param in each.parameters():
+                    if param.dim() > 1:
+                        way(param)
+            results = sp.full_state_dict(model)
+            for name, value in whole.state_dict().items():
+                assert torch.equal(results[name], value), name
+            model(tokens(1))
+        with pytest.raises(RuntimeError, match="trunc_normal_: takes no listed parameter"):
+            nn.init.trunc_normal_(dict(model.named_parameters())["model.layers.0.mlp.up_proj.weight"].data)
+
+
+def test_data_is_initialised_as_a_whole(world2: World) -> None:
+    world2.run(data_case)
+
+
+def by_name_case() -> None:
+    """What no torch function sees is noticed by the next forward, or the next comparison."""
+    for steps in (1, 4):
+        for by_data in (False, True):
+            model: Any = sp.parallelize(llama(), group())
+            optimizer = torch.optim.SGD(model.parameters(), 0.01)
+            for step in range(steps):
+                model(input_ids=tokens(step), labels=tokens(step)).loss.backward()
+                optimizer.step()
+            weight = model.model.layers[0].mlp.up_proj.weight
+            torch.manual_seed(5)
+            nn.init.normal_(weight.data if by_data else weight, 0, 0.02)
+            forwards = 16 if by_data else 1
+            refused(lambda m=model, n=forwards: [m(tokens(9)) for _ in range(n)], "up_proj.weight", "same values")  # type: ignore[misc]
+    for step in range(20):  # right: initialised as a whole, and stepped
+        if step == 3:
+            model = sp.parallelize(llama(), group())
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        if step > 3:
+            model(input_ids=tokens(step), labels=tokens(step)).loss.backward()
+            optimizer.step()
+            model.model.layers[0].mlp.up_proj.reset_parameters()
+
+
+def test_initialised_by_name_is_noticed(world2: World) -> None:
+    world2.run(by_name_case)
+
+
+class Buffered(Own):
+    """A table that all ranks share, and statistics of the features that this rank has."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.register_buffer("table", torch.randn(7, generator=torch.Generator().manual_seed(seed)), persistent=False)
+        self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+        for block in self.blocks:
+            block.register_buffer("largest", torch.zeros(()))
+
+
+def buffers_case() -> None:
+    torch.manual_seed(1)
+    x, rank = torch.randn(2, 7, 12), dist.get_rank()
+    torch.manual_seed(1)
+    refused(lambda: sp.parallelize(Buffered(rank), group(), PLAN), "weights and buffers", "alike")
+    torch.manual_seed(1)
+    model: Any = sp.parallelize(Buffered(0), group(), PLAN)
+    for block in model.blocks:  # as its own forward would
+        block.up.register_forward_hook(
+            lambda m, args, out, b=block: b.largest.copy_(out.detach().max() * 3**rank) and None
+        )
+    for _ in range(40):
+        model(x)  # statistics are a rank's own
+    model.table.mul_(1 - 2 * rank)
+    refused(lambda: [model(x) for _ in range(16)], "table: the ranks", "buffers")
+
+
+def test_buffers_apart(world2: World) -> None:
+    world2.run(buffers_case)
+
+
 def wrongly_initialised_case() -> None:
     ids, rank = tokens(0), dist.get_rank()
     model: Any = sp.parallelize(llama(), group())
@@ -242,7 +331,7 @@ def wrongly_initialised_case() -> None:
         model(tokens(step))
     torch.manual_seed(rank)
     nn.init.normal_(model.model.embed_tokens.weight)  # replicated
-    refused(lambda: [model(ids) for _ in range(64)], "the input of model.layers.0: other values on rank 1")
+    refused(lambda: model(ids), "model.embed_tokens.weight: the ranks", "alike")  # at once: no optimizer wrote it
     model = sp.parallelize(llama(), group())
     model.model.norm.weight.data.mul_(1 + rank)
     refused(lambda: model(ids), "model.norm.weight: the ranks", "alike", "load_state_dict")
