@@ -179,11 +179,11 @@ def divided(model: nn.Module, plan: ParallelPlan) -> Iterator[tuple[str, nn.Modu
             yield from ((name, module, attribute) for attribute in attributes)
 
 
-def counted(model: nn.Module, plan: ParallelPlan) -> list[tuple[str, str]]:
-    """(module, attribute) of all that counts what a rank has, by division or assignment."""
-    found = [(name, attribute) for name, _, attribute in divided(model, plan)]
+def counted(model: nn.Module, plan: ParallelPlan) -> dict[tuple[str, str], bool]:
+    """(module, attribute) of all that counts what a rank has -> whether by division; else by assignment."""
+    found = {(name, attribute): True for name, _, attribute in divided(model, plan)}
     for pattern, values in plan.assigned.items():
-        found += [(name, attribute) for name, _ in matching(model, pattern) for attribute in values]
+        found |= {(name, attribute): False for name, _ in matching(model, pattern) for attribute in values}
     return found
 
 

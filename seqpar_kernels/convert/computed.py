@@ -21,6 +21,7 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..nn.sharding import full_tensor
+from .culprit import name_of
 from .cut import Cut
 from .cut_tensor import cut_tensor
 
@@ -56,12 +57,6 @@ _NOT_COMPUTED = _LIKE | names(
     register_post_accumulate_grad_hook share_memory_ has_names new new_zeros new_ones new_empty new_full
     new_tensor"""
 )
-
-
-def name_of(func: Callable[..., Any]) -> str:
-    """``mul`` of torch.mul and Tensor.mul; the attribute's name where ``func`` gets one."""
-    name = str(getattr(func, "__name__", ""))
-    return str(getattr(func.__self__, "__name__", "")) if name == "__get__" else name  # type: ignore[attr-defined]
 
 
 def is_in_place(func: Callable[..., Any]) -> bool:

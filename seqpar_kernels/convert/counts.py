@@ -7,120 +7,239 @@ tensors, are replaced by integers that carry a note through arithmetic: how they
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from .culprit import is_library
+
 _CONFIGS = ("config", "cfg", "args", "hparams", "params")
 
 
-class Count(int):
+class _Compared:
+    """Numbers of this rank, whose comparisons are judged: a branch that the whole model would not take is refused."""
+
+    def _judge(self, op: Callable[[Any, Any], bool], other: Any, equality: bool = False) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        here, whole = _twice(op, self, other, False)
+        counts = [count for number in (self, other) if (count := _count_of(number)) is not None]
+        judged = not equality or any(count.rows for count in counts)
+        if judged and here is not whole and not _library():
+            counts[0].session.branches(counts)
+        return here
+
+    def __lt__(self, other: Any) -> Any:
+        return self._judge(operator.lt, other)
+
+    def __le__(self, other: Any) -> Any:
+        return self._judge(operator.le, other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self._judge(operator.gt, other)
+
+    def __ge__(self, other: Any) -> Any:
+        return self._judge(operator.ge, other)
+
+    def __eq__(self, other: Any) -> Any:  # heads are not judged: sizes and keys of caches are compared so
+        return self._judge(operator.eq, other, True)
+
+    def __ne__(self, other: Any) -> Any:
+        return self._judge(operator.ne, other, True)
+
+
+class Count(_Compared, int):
     """An int with a note.
 
     ``features``: the power of 1/ranks by which it scales (1: this rank's heads or features); ``rows``: whether it comes
-    from the length of a shard; ``origin``: the attribute it was read from; ``session``: the check that made it.
+    from the length of a shard; ``origin``: the attribute it was read from; ``session``: the check that made it;
+    ``whole``: what it would be in the unsharded model; ``unsure``: nobody can say, and ``whole`` is the number itself.
     """
 
     features: int
     rows: bool
     origin: str
     session: Any
+    whole: int
+    unsure: bool = False
 
     @staticmethod
-    def of(value: int, session: Any, features: int = 0, rows: bool = False, origin: str = "") -> Count:
+    def of(
+        value: int, session: Any, features: int = 0, rows: bool = False, origin: str = "", whole: int | None = None
+    ) -> Count:
         new = Count(value)
         new.features, new.rows, new.origin, new.session = features, rows, origin, session
+        new.whole = int(value) if whole is None else int(whole)
         return new
 
-    def _with(self, value: Any, other: Any, features: int) -> Any:
-        if type(value) is not int:
-            return value  # NotImplemented
+    def _made(self, op: Callable[[Any, Any], Any], other: Any, features: int, swapped: bool = False) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        value, whole = _twice(op, self, other, swapped)
+        if not isinstance(value, int) or isinstance(value, bool):
+            return _local_number(value, whole, self, other)
         rows = self.rows or (isinstance(other, Count) and other.rows)
         origin = self.origin or (other.origin if isinstance(other, Count) else "")
-        return Count.of(value, self.session, features, rows, origin)
+        new = Count.of(value, self.session, features, rows, origin, whole)
+        new.unsure = _unsure(self, other)
+        return new
 
     def __mul__(self, other: Any) -> Any:
-        return self._with(int.__mul__(self, other), other, self.features + _power(other))
+        return self._made(operator.mul, other, self.features + _power(other))
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Any) -> Any:
-        return self._with(int.__floordiv__(self, other), other, self.features - _power(other))
+        return self._made(operator.floordiv, other, self.features - _power(other))
 
     def __rfloordiv__(self, other: Any) -> Any:
-        return self._with(int.__rfloordiv__(self, other), other, _power(other) - self.features)
+        return self._made(operator.floordiv, other, _power(other) - self.features, True)
 
     def __add__(self, other: Any) -> Any:
-        return self._with(int.__add__(self, other), other, max(self.features, _power(other), key=abs))
+        return self._made(operator.add, other, self._larger(other))
 
     __radd__ = __add__
 
     def __sub__(self, other: Any) -> Any:
-        return self._with(int.__sub__(self, other), other, max(self.features, _power(other), key=abs))
+        return self._made(operator.sub, other, self._larger(other))
 
     def __rsub__(self, other: Any) -> Any:
-        return self._with(int.__rsub__(self, other), other, max(self.features, _power(other), key=abs))
+        return self._made(operator.sub, other, self._larger(other), True)
+
+    def __mod__(self, other: Any) -> Any:
+        return self._made(operator.mod, other, self._larger(other))
+
+    def __rmod__(self, other: Any) -> Any:
+        return self._made(operator.mod, other, self._larger(other), True)
+
+    def __neg__(self) -> Any:
+        return self._made(operator.mul, -1, self.features)
+
+    def _larger(self, other: Any) -> int:
+        return max(self.features, _power(other), key=abs)
 
     def __reduce__(self) -> Any:
         return int, (int(self),)
 
     def __truediv__(self, other: Any) -> Any:
-        return self._number(int.__truediv__(self, other))
+        return self._made(operator.truediv, other, 0)
 
     def __rtruediv__(self, other: Any) -> Any:
-        return self._number(int.__rtruediv__(self, other))
+        return self._made(operator.truediv, other, 0, True)
 
     def __pow__(self, other: Any, *modulus: Any) -> Any:
-        return self._number(int.__pow__(self, other, *modulus))
+        if modulus:
+            return int.__pow__(self, other, *modulus)
+        return self._made(operator.pow, other, self.features * other if isinstance(other, int) else 0)
+
+    def __rpow__(self, other: Any, *modulus: Any) -> Any:
+        return self._made(operator.pow, other, self.features, True)
 
     def __float__(self) -> float:
-        if self.rows:
-            self.session.number_of_rows()
+        if int(self) != self.whole and not _library():
+            self.session.number_of(self)
         return float(int(self))
 
-    def _number(self, value: Any) -> Any:
-        return LocalNumber(value) if self.rows and isinstance(value, float) else value
+    __hash__ = int.__hash__
 
 
-class LocalNumber(float):
-    """A float made from the length of a shard."""
+class LocalNumber(_Compared, float):
+    """A float made from a count of this rank; ``whole`` is what the unsharded model would make."""
 
-    def _with(self, value: Any) -> Any:
-        return LocalNumber(value) if isinstance(value, float) else value
+    whole: float
+    count: Count  # the one it came from
+
+    def _made(self, op: Callable[[Any, Any], Any], other: Any, swapped: bool = False) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        return _local_number(*_twice(op, self, other, swapped), self, other)
 
     def __mul__(self, other: Any) -> Any:
-        return self._with(float.__mul__(self, other))
+        return self._made(operator.mul, other)
 
     __rmul__ = __mul__
 
     def __add__(self, other: Any) -> Any:
-        return self._with(float.__add__(self, other))
+        return self._made(operator.add, other)
 
     __radd__ = __add__
 
     def __sub__(self, other: Any) -> Any:
-        return self._with(float.__sub__(self, other))
+        return self._made(operator.sub, other)
 
     def __rsub__(self, other: Any) -> Any:
-        return self._with(float.__rsub__(self, other))
+        return self._made(operator.sub, other, True)
 
     def __truediv__(self, other: Any) -> Any:
-        return self._with(float.__truediv__(self, other))
+        return self._made(operator.truediv, other)
 
     def __rtruediv__(self, other: Any) -> Any:
-        return self._with(float.__rtruediv__(self, other))
+        return self._made(operator.truediv, other, True)
 
     def __pow__(self, other: Any, *modulus: Any) -> Any:
-        return self._with(float.__pow__(self, other))
+        return self._made(operator.pow, other)
+
+    def __rpow__(self, other: Any, *modulus: Any) -> Any:
+        return self._made(operator.pow, other, True)
+
+    def __neg__(self) -> Any:
+        return self._made(operator.mul, -1)
 
     def __float__(self) -> float:
         return float.__add__(self, 0.0)
 
     def __reduce__(self) -> Any:
         return float, (float(self),)
+
+    __hash__ = float.__hash__
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, Count) else float(value) if isinstance(value, LocalNumber) else value
+
+
+def _twice(op: Callable[[Any, Any], Any], one: Any, other: Any, swapped: bool) -> tuple[Any, Any]:
+    """What ``op`` gives for the numbers of this rank, and for those of the unsharded model."""
+    here, whole = (_plain(one), _plain(other)), (one.whole, getattr(other, "whole", other))
+    value = op(*(here[::-1] if swapped else here))
+    if _unsure(one, other):
+        return value, value
+    try:
+        return value, op(*(whole[::-1] if swapped else whole))
+    except (ArithmeticError, ValueError):  # of the unsharded model alone
+        return value, math.nan
+
+
+def _local_number(value: Any, whole: Any, one: Any, other: Any) -> Any:
+    if not isinstance(value, float) or value == whole or not isinstance(whole, (int, float)):
+        return value
+    new = LocalNumber(value)
+    new.whole = float(whole)
+    new.count = next(count for number in (one, other) if (count := _count_of(number)) is not None)
+    return new
+
+
+def _count_of(number: Any) -> Count | None:
+    return number if isinstance(number, Count) else number.count if isinstance(number, LocalNumber) else None
+
+
+def _library() -> bool:
+    """Whether torch, einops or this package is what computes with the number, and not the model."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return frame is None or is_library(frame.f_code.co_filename)
+
+
+def _unsure(*numbers: Any) -> bool:
+    return any(isinstance(number, Count) and number.unsure for number in numbers)
 
 
 def _power(value: Any) -> int:
@@ -144,9 +263,16 @@ def numbers_in(*values: Any) -> list[int]:
 class Counts:
     """Lends the integer attributes of modules their notes."""
 
-    def __init__(self, model: nn.Module, session: Any, divided: Iterable[tuple[str, str]], leaves: Iterable[str]):
-        self._model, self._session = model, session
-        self._divided = frozenset(divided)  # (module, attribute), "config.name" for the config's
+    def __init__(
+        self,
+        model: nn.Module,
+        session: Any,
+        divided: Mapping[tuple[str, str], bool],
+        leaves: Iterable[str],
+        ranks: int,
+    ):
+        self._model, self._session, self._ranks = model, session, ranks
+        self._divided = divided  # (module, attribute), "config.name" for the config's -> whether it was a division
         self._leaves = tuple(leaves)  # modules that the plan handles: nothing of theirs is read
         self._lent: list[tuple[dict[str, Any], str, Count]] = []
         self.values: dict[str, dict[str, tuple[int, bool]]] = {}  # module -> attribute -> (value, whether divided)
@@ -173,7 +299,10 @@ class Counts:
             noted[prefix + attribute] = int(value), divided
             if id(attributes) not in seen and type(value) is int:
                 origin = f"{name}.{prefix}{attribute}" if name else prefix + attribute
-                lent = Count.of(value, self._session, int(divided), origin=origin)
+                sure = divided and self._divided[name, prefix + attribute]
+                whole = value * self._ranks if sure else value
+                lent = Count.of(value, self._session, int(divided), origin=origin, whole=whole)
+                lent.unsure = divided and not sure
                 attributes[attribute] = lent
                 self._lent.append((attributes, attribute, lent))
         seen.add(id(attributes))

@@ -17,12 +17,15 @@ _SKIPPED = (PACKAGE, _TORCH + os.sep)
 _CALL = (torch.nn.Module._call_impl.__code__.co_filename, ("_call_impl", "inner"))
 
 
+def is_library(file: str) -> bool:
+    """Whether a file of code is torch's, einops' or this package's."""
+    return file.startswith(_SKIPPED) or f"{os.sep}einops{os.sep}" in file
+
+
 def user_frame() -> FrameType | None:
     """The innermost that is neither torch's nor ours."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and (
-        frame.f_code.co_filename.startswith(_SKIPPED) or f"{os.sep}einops{os.sep}" in frame.f_code.co_filename
-    ):
+    while frame is not None and is_library(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .counts import Count, known, numbers_in
-from .marks import Features, features_of, place_features
+from .culprit import statement
+from .marks import Features, Heads, Piece, Rows, features_of, mark, place_features, place_heads
 
-_VIEWS = ("view", "reshape", "unflatten", "view_as", "reshape_as", "_unsafe_view")
+_VIEWS = ("view", "reshape", "unflatten", "view_as", "reshape_as", "_unsafe_view", "as_strided")
 _SPLITS = (
     "split",
     "chunk",
@@ -96,6 +97,8 @@ def _written_sizes(name: str, source: Tensor, args: Any, kwargs: Any, out: Tenso
             return list(out.shape)
         dim %= source.dim()
         return [*source.shape[:dim], *sizes, *source.shape[dim + 1 :]]
+    if name == "as_strided":
+        given = given[:1]
     shape = kwargs.get("shape", kwargs.get("size", given))
     if isinstance(shape, (list, tuple)) and len(shape) == 1 and isinstance(shape[0], (list, tuple)):
         shape = shape[0]
@@ -133,6 +136,13 @@ def _viewed(
     start = len(products) - 1 - products[::-1].index(before)
     stop = products.index(before * size)
     dims = [dim for dim in range(start, stop) if out.shape[dim] != 1] or [start]
+    front = dims[0] - 1
+    if (
+        len(dims) == 1
+        and front >= products.index(before)
+        and (int(sizes[front]) == -1 or _scales(sizes[front], session))
+    ):
+        dims = [front, *dims]  # this rank has one head
     _parted(dims, features, out, sizes, session, around)
 
 
@@ -163,6 +173,9 @@ def _parted(
         dims = dims[1:]
         features = Features(dims[0], sections[:1], features.whole // len(sections), features.layer)
     _check_heads([sizes[d] for d in dims], [int(out.shape[d]) for d in dims], features, session, around)
+    count = int(out.shape[dims[0]])
+    rows = Rows(count, _product(out.shape[dims[0] + 1 :]))
+    place_heads(out, Heads(rows, count * features.whole // features.size, features.layer))
 
 
 def _check_heads(
@@ -219,6 +232,8 @@ def _split(
     around: dict[str, tuple[int, bool]],
 ) -> None:
     pieces = [out] if isinstance(out, Tensor) else [leaf for leaf in out if isinstance(leaf, Tensor)]
+    if _by_heads(name, features, pieces, args, kwargs, session):
+        return
     from_right = source.dim() - features.dim
     bounds = {0}
     for section in features.sections:
@@ -253,6 +268,29 @@ def _split(
             f"projections are packed, 'colwise:3' (their number) or their sizes cut each on its own",
             origin,
         )
+
+
+def _by_heads(name: str, features: Features, pieces: list[Tensor], args: Any, kwargs: Any, session: Any) -> bool:
+    """Whether all heads were split off by their size, or by their number on this rank; marks each."""
+    given = args[1] if len(args) > 1 else next((kwargs[k] for k in ("split_size", "chunks") if k in kwargs), None)
+    cut, counted = features.sections, known(given, session)
+    if name not in ("split", "chunk") or not isinstance(given, int) or len(cut) > 1 or len(pieces) < 2:
+        return False
+    scales = counted is not None and counted.features == 1
+    fixed = not _scales(given, session)
+    sizes = {int(piece.numel()) for piece in pieces}
+    ratio = features.whole // features.size
+    if len(sizes) > 1 or not (fixed if name == "split" else scales):
+        return False
+    if name == "split" and int(given) * len(pieces) != features.size:  # of another dimension
+        return False
+    for index, piece in enumerate(pieces):
+        why = (
+            f"head {index} of the {len(pieces)} that this rank holds of {features.layer}, which {statement()} split "
+            "off, apart from the others or in another order"
+        )
+        mark(piece, Piece(why, "", index, len(pieces), len(pieces) * ratio, features.layer))
+    return True
 
 
 def _between(sections: tuple[int, ...], start: int, stop: int) -> tuple[int, ...]:

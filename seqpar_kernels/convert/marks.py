@@ -17,6 +17,7 @@ MARK = "_seqpar_shard"
 collectors: list[Callable[[Tensor], None]] = []
 _ROWS = "_seqpar_rows"
 _FEATURES = "_seqpar_features"
+_HEADS = "_seqpar_heads"
 
 
 class Kind(Enum):
@@ -57,17 +58,44 @@ class Features:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Where a tensor-parallel tensor holds this rank's heads, after it was viewed as heads.
+
+    ``rows``: as rows of a shard; ``whole``: heads on all ranks; ``group``: so many neighbours are copies
+    (``repeat_kv``).
+    """
+
+    rows: Rows
+    whole: int
+    layer: str
+    group: int = 1
+
+
+@dataclass(frozen=True)
 class Mixed:
-    """A tensor in which the rows of a shard (or the features of one rank) have been mixed, or some picked out."""
+    """A tensor in which the rows of a shard (or the heads or features of one rank) were mixed, or some picked out."""
 
     why: str  # a clause that ends a sentence, with the statement
+    remedy: str = ""  # where it is another than that of rows
+
+
+@dataclass(frozen=True)
+class Piece(Mixed):
+    """One of this rank's heads, the ``index``th of ``count``; all of them put together are heads again."""
+
+    index: int = 0
+    count: int = 1
+    whole: int = 1
+    layer: str = ""
 
 
 @dataclass(frozen=True)
 class Local:
-    """A tensor made from the length of a shard."""
+    """A tensor made from a count of this rank."""
 
     statement: str
+    of: str = "rows"  # the length of a shard; "heads": a size that `divided` names; "number": computed with one
+    numbered: bool = False  # whether its entries differ for what is counted, as those of arange do
 
 
 def mark(value: Any, kind: Any) -> None:
@@ -80,6 +108,7 @@ def mark(value: Any, kind: Any) -> None:
             setattr(leaf, MARK, kind)
             vars(leaf).pop(_ROWS, None)
             vars(leaf).pop(_FEATURES, None)
+            vars(leaf).pop(_HEADS, None)
             if not isinstance(kind, str):
                 see(leaf)
                 if collectors and kind is not None:
@@ -127,3 +156,12 @@ def place_features(tensor: Tensor, features: Features) -> None:
 def features_of(tensor: Any) -> Features | None:
     found = getattr(tensor, _FEATURES, None)
     return found if isinstance(found, Features) else None
+
+
+def place_heads(tensor: Tensor, heads: Heads) -> None:
+    setattr(tensor, _HEADS, heads)
+
+
+def heads_of(tensor: Any) -> Heads | None:
+    found = getattr(tensor, _HEADS, None)
+    return found if isinstance(found, Heads) else None

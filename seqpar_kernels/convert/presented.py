@@ -22,7 +22,8 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.utils._pytree import tree_leaves
 
 from ..nn.sharding import ShardSpec
-from .computed import Whole, autograd_grad, compute, computes, name_of, names
+from .computed import Whole, autograd_grad, compute, computes, names
+from .culprit import name_of
 from .cut import Cut
 from .cut_tensor import CutTensor, cut_tensor, dtensor_spec, first_row_of
 from .drawn import draw_whole, listed_to_draw

@@ -32,6 +32,7 @@ ELEMENTWISE = frozenset(
 )  # fmt: skip
 _SCALES = {torch.float64: 1e-6, torch.float32: 1e-4}
 _ROUGH = 2e-2  # 16 bit and less
+_LARGE = 5e3  # values of masks (-1e9, finfo.min), which would hide the others
 
 
 class Undecided(Exception):
@@ -60,6 +61,37 @@ def elementwise(name: str, shards: list[tuple[Tensor, Rows]], others: list[Tenso
     return Rows(count, inner) if out.shape[-place] == count else None
 
 
+class Trial:
+    """Runs a call on stand-ins for some of its tensors; nothing is done to the tensors themselves."""
+
+    def __init__(self, call: Callable[..., Any], args: Any, kwargs: Any, name: str):
+        self._call, self._args, self._kwargs = call, args, kwargs
+        self._writes = changes_in_place(name, kwargs)
+        self._copies = self._writes or kwargs.get("out") is not None
+
+    def run(self, stand_ins: dict[int, Tensor], number: Callable[[Any], Any] = lambda leaf: leaf) -> list[Tensor]:
+        """The tensors that the call returns; ``number`` gives what takes the place of other arguments."""
+        copies = dict(stand_ins)
+
+        def other(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return number(leaf)
+            if id(leaf) not in copies and self._copies:
+                copies[id(leaf)] = leaf.detach().clone()
+            return copies.get(id(leaf), leaf)
+
+        args, kwargs = tree_map(other, (self._args, self._kwargs))
+        out = self._call(*args, **kwargs)
+        if self._writes:
+            out = args[0]
+        return [leaf.detach().clone() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+
+    def constant(self, base: list[Tensor], held: list[Tensor], generator: torch.Generator) -> list[bool]:
+        """Which of the results ``base`` do not depend on the values of ``held``."""
+        others = [self.run({id(t): values(t, generator, which) for t in held}) for which in (1, 2)]
+        return [all(alike(out, other) for other in same) for out, *same in zip(base, *others, strict=True)]
+
+
 def tried(
     call: Callable[..., Any], args: Any, kwargs: Any, shards: list[tuple[Tensor, Rows]], name: str, seq_dim: int
 ) -> list[Rows | bool | None]:
@@ -70,43 +102,27 @@ def tried(
     Raises:
         Undecided: the function fails on other values than its own.
     """
-    writes = changes_in_place(name, kwargs)
     counts = {rows.count for _, rows in shards}
-    generator = _generator(shards[0][0].device)
-
-    def run(stand_ins: dict[int, Tensor]) -> list[Tensor]:
-        copies = dict(stand_ins)
-
-        def other(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and id(leaf) not in copies and (writes or kwargs.get("out") is not None):
-                copies[id(leaf)] = leaf.detach().clone()
-            return copies.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf
-
-        now_args, now_kwargs = tree_map(other, (args, kwargs))
-        out = call(*now_args, **now_kwargs)
-        if writes:
-            out = now_args[0]
-        return [leaf.detach().clone() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-
+    generator, trial = generator_of(shards[0][0].device), Trial(call, args, kwargs, name)
     with torch.no_grad():
         try:
-            base_in = {id(shard): _values(shard, generator, 0) for shard, _ in shards}
-            base = run({key: value.clone() for key, value in base_in.items()})
+            base_in = {id(shard): values(shard, generator, 0) for shard, _ in shards}
+            base = trial.run({key: value.clone() for key, value in base_in.items()})
             if len(counts) > 1:
                 return [None] * len(base)
             count = counts.pop()
-            found: list[list[Rows]] = [list(_candidates(out, count, shards, seq_dim)) for out in base]
-            for index in _selections(count, shards[0][0].device):
-                now = run({id(shard): _selected(base_in[id(shard)], rows, index) for shard, rows in shards})
+            given = [rows.inner for _, rows in shards]
+            found: list[list[Rows]] = [list(candidates(out, count, given, seq_dim)) for out in base]
+            for index in selections(count, shards[0][0].device):
+                now = trial.run({id(shard): selected(base_in[id(shard)], rows, index) for shard, rows in shards})
                 found = [
-                    [rows for rows in kept if _alike(_selected(out, rows, index), other)]
+                    [rows for rows in kept if alike(selected(out, rows, index), other)]
                     for kept, out, other in zip(found, base, now, strict=True)
                 ]
             constant = [False] * len(base)
             scalars = count < 2 and any(out.dim() == 0 for out in base)
             if not all(found) or scalars:
-                others = [run({id(s): _values(s, generator, which) for s, _ in shards}) for which in (1, 2)]
-                constant = [all(_alike(out, other) for other in same) for out, *same in zip(base, *others, strict=True)]
+                constant = trial.constant(base, [shard for shard, _ in shards], generator)
         except Exception as error:
             raise Undecided(f"{type(error).__name__}: {error}") from error
     places: list[Rows | bool | None] = []
@@ -118,7 +134,34 @@ def tried(
     return places
 
 
-def _selections(count: int, device: torch.device) -> Iterator[Tensor]:
+def of_any_length(
+    call: Callable[..., Any], args: Any, kwargs: Any, shards: list[tuple[Tensor, Rows]], found: list[Rows | bool | None]
+) -> bool:
+    """Whether ``call`` treats rows alike however many they are: some of the rows, or one twice, give these rows.
+
+    ``found``: what :func:`tried` says of its results. True where it runs with no other number of rows.
+    """
+    device, count = shards[0][0].device, shards[0][1].count
+    if count < 1 or any(rows.count != count or _dim_from_right(tuple(s.shape), rows) is None for s, rows in shards):
+        return True
+    index = torch.arange(count // 2, device=device) if count > 1 else torch.tensor([0, 0], device=device)
+    generator, trial = generator_of(device), Trial(call, args, kwargs, "forward")
+    with torch.no_grad():
+        base_in = {id(shard): values(shard, generator, 0) for shard, _ in shards}
+        base = trial.run({key: value.clone() for key, value in base_in.items()})
+        try:
+            now = trial.run({id(shard): resized(base_in[id(shard)], rows, index) for shard, rows in shards})
+        except Exception:  # it knows the number of rows: that of this rank alone is the user's error to meet
+            return True
+    for out, other, rows in zip(base, now, found, strict=False):
+        if isinstance(rows, Rows) and _dim_from_right(tuple(out.shape), rows) is not None:
+            expected = resized(out, rows, index)
+            if not alike(expected, other):
+                return False
+    return True
+
+
+def selections(count: int, device: torch.device) -> Iterator[Tensor]:
     """Rows to pick: half of them the same one, so that every mixture shows; never the first first or the last last."""
     if count == 2:
         yield from (torch.tensor(index, device=device) for index in ([1, 1], [0, 0]))
@@ -129,7 +172,7 @@ def _selections(count: int, device: torch.device) -> Iterator[Tensor]:
         yield index.to(device)
 
 
-def _values(like: Tensor, generator: torch.Generator, which: int) -> Tensor:
+def values(like: Tensor, generator: torch.Generator, which: int) -> Tensor:
     """Values of the shape and dtype of ``like``: positive random ones, so that roots and logarithms have them."""
     shape, device = tuple(like.shape), like.device
     if like.dtype == torch.bool:
@@ -142,17 +185,24 @@ def _values(like: Tensor, generator: torch.Generator, which: int) -> Tensor:
     return torch.zeros_like(like) if which == 2 else like.detach().clone()  # an index must stay one
 
 
-def _generator(device: torch.device) -> torch.Generator:
+def generator_of(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(7)
 
 
-def _selected(t: Tensor, rows: Rows, index: Tensor) -> Tensor:
+def selected(t: Tensor, rows: Rows, index: Tensor) -> Tensor:
     if rows.count < 2:
         return t.clone()
     return t.reshape(-1, rows.count, rows.inner).index_select(1, index).reshape(t.shape)
 
 
-def _candidates(out: Tensor, count: int, shards: list[tuple[Tensor, Rows]], seq_dim: int) -> Iterator[Rows]:
+def resized(t: Tensor, rows: Rows, index: Tensor) -> Tensor:
+    """Rows picked out of ``t`` in any number; they are a dimension of their own."""
+    dim = _dim_from_right(tuple(t.shape), rows)
+    assert dim is not None
+    return t.index_select(t.dim() - dim, index)
+
+
+def candidates(out: Tensor, count: int, given: list[int], seq_dim: int | None) -> Iterator[Rows]:
     """Where the rows of ``out`` may be, the likeliest first."""
     shape, numel = tuple(out.shape), out.numel()
     if not count:  # this rank has no rows: nothing speaks against the function here
@@ -161,16 +211,15 @@ def _candidates(out: Tensor, count: int, shards: list[tuple[Tensor, Rows]], seq_
         return
     products = [_product(shape[dim + 1 :]) for dim in range(len(shape))]
     likely = [product for dim, product in enumerate(products) if shape[dim] == count]
-    usual = seq_dim % len(shape) if -len(shape) <= seq_dim < len(shape) else -1
+    usual = seq_dim % len(shape) if seq_dim is not None and -len(shape) <= seq_dim < len(shape) else -1
     first = [products[usual]] if usual >= 0 and shape[usual] == count else []
-    given = [rows.inner for _, rows in shards]
     merged = [*products, *(product // count for product in (numel, *products) if product % count == 0)]
     for inner in dict.fromkeys([*first, *(i for i in given if i in likely), *likely, *given, *merged]):
         if inner and numel % (inner * count) == 0:
             yield Rows(count, inner)
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def alike(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.is_floating_point() and not a.is_complex():
@@ -184,6 +233,12 @@ def _alike(a: Tensor, b: Tensor) -> bool:
         if not torch.equal(a.isnan(), b.isnan()) or not torch.equal(a.isinf(), b.isinf()):
             return False
         a, b = a.where(finite, 0), b.where(finite, 0)
+        large = torch.maximum(a.abs(), b.abs()) > _LARGE
+        if bool(large.any()):
+            one, other = a[large].double(), b[large].double()
+            if bool(((one - other).abs() > exact * torch.maximum(one.abs(), other.abs())).any()):
+                return False
+            a, b = a.where(~large, 0), b.where(~large, 0)
     return bool((a - b).abs().max() <= exact * torch.maximum(a.abs().max(), b.abs().max()))
 
 
@@ -193,6 +248,11 @@ def _dim_from_right(shape: tuple[int, ...], rows: Rows) -> int | None:
         if shape[dim] == rows.count and _product(shape[dim + 1 :]) == rows.inner:
             return len(shape) - dim
     return None
+
+
+def inner_size(tensor: Tensor, dim: int) -> int:
+    """Elements behind a dimension."""
+    return _product(tensor.shape[dim + 1 :])
 
 
 def _product(sizes: Any) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,31 +12,33 @@ from torch.utils._pytree import tree_leaves
 from ..nn import ColumnParallelLinear, Region, SharedHeadsLinear
 from ..nn.region import shard_behind
 from . import row_mixing
-from .counts import Count, Counts, LocalNumber, known, numbers_in
+from .counts import Count, Counts
 from .culprit import in_hook, name_of, statement
-from .explained import explained, is_about_shapes, rows_text
-from .heads import WrongHeads, follow
+from .explained import explained, is_about_shapes
+from .head_rules import FINITE, LOGIC, HeadRules, size_of_parts
 from .marks import (
     Features,
     Kind,
     Local,
     Mixed,
+    Piece,
     Rows,
     features_of,
+    heads_of,
     kind_of,
     mark,
     mark_of,
     place_features,
+    place_heads,
     place_rows,
     rows_of,
     usual_rows,
 )
+from .row_mixing import inner_size
+from .side_effects import buffers_kept, random_state, restore
 
 #: Functions that hand values of a tensor to Python.
 _READS = frozenset({"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "equal", "allclose"})
-_FINITE = frozenset({"isnan", "isinf", "isfinite"})
-_LOGIC = frozenset({"any", "all", "logical_not", "logical_or", "logical_and", "__or__", "__and__", "__invert__"})
-_SIZES = frozenset({"view", "reshape", "expand", "unflatten", "repeat", "split", "narrow", "tile", "__getitem__"})
 #: Styles whose modules read where the sequence is, or send rows.
 _PLACED = ("colwise", "shared_heads", "dropout", "replicated")
 REMEDY = (
@@ -47,13 +48,19 @@ REMEDY = (
 )
 
 
-class Rules:
+class Rules(HeadRules):
     """Of one first forward. ``styles``: module -> style; ``divided``: (module, attribute) pairs that were divided."""
 
-    def __init__(self, model: nn.Module, region: Region, styles: dict[str, str], divided: Iterable[tuple[str, str]]):
+    row_remedy = REMEDY
+
+    def __init__(
+        self, model: nn.Module, region: Region, styles: dict[str, str], divided: Mapping[tuple[str, str], bool]
+    ):
         self._region, self._model = region, model
         self.conclusive = True  # whether this rank held rows enough to judge by
-        self._counts = Counts(model, self, divided, (n for n, style in styles.items() if style != "tensor_parallel"))
+        leaves = (n for n, style in styles.items() if style != "tensor_parallel")
+        self._counts = Counts(model, self, divided, leaves, region.ranks)
+        self.active = False
         self.stack: list[str] = []
         self.length: int | None = None  # of the whole sequence
         self._rows_behind: dict[str, Rows] = {}  # of 'sequence' modules
@@ -61,9 +68,11 @@ class Rules:
 
     def start(self) -> None:
         self._counts.lend()
+        self.active = True
 
     def stop(self) -> None:
         self._counts.take_back()
+        self.active = False
 
     @property
     def where(self) -> str:
@@ -96,23 +105,32 @@ class Rules:
             RuntimeError: it would be another on other ranks than the whole model's, or came from such a one.
         """
         name = name_of(func)
-        mixed = next((m for t in tensors if isinstance(m := mark_of(t), Mixed)), None)
-        local = next((m for t in tensors if isinstance(m := mark_of(t), Local)), None)
+        mixed = _mixed(tensors)
+        local = min((m for t in tensors if isinstance(m := mark_of(t), Local)), key=_gravity, default=None)
         if name in _READS and (kind is Kind.SHARD or mixed is not None):
             self._read(name, tensors, mixed)
         if mixed is not None:
+            joined = self._joined(func, name, args, kwargs) if kind is None else None
+            if joined is not None:
+                return joined
             written = row_mixing.changes_in_place(name, kwargs) and args and mark_of(args[0]) is mixed
-            if kind is not None or written or trained:
-                raise RuntimeError(f"{self.where}: {statement()} takes {mixed.why}. {REMEDY}")
+            if kind is not None or (written and not isinstance(mixed, Piece)) or trained:
+                raise RuntimeError(f"{self.where}: {statement()} takes {mixed.why}. {mixed.remedy or REMEDY}")
             out = func(*args, **kwargs)
+            if name == "__setitem__" and not isinstance(mixed, Piece) and not isinstance(args[0], nn.Parameter):
+                mark(args[0], mixed)
             return self._marked(out, mixed)
-        if kind is Kind.PARTS and local is not None:
+        if kind is Kind.PARTS and local is not None and local.of == "rows":
             raise RuntimeError(self._of_length(f"{statement()} puts a tensor made from it", local.statement))
+        if kind in (Kind.PARTS, Kind.SHARD) and local is not None and local.of == "number" and not in_hook():
+            raise RuntimeError(self._of_number(local))
         if kind is None:
             out = func(*args, **kwargs)
-            return self._marked(out, local)
-        self._refuse_length(name, args, kwargs)
-        drawing = [] if kind is Kind.COPIED else _random_state(tensors)
+            made = self.made_of_counts(name, args, kwargs)
+            found = min((m for m in (local, made) if m is not None), key=_gravity, default=None)
+            return self._marked(out, found)
+        self._refuse_numbers(name, args, kwargs)
+        drawing = [] if kind is Kind.COPIED else random_state(tensors)
         try:
             out = func(*args, **kwargs)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -123,9 +141,9 @@ class Rules:
             raise RuntimeError(
                 explained(self.where, error, args, kwargs, tensors, *place, self, self._around())
             ) from error
-        if name in ("size", "shape"):
-            return self._sizes(out, args, kwargs)
-        drawn = any(not torch.equal(a, b) for a, b in zip(drawing, _random_state(tensors), strict=False))
+        if name in ("size", "shape", "numel", "nelement", "__len__"):
+            return self._sizes(name, out, args, kwargs)
+        drawn = any(not torch.equal(a, b) for a, b in zip(drawing, random_state(tensors), strict=False))
         if drawn and kind is Kind.SHARD:
             raise RuntimeError(
                 f"{self.where}: {statement()} draws random numbers for a sequence shard: they would depend on how the "
@@ -134,20 +152,18 @@ class Rules:
         if kind is Kind.SHARD:
             return self._on_rows(func, name, args, kwargs, tensors, out)
         if kind is Kind.PARTS:
-            return self._on_features(func, name, args, kwargs, tensors, out, drawn)
+            return self._on_parts(func, name, args, kwargs, tensors, out, drawn)
         return self._marked(out, kind)
 
     def inside(self, func: Callable[..., Any], args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """A function in a module of style 'tensor_parallel', which may use parameters."""
         if any(kind_of(t) is Kind.PARTS for t in tensors):
             return self.call(func, args, kwargs, tensors, Kind.PARTS)
-        noted = any(isinstance(mark_of(t), (Mixed, Local)) for t in tensors)
-        return self.call(func, args, kwargs, tensors, None) if noted else func(*args, **kwargs)
-
-    def made_of_length(self, args: Any, kwargs: Any) -> Local | None:
-        """The mark of a tensor made with the length of a shard; None where that is not among the arguments."""
-        numbers = (known(number, self) for number in numbers_in(args, kwargs))
-        return Local(statement()) if any(n is not None and n.rows for n in numbers) else None
+        if any(isinstance(mark_of(t), (Mixed, Local)) for t in tensors):
+            return self.call(func, args, kwargs, tensors, None)
+        out = func(*args, **kwargs)
+        made = self.made_of_counts(name_of(func), args, kwargs)
+        return out if made is None else self._marked(out, made)
 
     def _marked(self, out: Any, found: Any) -> Any:
         if isinstance(out, (Tensor, tuple, list)):
@@ -185,13 +201,13 @@ class Rules:
             found = self._tried(func, args, kwargs, shards, name)
         if len(found) != len(leaves):
             found = [None] * len(leaves)
-        finite = name in _FINITE or (name in _LOGIC and all(getattr(t, "_seqpar_finite", False) for t in tensors))
+        finite = name in FINITE or (name in LOGIC and all(getattr(t, "_seqpar_finite", False) for t in tensors))
         why = ""
         for leaf, rows in zip(leaves, found, strict=True):
             if isinstance(leaf, nn.Parameter):
                 continue
             if rows is False:
-                made = self.made_of_length(args, kwargs)
+                made = self.made_of_counts(name, args, kwargs)
                 mark(leaf, made)
             elif rows is None:
                 why = why or self._why(others)
@@ -227,7 +243,7 @@ class Rules:
             ) from reason
 
     def _why(self, others: list[Tensor]) -> str:
-        made = next((m.statement for t in others if isinstance(m := mark_of(t), Local)), None)
+        made = next((m.statement for t in others if isinstance(m := mark_of(t), Local) and m.of == "rows"), None)
         of_length = f", with a tensor made from the length of the shard by {made}" if made else ""
         return (
             f"what {statement()} in {self.where} made of a sequence shard{of_length}: it does not treat rows one by "
@@ -240,102 +256,7 @@ class Rules:
             f"rows of a shard, {self.held()}, from 0 on"
         )
 
-    def held(self) -> str:
-        """The rows of this rank."""
-        return rows_text(self.length, self._region.ranks, self._region.rank)
-
-    def _of_length(self, what: str, source: str) -> str:
-        return (
-            f"{self.where}: {what} together with a tensor-parallel tensor, which has all rows; {source} counts only "
-            f"{self.held()}. A module that reads the shape of its input before its colwise layers needs "
-            "'whole_input' in the plan; positions and masks are to be made where the sequence is whole"
-        )
-
-    # --- this rank's features --------------------------------------------------------------------------------------
-
-    def _on_features(
-        self,
-        func: Callable[..., Any],
-        name: str,
-        args: Any,
-        kwargs: Any,
-        tensors: list[Tensor],
-        out: Any,
-        drawn: bool,
-    ) -> Any:
-        if name in _SIZES:
-            numbers = [n for i in numbers_in(args[1:], kwargs) if (n := known(i, self)) is not None and n.rows]
-            if numbers and isinstance(out, (Tensor, tuple, list)):
-                raise RuntimeError(self._of_length(f"{statement()} uses it", f"the length {int(numbers[0])}"))
-        tracked = [(t, f) for t in tensors if (f := features_of(t)) is not None]
-        self._marked(out, Kind.PARTS)
-        if not tracked:
-            return out
-        try:
-            follow(name, args, kwargs, out, tensors, self, self._around())
-        except WrongHeads as wrong:
-            raise RuntimeError(self._wrong_heads(wrong)) from wrong
-        leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        counted = [(t, Rows(f.size, _inner(t, f.dim))) for t, f in tracked]
-        if name in row_mixing.ELEMENTWISE or name in ("__getitem__", "view", "reshape", "unflatten") or not leaves:
-            return out
-        if name in ("split", "chunk", "tensor_split", "split_with_sizes", "narrow", "unbind", "__get__"):
-            return out
-        if drawn or len({rows.count for _, rows in counted}) > 1:  # a dropout; several projections put together
-            return out
-        try:
-            found = row_mixing.tried(func, args, kwargs, counted, name, tracked[0][1].dim)
-        except row_mixing.Undecided:
-            return out
-        if None in found:
-            layer, features = tracked[0][1].layer, tracked[0][1]
-            why = (
-                f"what {statement()} in {self.where} made of the {features.size} of {features.whole} features that "
-                f"this rank holds of {layer}: it mixes them"
-            )
-            mark([leaf for leaf, rows in zip(leaves, found, strict=True) if rows is None], Mixed(why))
-        return out
-
-    def _wrong_heads(self, wrong: WrongHeads) -> str:
-        module, _, attribute = wrong.attribute.rpartition(".")
-        if attribute and wrong.attribute in self._around():
-            module, attribute = self.where, wrong.attribute
-        elif module.endswith(".config") or module == "config":
-            module, attribute = module[: -len(".config")], f"config.{attribute}"
-        help_ = (
-            f"Divide the attribute that counts heads or features: ParallelPlan(..., divided={{{module!r}: "
-            f"({attribute!r},)}})"
-            if attribute
-            else "Where an attribute counts heads or features, name it in the plan's `divided` "
-            "(ParallelPlan(..., divided={module: (attribute,)})); a number in the code is to be written as -1"
-        )
-        return f"{self.where}: {statement()}: {wrong}. {help_}"
-
-    def _around(self) -> dict[str, tuple[int, bool]]:
-        return self._counts.around(self.stack)
-
-    def _refuse_length(self, name: str, args: Any, kwargs: Any) -> None:
-        """The length of a shard as a factor or summand."""
-        leaves = tree_leaves((args, kwargs))
-        used = any(isinstance(leaf, LocalNumber) for leaf in leaves)
-        if name in row_mixing.ELEMENTWISE and name not in ("to", "type"):
-            used |= any((n := known(leaf, self)) is not None and n.rows for leaf in leaves)
-        if used:
-            self.number_of_rows()
-
-    def number_of_rows(self) -> None:
-        """
-        Raises:
-            RuntimeError: a forward computes with the length of a shard as a number.
-        """
-        if not in_hook():
-            raise RuntimeError(
-                f"{self.where}: {statement()} computes with the length of a sequence shard, {self.held()}: every rank "
-                f"would use another number than the whole model. {REMEDY}; between colwise and rowwise layers "
-                "'whole_input' shows the whole length"
-            )
-
-    def _sizes(self, out: Any, args: Any, kwargs: Any) -> Any:
+    def _sizes(self, name: str, out: Any, args: Any, kwargs: Any) -> Any:
         """The sizes of a tensor, with what scales."""
         tensor = args[0] if args else None
         if not isinstance(tensor, Tensor) or shard_behind(tensor) is not tensor:
@@ -343,18 +264,32 @@ class Rules:
         place: int | None = None
         count: Count | None = None
         if kind_of(tensor) is Kind.SHARD:
-            rows = rows_of(tensor, self._region.seq_dim)
-            place = next((d for d in range(tensor.dim()) if _inner(tensor, d) == rows.inner), None)
-            if place is not None and tensor.shape[place] == rows.count:
-                count = Count.of(rows.count, self, rows=True)
-        elif (features := features_of(tensor)) is not None:
-            place, count = features.dim, Count.of(features.size, self, features=1)
+            rows, length = rows_of(tensor, self._region.seq_dim), self.length or 0
+            place = self._row_dim(tensor, rows)
+            size = int(tensor.shape[place]) if place is not None else 0
+            if rows.count and size and size % rows.count == 0:  # the batch may be merged into it
+                whole = size // rows.count * length if length else size
+                count = Count.of(size, self, rows=True, whole=whole)
+        else:
+            place, count = size_of_parts(tensor, self)
         if place is None or count is None:
+            return out
+        if name in ("numel", "nelement"):
+            whole = int(out) // int(count) * count.whole if count else int(out)
+            return Count.of(out, self, count.features, count.rows, whole=whole)
+        if name == "__len__":
+            self._refuse_len(place, count)
             return out
         if isinstance(out, torch.Size):
             return torch.Size([*out[:place], count, *out[place + 1 :]])
         asked = args[1] if len(args) > 1 else kwargs.get("dim")
-        return count if isinstance(asked, int) and asked % tensor.dim() == place and out == count else out
+        return count if isinstance(asked, int) and asked % tensor.dim() == place and out == int(count) else out
+
+    def _row_dim(self, shard: Tensor, rows: Rows) -> int | None:
+        places = [d for d in range(shard.dim()) if inner_size(shard, d) == rows.inner]
+        places = [d for d in places if shard.shape[d] == rows.count] or places
+        usual = self._region.seq_dim % max(shard.dim(), 1)
+        return usual if usual in places else places[-1] if places else None
 
     # --- planned modules -------------------------------------------------------------------------------------------
 
@@ -362,7 +297,7 @@ class Rules:
         """Check what a planned module is given."""
         found = mark_of(value)
         if isinstance(found, Mixed):
-            raise RuntimeError(f"{name}: its input is {found.why}. {REMEDY}")
+            raise RuntimeError(f"{name}: its input is {found.why}. {found.remedy or REMEDY}")
         if kind_of(value) is Kind.SHARD and (style in _PLACED or gathers):
             self.placed(name, value)
 
@@ -382,7 +317,7 @@ class Rules:
         """Check what is to be gathered behind a module."""
         found = mark_of(value)
         if isinstance(found, Mixed):
-            raise RuntimeError(f"{name}: 'gather_output' is to gather {found.why}. {REMEDY}")
+            raise RuntimeError(f"{name}: 'gather_output' is to gather {found.why}. {found.remedy or REMEDY}")
         if kind_of(value) is Kind.SHARD:
             self.placed(name, value)
 
@@ -403,8 +338,11 @@ class Rules:
                     place_rows(leaf, self._rows_behind[name])
                 elif kind_of(leaf) is Kind.SHARD and kind_of(first) is Kind.SHARD and shard_behind(first) is first:
                     place_rows(leaf, rows_of(first, self._region.seq_dim))
-                elif kind_of(leaf) is Kind.PARTS and (features := features_of(first)) is not None:
-                    place_features(leaf, features)
+                elif kind_of(leaf) is Kind.PARTS and features_of(leaf) is None and heads_of(leaf) is None:
+                    if (features := features_of(first)) is not None:
+                        place_features(leaf, features)
+                    elif (heads := heads_of(first)) is not None:
+                        place_heads(leaf, heads)
 
     def row_by_row(self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Try ``forward`` of a module that the plan calls 'sequence'.
@@ -418,18 +356,19 @@ class Rules:
         if not shards or any(shard_behind(t) is not t for t, _ in shards):
             return
         self.conclusive &= max(rows.count for _, rows in shards) > 1
-        states = _random_state([t for t, _ in shards])
-        with _buffers_kept(module):
+        states = random_state([t for t, _ in shards])
+        with buffers_kept(module):
             try:
                 found = row_mixing.tried(forward, args, kwargs, shards, "forward", seq_dim)
+                alike = None in found or row_mixing.of_any_length(forward, args, kwargs, shards, found)
             except row_mixing.Undecided as reason:
                 raise RuntimeError(
                     f"{name}: the plan says 'sequence', for modules that treat rows one by one; whether "
                     f"{type(module).__name__} does could not be tried ({reason}). {REMEDY}"
                 ) from reason
-        now = _random_state([t for t, _ in shards])
+        now = random_state([t for t, _ in shards])
         if any(not torch.equal(a, b) for a, b in zip(states, now, strict=True)):
-            _restore(states, shards[0][0])
+            restore(states, shards[0][0])
             raise RuntimeError(
                 f"{name}: the plan says 'sequence', but {type(module).__name__} draws random numbers (a dropout, say): "
                 "they would depend on how the sequence is cut. Give an nn.Dropout in it the style 'dropout' and what "
@@ -443,37 +382,24 @@ class Rules:
                 f"{type(module).__name__} mixes them: on a shard it would see {self.held()} only. Give it the style "
                 "'replicated', which runs it on the whole sequence"
             )
+        if not alike:
+            raise RuntimeError(
+                f"{name}: the plan says 'sequence', for modules that treat the rows of their input one by one, but "
+                f"what {type(module).__name__} makes of a row depends on how many there are: on a shard it would count "
+                f"{self.held()} only. Give it the style 'replicated', which runs it on the whole sequence"
+            )
 
 
-def _inner(tensor: Tensor, dim: int) -> int:
-    product = 1
-    for size in tensor.shape[dim + 1 :]:
-        product *= int(size)
-    return product
+def _mixed(tensors: list[Tensor]) -> Mixed | None:
+    """What the result of a function of ``tensors`` is a mixture of; a Piece where all are of one head."""
+    found = [m for t in tensors if isinstance(m := mark_of(t), Mixed)]
+    if not found:
+        return None
+    first = found[0]
+    if all(isinstance(m, Piece) and isinstance(first, Piece) and m.index == first.index for m in found):
+        return first
+    return next((m for m in found if not isinstance(m, Piece)), Mixed(first.why, first.remedy))
 
 
-def _random_state(tensors: list[Tensor]) -> list[Tensor]:
-    """The states of the generators that a function on ``tensors`` may draw from."""
-    states = [torch.get_rng_state()]
-    device = next((t.device for t in tensors if t.device.type == "cuda"), None)
-    if device is not None:
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _restore(states: list[Tensor], like: Tensor) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], like.device)
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """A trial leaves running statistics as they are."""
-    kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
+def _gravity(local: Local) -> int:
+    return ("rows", "number", "heads").index(local.of)

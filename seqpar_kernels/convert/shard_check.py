@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ..nn.own_forward import follow
-from .culprit import PACKAGE, statement
+from .culprit import PACKAGE, name_of, statement
 from .foreign import Functions, described, leaf_behind, trainable_inputs
 from .kept import Collector
 from .marks import MARK, OWNED, Kind, Local, Mixed, collectors, is_shard, kind_of, mark, mark_of
@@ -254,9 +254,14 @@ class ShardCheck(TorchFunctionMode):
             for key in plain:
                 del self._allowed[key]
         if whole:
-            mark(out, EXPECTED[style][1])
+            mark([leaf for leaf in tree_leaves(out) if not (parts and self._followed(leaf))], EXPECTED[style][1])
             self.rules.leaving(name, style, module, args, out)
         return out
+
+    @staticmethod
+    def _followed(leaf: Any) -> bool:
+        """Whether its mark says what became of this rank's heads."""
+        return kind_of(leaf) is Kind.PARTS or isinstance(mark_of(leaf), Mixed)
 
     @contextmanager
     def trusted(self) -> Iterator[None]:
@@ -344,7 +349,7 @@ class ShardCheck(TorchFunctionMode):
             return out
         if self._parts:
             out = self.rules.inside(func, args, kwargs, leaves)
-            if kind is not Kind.PARTS and noted is None:
+            if (kind is not None or source is not None) and kind is not Kind.PARTS and noted is None:
                 self._note(out, kind, source)
             return out
         if self._summed:  # 'sequence': tried as a whole
@@ -376,10 +381,10 @@ class ShardCheck(TorchFunctionMode):
             return self.rules.call(func, args, kwargs, leaves, None, trained=True)
         out = func(*args, **kwargs)
         local = next((m for leaf in leaves if isinstance(m := mark_of(leaf), Local)), None)
-        if source is not None and local is not None:  # an embedding of positions, say
+        if source is not None and local is not None and local.of == "rows":  # an embedding of positions, say
             self._note(out, Mixed(self.rules.of_positions(source, local)), None)
         elif source is None and kind is None:
-            self._note(out, self.rules.made_of_length(args, kwargs), None)
+            self._note(out, self.rules.made_of_counts(name_of(func), args, kwargs), None)
         else:
             self._note(out, kind, source)
         return out

@@ -111,6 +111,23 @@ class Normalized(Mlp):
         self.act = Normalizing()
 
 
+class HeadNorm(nn.Module):
+    """Of [B, heads, S, head_dim], over ``dims``."""
+
+    def __init__(self, dims: tuple[int, ...]):
+        super().__init__()
+        self.dims, self.gain = dims, nn.Parameter(torch.rand(WIDTH // HEADS) + 0.5)
+
+    def forward(self, q: Tensor) -> Tensor:
+        return q * self.gain / (q.pow(2).mean(self.dims, keepdim=True) + 1e-3).sqrt()
+
+
+class WithNorm(Attention):
+    def __init__(self, dims: tuple[int, ...]):
+        super().__init__(lambda m, t: m.norm(_view(m, t)))
+        self.norm = HeadNorm(dims)
+
+
 class Block(nn.Module):
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -204,6 +221,20 @@ WRONG: dict[str, tuple[Case, str]] = {
     "norm of features": ((lambda: Mlp(lambda t: F.rms_norm(t, t.shape[-1:])), MLP, ()), "mixes them"),
     "in a tensor_parallel module": ((lambda: WithCore(), {**QKV, "core": "tensor_parallel"}, ()), "'n_head'"),
     "norm in a tensor_parallel module": ((lambda: Normalized(), {**MLP, "act": "tensor_parallel"}, ()), "mixes them"),
+    "gate, flipped": ((lambda: Gated(lambda t: F.glu(t.flip(-1), -1)), HIDDEN2, ()), "mixes them"),
+    "one of the heads split off": (
+        (lambda: Attention(lambda m, t: torch.stack([t.split(m.head_dim, -1)[0]] * 2, 1)), QKV, ()), "head 0 of the 2"),
+    "heads by split, exchanged": (
+        (lambda: Attention(lambda m, t: torch.stack(t.split(m.head_dim, -1)[::-1], 1)), QKV, ()), "of the 2"),
+    "heads as strides": (
+        (lambda: Attention(lambda m, t: t.as_strided(
+            (*t.shape[:2], 4, t.shape[-1] // 4),
+            (t.shape[1] * t.shape[2], t.shape[2], t.shape[-1] // 4, 1)).transpose(1, 2)), QKV, ()), "'n_head'"),
+    "norm over heads in a tensor_parallel module": (
+        (lambda: WithNorm((1, 3)), {**QKV, "norm": "tensor_parallel"}, ("n_head",)), "it mixes them"),
+    "width of features": ((lambda: Mlp(lambda t: F.relu(t) / t.shape[-1] ** 0.5), MLP, ()), "`divided`"),
+    "positions of features": (
+        (lambda: Mlp(lambda t: t * torch.arange(t.shape[-1])), MLP, ()), "numbered by this rank's heads or features"),
     "mean of features": ((lambda: Mlp(lambda t: t - t.mean(-1, keepdim=True)), MLP, ()), "mixes them"),
 }  # fmt: skip
 
@@ -244,6 +275,15 @@ RIGHT: dict[str, Case] = {
     "put together": (
         lambda: Attention(
             lambda m, t: torch.cat([t, t], -1).unflatten(-1, (2, -1, m.head_dim))[:, :, 0].transpose(1, 2)), QKV, ()),
+    "gate, glu": (lambda: Gated(lambda t: F.glu(t, -1)), HIDDEN2, ()),
+    "gate, sections exchanged": (lambda: Gated(lambda t: F.glu(torch.cat(t.chunk(2, -1)[::-1], -1), -1)), HIDDEN2, ()),
+    "heads by split": (lambda: Attention(lambda m, t: torch.stack(t.split(m.head_dim, -1), 1)), QKV, ()),
+    "heads by chunk": (lambda: Attention(lambda m, t: torch.stack(t.chunk(m.n_head, -1), 1)), QKV, ("n_head",)),
+    "heads by split, each changed": (
+        lambda: Attention(lambda m, t: torch.cat(
+            [F.normalize(u, dim=-1) for u in t.split(m.head_dim, -1)], -1).unflatten(
+                -1, (-1, m.head_dim)).transpose(1, 2)), QKV, ()),
+    "norm of its own heads": (lambda: WithNorm((-1,)), {**QKV, "norm": "tensor_parallel"}, ("n_head",)),
     "groups of features": (lambda: Mlp(lambda t: t.unflatten(-1, (-1, 4)).softmax(-1).flatten(-2)), MLP, ()),
 }  # fmt: skip
 

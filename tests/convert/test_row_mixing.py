@@ -85,6 +85,12 @@ def _attention(x: Tensor) -> Tensor:
     return scores.softmax(-1) @ x
 
 
+def _checked(x: Tensor) -> Tensor:
+    assert x.shape[1] <= 64 and x.shape == torch.relu(x).shape and x.shape[1] + x.shape[0] < 100
+    assert x.ndim == 3 and x.numel() < 10_000 and {x.shape[1]: 1}[x.shape[1]] == 1
+    return x * 2 if x.shape[1] > 64 or x.size(-1) != WIDTH else x
+
+
 KERNEL = torch.tensor([[[0.25, 0.5, 0.25]]])
 
 
@@ -146,6 +152,19 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "divided by the length": lambda x: x / x.shape[1],
     "mean by hand": lambda x: x * (1 / x.size(1)),
     "root of the length": lambda x: x * math.sqrt(x.shape[-2]),
+    "power of the length": lambda x: x * x.shape[1] ** -0.5,
+    "numel": lambda x: x * (100 / x.numel()),
+    "nelement": lambda x: x * (1 / (x.nelement() // WIDTH)),
+    "len": lambda x: x / len(x[0]),
+    "length of merged rows": lambda x: x / x.reshape(-1, WIDTH).shape[0],
+    "rest of the length": lambda x: x * (1 + x.size(1) % 4),
+    "length times a half": lambda x: x / (x.shape[1] * 0.5),
+    "a tensor of the length": lambda x: x * (torch.ones(1) / x.shape[1]),
+    "a full tensor of the length": lambda x: x / torch.full((1,), x.shape[1]),
+    "a branch by the length": lambda x: x * 2 if x.shape[1] > 6 else x,
+    "a branch by half the length": lambda x: x * 2 if x.shape[1] / 2 >= 3.5 else x,
+    "an equal length": lambda x: x if x.shape[1] == 7 else x * 2,
+    "the smaller": lambda x: x * min(x.shape[1], 6),
     "noise": lambda x: x + 0.1 * torch.randn_like(x),
     "bernoulli": lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)),
 }
@@ -177,6 +196,9 @@ ROW_BY_ROW: dict[str, Callable[[Tensor], Tensor]] = {
     "norm of a row": lambda x: x / (x.norm(dim=-1, keepdim=True) + 1),
     "dropout of eval": lambda x: F.dropout(x, 0.5, training=False),
     "outer": lambda x: (x.unsqueeze(-1) * x.unsqueeze(-2)).sum(-1) / WIDTH,
+    "checked lengths": lambda x: _checked(x),
+    "sizes by numel": lambda x: x.view(-1).view(x.shape[0], x.numel() // WIDTH // x.shape[0], WIDTH),
+    "len of the batch": lambda x: x / len(x),
     "windows": lambda x: x.unsqueeze(2).expand(-1, -1, 3, -1).mean(2),
 }
 
@@ -218,7 +240,7 @@ def test_ranks_with_one_row_stop_with_the_others(world4: World, name: str) -> No
 
 def right_case(length: int, seq_dim: int) -> None:
     for name, extra in ROW_BY_ROW.items():
-        if seq_dim == 0 and name == "reshaped":
+        if seq_dim == 0 and name in ("reshaped", "len of the batch"):
             continue
         plain, model = Model(extra), sp.parallelize(Model(extra), group(), PLAN, seq_dim=seq_dim)
         x = torch.randn(2, length, WIDTH, generator=torch.Generator().manual_seed(2))
@@ -330,146 +352,6 @@ def moved_case() -> None:
 
 def test_a_moved_sequence_dimension_is_refused(world2: World) -> None:
     world2.run(moved_case)
-
-
-# --- modules of style 'sequence' --------------------------------------------------------------------------------
-
-
-class TokenShift(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mix(x + F.pad(x, (0, 0, 1, 0))[:, :-1])
-
-
-class Convolved(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=2, groups=WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.mT)[..., : x.shape[1]].mT
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gru = nn.GRU(WIDTH, WIDTH, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gru(x)[0]
-
-
-class Attending(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x, x, x, need_weights=False)[0]
-
-
-class Batched(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x.mT).mT
-
-
-class Positioned(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(32, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.table(torch.arange(x.shape[1]))
-
-
-class Dropping(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
-
-
-class Gated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.norm = nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH), nn.LayerNorm(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.b(F.silu(self.a(x.reshape(-1, x.shape[-1])))).view(x.shape))
-
-
-WRONG_MODULES = (TokenShift, Convolved, Recurrent, Attending, Batched, Positioned)
-
-
-class WithModule(Model):
-    def __init__(self, kind: type[nn.Module]):
-        super().__init__()
-        for block in self.blocks:
-            block.module = kind()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-            x = x + block.module(x)
-        return self.norm(x)
-
-
-def modules_case() -> None:
-    x = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(2))
-    plan = {**PLAN, "blocks.*.module": "sequence"}
-    for kind in WRONG_MODULES:
-        model = sp.parallelize(WithModule(kind), group(), plan)
-        with pytest.raises(RuntimeError, match=rf"blocks\.0\.module: .* but {kind.__name__} mixes them"):
-            model(x)
-    model = sp.parallelize(WithModule(Dropping), group(), plan)
-    with pytest.raises(RuntimeError, match=r"blocks\.0\.module: .* but Dropping draws random numbers"):
-        model(x)
-    model.eval()(x)
-    model, plain = sp.parallelize(WithModule(Gated), group(), plan), WithModule(Gated)
-    a, b = plain(x), model(x)
-    torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
-    a.square().mean().backward()
-    b.square().mean().backward()
-    assert_same_gradients(sp.gather_full_gradients(model), {n: p.grad for n, p in plain.named_parameters()})  # type: ignore
-    whole = sp.parallelize(WithModule(Recurrent), group(), {**PLAN, "blocks.*.module": "replicated"})
-    torch.testing.assert_close(whole(x), WithModule(Recurrent)(x), rtol=1e-4, atol=1e-5)
-
-
-def test_modules_called_sequence_are_tried(world2: World) -> None:
-    world2.run(modules_case)
-
-
-def mamba_case() -> None:
-    transformers = pytest.importorskip("transformers")
-    from transformers.models.mamba.modeling_mamba import MambaMixer
-
-    class Mixer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            config = transformers.MambaConfig(
-                hidden_size=WIDTH, state_size=4, num_hidden_layers=1, intermediate_size=32
-            )
-            self.mixer = MambaMixer(config, layer_idx=0)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.mixer(x)
-
-    model = sp.parallelize(WithModule(Mixer), group(), {**PLAN, "blocks.*.module": "sequence"})
-    with pytest.raises(RuntimeError, match=r"blocks\.0\.module: .* mixes them"):
-        model(torch.randn(2, 7, WIDTH))
-
-
-def test_a_mamba_mixer_is_no_sequence_module(world2: World) -> None:
-    world2.run(mamba_case)
 
 
 def test_other_errors_are_the_models_own(world2: World) -> None:
