@@ -101,7 +101,7 @@ def _apart(tensor: Tensor) -> str | None:
     """What it is, if it or its gradient differs between the ranks."""
     found = mark_of(tensor)
     if isinstance(found, (Mixed, Local)):
-        return "a tensor made from this rank's part of the sequence"
+        return "a tensor made from this rank's rows, heads or features"
     if found is OWNED:
         return "a tensor made from parameters whose gradients are summed over the ranks"
     kind = kind_of(tensor)

@@ -85,14 +85,14 @@ def returned(name: str) -> Callable[[Net], Tensor]:
 
 
 REFUSED = {
-    "an attention entropy": (penalised("entropy"), "a tensor-parallel tensor, made by `.*entropy"),
+    "an attention entropy": (penalised("entropy"), "this rank's rows, heads or features, made by `.*entropy"),
     "an activation penalty": (
         penalised("activations"),
-        "this rank's part of the sequence, made by `.*activations",
+        "this rank's rows, heads or features, made by `.*activations",
     ),
     "a penalty on what is summed": (penalised("gate"), "whose gradients are summed over the ranks, made by `.*gate"),
     "rows": (with_rows, r"a sequence shard, made by `x = x \+ y"),
-    "returned entropy": (returned("entropy"), "a tensor-parallel tensor"),
+    "returned entropy": (returned("entropy"), "this rank's rows, heads or features"),
     "returned weights": (returned("heads"), "a tensor-parallel tensor"),
 }
 
