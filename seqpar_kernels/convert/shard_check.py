@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..nn.own_forward import follow
 from .culprit import PACKAGE, name_of, statement
+from .dropout_functions import drops
 from .foreign import Functions, described, leaf_behind, trainable_inputs
 from .kept import Collector
 from .marks import MARK, OWNED, Kind, Local, Mixed, collectors, is_shard, kind_of, mark, mark_of
@@ -31,20 +32,6 @@ from .presented import part_of
 from .rules import REMEDY, Rules
 
 __all__ = ["EXPECTED", "Kind", "ShardCheck", "is_shard", "mark"]
-
-_DROPOUTS = frozenset(
-    {
-        nn.functional.dropout,
-        nn.functional.dropout1d,
-        nn.functional.dropout2d,
-        nn.functional.dropout3d,
-        nn.functional.alpha_dropout,
-        nn.functional.feature_alpha_dropout,
-        torch.dropout,
-        torch.native_dropout,
-    }
-)
-
 
 #: style -> (what its input is, what its output is); None: anything but a shard.
 EXPECTED: dict[str, tuple[Kind | None, Kind]] = {
@@ -60,7 +47,6 @@ EXPECTED: dict[str, tuple[Kind | None, Kind]] = {
     "replicated": (None, Kind.SHARD),  # seen behind the gather
     "conditioning": (None, Kind.COPIED),
 }
-
 
 _FITTING = {
     Kind.SHARD: "'norm', 'colwise', 'rowwise', or 'sequence' for a module that treats rows one by one",
@@ -359,7 +345,7 @@ class ShardCheck(TorchFunctionMode):
         marked = kind if isinstance(kind, Kind) else None
         if marked is None and (noted is None or source is not None):
             return self._on_whole(func, args, kwargs, leaves, kind, source)
-        if marked is Kind.SHARD and func in _DROPOUTS and self._drops(args, kwargs):
+        if marked is Kind.SHARD and drops(func, args, kwargs):
             raise RuntimeError(
                 f"{self._where()}: dropout on a sequence shard that the plan does not know: its mask would depend on "
                 f"how the sequence is cut. Give it the style 'dropout', or set its probability to 0. It is in "
@@ -524,9 +510,3 @@ class ShardCheck(TorchFunctionMode):
         met = [leaf for leaf in leaves if self._source(leaf, True) == source]
         outside = not f"{where}.".startswith(f"{module}.") and where != type(self._model).__name__
         return outside and not any(isinstance(leaf, nn.Parameter) for leaf in met)
-
-    @staticmethod
-    def _drops(args: Any, kwargs: Any) -> bool:
-        p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-        training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
-        return bool(training) and p > 0
