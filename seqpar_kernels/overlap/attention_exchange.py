@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from ..kernels.spec import accumulation_dtype
 from ..sequence_layout import Intervals, common, count, places
+from .agreement import agreement_of
 from .pipeline import transport_of
 from .schedule import Rows, Transfer
 from .transport import Message, Room, Session, end
@@ -57,6 +58,15 @@ class Messages:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         end(self._session, error)
+
+
+def agree(group: ProcessGroup, text: str) -> None:
+    """Return when all ranks have said ``text``, which they do once.
+
+    Raises:
+        RuntimeError: on every rank, where they have not.
+    """
+    agreement_of(group).require(text)
 
 
 class Part(NamedTuple):
