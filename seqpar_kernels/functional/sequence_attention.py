@@ -274,9 +274,9 @@ def _check_options(
     check_chunks(chunks)
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
-    if scale is not None and (not isinstance(scale, int | float) or not math.isfinite(scale)):
+    if scale is not None and (not isinstance(scale, int | float) or not -math.inf < scale < math.inf):
         raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
-    if not isinstance(softcap, int | float) or not math.isfinite(softcap) or softcap < 0:
+    if not isinstance(softcap, int | float) or not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number, 0 or more, got {softcap!r}")
     if save_kv is not None and not isinstance(save_kv, bool):
         raise ValueError(f"save_kv: expected a bool or None, got {save_kv!r}")

@@ -22,9 +22,9 @@ from ..kernels.spec import accumulation_dtype
 from ..layout import group_rank, group_size
 from ..overlap import attention_choice, attention_run
 from ..overlap.attention_choice import Choice, Problem
-from ..overlap.attention_exchange import Part, heads_to_rows, rows_to_heads
+from ..overlap.attention_column import Column, Extras, kept_elements
+from ..overlap.attention_exchange import Part, agree, heads_to_rows, rows_to_heads
 from ..overlap.attention_plan import check_documents
-from ..overlap.attention_run import Column, Extras
 from ..sequence_layout import count
 from .library import group_named, register, without_autocast
 
@@ -90,6 +90,7 @@ class Call:
         seed: Tensor | None,
         s: Scalars,
     ):
+        attention.select_attention(q.device)  # raises before anything is sent
         self.group: ProcessGroup | None = group_named(s.group)
         self.rank, self.scalars, self.seed = group_rank(self.group), s, seed
         problem = s.problem(q, kv_heads, value_dim, q_heads, bias, mask)
@@ -104,13 +105,16 @@ class Call:
             documents = tuple(cu_seqlens.tolist())
             check_documents(documents, problem.q_len, problem.k_len)
         given = [(name, tuple(t.shape[:2])) for name, t in (("bias", bias), ("mask", mask)) if t is not None]
-        # Which keys travel depends on the documents: ranks that have different ones hear so before anything does.
-        cut = "" if documents is None else f", cu_seqlens {zlib.crc32(repr(documents).encode()):08x}"
+        if documents is not None and self.group is not None:
+            # Which keys travel depends on them: ranks that have different ones hear so before anything does.
+            agree(
+                self.group, f"cu_seqlens of {len(documents) - 1} documents {zlib.crc32(repr(documents).encode()):08x}"
+            )
         self.signature = (
             f"sequence_parallel_attention(B={problem.batch}, S={problem.q_len}, {problem.k_len} keys, heads "
             f"{q_heads}, {kv_heads}, sizes {problem.head_dim}, {problem.value_dim}, {q.dtype}, {s.layout}, "
             f"window {s.left}, {s.right}, p={s.p}, {given}, {self.choice.engine} {sizes.ulysses} x {sizes.ring}, "
-            f"messages of {sizes.chunk_rows}, save_kv={self.choice.save_kv}, lse={s.want_lse}{cut})"
+            f"messages of {sizes.chunk_rows}, save_kv={self.choice.save_kv}, lse={s.want_lse})"
         )
         whole = dict(all_heads=q_heads, first_head=self.heads[self.me][0].start, all_rows=problem.q_len)
         spec = AttentionSpec(s.scale, s.softcap, s.left, s.right, p=s.p, **whole)
@@ -252,7 +256,7 @@ def _fake(
     none = [q.new_empty(0) for _ in range(3)]
     keeps = s.save and choice.save_kv and sizes.ring > 1
     if sizes.ulysses == 1:
-        kept = k.new_empty(attention_run.kept_elements(choice, rank, k, v) if keeps else 0)
+        kept = k.new_empty(kept_elements(choice, rank, k, v) if keeps else 0)
         return out, lse, *none, lse.new_empty(0), kept
     if not s.want_lse:
         lse = lse.new_empty(0)
@@ -265,7 +269,7 @@ def _fake(
     k_column, v_column = (t.new_empty((t.shape[0], k_rows, kv_heads, t.shape[3])) for t in (k, v))
     each = kv_heads if _key_of_each(choice, column) is None else q_heads
     expanded = [t.new_empty((t.shape[0], k_rows, each, t.shape[3])) for t in (k, v)]
-    kept = k.new_empty(attention_run.kept_elements(choice, rank, *expanded) if keeps else 0)
+    kept = k.new_empty(kept_elements(choice, rank, *expanded) if keeps else 0)
     return out, lse, q_column, k_column, v_column, q.new_empty((q.shape[0], q_heads, q_rows), dtype=wide), kept
 
 

@@ -83,21 +83,27 @@ def imbalance(sizes: Sizes) -> float:
 
 
 def wire(sizes: Sizes, problem: Problem, save_kv: bool) -> Wire:
-    """What a rank sends: see the module. The backward sends gradients for all that the forward sent, and fetches keys
-    and values again where they are not kept."""
+    """What a rank sends, without the log-sum-exp that a caller may ask for."""
     p, worst = problem, Wire(0, 0)
+    wide = 8 if p.itemsize == 8 else 4
+    shared = wide if p.kv_heads < sizes.ulysses else p.itemsize  # of gradients that are sums over ranks
     for rank in range(sizes.ranks):
         row, column = divmod(rank, sizes.ulysses)
+        heads, others = sizes.heads(column), [sizes.heads(c) for c in range(sizes.ulysses) if c != column]
         q_rows, k_rows = (count(sizes.held(n, rank)) for n in (p.q_len, p.k_len))
-        others = [sizes.heads(c) for c in range(sizes.ulysses) if c != column]
-        numbers = q_rows * sum(len(h[0]) for h in others) * p.head_dim
-        numbers += k_rows * sum(len(h[1]) for h in others) * (p.head_dim + p.value_dim)
-        numbers += (count(sizes.rows(p.q_len, row)) - q_rows) * len(sizes.heads(column)[0]) * p.value_dim
-        exchanged = p.batch * numbers * p.itemsize + q_rows * p.bias_row * (sizes.ulysses - 1)
-        key_bytes = p.batch * p.itemsize * len(sizes.heads(column)[1]) * (p.head_dim + p.value_dim)
+        # What leaves a rank: its rows of other ranks' heads, and other ranks' rows of its heads.
+        q_there, kv_there = q_rows * sum(len(h[0]) for h in others), k_rows * sum(len(h[1]) for h in others)
+        q_back = (count(sizes.rows(p.q_len, row)) - q_rows) * len(heads[0])
+        kv_back = (count(sizes.rows(p.k_len, row)) - k_rows) * len(heads[1])
+        both, biases = p.head_dim + p.value_dim, q_rows * p.bias_row * (sizes.ulysses - 1)
+        forward = p.itemsize * (q_there * p.head_dim + kv_there * both + q_back * p.value_dim)
+        backward = q_there * (p.itemsize * p.value_dim + wide) + q_back * p.itemsize * p.head_dim
+        backward += kv_back * shared * both
+        key_bytes = p.itemsize * len(heads[1]) * both
         sent = sum(piece.keys.size for piece in leaving(sizes, None, row)) * key_bytes
         received = sum(piece.keys.size for piece in arriving(sizes, None, row)) * key_bytes
-        found = Wire(exchanged + sent, exchanged + received + (0 if save_kv else sent))
+        backward += received + (0 if save_kv else sent)
+        found = Wire(p.batch * (forward + sent) + biases, p.batch * backward + biases)
         worst = max(worst, found, key=lambda w: w.total)
     return worst
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..comm import select
+from ..comm.coordination import agreement_of
 from ..comm.steps import Buffer, Rows, Transfer
 from ..comm.transport import Message, Room, Session, end
 from ..kernels.spec import accumulation_dtype
@@ -58,6 +59,15 @@ class Messages:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         end(self._session, error)
+
+
+def agree(group: ProcessGroup, text: str) -> None:
+    """Return when all ranks have said ``text``, which they do once.
+
+    Raises:
+        RuntimeError: on every rank, where they have not.
+    """
+    agreement_of(group).require(text)
 
 
 class Part(NamedTuple):

@@ -44,6 +44,7 @@ CASES: dict[str, Callable[[], Problem]] = {
     "few rows": lambda: Problem((3, 3), is_causal=True, bias=(1, 4, 1, 3)),
     "few rows, zigzag": lambda: Problem((5, 5), is_causal=True, layout="zigzag", mask=some((5, 5)), sinks=True),
     "uneven heads": lambda: Problem(heads=(6, 3), is_causal=True),
+    "heads across groups": lambda: Problem(heads=(8, 2), is_causal=True, sinks=True, dropout_p=0.1, layout="zigzag"),
     "bf16": lambda: Problem((61, 61), dtype=BF16, is_causal=True, layout="zigzag"),
     "bf16, sinks, window": lambda: Problem((61, 61), dtype=BF16, is_causal=True, window_size=(20, 0), sinks=True),
     "fp16": lambda: Problem((61, 61), dtype=F16, is_causal=True, cu_seqlens=ends(0, 40, 61)),

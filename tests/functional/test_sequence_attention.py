@@ -108,7 +108,10 @@ def checkpoint_case(group: dist.ProcessGroup) -> None:
 
 def compile_case(group: dist.ProcessGroup) -> None:
     """One op forward, one backward, whatever the engine."""
-    for asked in (dict(engine="ring", save_kv=True), dict(engine="ulysses"), dict(ring_degree=1, return_lse=True)):
+    engines = [dict(engine="ring", save_kv=True), dict(engine="ulysses"), dict(ring_degree=1, return_lse=True)]
+    if group.size() == 4:
+        engines.append(dict(engine="all_gather", save_kv=True, ulysses_degree=2))
+    for asked in engines:
         inputs = [torch.randn(1, 5, 4, 8, requires_grad=True) for _ in range(3)]
         inputs.append(torch.randn(4, requires_grad=True))
         graphs: list[str] = []
