@@ -28,8 +28,8 @@ from torch.distributed import ProcessGroup
 from ..caches import per_group
 from ..comm.coordination import agreement_of
 from ..overlap import pipeline
+from .attention_dropout import default_generator
 from .fingerprint import fingerprint, is_plain, row_sketch
-from .head_dropout import default_generator
 
 #: Forwards between two comparisons, after the 1st, 2nd, 3rd, 5th and 9th: one small all-gather each, so that it costs
 #: less than a hundredth of the collectives of a model of two layers, and a run of a few minutes is compared often.

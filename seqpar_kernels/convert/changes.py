@@ -23,8 +23,8 @@ from torch.nn.modules import module as module_hooks
 from torch.nn.modules.dropout import _DropoutNd
 
 from .attributes import Attributes, alike_name
+from .dtensor_params import Parameters
 from .foreign import described, leaves_within, where_held
-from .presented import Parameters
 from .shard_check import ShardCheck
 
 _forward, _parameters = methodcaller("get", "forward"), itemgetter("_parameters")

@@ -15,8 +15,8 @@ from ..nn import SplitRMSNorm
 from ..nn.linear import _linear_features
 from ..nn.sharding import ShardSpec, check_shardable
 from .conversion import Conversion
-from .modules import converted_norm
 from .plans import ParallelPlan, matches
+from .replacements import converted_norm
 
 #: The DTensors of 2.11 refuse parameters that are cut in several sections; with those of 2.9 the gradients of penalties
 #: on listed parameters come out wrong, and nobody notices.

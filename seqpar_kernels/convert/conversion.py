@@ -13,7 +13,7 @@ from .cut import Cut
 from .loss import LossParallel
 from .plans import ParallelPlan
 from .shard_check import ShardCheck
-from .snapshot import Snapshot
+from .undo import Snapshot
 
 if TYPE_CHECKING:
     from .changes import Watch
@@ -37,7 +37,7 @@ class Conversion:
         self.trusted = False  # no plan of the user's: known to miss nothing
         self.running = False  # a forward of the whole model is under way
         self.compiled = False  # by torch.compile as a whole; modules inside may be compiled by themselves
-        self.crossing = False  # pending sums may leave their block
+        self.crossing = False  # deferred sums may leave their block
         self.replicated: list[nn.Parameter] = []
         self.alike: Alike | None = None  # compares forwards between the ranks
         self.seen: Seen | None = None  # what the last check has seen, or parallelize has left

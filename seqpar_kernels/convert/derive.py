@@ -18,8 +18,8 @@ from typing import Any
 from torch import nn
 
 from ..nn.linear import _linear_features
-from .modules import converted_norm
 from .plans import STREAM_NAMES, ParallelPlan
+from .replacements import converted_norm
 
 #: Architectures (model_type) for which ``python -m bench coverage --models`` finds everything right (docs/models.md).
 PROVEN = frozenset({

@@ -13,8 +13,8 @@ from torch.distributed import ProcessGroup
 
 from ..overlap import pipeline
 from .alike import Alike
+from .attention_dropout import default_generator
 from .conversion import Conversion
-from .head_dropout import default_generator
 
 
 def generate_alike(model: Any, conversion: Conversion) -> None:

@@ -14,15 +14,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..comm.coordination import agreement_of
 from ..functional import copy_to_tensor_parallel, gather_sequence, scatter_sequence
-from ..nn.embedded import EmbeddedRows
-from ..nn.pending import settled
+from ..nn.deferred_sum import settled
 from ..nn.region import mark_entrance, show_whole
+from ..nn.sequence_view import EmbeddedRows
+from .attention_dropout import head_dropouts
 from .changes import Watch
 from .checks import counted
 from .compiled import Seen
 from .conversion import Conversion
 from .foreign import trained_arguments
-from .head_dropout import head_dropouts
 from .plans import STREAM_NAMES, matches
 from .pretrained import refuse_adapters
 from .rules import Rules

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..nn.sharding import ShardSpec, local_part
 from .conversion import Conversion
 from .drawn import DrawsWhole
-from .presented import Cut
+from .dtensor_params import Cut
 
 
 def initialise_whole(model: nn.Module, originals: Mapping[str, nn.Module], conversion: Conversion) -> None:

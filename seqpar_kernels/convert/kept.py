@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..nn.pending import PendingSum
+from ..nn.deferred_sum import DeferredSum
 from .culprit import PACKAGE, user_frame
 from .marks import OWNED, Kind, Local, Mixed, kind_of, mark_of
 
 _NOTE = "_seqpar_kept"
 #: Code that hands on what its caller asks of a tensor.
-_BETWEEN = (os.path.dirname(os.path.abspath(torch.__file__)) + os.sep, inspect.getfile(PendingSum))
+_BETWEEN = (os.path.dirname(os.path.abspath(torch.__file__)) + os.sep, inspect.getfile(DeferredSum))
 _BACKWARD = (Tensor.backward, torch.autograd.grad)
 
 
@@ -79,7 +79,7 @@ class Collector:
         self._made: list[_Made] = []
 
     def add(self, tensor: Tensor) -> None:
-        if type(tensor) is PendingSum or (type(tensor) is Tensor and tensor.grad_fn is not None):
+        if type(tensor) is DeferredSum or (type(tensor) is Tensor and tensor.grad_fn is not None):
             frame = user_frame()
             file, line = (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("?", 0)
             self._made.append(_Made(weakref.ref(tensor), file, line))
@@ -88,7 +88,7 @@ class Collector:
         """The forward has succeeded."""
         for made in self._made:
             tensor = made.tensor()
-            if type(tensor) is PendingSum:  # the norm behind it has computed it
+            if type(tensor) is DeferredSum:  # the norm behind it has computed it
                 tensor = tensor.computed
             if type(tensor) is Tensor and (what := _apart(tensor)) is not None:
                 text = " ".join(linecache.getline(made.file, made.line).split())

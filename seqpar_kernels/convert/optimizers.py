@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .presented import PresentedParameter
+from .dtensor_params import PresentedParameter
 
 _checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _installed = False

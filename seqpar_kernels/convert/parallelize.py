@@ -30,19 +30,19 @@ from .checks import (
 from .comparison import compare_ranks
 from .conversion import Conversion, conversion_of
 from .derive import PROVEN, derive_plan
+from .dtensor_params import cut_whole_tensors, cuts_of, present_parameters, shard_specs
 from .generation import generate_alike
 from .grad_scaler import agree_on_overflow
 from .hf_storage import refuse_lost_shards
 from .hooks import install_hooks
 from .initialising import initialise_whole
 from .loss_ends import ends_of, install
-from .modules import converted, cut_parameters
 from .optimizers import refuse_unfit_optimizers
 from .plans import HANDLING, ParallelPlan, built_in_plan, checked_plan, matches, parse_style
-from .presented import cut_whole_tensors, cuts_of, present_parameters, shard_specs
 from .pretrained import answer_for_ranks, refuse_adapters
 from .refusal import refuse_unfused
-from .snapshot import Snapshot
+from .replacements import converted, cut_parameters
+from .undo import Snapshot
 from .verify_offer import offering_verify
 
 __all__ = ["Conversion", "conversion_of", "parallelize"]

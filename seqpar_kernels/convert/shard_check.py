@@ -25,10 +25,10 @@ from torch.utils.hooks import RemovableHandle
 from ..nn.own_forward import follow
 from .culprit import PACKAGE, name_of, statement
 from .dropout_functions import drops
+from .dtensor_params import part_of
 from .foreign import Functions, described, leaf_behind, trainable_inputs
 from .kept import Collector
 from .marks import MARK, OWNED, Kind, Local, Mixed, collectors, is_shard, kind_of, mark, mark_of
-from .presented import part_of
 from .rules import REMEDY, Rules
 
 __all__ = ["EXPECTED", "Kind", "ShardCheck", "is_shard", "mark"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .conversion import Conversion
-from .presented import Cut, first_row_of
+from .dtensor_params import Cut, first_row_of
 from .verify_ranks import Ranks, checksum
 from .verify_report import VerifyRow
 from .verify_run import Run, device_of

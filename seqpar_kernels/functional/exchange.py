@@ -12,7 +12,7 @@ from .. import ops
 from ..checks import check_tensor
 from ..comm.coordination import agreement_of, checked_together
 from ..layout import Group, SequenceShard, group_rank, group_size, normalize_dim, resolve_group, shard_of
-from ..ops.library import group_name
+from ..ops.registry import group_name
 from .mappings import (
     copy_to_tensor_parallel,
     gather_dimension,

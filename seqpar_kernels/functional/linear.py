@@ -22,11 +22,11 @@ from ..checks import (
 from ..comm.coordination import checked_together
 from ..kernels import NormKind
 from ..layout import Group, SequenceShard, group_rank, group_size, resolve_group, shard_of
-from ..ops.library import group_name
+from ..ops.registry import group_name
 from ..overlap.engines import settle_plan
 from ..overlap.planner import Plan
 from ..overlap.tuning import figures_of
-from .met import Met
+from .call_cache import Met
 
 
 class NormRecipe(NamedTuple):

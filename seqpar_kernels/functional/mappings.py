@@ -10,7 +10,7 @@ from .. import ops
 from ..checks import check_float, check_sequence, check_tensor
 from ..comm.coordination import checked_together
 from ..layout import Group, normalize_dim, resolve_group, shard_of
-from ..ops.library import eager, group_name
+from ..ops.registry import eager, group_name
 from .doubled import doubled_gradients
 
 

@@ -26,7 +26,7 @@ from ..comm.coordination import agreement_of, checked_together
 from ..kernels import BACKENDS, NormKind
 from ..kernels.spec import accumulation_dtype
 from ..layout import Group, WrongTypeError, check_shard, resolve_group, row_map
-from ..ops.library import PLAIN_TYPES, eager, group_name
+from ..ops.registry import PLAIN_TYPES, eager, group_name
 from ..random import as_seed, check_seeds_alike, debug_enabled, draw_seed
 
 

@@ -14,7 +14,7 @@ from .. import ops
 from ..checks import check_chunks, check_float, check_probability, check_same_device, check_tensor
 from ..comm.coordination import checked_together
 from ..layout import Group, resolve_group, shard_of
-from ..ops.library import group_name
+from ..ops.registry import group_name
 from ..ops.sequence_attention import Scalars
 from ..overlap.attention_choice import ENGINES, Choice
 from ..overlap.attention_plan import check_documents

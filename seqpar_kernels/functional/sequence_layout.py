@@ -12,7 +12,7 @@ from .. import ops
 from ..checks import check_tensor
 from ..comm.coordination import checked_together
 from ..layout import Group, group_rank, group_size, normalize_dim, resolve_group, shard_of
-from ..ops.library import group_name
+from ..ops.registry import group_name
 from ..sequence_layout import check_layout, rows_of
 from .exchange import gather, split
 

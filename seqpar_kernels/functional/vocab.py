@@ -10,7 +10,7 @@ from .. import ops
 from ..checks import check_float, check_linear_bias, check_same_device, check_sequence, check_tensor, check_weight
 from ..comm.coordination import checked_together
 from ..layout import Group, group_rank, group_size, resolve_group, shard_of, vocabulary_range
-from ..ops.library import group_name
+from ..ops.registry import group_name
 from ..overlap.engines import settle_plan
 from ..overlap.tuning import figures_of
 from .linear import autocast

@@ -15,8 +15,8 @@ from ..functional import (
     vocab_parallel_linear_cross_entropy,
 )
 from ..layout import Group
-from .embedded import EmbeddedRows
 from .region import Region
+from .sequence_view import EmbeddedRows
 from .sharding import ShardSpec, local_part
 
 
@@ -39,7 +39,7 @@ class VocabParallelEmbedding(nn.Module):
 
     Attributes:
         whole_needed: set in converted models, with ``whole_output``: asked in each forward why the result has to be
-            whole at once. Where it gives None the result is an :class:`.embedded.EmbeddedRows`.
+            whole at once. Where it gives None the result is an :class:`.sequence_view.EmbeddedRows`.
         scattered: whether the last forward gave a shard and nothing else; None: there was none.
         taken_whole_by: what took the whole tensor in the last forward that did not.
     """

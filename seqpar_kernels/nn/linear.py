@@ -15,8 +15,8 @@ from ..layout import Group
 from ..ops import announced
 from ..overlap.planner import Plan
 from ..strict import refuse
+from .deferred_sum import DeferredSum, settled, version_of
 from .own_forward import own_forward
-from .pending import PendingSum, settled, version_of
 from .region import Region, shard_behind
 from .sharding import ShardSpec, check_shardable, local_part
 
@@ -331,10 +331,10 @@ class RowParallelLinear(_ParallelLinear):
     @own_forward
     def forward(self, x: Tensor) -> Tensor:
         """[..., S, ..., K/t] -> [..., S/t, ..., N]"""
-        return PendingSum(self, x) if self.region.defers(x) else self.summed(x)
+        return DeferredSum(self, x) if self.region.defers(x) else self.summed(x)
 
     def summed(self, x: Tensor) -> Tensor:
-        """The output, never pending."""
+        """The output, never deferred."""
         region = self.region
         plan_by = (region.group, region.seq_dim, self.chunks, self.engine)
         out, self.ran = planned_linear_reduce_scatter(

@@ -13,9 +13,9 @@ from ..functional import NormOptions, NormRecipe, NormTensors, run_norm
 from ..kernels import NormKind
 from ..kernels.spec import accumulation_dtype
 from ..layout import Group
+from .deferred_sum import DeferredSum, settled
+from .norm_detection import norm_form
 from .own_forward import own_forward
-from .pending import PendingSum, settled
-from .probe import norm_form
 from .region import Region, is_entrance, mark_entrance
 
 
@@ -47,7 +47,7 @@ class _Norm(nn.Module):
     def _normalize(self, x: Tensor, seq_len: int | None) -> Tensor:
         if not torch.compiler.is_compiling():  # nothing waits there
             self.fused, self.first = False, is_entrance(x)
-            if isinstance(x, PendingSum):
+            if isinstance(x, DeferredSum):
                 y = x.normalized(self)  # type: ignore[arg-type]
                 if y is not None:
                     return y
@@ -126,7 +126,7 @@ class LayerNorm(nn.LayerNorm, _Norm):
     def from_torch(cls, module: nn.Module, group: Group = None, *, seq_dim: int = -2) -> LayerNorm:
         """The same norm on a shard; takes over the parameters themselves, so optimizers keep working.
 
-        From ``torch.nn.LayerNorm`` or any module that is found to compute the same (:func:`.probe.norm_form`).
+        From ``torch.nn.LayerNorm`` or any module that is found to compute the same (:func:`.norm_detection.norm_form`).
 
         Raises:
             ValueError: it computes something else, or scales by 1 + weight.
@@ -185,7 +185,7 @@ class RMSNorm(nn.RMSNorm, _Norm):
     def from_torch(cls, module: nn.Module, group: Group = None, *, seq_dim: int = -2) -> RMSNorm:
         """From ``torch.nn.RMSNorm`` or any module that computes the same from ``weight`` and an epsilon.
 
-        A copy of the module is tried (:func:`.probe.norm_form`); this also tells plain from zero-centred weights.
+        A copy of the module is tried (:func:`.norm_detection.norm_form`); this also tells plain from zero-centred weights.
 
         Raises:
             ValueError: it computes something else.
@@ -303,7 +303,7 @@ class Dropout(nn.Dropout):
         """[..., S/t, ..., H] -> the same shape."""
         if not torch.compiler.is_compiling():
             self.fused, self.first = False, is_entrance(x)
-            if isinstance(x, PendingSum) and (waiting := x.dropped(self)) is not None:
+            if isinstance(x, DeferredSum) and (waiting := x.dropped(self)) is not None:
                 return waiting
         y = self.dropped(settled(x), None, seq_len)
         if not torch.compiler.is_compiling() and self.first:
@@ -311,7 +311,7 @@ class Dropout(nn.Dropout):
         return y
 
     def dropped(self, x: Tensor, seed: Tensor | None, seq_len: int | None = None) -> Tensor:
-        """The same with a seed that has been drawn already, never pending."""
+        """The same with a seed that has been drawn already, never deferred."""
         region = self.region
         seq_len = region.seq_len if seq_len is None else seq_len
         options = NormOptions(NormKind.NONE, self.p, training=self.training, seq_dim=region.seq_dim, seq_len=seq_len)

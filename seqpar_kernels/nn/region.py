@@ -24,7 +24,7 @@ class Region:
     their gradients leave through one node and are summed over the ranks in one exchange (:meth:`parameter`).
 
     ``deferring`` is the grad mode of a forward in which row-parallel outputs wait for the norm behind them
-    (:class:`.pending.PendingSum`); None: they do not wait.
+    (:class:`.deferred_sum.DeferredSum`); None: they do not wait.
     """
 
     def __init__(self, group: Group = None, seq_dim: int = -2):

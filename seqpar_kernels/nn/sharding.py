@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from ..checks import check_divides
 from ..layout import group_rank, group_size, vocabulary_range
 from ..ops import gather
-from ..ops.library import group_name
+from ..ops.registry import group_name
 
 
 class ShardSpec(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .library import group_named, register
+from .registry import group_named, register
 
 
 def _kernel(x: Tensor, output_sizes: list[int], input_sizes: list[int], group: str) -> Tensor:

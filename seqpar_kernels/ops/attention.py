@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels import NormKind, NormSpec, RowMap, select
 from ..kernels.spec import accumulation_dtype
-from .library import register, without_autocast
+from .registry import register, without_autocast
 
 # --- rotary ----------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels import attention
 from ..kernels.attention_spec import AttentionMasks, AttentionSpec, empty_like_heads
 from ..kernels.spec import accumulation_dtype
-from .library import register, without_autocast
+from .registry import register, without_autocast
 
 _SCALARS = (
     "Tensor? q_positions, Tensor? k_positions, Tensor? q_documents, Tensor? k_documents, Tensor? mask, Tensor? bias, "

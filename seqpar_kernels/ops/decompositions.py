@@ -18,8 +18,8 @@ from torch import Tensor
 from ..kernels import NormKind, NormSpec, NormWants, RowMap, select
 from ..kernels.reference import norm_backward, norm_forward
 from ..tensors import rows_of
-from .library import register
 from .norm import NormScalars, dropout_add_norm, dropout_add_norm_backward
+from .registry import register
 
 
 def _kept_kernel(

@@ -16,10 +16,10 @@ from ..overlap import engines
 from ..overlap import schedule as schedules
 from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, run, weights_signature
 from ..tensors import rows_of
-from . import linear_uncut
-from .library import apply, group_named, register, without_autocast
+from . import linear_unchunked
 from .linear_common import PLACE, rows_here, shape_with, sum_rows
 from .main_grad import weight_gradients
+from .registry import apply, group_named, register, without_autocast
 
 
 @without_autocast
@@ -168,7 +168,7 @@ def _gather_backward_kernel(
     pg = group_named(group)
     way = engines.named(engine)
     if pg is None or not way.chunked:
-        dx, dws = linear_uncut.gather_linear_backward(
+        dx, dws = linear_unchunked.gather_linear_backward(
             pg, x, grads, weights, want_dx, want_dw, main_grads, gathered, seq_dim, seq_len
         )
         return _gradients(dx, dws, grads, weights, want_db)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..layout import SequenceShard, group_rank, group_size
-from .library import group_named
+from .registry import group_named
 
 #: Where an op runs, in every schema.
 PLACE = "str group, int seq_dim, SymInt seq_len, int chunks, str engine"

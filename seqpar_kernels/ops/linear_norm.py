@@ -17,11 +17,11 @@ from ..kernels.spec import accumulation_dtype
 from ..overlap import engines
 from ..overlap.profiling import span
 from ..tensors import rows_of
-from .library import group_named, register, without_autocast
 from .linear_common import PLACE
 from .linear_scatter import scatter_gradients, scattered_shape
 from .norm import SCALARS, as_matrix, as_vector, dropout_add_norm_backward, prepared, shaped
 from .recompute import activate, activation_gradients
+from .registry import group_named, register, without_autocast
 
 _NAME = "linear_reduce_scatter_dropout_add_norm"
 _TENSORS, _PLACES = 9, 5  # how many of the arguments are tensors, how many then say where

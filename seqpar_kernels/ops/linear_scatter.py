@@ -19,10 +19,10 @@ from ..overlap.pipeline import Call, matmul_into, run, weights_signature
 from ..overlap.planner import Work, spreads_weight_gradient
 from ..overlap.tuning import figures_of
 from ..tensors import reshaped, rows_of
-from . import linear_uncut
-from .library import apply, group_named, register, without_autocast
+from . import linear_unchunked
 from .linear_common import PLACE, rows_here, shape_with, sum_rows
 from .main_grad import weight_gradient
+from .registry import apply, group_named, register, without_autocast
 
 
 @without_autocast
@@ -116,7 +116,7 @@ def _scatter_backward_kernel(
     features_out, features_in = weight.shape
     way = engines.named(engine)
     if pg is None or not way.chunked:
-        dx, dws, rows = linear_uncut.linear_scatter_backward(
+        dx, dws, rows = linear_unchunked.linear_scatter_backward(
             pg, dy, x, weight, want_dx, want_dw, want_db, main_grad, seq_dim, seq_len
         )
         db = sum_rows(rows_of(rows), bias_dtype) if want_db and bias_dtype is not None else None

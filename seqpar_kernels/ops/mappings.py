@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels import select
 from ..layout import SequenceShard, group_rank, group_size
 from ..overlap import pipeline
-from .library import group_named, register
+from .registry import group_named, register
 
 
 def _shard(group: str, length: int) -> SequenceShard:

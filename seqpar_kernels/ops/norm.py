@@ -15,7 +15,7 @@ from ..caches import MOST
 from ..kernels import NormKind, NormSpec, NormWants, RowMap, select
 from ..kernels.spec import accumulation_dtype, as_matrix, as_vector
 from ..tensors import reshaped
-from .library import PLAIN_TYPES, apply, eager, register
+from .registry import PLAIN_TYPES, apply, eager, register
 
 _TENSORS = 10  # leading arguments of the forward that are tensors
 SCALARS = (

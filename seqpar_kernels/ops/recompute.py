@@ -18,8 +18,8 @@ from ..kernels import NormKind, NormSpec, RowMap, select
 from ..kernels.spec import accumulation_dtype
 from ..tensors import reshaped, rows_of
 from . import gather_linear, linear_scatter
-from .library import register, without_autocast
 from .linear_common import PLACE
+from .registry import register, without_autocast
 
 # --- all_gather_linear_of_norm ---------------------------------------------------------------------------------------
 

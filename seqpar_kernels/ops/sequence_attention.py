@@ -26,7 +26,7 @@ from ..overlap.attention_column import Column, Extras, kept_elements
 from ..overlap.attention_exchange import Part, agree, heads_to_rows, rows_to_heads
 from ..overlap.attention_plan import check_documents
 from ..sequence_layout import count
-from .library import group_named, register, without_autocast
+from .registry import group_named, register, without_autocast
 
 
 class Scalars(NamedTuple):

@@ -22,8 +22,8 @@ from ..overlap import engines, pipeline
 from ..overlap import schedule as schedules
 from ..overlap.pipeline import Call, Partials, Sequence3D, run
 from ..tensors import reshaped
-from .library import group_named, register, without_autocast
 from .mappings import all_reduce
+from .registry import group_named, register, without_autocast
 
 #: Logits held at once where the caller does not say how many rows: 64 MiB at 16 bit, 128 MiB while they are fp32.
 _LOGITS = 1 << 25

@@ -163,7 +163,7 @@ def test_a_message_that_a_paced_link_cannot_carry_is_an_error_at_once(monkeypatc
 
 
 def test_groups_are_process_groups_while_the_world_is_open() -> None:
-    from seqpar_kernels.ops.library import group_name, group_named
+    from seqpar_kernels.ops.registry import group_name, group_named
 
     with Loopback(2) as loopback:
         g = loopback.groups[1]

@@ -19,8 +19,8 @@ from ..nn import (
     SharedHeadsLinear,
     SplitRMSNorm,
 )
+from ..nn.norm_detection import norm_form
 from ..nn.own_forward import follower
-from ..nn.probe import norm_form
 from ..nn.sharding import ShardSpec, local_part
 from .conversion import Conversion
 

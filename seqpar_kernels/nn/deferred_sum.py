@@ -1,8 +1,8 @@
 """A row-parallel output that waits for the norm behind it.
 
 A block writes ``residual + dropout(linear(x))`` and hands it to a norm, in statements of its own. Where the linear, a
-row-parallel one, returns a :class:`PendingSum`, dropout and addition only take note of what they would do, and the norm
-does all of it in the kernel that sums over the ranks. Whatever else touches the tensor gets it computed.
+row-parallel one, returns a :class:`DeferredSum`, dropout and addition only note what they would do, and the norm does
+all of it in the kernel that sums over the ranks. Whatever else touches the tensor gets it computed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DESCRIPTIONS = frozenset(
 
 
 class SummingLinear(Protocol):
-    """What a :class:`PendingSum` needs of the row-parallel linear that makes it."""
+    """What a :class:`DeferredSum` needs of the row-parallel linear that makes it."""
 
     region: Region
     out_features: int
@@ -67,10 +67,10 @@ class Normalizing(Protocol):
     fused: bool
 
 
-class PendingSum(Tensor):
+class DeferredSum(Tensor):
     """``dropout(reduce_scatter(linear(x)) + bias) + residual``, [..., S/t, ..., N], not computed yet.
 
-    Has shape, dtype and device; addition of a tensor of the same kind gives another pending sum; every other function
+    Has shape, dtype and device; addition of a tensor of the same kind gives another deferred sum; every other function
     gets the value. The value is computed once, in the grad mode in which the sum was made.
 
     Raises:
@@ -95,7 +95,7 @@ class PendingSum(Tensor):
         residual: Tensor | None = None,
         dropout: Dropping | None = None,
         seed: Tensor | None = None,
-    ) -> PendingSum:
+    ) -> DeferredSum:
         region, shape = linear.region, list(x.shape)
         shape[region.seq_dim] = SequenceShard(shape[region.seq_dim], region.ranks, region.rank).size
         shape[-1] = linear.out_features
@@ -124,21 +124,21 @@ class PendingSum(Tensor):
         return self.computed
 
     def dropped(self, dropout: Dropping) -> Tensor | None:
-        """The pending sum behind ``dropout``; None where its value is needed."""
+        """The deferred sum behind ``dropout``; None where its value is needed."""
         if self.computed is not None or self.residual is not None or self.dropout is not None:
             return None
         if not dropout.training or dropout.p == 0:
             return self
         x = self._input()
-        return PendingSum(self.linear, x, None, dropout, draw_seed(x.device))
+        return DeferredSum(self.linear, x, None, dropout, draw_seed(x.device))
 
-    def plus(self, other: Any) -> PendingSum | None:
-        """The pending sum with a residual; None where it cannot wait."""
+    def plus(self, other: Any) -> DeferredSum | None:
+        """The deferred sum with a residual; None where it cannot wait."""
         if self.computed is not None or self.residual is not None or not isinstance(other, Tensor):
             return None
         if (other.shape, other.dtype, other.device) != (self.shape, self.dtype, self.device):
             return None
-        return PendingSum(self.linear, self._input(), settled(other), self.dropout, self.seed)
+        return DeferredSum(self.linear, self._input(), settled(other), self.dropout, self.seed)
 
     def normalized(self, norm: Normalizing) -> Tensor | None:
         """``norm`` of the sum, both in one kernel; the sum is its value from then on. None where it has one already."""
@@ -205,7 +205,7 @@ class PendingSum(Tensor):
                 return func(*args, **(kwargs or {}))
         if func in _ADDITIONS and len(args) == 2 and not kwargs:
             for this, other in (args[::-1], args):
-                if isinstance(this, PendingSum) and (waiting := this.plus(other)) is not None:
+                if isinstance(this, DeferredSum) and (waiting := this.plus(other)) is not None:
                     return waiting
         args, kwargs = tree_map(settled, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -215,7 +215,7 @@ class PendingSum(Tensor):
         raise RuntimeError(f"{func}: takes a row-parallel output that is still to be summed over the ranks")
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"PendingSum({tuple(self.shape)}, {'computed' if self.computed is not None else 'waiting'})"
+        return f"DeferredSum({tuple(self.shape)}, {'computed' if self.computed is not None else 'waiting'})"
 
 
 def version_of(t: Tensor) -> int:
@@ -232,5 +232,5 @@ def _lost(grad: Tensor) -> None:
 
 
 def settled(x: Any) -> Any:
-    """``x``, and the value of a pending sum."""
-    return x.value() if isinstance(x, PendingSum) else x
+    """``x``, and the value of a deferred sum."""
+    return x.value() if isinstance(x, DeferredSum) else x

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..functional import gather_sequence, scatter_sequence
-from .pending import version_of
+from .deferred_sum import version_of
 from .region import Region
 
 _DESCRIPTIONS = frozenset(

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from seqpar_kernels import nn as spnn
+from seqpar_kernels.nn.deferred_sum import DeferredSum
 from seqpar_kernels.nn.linear import SharedGather
-from seqpar_kernels.nn.pending import PendingSum
 
 from ..world import World
 
@@ -58,7 +58,7 @@ def way_case(way: str, kind: str) -> None:
         x = whole.chunk(2, -1)[region.rank].clone().requires_grad_()
         residual = torch.randn(2, 6, H).chunk(2, 1)[region.rank].clone().requires_grad_()
         out = linear(x)
-        assert isinstance(out, PendingSum) == bool(deferring)
+        assert isinstance(out, DeferredSum) == bool(deferring)
         assert (out.shape, out.dtype, out.device.type) == ((2, 3, H), torch.float32, "cpu")
         z = statements(out, residual, drop)
         y = norm(z)
@@ -80,14 +80,14 @@ def test_numbers_and_gradients_are_those_of_plain_tensors(world2: World, way: st
 def not_waiting_case() -> None:
     linear = spnn.RowParallelLinear(F, H, group=dist.group.WORLD)
     x = torch.randn(2, 6, F // 2)
-    assert not isinstance(linear(x), PendingSum)
+    assert not isinstance(linear(x), DeferredSum)
     linear.region.deferring = True
     with torch.no_grad():
-        assert not isinstance(linear(x), PendingSum)
+        assert not isinstance(linear(x), DeferredSum)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not isinstance(linear(x), PendingSum)
+        assert not isinstance(linear(x), DeferredSum)
     pending = linear(x)
-    assert isinstance(pending, PendingSum) and "waiting" in repr(pending)
+    assert isinstance(pending, DeferredSum) and "waiting" in repr(pending)
     torch.testing.assert_close(torch.stack([pending, pending])[0], pending.value())
     assert "computed" in repr(pending)
     with pytest.raises(RuntimeError, match="still to be summed over the ranks"):
@@ -131,7 +131,7 @@ def test_what_a_pending_sum_is_made_of_must_stay(changed: str | None, use: Calla
     linear.region.deferring = True
     made = {"x": torch.randn(2, 3, 6), "residual": torch.randn(2, 3, 4)}
     z = linear(made["x"]) + made["residual"]
-    assert isinstance(z, PendingSum)
+    assert isinstance(z, DeferredSum)
     value = made["residual"] + torch.nn.functional.linear(made["x"], linear.weight, linear.bias)
     if changed is None:
         torch.testing.assert_close(use(norm, z), use(norm, value))
