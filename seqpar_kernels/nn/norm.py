@@ -185,7 +185,7 @@ class RMSNorm(nn.RMSNorm, _Norm):
     def from_torch(cls, module: nn.Module, group: Group = None, *, seq_dim: int = -2) -> RMSNorm:
         """From ``torch.nn.RMSNorm`` or any module that computes the same from ``weight`` and an epsilon.
 
-        A copy of the module is tried (:func:`.norm_detection.norm_form`); this also tells plain from zero-centred weights.
+        A copy is tried (:func:`.norm_detection.norm_form`), which also tells plain from zero-centred weights.
 
         Raises:
             ValueError: it computes something else.
