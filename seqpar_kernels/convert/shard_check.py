@@ -151,7 +151,7 @@ class ShardCheck(TorchFunctionMode):
         values = [value for key, value in items if key != "past_key_values"]
         found = next((m for leaf in tree_leaves(values) if isinstance(m := mark_of(leaf), Mixed)), None)
         if found is not None:
-            raise RuntimeError(f"{type(self._model).__name__} returns {found.why}. {REMEDY}")
+            raise RuntimeError(f"{type(self._model).__name__} returns {found.why}. {found.remedy or REMEDY}")
         if is_shard(values):
             raise RuntimeError(
                 f"{type(self._model).__name__} returns a sequence shard: the plan has no 'gather_output' between the "
