@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from ..nn.sharding import ShardSpec
 from .computed import Whole, autograd_grad, compute, computes, name_of, names
 from .cut import Cut
-from .cut_tensor import CutTensor, cut_tensor, dtensor_spec, first_row_of
-from .drawn import draw_whole, listed_to_draw
+from .cut_tensor import CutTensor, cut_tensor, drawn_like, dtensor_spec, first_row_of
+from .drawn import draw_whole, draws_like, listed_to_draw
 
 
 class PresentedParameter(CutTensor):
@@ -185,6 +185,8 @@ class PresentedParameter(CutTensor):
         drawn = listed_to_draw(func, args, kwargs)
         if isinstance(drawn, PresentedParameter):
             return draw_whole(func, drawn, args, kwargs)
+        if draws_like(func):
+            return drawn_like(func, args, kwargs)
         if computes(func) and (torch.is_grad_enabled() or _reads_places(func, args, kwargs)):
             return compute(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
