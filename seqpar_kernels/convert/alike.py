@@ -63,9 +63,9 @@ def _exchanges_of(group: ProcessGroup) -> Iterator[int]:
 class Alike:
     """The comparison of one converted model's forwards between the ranks of ``group``.
 
-    ``device`` gives where the model lies now. ``parameters``, where there is one, is called in comparisons, on all
-    ranks, but for those that follow a change of mode or drawn tokens. ``jumped`` says at the beginning of a forward
-    whether parameters have been written since that nothing in training explains: the forward is compared.
+    ``device`` gives where the model lies now. ``parameters``, where there is one, is called on all ranks in the first
+    comparisons, in every second one after, and where ``jumped``. ``jumped`` says at the beginning of a forward whether
+    parameters have been written since in a way that training does not explain: the forward is compared.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class Alike:
             self._drawn = not torch.equal(default_generator(self._device()).get_state(), self._drawing)
         turned = (where, training) != (self._where, self._training)
         self._where, self._training = where, training
-        regular = self._jumped() or count in (0, 1, 2, 4, 8) or count % EVERY == 0
-        self._due = self._drawn or turned or regular
+        jumped, early = self._jumped(), count in (0, 1, 2, 4, 8)
+        self._due = self._drawn or turned or jumped or early or count % EVERY == 0
         self._forwards += 1
         present = {}
         for name, value in arguments.items():
@@ -129,7 +129,7 @@ class Alike:
                 self.say(name, repr(value))
         if self._due:
             self.compare(present)
-            if self._parameters is not None and regular:
+            if self._parameters is not None and (jumped or early or count % (2 * EVERY) == 0):
                 self._parameters(self.gathered)
             generator = default_generator(self._device())
             self._random = generator, generator.get_state()

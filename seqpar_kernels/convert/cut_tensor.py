@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from ..layout import vocabulary_range
 from ..nn.sharding import ShardSpec, full_tensor
 from .cut import Cut
-from .drawn import draw_whole, listed_to_draw
+from .drawn import draw_whole, draws_like, listed_to_draw
 
 #: Steps of optimizers, by element, for which DTensor has no rule.
 _FUSED = frozenset(
@@ -64,6 +64,8 @@ class CutTensor(DTensor):
                     f"{tuple(drawn.shape)}: initialise before, or draw a whole tensor that load_state_dict then cuts"
                 )
             return draw_whole(func, drawn, args, kwargs)
+        if draws_like(func):
+            return drawn_like(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -128,6 +130,26 @@ def cut_tensor(part: Tensor, cut: Cut, mesh: DeviceMesh, first_row: int = 0) -> 
     out: CutTensor = CutTensor(part.detach(), dtensor_spec(part, cut, mesh), requires_grad=False)  # type: ignore[call-arg]
     out.cut, out._chunks = cut, cut.chunks(part.detach(), first_row)
     return out
+
+
+@torch.no_grad()
+def drawn_like(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> CutTensor:
+    """What rand_like, randn_like or randint_like of a CutTensor give: this rank's part of the numbers of the whole.
+
+    DTensor's own draws the same part on every rank of a CPU.
+
+    Raises:
+        RuntimeError: fully_shard has cut it further.
+    """
+    like = args[0] if args else kwargs["input"]
+    if like.device_mesh.ndim > 1:
+        raise RuntimeError(
+            f"{func.__name__}: takes no tensor that fully_shard has cut further, of shape {tuple(like.shape)}: draw "
+            "the whole tensor, or this rank's part (to_local())"
+        )
+    whole = torch.empty(like.cut.shape, dtype=like.dtype, device=like.device)
+    whole = func(whole, *args[1:], **kwargs) if args else func(**{**kwargs, "input": whole})
+    return cut_tensor(whole if like.cut.spec is None else like.cut.part(whole), like.cut, like.device_mesh)
 
 
 def dtensor_spec(part: Tensor, cut: Cut, mesh: DeviceMesh) -> Any:

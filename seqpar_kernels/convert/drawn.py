@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 _DRAWS = frozenset(
     {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "geometric_", "log_normal_", "cauchy_"}
 )
+_DRAWS_LIKE = frozenset({torch.rand_like, torch.randn_like, torch.randint_like})
 #: By these a function of torch.nn.init makes the tensors in which it tries numbers out: DTensors, that draw apart.
 _MADE = frozenset({"empty_like", "new_empty", "zeros_like", "rand_like", "randn_like"})
 
@@ -35,6 +36,11 @@ def listed_to_draw(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) 
     if name in _DRAWS and not (torch.is_grad_enabled() and args[0].requires_grad):  # else torch refuses it
         return args[0]
     return None
+
+
+def draws_like(func: Callable[..., Any]) -> bool:
+    """Whether ``func`` makes a tensor of random numbers like another."""
+    return func in _DRAWS_LIKE
 
 
 def _refuse_step(caller: FrameType) -> None:

@@ -25,8 +25,8 @@ from ..nn.sharding import ShardSpec
 from .computed import Whole, autograd_grad, compute, computes, names
 from .culprit import name_of
 from .cut import Cut
-from .cut_tensor import CutTensor, cut_tensor, dtensor_spec, first_row_of
-from .drawn import draw_whole, listed_to_draw
+from .cut_tensor import CutTensor, cut_tensor, drawn_like, dtensor_spec, first_row_of
+from .drawn import draw_whole, draws_like, listed_to_draw
 
 
 class PresentedParameter(CutTensor):
@@ -186,6 +186,8 @@ class PresentedParameter(CutTensor):
         drawn = listed_to_draw(func, args, kwargs)
         if isinstance(drawn, PresentedParameter):
             return draw_whole(func, drawn, args, kwargs)
+        if draws_like(func):
+            return drawn_like(func, args, kwargs)
         if computes(func) and (torch.is_grad_enabled() or _reads_places(func, args, kwargs)):
             return compute(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():

@@ -232,6 +232,8 @@ def data_case() -> None:
         lambda p: p.data.normal_(0, 0.02),
         lambda p: p.detach().uniform_(-0.1, 0.1),
         lambda p: nn.init.xavier_uniform_(p.data),
+        torch.no_grad()(lambda p: p.add_(torch.randn_like(p), alpha=0.02)),
+        torch.no_grad()(lambda p: p.data.mul_((torch.rand_like(p.data) > 0.5).to(p.dtype))),
     ]
     for first in (False, True):
         for way in ways:
@@ -267,7 +269,7 @@ def by_name_case() -> None:
             weight = model.model.layers[0].mlp.up_proj.weight
             torch.manual_seed(5)
             nn.init.normal_(weight.data if by_data else weight, 0, 0.02)
-            forwards = 16 if by_data else 1
+            forwards = 32 if by_data else 1
             refused(lambda m=model, n=forwards: [m(tokens(9)) for _ in range(n)], "up_proj.weight", "same values")  # type: ignore[misc]
     for step in range(20):  # right: initialised as a whole, and stepped
         if step == 3:
@@ -308,7 +310,7 @@ def buffers_case() -> None:
     for _ in range(40):
         model(x)  # statistics are a rank's own
     model.table.mul_(1 - 2 * rank)
-    refused(lambda: [model(x) for _ in range(16)], "table: the ranks", "buffers")
+    refused(lambda: [model(x) for _ in range(32)], "table: the ranks", "buffers")
 
 
 def test_buffers_apart(world2: World) -> None:
