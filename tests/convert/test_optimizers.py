@@ -23,7 +23,7 @@ import seqpar_kernels as sp
 
 from ..world import World
 from .models import VOCAB, assert_same_gradients, group, llama, transformers
-from .test_presented import pair, whole
+from .test_dtensor_params import pair, whole
 from .test_state import assert_identical
 
 IDS = (torch.arange(26).view(2, 13) * 7) % VOCAB

@@ -15,7 +15,7 @@ import seqpar_kernels as sp
 
 from ..world import World
 from .models import VOCAB, assert_same_gradients
-from .test_presented import pair, whole
+from .test_dtensor_params import pair, whole
 
 #: Of a parameter and a tensor like it.
 LOSSES: dict[str, Callable[..., Any]] = {
