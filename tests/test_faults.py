@@ -211,7 +211,7 @@ def scatter_with_error() -> None:
 
 
 AMID = (
-    r"linear_reduce_scatter\(.*receiving chunk \d \(rows \d+\.\.\d+ of rank {0}, scatter\) "
+    r"linear_reduce_scatter\(.*receiving chunk \d \(rows \d+\.\.\d+ of rank {0}, partial sums\) "
     r"failed between rank {0} and rank 1"
 )
 
