@@ -55,9 +55,10 @@ def _without_comparison() -> Iterator[None]:
 
 
 def _stop_watching(model: nn.Module) -> None:
-    """Take what was checked for checked, whatever becomes of the model; hooks that watch modules are taken off."""
+    """Take every forward for one that was checked, and look at no leaves; hooks that watch modules are taken off."""
     watch = model._seqpar.watch  # type: ignore[union-attr]
-    watch.unchecked = lambda key: key not in watch._checked
+    watch.unchecked = lambda key: False
+    watch.entered_by = watch.judge_leaves = lambda *_: None
     for module in model.modules():
         for number, hook in list(module._forward_pre_hooks.items()):
             if getattr(hook, "__qualname__", "").startswith("Watch."):
