@@ -240,7 +240,8 @@ def show(rows: Sequence[Row], ranks: int) -> None:
         asked = sorted((row for row in present if row.question() == question), key=lambda r: r.p50_ms or float("inf"))
         for i, row in enumerate(asked):
             lines.append([row.label().removeprefix("attention.") if i == 0 else "", row.who(), *_figures(row)])
-    header = ["what", "who", "ms", "p20..p80", "x ideal", "CPU x ideal", "KiB sent", "GFLOP/s", "% ceiling", "remark"]
+    header = ["what", "who", "ms", "p20..p80", "x ideal", "CPU x ideal", "KiB sent", "wire ms", "GFLOP/s", "% ceiling"]
+    header.append("remark")
     table(f"attention on {rows[0].machine}, {ranks} ranks, one thread each", header, lines, left=2)
     links = {row.params["link"]: row.metrics["mbit"] for row in rows if row.op == "ceiling.link"}
     print("; ".join(f"link {text}: {number(mbit, 4)} Mbit/s measured each way" for text, mbit in links.items()))
@@ -252,7 +253,7 @@ def _figures(row: Row) -> list[str]:
     from .report import number
 
     if row.p50_ms is None:
-        return [""] * 7 + [f"{row.status}: {row.reason}"]
+        return [""] * 8 + [f"{row.status}: {row.reason}"]
     m = row.metrics
     remark = [f"error {number(m['error'])}"] if "error" in m else []
     remark += [f"{m['engine']} {m['grid']}"] if "engine" in m else []
@@ -262,6 +263,7 @@ def _figures(row: Row) -> list[str]:
         f"{m['x_ideal']:.2f}",
         f"{m['x_ideal_cpu']:.2f}",
         "" if row.bytes is None else f"{row.bytes / 1024:.1f}",
+        number(m.get("wire_ms")),
         number((row.flops or 0) / row.p50_ms / 1e6),
         "" if row.percent is None else f"{row.percent:.0f}",
         ", ".join(remark),
