@@ -35,8 +35,8 @@ DTYPE_NAMES = ("fp32", "bf16", "fp16", "fp64")
 
 
 #: Benchmarks that say all of themselves: each a module with TEXT, ``add_options(parser)`` and ``run_command(args,
-#: session)``, which imports torch late. A new one is its file and its name here.
-MODULES = ("guards",)
+#: session)``, which imports torch late, and PEERS where --peers may name some. A new one is its file and its name here.
+MODULES = ("guards", "attention")
 
 
 def module_of(name: str) -> Any:
@@ -126,7 +126,9 @@ def check_peers(names: Sequence[str]) -> None:
     """
     from . import gemm, layer_providers, linear_providers, providers
 
-    known = list(dict.fromkeys([*providers.PEERS, *linear_providers.PEERS, *layer_providers.PEERS, *gemm.PEERS]))
+    own = [peer for name in MODULES for peer in getattr(module_of(name), "PEERS", ())]
+    peers = [*providers.PEERS, *linear_providers.PEERS, *layer_providers.PEERS, *gemm.PEERS, *own]
+    known = list(dict.fromkeys(peers))
     for name in names:
         if name not in (*known, "none"):
             raise BenchError(f"--peers {name}: unknown; known are {', '.join(known)}, or none")

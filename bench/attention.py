@@ -1,0 +1,270 @@
+"""``bench attention``: causal attention over a sequence that R ranks share, over loopback or links of a chosen rate.
+
+The ideal is what the whole sequence takes on one rank, divided by the ranks: PyTorch's SDPA, on all ranks at once, each
+for itself. With a window, for which SDPA computes a full matrix, it is the faster of SDPA and ours without a group.
+Bytes are those that the kernel counted on each rank's connections in one call; a row has those of the busiest rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from .options import positive
+
+if TYPE_CHECKING:  # torch is imported late: --help is instant
+    import argparse
+    from collections.abc import Sequence
+
+    from .attention_providers import AttentionCase
+    from .links import Link, Network
+    from .schema import Row
+    from .session import Session
+    from .timing import Effort
+
+TEXT = "causal attention over a sequence that several ranks share, by engine, beside unsharded SDPA and the peers"
+PEERS = ("by-hand", "torch-ring", "deepspeed", "yunchang", "ring-flash-attn")
+LAYOUTS = ("zigzag", "contiguous")
+_LINK_BYTES = 2**22  # a message that times the link
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=positive, default=2, help="processes, one thread each (default: 2)")
+    parser.add_argument("--seq", type=positive, nargs="+", help="length of the whole sequence (default: 4096)")
+    parser.add_argument("--heads", type=positive, default=8, help="of queries (default: 8)")
+    parser.add_argument("--kv-heads", type=positive, help="of keys and values (default: as many as of queries)")
+    parser.add_argument("--head-dim", type=positive, default=64, help="features of a head (default: 64)")
+    parser.add_argument("--window", type=positive, help="keys that a row sees, itself among them (default: all before)")
+    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of ours and of torch's ring")
+    text = "links of 1gbit, or ratio:R: the wire R times as long as the ideal, for the bytes that ours sends"
+    parser.add_argument("--wire", nargs="+", metavar="RATE", help=text)
+
+
+def run_command(args: argparse.Namespace, session: Session) -> None:
+    from .links import parse_link
+
+    planned = cases(args, session)
+    links = [parse_link(text) for text in args.wire] if args.wire else [None]
+    for link in links:
+        show(run(session, planned, args.dtype or ["bf16", "fp32"], args.ranks, link), args.ranks)
+
+
+def cases(args: argparse.Namespace, session: Session) -> list[AttentionCase]:
+    """
+    Raises:
+        BenchError: sizes that do not fit together.
+        NotHere: a device that is no CPU.
+    """
+    from .attention_providers import AttentionCase
+    from .errors import BenchError, NotHere
+
+    if session.device != "cpu":
+        raise NotHere("attention is measured on CPU ranks (gloo): leave out --device")
+    if args.ranks < 2:
+        raise BenchError(f"--ranks {args.ranks}: attention needs at least 2 ranks; one rank is plain SDPA")
+    kv_heads = args.kv_heads or args.heads
+    if args.heads % kv_heads:
+        raise BenchError(f"--kv-heads {kv_heads}: expected a divisor of --heads {args.heads}")
+    found = []
+    for seq in args.seq or [256 if args.quick else 1024 if session.command == "all" else 4096]:
+        if seq % (2 * args.ranks):
+            raise BenchError(f"--seq {seq}: expected a multiple of {2 * args.ranks}, twice --ranks (the peers need it)")
+        found.append(AttentionCase(seq, args.heads, kv_heads, args.head_dim, args.window, args.layout))
+    return found
+
+
+def run(
+    session: Session, planned: Sequence[AttentionCase], dtypes: Sequence[str], ranks: int, link: Link | None
+) -> list[Row]:
+    """Measure every case in every dtype; returns the rows added."""
+    import contextlib
+
+    from .links import Network
+
+    first = len(session.rows)
+    with Network(ranks) if link else contextlib.nullcontext() as network:
+        for case in planned:
+            for dtype in dtypes:
+                measure(session, case, dtype, ranks, link, network)
+    return session.rows[first:]
+
+
+def measure(
+    session: Session, case: AttentionCase, dtype: str, ranks: int, link: Link | None, network: Network | None
+) -> None:
+    from .attention_rank import ENGINES
+    from .ranks import run_ranks
+
+    peers = [name for name in PEERS if session.wanted(name)]
+    effort = dataclasses.replace(session.effort, least=min(session.effort.least, 7))
+    order: dict[str, Any] = {
+        "case": dataclasses.asdict(case),
+        "dtype": dtype,
+        "peers": peers,
+        "effort": dataclasses.asdict(effort),
+        "calibrate": False,
+        "link_bytes": _LINK_BYTES >> (6 if session.quick else 0),
+    }
+    title = f"attention S={case.seq} {dtype} {ranks} ranks"
+    rate = None
+    if link is not None and network is not None:
+        rate = settle_rate(session, order, ranks, link, network, title)
+        order["link_bytes"] = int(min(order["link_bytes"], max(rate / 80, 2**14)))  # a tenth of a second
+    session.progress.plan(5 + len(ENGINES) + len(peers))
+    answers = run_ranks(
+        "bench.attention_rank:run",
+        order,
+        ranks,
+        network=network,
+        on_step=lambda text: session.progress.step(f"{title}: {text}"),
+    )
+    report(session, case, dtype, answers, link.text if link else "loopback", rate, order["link_bytes"])
+
+
+def settle_rate(session: Session, order: dict[str, Any], ranks: int, link: Link, network: Network, title: str) -> float:
+    """Bits a second; for a ratio the unsharded attention is timed first. The links are shaped to it."""
+    from .ranks import run_ranks
+    from .timing import Effort
+
+    rate = link.rate
+    if rate is None:
+        assert link.ratio is not None
+        session.progress.plan(1)
+        session.progress.step(f"{title}: unsharded alone")
+        effort: Effort = Effort(seconds=1.0, least=5)
+        calibrating = {**order, "calibrate": True, "effort": dataclasses.asdict(effort)}
+        answers = run_ranks("bench.attention_rank:run", calibrating, ranks, network=network)
+        seconds = ideal_of(answers, "")[0] / 1e3
+        rate = 8 * answers[0]["planned"]["fwd+bwd"] / (link.ratio * seconds)
+    network.shape(rate)
+    return rate
+
+
+def ideal_of(answers: list[dict[str, Any]], direction: str) -> tuple[float, float]:
+    """The ideal's milliseconds, and those of CPU time where that was taken."""
+    from .attention_rank import OURS_UNSHARDED, UNSHARDED
+    from .linear import stats_of
+
+    names = [f"{name} {direction}".strip() for name in (UNSHARDED, OURS_UNSHARDED)]
+    there = [name for name in names if name in answers[0]["times"]]
+    fastest = min(there, key=lambda name: stats_of(answers, name).p50)
+    cpu = cpu_of(answers, fastest) if fastest in answers[0]["cpu"] else 0.0
+    return stats_of(answers, fastest).p50 / len(answers), cpu / len(answers)
+
+
+def cpu_of(answers: list[dict[str, Any]], name: str) -> float:
+    """CPU time of the rank that spent most, milliseconds."""
+    return max(statistics.median(answer["cpu"][name]) for answer in answers)
+
+
+def flops(case: AttentionCase, direction: str) -> int:
+    """What the mask needs on all ranks together: two matmuls over the pairs forward, five backward."""
+    return 2 * case.pairs() * case.heads * case.head_dim * (2 if direction == "fwd" else 7)
+
+
+def report(
+    session: Session,
+    case: AttentionCase,
+    dtype: str,
+    answers: list[dict[str, Any]],
+    link: str,
+    rate: float | None,
+    link_bytes: int,
+) -> None:
+    """Rows of one case: the link, unsharded, then everybody beside the ideal and the bytes they sent."""
+    from .attention_rank import OURS_UNSHARDED, UNSHARDED
+    from .linear import stats_of
+    from .links import BURST, MTU
+    from .schema import Row
+
+    ranks = len(answers)
+    base: dict[str, Any] = {"ranks": ranks, "dtype": dtype, "threads": 1}
+    link_stats = stats_of(answers, "link")
+    measured = 8 * link_bytes / (link_stats.p20 / 1e3)  # bits a second
+    shaped: dict[str, Any] = {} if rate is None else {"rate_mbit": round(rate / 1e6, 2), "burst": BURST, "mtu": MTU}
+    row = Row(op="ceiling.link", provider="torch", shape=[link_bytes], params={"link": link, "op": "attention"}, **base)
+    row.bytes, row.metrics = link_bytes, {"mbit": round(measured / 1e6, 2), **shaped}
+    session.add_timed(row, link_stats)
+    params: dict[str, Any] = {"link": link, "layout": case.layout}
+    if case.window is not None:
+        params["window"] = case.window
+    for direction in ("fwd", "fwd+bwd"):
+        ideal, ideal_cpu = ideal_of(answers, direction)
+
+        def new_row(provider: str) -> Row:
+            return Row(
+                op="attention.causal",
+                provider=provider,
+                direction=direction,  # noqa: B023 (called in this turn of the loop)
+                shape=[case.seq, case.heads, case.kv_heads, case.head_dim],
+                params=dict(params),
+                **base,
+            )
+
+        for name in [n.removesuffix(f" {direction}") for n in answers[0]["times"] if n.endswith(f" {direction}")]:
+            key, row = f"{name} {direction}", new_row(name)
+            stats = stats_of(answers, key)
+            sent = [answer["sent"][key] for answer in answers]
+            counted = None not in sent
+            row.flops = flops(case, direction) // (1 if name in (UNSHARDED, OURS_UNSHARDED) else ranks)
+            row.bytes = max(sent) if counted else None
+            cpu = cpu_of(answers, key)
+            row.metrics = {"cpu_ms": round(cpu, 3), "x_ideal_cpu": round(cpu / ideal_cpu, 3)}
+            row.metrics |= {"ideal_ms": round(ideal, 3), "x_ideal": round(stats.p50 / ideal, 3)}
+            if name in answers[0]["errors"]:
+                row.metrics["error"] = round(max(answer["errors"][name] for answer in answers), 3)
+            if name not in (UNSHARDED, OURS_UNSHARDED):
+                wire = 8e3 * (row.bytes or 0) / (rate or measured)
+                row.percent, row.ceiling = 100 * max(ideal, wire) / stats.p50, "the slower of the ideal and its wire"
+                row.metrics["wire_ms"] = round(wire, 3)
+                if counted:
+                    row.metrics["bytes_all_ranks"] = sum(sent)
+            if name in answers[0]["planned"]:
+                planned = answers[0]["planned"][name]
+                row.metrics |= {"engine": planned["engine"], "grid": planned["grid"]}
+                row.metrics["planned_bytes"] = planned[direction]
+            session.add_timed(row, stats)
+        for name, note in answers[0]["notes"].items():
+            row = session.add(new_row(name))
+            row.status, _, row.reason = note.partition(": ")
+
+
+def show(rows: Sequence[Row], ranks: int) -> None:
+    """The table of one run: the fastest first in each question."""
+    from .report import number, table
+
+    lines: list[list[str]] = []
+    present = [row for row in rows if row.status != "absent" and row.op == "attention.causal"]
+    for question in dict.fromkeys(row.question() for row in present):
+        asked = sorted((row for row in present if row.question() == question), key=lambda r: r.p50_ms or float("inf"))
+        for i, row in enumerate(asked):
+            lines.append([row.label().removeprefix("attention.") if i == 0 else "", row.who(), *_figures(row)])
+    header = ["what", "who", "ms", "p20..p80", "x ideal", "CPU x ideal", "KiB sent", "wire ms", "GFLOP/s", "% ceiling"]
+    header.append("remark")
+    table(f"attention on {rows[0].machine}, {ranks} ranks, one thread each", header, lines, left=2)
+    links = {row.params["link"]: row.metrics["mbit"] for row in rows if row.op == "ceiling.link"}
+    print("; ".join(f"link {text}: {number(mbit, 4)} Mbit/s measured each way" for text, mbit in links.items()))
+    for provider, reason in sorted({(row.provider, row.reason) for row in rows if row.status == "absent"}):
+        print(f"absent: {provider} in attention: {reason}")
+
+
+def _figures(row: Row) -> list[str]:
+    from .report import number
+
+    if row.p50_ms is None:
+        return [""] * 8 + [f"{row.status}: {row.reason}"]
+    m = row.metrics
+    remark = [f"error {number(m['error'])}"] if "error" in m else []
+    remark += [f"{m['engine']} {m['grid']}"] if "engine" in m else []
+    return [
+        number(row.p50_ms, 4),
+        f"{number(row.p20_ms)}..{number(row.p80_ms)}",
+        f"{m['x_ideal']:.2f}",
+        f"{m['x_ideal_cpu']:.2f}",
+        "" if row.bytes is None else f"{row.bytes / 1024:.1f}",
+        number(m.get("wire_ms")),
+        number((row.flops or 0) / row.p50_ms / 1e6),
+        "" if row.percent is None else f"{row.percent:.0f}",
+        ", ".join(remark),
+    ]
