@@ -26,7 +26,7 @@ def save_from_one_rank(model: Any, mesh: DeviceMesh) -> None:
     ``mesh``: the one that the model lies on.
     """
     for name, module in model.named_modules():
-        if hasattr(type(module), "save_pretrained"):
+        if hasattr(module, "save_pretrained"):
             _replace(module, model, f"{name}." if name else "", mesh)
 
 

@@ -43,7 +43,8 @@ def test_save_pretrained_writes_the_whole_model(world2: World, tmp_path: Path, k
 
 
 def test_models_that_are_not_of_transformers_need_no_configuration() -> None:
-    model: Any = types.SimpleNamespace(save_pretrained=lambda *args, **kwargs: None)
+    model: Any = nn.Module()
+    model.save_pretrained = lambda *args, **kwargs: None
     answer_for_ranks(model, types.SimpleNamespace(size=lambda: 2))  # type: ignore[arg-type]
     assert model._tp_size == 2 and not hasattr(model, "config")
 
