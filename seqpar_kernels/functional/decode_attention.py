@@ -13,8 +13,7 @@ from .. import ops
 from ..comm.coordination import checked_together
 from ..layout import Group, group_rank, group_size, resolve_group
 from ..ops.registry import group_name
-from ..overlap import attention_decode
-from ..overlap.attention_decode import Source, Store
+from ..overlap.key_owners import Source, Store, keys_of, store_own, to_owners
 from .sequence_attention import (
     cast_as_autocast,
     check_attention_bias,
@@ -118,7 +117,7 @@ def _check_length(q: Tensor, k: Tensor, pg: ProcessGroup | None, kv_seq_len: int
     if not 1 <= q.shape[1] <= kv_seq_len:
         raise ValueError(f"q: expected the last rows of kv_seq_len={kv_seq_len}, one or more, got {tuple(q.shape)}")
     ranks, rank = group_size(pg), group_rank(pg)
-    rows = attention_decode.keys_of(kv_seq_len, ranks, rank)
+    rows = keys_of(kv_seq_len, ranks, rank)
     if k.shape[1] != rows:
         raise ValueError(
             f"k: expected {rows} keys on rank {rank} of {ranks}, those at {rank}, {rank + ranks} ... below "
@@ -136,9 +135,9 @@ def keys_to_owners(
     rank = group_rank(pg)
     travels = pg is not None and (source.by_heads or any(h.rows != source.held[0].rows for h in source.held))
     if pg is None or not travels:
-        attention_decode.store_own(source, rank, k, v, store)
+        store_own(source, rank, k, v, store)
         return q
     shapes = f"B={k.shape[0]}, {[(h.rows, h.heads) for h in source.held]}, sizes {k.shape[3]}, {v.shape[3]}, {k.dtype}"
     queries = "" if q is None else f", queries {tuple(q.shape[1:])}"
     signature = f"SequenceShardedCache(keys to their owners, {shapes}{queries})"
-    return attention_decode.to_owners(pg, signature, source, k, v, store, q)
+    return to_owners(pg, signature, source, k, v, store, q)

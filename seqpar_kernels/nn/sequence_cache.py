@@ -8,45 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..checks import check_float, check_tensor
 from ..comm.coordination import checked_together
 from ..functional.decode_attention import check_no_gradient, decode_scalars, keys_to_owners
 from ..functional.sequence_attention import cast_as_autocast, check_attention_bias, check_attention_tensors
 from ..layout import Group, group_rank, group_size, resolve_group, shard_of
 from ..ops.registry import group_name
-from ..overlap.attention_decode import Held, Source, heads_of, keys_of
+from ..overlap.key_owners import Held, Source, heads_of, keys_of
 from ..sequence_layout import Interval, Intervals, check_layout, count, rows_of
-
-_LEAST = 16  # rows that a buffer grows by
-
-
-class _Layer:
-    """One layer's keys and values on this rank, [B, Hkv, room, D] and [B, Hkv, room, Dv]; room grows by a quarter."""
-
-    def __init__(self) -> None:
-        self.length = 0  # of the whole sequence
-        self.k = self.v = torch.empty(0)
-
-    def make_room(self, rows: int, used: int, heads: int, k: Tensor, v: Tensor) -> None:
-        """For ``rows`` rows of all heads, of which the first ``used`` are there."""
-        room = self.k.shape[2] if self.k.dim() == 4 else 0
-        wanted = [(t.shape[0], heads, t.shape[3]) for t in (k, v)]
-        found = [(*t.shape[:2], t.shape[3]) if t.dim() == 4 else None for t in (self.k, self.v)]
-        if room < rows or wanted != found or (self.k.dtype, self.k.device) != (k.dtype, k.device):
-            if used:
-                rows = max(rows, room + room // 4, room + _LEAST)
-            new = [t.new_empty(t.shape[0], heads, rows, t.shape[3]) for t in (k, v)]
-            if used:
-                for old, t in zip((self.k, self.v), new, strict=True):
-                    t[:, :, :used] = old[:, :, :used]
-            self.k, self.v = new
-
-    def store(self, heads: range, slot: int, k: Tensor, v: Tensor) -> None:
-        for whole, t in ((self.k, k), (self.v, v)):
-            whole[:, heads.start : heads.stop, slot : slot + t.shape[1]] = t.transpose(1, 2)
-
-    def rows(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first ones, [B, count, Hkv, D] and [B, count, Hkv, Dv]; views."""
-        return self.k[:, :, :count].transpose(1, 2), self.v[:, :, :count].transpose(1, 2)
+from .cache_layer import CacheLayer
 
 
 class SequenceShardedCache:
@@ -97,7 +67,7 @@ class SequenceShardedCache:
             if type(capacity) is not int or capacity < 0:
                 raise ValueError(f"capacity: expected a number of positions, got {capacity!r}")
         self.num_heads, self.num_kv_heads, self.capacity = num_heads, num_kv_heads, capacity
-        self._layers: dict[int, _Layer] = {}
+        self._layers: dict[int, CacheLayer] = {}
 
     # --- filling -----------------------------------------------------------------------------------------------------
 
@@ -122,6 +92,10 @@ class SequenceShardedCache:
         """
         with checked_together(self.group, step=self.group is not None and (layout is not None or self._by_heads)):
             layer = self._layer(layer_idx)
+            check_tensor("k", k)
+            check_float("k", k)
+            if k.dim() != 4:
+                raise ValueError(f"k: expected [B, S, Hkv, D], got {tuple(k.shape)}")
             _, k, v, _ = cast_as_autocast(k, k, v, None)
             self._check_new(k, k, v, layer)
             check_no_gradient(k=k, v=v)
@@ -231,7 +205,15 @@ class SequenceShardedCache:
         self.crop(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Batch entry i becomes what ``beam_idx[i]`` was, as beam search asks for; the same on every rank."""
+        """Batch entry i becomes what ``beam_idx[i]`` was, as beam search asks for; the same on every rank.
+
+        Raises:
+            ValueError: not integers [B].
+        """
+        with checked_together(self.group, step=False):
+            check_tensor("beam_idx", beam_idx)
+            if beam_idx.dim() != 1 or beam_idx.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"beam_idx: expected integers [B], got {beam_idx.dtype} {tuple(beam_idx.shape)}")
         for layer in self._layers.values():
             if layer.length:
                 layer.k, layer.v = (t.index_select(0, beam_idx.to(t.device)) for t in (layer.k, layer.v))
@@ -247,12 +229,12 @@ class SequenceShardedCache:
     def _by_heads(self) -> bool:
         return self.num_heads is not None and self.group is not None
 
-    def _layer(self, layer_idx: int) -> _Layer:
+    def _layer(self, layer_idx: int) -> CacheLayer:
         if type(layer_idx) is not int or layer_idx < 0:
             raise ValueError(f"layer_idx: expected an int, 0 or more, got {layer_idx!r}")
-        return self._layers.setdefault(layer_idx, _Layer())
+        return self._layers.setdefault(layer_idx, CacheLayer())
 
-    def _make_room(self, layer: _Layer, added: int, k: Tensor, v: Tensor) -> None:
+    def _make_room(self, layer: CacheLayer, added: int, k: Tensor, v: Tensor) -> None:
         rows = keys_of(max(layer.length + added, self.capacity), self.ranks, 0)  # alike on all ranks
         heads = self.num_kv_heads if self._by_heads and self.num_kv_heads else k.shape[2]
         layer.make_room(rows, keys_of(layer.length, self.ranks, self.rank), heads, k, v)
@@ -276,7 +258,7 @@ class SequenceShardedCache:
             heads = [range(k.shape[2])] * self.ranks
         return Source(tuple(map(Held, rows, heads)), self._by_heads, first)
 
-    def _check_new(self, q: Tensor, k: Tensor, v: Tensor, layer: _Layer) -> None:
+    def _check_new(self, q: Tensor, k: Tensor, v: Tensor, layer: CacheLayer) -> None:
         """Keys and values that fit what is cached; with ``num_heads`` this rank's heads."""
         check_attention_tensors(q, k, v, None)
         if self.num_heads is not None and self.num_kv_heads is not None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..kernels import attention
 from ..kernels.spec import accumulation_dtype
 from ..layout import group_rank, group_size
-from ..overlap.attention_decode import Masking, attend, heads_of
+from ..overlap.attention_decode import Masking, attend
+from ..overlap.key_owners import heads_of
 from .registry import group_named, register, without_autocast
 
 
