@@ -1,6 +1,7 @@
 """The public functions: all validation, then one op call."""
 
 from .attention import causal_attention
+from .decode_attention import decode_attention
 from .linear import (
     NormRecipe,
     all_gather_linear,
@@ -43,6 +44,7 @@ __all__ = [
     "attention_choice",
     "causal_attention",
     "copy_to_tensor_parallel",
+    "decode_attention",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",

@@ -108,11 +108,11 @@ def sequence_parallel_attention(
     """
     pg = resolve_group(group)
     with checked_together(pg):
-        q, k, v, attn_bias = _autocast(q, k, v, attn_bias)
-        _check_tensors(q, k, v, sinks)
+        q, k, v, attn_bias = cast_as_autocast(q, k, v, attn_bias)
+        check_attention_tensors(q, k, v, sinks)
         q_len, k_len = _lengths(q, k, pg, seq_len, kv_seq_len)
-        bias, mask = _check_bias(attn_bias, q, k_len)
-        left, right = _bounds(window_size, is_causal, k_len - q_len)
+        bias, mask = check_attention_bias(attn_bias, q, k_len)
+        left, right = mask_bounds(window_size, is_causal, k_len - q_len)
         _check_options(layout, engine, dropout_p, scale, softcap, chunks, save_kv, ulysses_degree, ring_degree)
         _check_documents(cu_seqlens, q_len, k_len, q)
         scalars = Scalars(
@@ -163,14 +163,16 @@ def attention_choice(
     """How :func:`sequence_parallel_attention` runs with these arguments: engine, grid, bytes, balance, and why."""
     pg = resolve_group(group)
     q_len, k_len = _lengths(q, k, pg, seq_len, kv_seq_len)
-    bias, mask = _check_bias(attn_bias, q, k_len)
-    left, right = _bounds(window_size, is_causal, k_len - q_len)
+    bias, mask = check_attention_bias(attn_bias, q, k_len)
+    left, right = mask_bounds(window_size, is_causal, k_len - q_len)
     asked = (layout, engine, ulysses_degree, ring_degree, save_kv, chunks, False, False, group_name(pg))
     scalars = Scalars(q_len, k_len, 1.0, 0.0, left, right, 0.0, *asked)
     return scalars.choice(scalars.problem(q, k.shape[2], v.shape[3], q.shape[2], bias, mask))
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def cast_as_autocast(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What SDPA does under torch.autocast."""
     if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
         return q, k, v, bias
@@ -182,7 +184,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Ten
     return cast(q), cast(k), cast(v), bias
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+def check_attention_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, t)
         check_float(name, t)
@@ -224,7 +226,7 @@ def _lengths(
     return int(q_len), int(k_len)
 
 
-def _check_bias(bias: Tensor | None, q: Tensor, k_len: int) -> tuple[Tensor | None, Tensor | None]:
+def check_attention_bias(bias: Tensor | None, q: Tensor, k_len: int) -> tuple[Tensor | None, Tensor | None]:
     """A bias [B or 1, Hq or 1, Sq or 1, Sk or 1] or a mask of these sizes."""
     if bias is None:
         return None, None
@@ -245,7 +247,7 @@ def _check_bias(bias: Tensor | None, q: Tensor, k_len: int) -> tuple[Tensor | No
     return bias.view(sizes), None
 
 
-def _bounds(window_size: Sequence[int], is_causal: bool, ahead: int) -> tuple[int | None, int | None]:
+def mask_bounds(window_size: Sequence[int], is_causal: bool, ahead: int) -> tuple[int | None, int | None]:
     """A row at P sees keys P - left .. P + right; ``ahead``: how many more keys there are than queries."""
     found = tuple(window_size) if isinstance(window_size, Sequence) else window_size
     if not isinstance(found, tuple) or len(found) != 2 or not all(type(n) is int and n >= -1 for n in found):
@@ -274,15 +276,19 @@ def _check_options(
     check_chunks(chunks)
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
-    if scale is not None and (not isinstance(scale, int | float) or not -math.inf < scale < math.inf):
-        raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
-    if not isinstance(softcap, int | float) or not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap: expected a finite number, 0 or more, got {softcap!r}")
+    check_scores(scale, softcap)
     if save_kv is not None and not isinstance(save_kv, bool):
         raise ValueError(f"save_kv: expected a bool or None, got {save_kv!r}")
     for name, degree in (("ulysses_degree", ulysses_degree), ("ring_degree", ring_degree)):
         if degree is not None and (type(degree) is not int or degree < 1):
             raise ValueError(f"{name}: expected a positive int or None, got {degree!r}")
+
+
+def check_scores(scale: float | None, softcap: float) -> None:
+    if scale is not None and (not isinstance(scale, int | float) or not -math.inf < scale < math.inf):
+        raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
+    if not isinstance(softcap, int | float) or not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap: expected a finite number, 0 or more, got {softcap!r}")
 
 
 def _check_documents(cu_seqlens: Tensor | None, q_len: int, k_len: int, q: Tensor) -> None:

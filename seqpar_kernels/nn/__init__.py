@@ -5,6 +5,7 @@ from .linear import ColumnParallelLinear, RowParallelLinear, SharedGather, Share
 from .norm import Dropout, DropoutAddNorm, LayerNorm, RMSNorm
 from .region import Region
 from .sequence_attention import SequenceParallelAttention
+from .sequence_cache import SequenceShardedCache
 from .sharding import ShardSpec, full_tensor, local_part
 from .split_norm import SplitRMSNorm
 from .transformer import TransformerLayer
@@ -18,6 +19,7 @@ __all__ = [
     "Region",
     "RowParallelLinear",
     "SequenceParallelAttention",
+    "SequenceShardedCache",
     "ShardSpec",
     "SharedGather",
     "SharedHeadsLinear",

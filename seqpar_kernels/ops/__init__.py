@@ -3,6 +3,7 @@
 from .all_to_all import all_to_all
 from .attention import dropout_attention, rotary
 from .block_attention import block_attention, merge_attention
+from .decode_attention import decode_attention
 from .decompositions import decompositions, inductor_fusion
 from .gather_linear import all_gather_linear, all_gather_linear_into, all_gather_linear_keeping
 from .linear_norm import linear_reduce_scatter_dropout_add_norm, linear_reduce_scatter_dropout_add_norm_into
@@ -39,6 +40,7 @@ __all__ = [
     "all_to_all",
     "announced",
     "block_attention",
+    "decode_attention",
     "decompositions",
     "dropout_add_norm",
     "dropout_attention",

@@ -103,7 +103,9 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _buffer(shapes: Sequence[tuple[Sequence[int], torch.dtype]], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+def message_buffer(
+    shapes: Sequence[tuple[Sequence[int], torch.dtype]], device: torch.device
+) -> tuple[Tensor, list[Tensor]]:
     """One buffer of bytes, and a view of each shape and dtype in it."""
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
     buffer = torch.empty(sum(map(_padded, sizes)), dtype=torch.uint8, device=device)
@@ -124,13 +126,13 @@ def rows_to_heads(messages: Messages, ranks: range, me: int, parts: Sequence[Par
         if other == me:
             continue
         shapes = [(p.shape(count(p.rows[me]), len(p.heads[other])), p.dtype) for p in parts]
-        buffer, views = _buffer(shapes, device)
+        buffer, views = message_buffer(shapes, device)
         for view, part in zip(views, parts, strict=True):
             assert part.tensor is not None
             view.copy_(_narrow_heads(part.tensor, part.heads[other]))
         sends.append((peer, 0, buffer))
         shapes = [(p.shape(count(p.rows[other]), len(p.heads[me])), p.dtype) for p in parts]
-        buffer, views = _buffer(shapes, device)
+        buffer, views = message_buffer(shapes, device)
         receives.append((peer, 0, buffer))
         arrivals.append((other, views))
     messages.post(sends, receives)
@@ -157,12 +159,12 @@ def heads_to_rows(
             arrived[me] = [_rows_of(p, me) for p in parts]
             continue
         shapes = [(p.shape(count(p.rows[other]), len(p.heads[me])), p.dtype) for p in parts]
-        buffer, views = _buffer(shapes, device)
+        buffer, views = message_buffer(shapes, device)
         for view, part in zip(views, parts, strict=True):
             view.copy_(_rows_of(part, other))
         sends.append((peer, 0, buffer))
         shapes = [(p.shape(count(p.rows[me]), len(p.heads[other])), p.dtype) for p in parts]
-        buffer, arrived[other] = _buffer(shapes, device)
+        buffer, arrived[other] = message_buffer(shapes, device)
         receives.append((peer, 0, buffer))
     messages.post(sends, receives)
     for peer, index, buffer in receives:

@@ -10,6 +10,8 @@ import seqpar_kernels as sp
 
 NAMES = (
     "SequenceParallelAttention",
+    "SequenceShardedCache",
+    "decode_attention",
     "merge_attention",
     "next_token_labels",
     "sequence_parallel_attention",
