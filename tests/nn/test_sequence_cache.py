@@ -217,6 +217,37 @@ def test_greedy_on_ranks(world4: World) -> None:
     world4.run(on_ranks, greedy_case)
 
 
+@torch.no_grad()
+def transformers_case() -> None:
+    """A Llama of Transformers writes what its own generate does on one rank."""
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, _: Any, scaling: float, cache: Any, **__: Any) -> Any:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return cache.decode(q, k, v, module.layer_idx, scale=scaling), None
+
+    AttentionInterface.register("sequence_sharded", attend)
+    torch.manual_seed(0)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    sizes = dict(vocab_size=61, hidden_size=48, intermediate_size=64, num_hidden_layers=2, initializer_range=0.3)
+    model = LlamaForCausalLM(LlamaConfig(**heads, **sizes)).eval()
+    ids = new = torch.randint(61, (2, 7))
+    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    model.set_attn_implementation("sequence_sharded")
+    cache = sp.SequenceShardedCache(dist.group.WORLD)
+    for _ in range(8):
+        positions = cache.get_seq_length() + torch.arange(new.shape[1])
+        logits = model(new, position_ids=positions[None], use_cache=False, cache=cache).logits
+        new = logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, new], 1)
+    assert torch.equal(ids, expected)
+
+
+def test_greedy_of_transformers(world2: World) -> None:
+    world2.run(transformers_case)
+
+
 # --- filling, and the heads of tensor parallelism --------------------------------------------------------------------
 
 
