@@ -21,6 +21,7 @@ from .convert import (
 from .functional import (
     all_gather_linear,
     copy_to_tensor_parallel,
+    degree_groups,
     dropout_add,
     dropout_add_layer_norm,
     dropout_add_rms_norm,
@@ -30,6 +31,8 @@ from .functional import (
     linear_reduce_scatter_dropout_add_norm,
     merge_attention,
     next_token_labels,
+    pack_documents,
+    packed_attention,
     reduce_from_tensor_parallel,
     reduce_scatter_sequence,
     scatter_sequence,
@@ -59,6 +62,7 @@ from .nn import (
 from .ops import inductor_fusion
 from .overlap.planner import set_max_workspace_bytes
 from .overlap.tuning import tune
+from .packing import PackingPlan
 
 __version__ = "0.1.0"
 
@@ -67,6 +71,7 @@ __all__ = [
     "Dropout",
     "DropoutAddNorm",
     "LayerNorm",
+    "PackingPlan",
     "ParallelPlan",
     "RMSNorm",
     "RowParallelLinear",
@@ -79,6 +84,7 @@ __all__ = [
     "activation_bytes",
     "all_gather_linear",
     "copy_to_tensor_parallel",
+    "degree_groups",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
@@ -95,6 +101,8 @@ __all__ = [
     "merge_attention",
     "next_token_labels",
     "nn",
+    "pack_documents",
+    "packed_attention",
     "parallelize",
     "reduce_from_tensor_parallel",
     "reduce_scatter_sequence",

@@ -9,9 +9,13 @@ import pytest
 import seqpar_kernels as sp
 
 NAMES = (
+    "PackingPlan",
     "SequenceParallelAttention",
+    "degree_groups",
     "merge_attention",
     "next_token_labels",
+    "pack_documents",
+    "packed_attention",
     "sequence_parallel_attention",
     "sequence_positions",
     "shard_sequence",
