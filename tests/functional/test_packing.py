@@ -12,6 +12,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import seqpar_kernels as sp
 from seqpar_kernels.packing import Costs, PackingPlan, Place, Share, shares
@@ -224,6 +225,15 @@ def world_case() -> None:
     group = dist.group.WORLD
     for plan in plans(group.size())[::3]:
         check(group, plan, F64)
+    plan = plans(group.size())[-1]
+    leaves = [torch.randn(1, plan.tokens[group.rank()], 2, 4, requires_grad=True) for _ in range(3)]
+
+    def run(*qkv: Tensor) -> Tensor:
+        return sp.packed_attention(*qkv, plan, group=group, is_causal=True)
+
+    outs = [run(*leaves), checkpoint(run, *leaves, use_reentrant=False)]
+    for one, other in zip(*(torch.autograd.grad(out.sum(), leaves) for out in outs)):
+        assert torch.equal(one, other)
 
 
 def groups_case() -> None:
