@@ -22,6 +22,7 @@ from .functional import (
     all_gather_linear,
     copy_to_tensor_parallel,
     decode_attention,
+    degree_groups,
     dropout_add,
     dropout_add_layer_norm,
     dropout_add_rms_norm,
@@ -31,6 +32,8 @@ from .functional import (
     linear_reduce_scatter_dropout_add_norm,
     merge_attention,
     next_token_labels,
+    pack_documents,
+    packed_attention,
     reduce_from_tensor_parallel,
     reduce_scatter_sequence,
     scatter_sequence,
@@ -61,6 +64,7 @@ from .nn import (
 from .ops import inductor_fusion
 from .overlap.planner import set_max_workspace_bytes
 from .overlap.tuning import tune
+from .packing import PackingPlan
 
 __version__ = "0.1.0"
 
@@ -69,6 +73,7 @@ __all__ = [
     "Dropout",
     "DropoutAddNorm",
     "LayerNorm",
+    "PackingPlan",
     "ParallelPlan",
     "RMSNorm",
     "RowParallelLinear",
@@ -83,6 +88,7 @@ __all__ = [
     "all_gather_linear",
     "copy_to_tensor_parallel",
     "decode_attention",
+    "degree_groups",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
@@ -99,6 +105,8 @@ __all__ = [
     "merge_attention",
     "next_token_labels",
     "nn",
+    "pack_documents",
+    "packed_attention",
     "parallelize",
     "reduce_from_tensor_parallel",
     "reduce_scatter_sequence",

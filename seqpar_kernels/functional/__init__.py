@@ -32,6 +32,7 @@ from .norm import (
     replicated,
     run_norm,
 )
+from .packing import degree_groups, pack_documents, packed_attention
 from .sequence_attention import attention_choice, sequence_parallel_attention
 from .sequence_layout import next_token_labels, sequence_positions, shard_sequence, unshard_sequence
 from .vocab import vocab_parallel_cross_entropy, vocab_parallel_embedding, vocab_parallel_linear_cross_entropy
@@ -45,6 +46,7 @@ __all__ = [
     "causal_attention",
     "copy_to_tensor_parallel",
     "decode_attention",
+    "degree_groups",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
@@ -54,6 +56,8 @@ __all__ = [
     "linear_reduce_scatter_dropout_add_norm",
     "merge_attention",
     "next_token_labels",
+    "pack_documents",
+    "packed_attention",
     "planned_all_gather_linear",
     "planned_linear_reduce_scatter",
     "planned_linear_reduce_scatter_dropout_add_norm",

@@ -9,11 +9,15 @@ import pytest
 import seqpar_kernels as sp
 
 NAMES = (
+    "PackingPlan",
     "SequenceParallelAttention",
     "SequenceShardedCache",
     "decode_attention",
+    "degree_groups",
     "merge_attention",
     "next_token_labels",
+    "pack_documents",
+    "packed_attention",
     "sequence_parallel_attention",
     "sequence_positions",
     "shard_sequence",
