@@ -52,6 +52,23 @@ struct RowSums {
     A mean, rstd, slope, mean1;
 };
 
+// By how much the mean of a row lies beside the stored one. That is rounded to Acc, which matters where the row varies
+// by little more than such a rounding; the differences from it are exact there.
+template <Order O, class A, class Z>
+A mean_offset(const Z* z, int64_t cols, A mean, A rstd) {
+    using P = typename PackFor<A>::Pack;
+    if (!(mean * rstd > A(4) || mean * rstd < A(-4))) return A(0);
+    double total = 0;
+    for (int64_t begin = 0; begin < cols; begin += kSumColumns) {
+        P part = splat(A(0));
+        for_packs<P::lanes>(begin, smaller(cols, begin + kSumColumns), [&](int64_t c, auto n) SEQPAR_BODY {
+            part = part + present<O>(load<O>(z + c, n) - splat(mean), n);
+        });
+        total += sum(part);
+    }
+    return static_cast<A>(total / static_cast<double>(cols));
+}
+
 // d(xhat) of one Pack: dy * scale of both norms.
 template <Order O, class A, class X, class N>
 inline __attribute__((always_inline)) typename PackFor<A>::Pack scaled(const A* scale, int64_t c, const X* dy, N n) {
@@ -70,6 +87,7 @@ void sum_rows(const Plan& plan, int64_t r0, int64_t run, RowSums<Acc<X>>* rows) 
     const Z* z[kCount];
     const X *dy[kCount], *dy2[kCount];
     P sum1[kCount], sum2[kCount];
+    A offset[kCount];
     for (int i = 0; i < kCount; ++i) {
         const int64_t r = r0 + i;
         z[i] = row_of<Z>(args.z, r, args.z_stride);
@@ -77,6 +95,7 @@ void sum_rows(const Plan& plan, int64_t r0, int64_t run, RowSums<Acc<X>>* rows) 
         dy2[i] = plan.term2.template row<X>(r);
         rows[i].mean = kNorm == Norm::layer ? static_cast<const A*>(args.mean)[r] : A(0);
         rows[i].rstd = static_cast<const A*>(args.rstd)[r];
+        offset[i] = kNorm == Norm::layer ? mean_offset<O>(z[i], args.cols, rows[i].mean, rows[i].rstd) : A(0);
         sum1[i] = sum2[i] = zero;
     }
     A* const dweight = plan.sums_of(plan.term.dweight, run);
@@ -92,7 +111,8 @@ void sum_rows(const Plan& plan, int64_t r0, int64_t run, RowSums<Acc<X>>* rows) 
             for (int i = 0; i < kCount; ++i) {
                 P v = load<O>(z[i] + c, n);
                 if (kNorm == Norm::layer) v = v - splat(rows[i].mean);
-                xhat[i] = v * splat(rows[i].rstd);
+                xhat[i] = kNorm == Norm::layer ? fma(v, splat(rows[i].rstd), splat(-offset[i] * rows[i].rstd))
+                                               : v * splat(rows[i].rstd);
                 const P d = load<O>(dy[i] + c, n);
                 dw = fma(d, xhat[i], dw);
                 db = db + d;
@@ -124,7 +144,8 @@ void sum_rows(const Plan& plan, int64_t r0, int64_t run, RowSums<Acc<X>>* rows) 
     for (int i = 0; i < kCount; ++i) {
         const double rstd = rows[i].rstd;
         rows[i].slope = static_cast<A>(-rstd * rstd * (sum(sum2[i]) / count));
-        rows[i].mean1 = static_cast<A>(sum(sum1[i]) / count);
+        // The second pass takes z - mean for what lies offset beside it, and mean1 makes good for that.
+        rows[i].mean1 = static_cast<A>(sum(sum1[i]) / count + offset[i] * (rows[i].slope / rstd));
     }
 }
 

@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,27 @@ def test_a_constant_row_gives_zeros_and_the_gradient_of_eps() -> None:
         y.backward(dy)
         expected = (dy.double() - dy.double().mean(-1, keepdim=True)) * 1e-5**-0.5
         torch.testing.assert_close(x.grad, expected.float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("size", [2, 3, 7, 33, 8193])
+def test_gradients_of_rows_that_vary_by_the_rounding_of_their_mean(size: int, backend: str) -> None:
+    """Values around 1e6 have a mean that float32 does not hold, and the backward reads that of the forward."""
+    x, dy = torch.randn(6, size, generator=torch.Generator().manual_seed(1)) + 1e6, torch.randn(6, size)
+    weight = torch.linspace(0.5, 1.5, size)
+
+    def grads(t: torch.Tensor, w: torch.Tensor, norm: Callable[..., torch.Tensor]) -> list[np.ndarray]:
+        inputs = [t.clone().requires_grad_(), w.clone().requires_grad_()]
+        norm(*inputs).backward(dy.to(t.dtype))
+        return [i.grad.double().numpy() for i in inputs if i.grad is not None]
+
+    ours = grads(x, weight, lambda t, w: sp.dropout_add_layer_norm(t, None, w, backend=backend))
+    torchs, exact = (
+        grads(t, w, lambda t, w: F.layer_norm(t, (size,), w)) for t, w in ((x, weight), (x.double(), weight.double()))
+    )
+    for name, got, plain, oracle in zip(("dx", "dweight"), ours, torchs, exact, strict=True):
+        error, allowed = np.abs(got - oracle).max(), 2 * np.abs(plain - oracle).max()
+        assert error <= allowed + torch.finfo(F32).eps * np.abs(oracle).max(), f"{name}: {error:.3g} > {allowed:.3g}"
 
 
 def test_squares_beyond_fp32_are_no_zeros() -> None:
