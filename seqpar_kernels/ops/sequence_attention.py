@@ -67,6 +67,22 @@ class Scalars(NamedTuple):
         return Problem(q_len, k_len, *sizes, self.layout, ranks, self.left, self.right, int(bias_row))
 
 
+class Given(NamedTuple):
+    """The tensors that a call need not have, in the order of the schemas."""
+
+    sinks: Tensor | None
+    bias: Tensor | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    seed: Tensor | None
+
+
+def _split(rest: tuple[Any, ...]) -> tuple[Given, Scalars]:
+    """What follows the first tensors of every schema here."""
+    tensors = len(Given._fields)
+    return Given(*rest[:tensors]), Scalars(*rest[tensors:])
+
+
 def has_rows(t: Tensor, q_len: int, ranks: int) -> bool:
     """Whether a bias or a mask is treated as if it had rows of its own for each query.
 
@@ -84,16 +100,13 @@ class Call:
         kv_heads: int,
         q_heads: int,
         value_dim: int,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        seed: Tensor | None,
+        given: Given,
         s: Scalars,
     ):
         attention.select_attention(q.device)  # raises before anything is sent
         self.group: ProcessGroup | None = group_named(s.group)
-        self.rank, self.scalars, self.seed = group_rank(self.group), s, seed
-        problem = s.problem(q, kv_heads, value_dim, q_heads, bias, mask)
+        self.rank, self.given = group_rank(self.group), given
+        problem = s.problem(q, kv_heads, value_dim, q_heads, given.bias, given.mask)
         self.choice = s.choice(problem)
         self.sizes = sizes = self.choice.sizes
         self.me = self.rank % sizes.ulysses
@@ -101,10 +114,11 @@ class Call:
         self.ranks = sizes.row_of_ranks(self.row)
         self.heads = [sizes.heads(c) for c in range(sizes.ulysses)]
         documents = None
-        if cu_seqlens is not None:
-            documents = tuple(cu_seqlens.tolist())
+        if given.cu_seqlens is not None:
+            documents = tuple(given.cu_seqlens.tolist())
             check_documents(documents, problem.q_len, problem.k_len)
-        given = [(name, tuple(t.shape[:2])) for name, t in (("bias", bias), ("mask", mask)) if t is not None]
+        scores = (("bias", given.bias), ("mask", given.mask))
+        shapes = [(name, tuple(t.shape[:2])) for name, t in scores if t is not None]
         if documents is not None and self.group is not None:
             # Which keys travel depends on them: ranks that have different ones hear so before anything does.
             agree(
@@ -113,7 +127,7 @@ class Call:
         self.signature = (
             f"sequence_parallel_attention(B={problem.batch}, S={problem.q_len}, {problem.k_len} keys, heads "
             f"{q_heads}, {kv_heads}, sizes {problem.head_dim}, {problem.value_dim}, {q.dtype}, {s.layout}, "
-            f"window {s.left}, {s.right}, p={s.p}, {given}, {self.choice.engine} {sizes.ulysses} x {sizes.ring}, "
+            f"window {s.left}, {s.right}, p={s.p}, {shapes}, {self.choice.engine} {sizes.ulysses} x {sizes.ring}, "
             f"messages of {sizes.chunk_rows}, save_kv={self.choice.save_kv}, lse={s.want_lse})"
         )
         whole = dict(all_heads=q_heads, first_head=self.heads[self.me][0].start, all_rows=problem.q_len)
@@ -149,12 +163,13 @@ class Call:
     def has_rows(self, t: Tensor) -> bool:
         return has_rows(t, self.sizes.q_len, self.sizes.ranks)
 
-    def extras(self, sinks: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> Extras:
+    def extras(self) -> Extras:
         """Of our column's heads and rows. Where heads are exchanged one message of its own carries what has rows."""
         heads = self.heads[self.me][0]
+        sinks, bias, mask, _, seed = self.given
         sinks = None if sinks is None else sinks[heads.start : heads.stop]
         if not self.exchanges:
-            return Extras(sinks, bias, mask, self.seed)
+            return Extras(sinks, bias, mask, seed)
         found: dict[str, Tensor | None] = {"bias": bias, "mask": mask}
         parts = {}
         rows = count(self.sizes.held(self.sizes.q_len, self.rank))
@@ -169,7 +184,7 @@ class Call:
                 outs = rows_to_heads(messages, self.ranks, self.me, list(parts.values()))
             for name, out in zip(parts, outs, strict=True):
                 found[name] = (out.view(torch.bool) if name == "mask" else out).transpose(1, 2)
-        return Extras(sinks, found["bias"], found["mask"], self.seed)
+        return Extras(sinks, found["bias"], found["mask"], seed)
 
 
 def _key_of_each(choice: Choice, column: int) -> list[int] | None:
@@ -204,17 +219,12 @@ def _kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    *scalars: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    s = Scalars(*scalars)
-    call = Call(q, k.shape[2], q.shape[2], v.shape[3], bias, mask, cu_seqlens, seed, s)
+    given, s = _split(rest)
+    call = Call(q, k.shape[2], q.shape[2], v.shape[3], given, s)
     sizes, none = call.sizes, [q.new_empty(0) for _ in range(3)]
-    extras = call.extras(sinks, bias, mask)
+    extras = call.extras()
     if not call.exchanges:
         out, lse, kept = attention_run.forward(call.column, q, k, v, extras, s.save)
         return out, lse, *none, lse.new_empty(0), kept
@@ -241,15 +251,10 @@ def _fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    *scalars: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    s = Scalars(*scalars)
-    choice = s.choice(s.problem(q, int(k.shape[2]), int(v.shape[3]), int(q.shape[2]), bias, mask))
+    given, s = _split(rest)
+    choice = s.choice(s.problem(q, int(k.shape[2]), int(v.shape[3]), int(q.shape[2]), given.bias, given.mask))
     sizes, rank = choice.sizes, group_rank(group_named(s.group))
     out, wide = empty_like_heads(q, v.shape[3], q.dtype), accumulation_dtype(q.dtype)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
@@ -286,20 +291,16 @@ def _backward_kernel(
     kv_heads: int,
     sinks_grad: bool,
     bias_grad: bool,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    *scalars: Any,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    s = Scalars(*scalars)
-    call = Call(q, kv_heads, out.shape[2], out.shape[3], bias, mask, cu_seqlens, seed, s)
+    given, s = _split(rest)
+    call = Call(q, kv_heads, out.shape[2], out.shape[3], given, s)
+    sinks, bias = given.sinks, given.bias
     sizes, wide = call.sizes, lse.dtype
     delta = attention.row_dots(dout, out)
     if dlse is not None:
         delta -= dlse
-    extras = call.extras(sinks, bias, mask)
+    extras = call.extras()
     index = None
     if call.exchanges:
         parts = [call.part(dout, sizes.q_len, 0), call.part(delta.transpose(1, 2)[..., None], sizes.q_len, 0)]
@@ -309,8 +310,8 @@ def _backward_kernel(
         index = _expansion(call, q.device)
     keys, values = _expanded(k, index), _expanded(v, index)
     kv_dtype = wide if call.shares_keys else k.dtype
-    given = (call.column, dout, delta, q, keys, values, lse, kept, extras, bias_grad, kv_dtype)
-    grads = attention_run.backward(*given)
+    args = (call.column, dout, delta, q, keys, values, lse, kept, extras, bias_grad, kv_dtype)
+    grads = attention_run.backward(*args)
     dq, dk, dv = grads.dq, _summed(grads.dk, index, k.shape[2]), _summed(grads.dv, index, k.shape[2])
     dsinks = q.new_empty(0)
     if sinks is not None and sinks_grad:
@@ -365,27 +366,23 @@ def _backward_fake(
     kv_heads: int,
     sinks_grad: bool,
     bias_grad: bool,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    *scalars: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    s = Scalars(*scalars)
-    choice = s.choice(s.problem(q, kv_heads, int(out.shape[3]), int(out.shape[2]), bias, mask))
+    given, s = _split(rest)
+    choice = s.choice(s.problem(q, kv_heads, int(out.shape[3]), int(out.shape[2]), given.bias, given.mask))
     if choice.sizes.ulysses == 1:
         grads = [empty_like_heads(t, t.shape[3], t.dtype) for t in (q, k, v)]
     else:
         k_rows = count(choice.sizes.held(choice.sizes.k_len, group_rank(group_named(s.group))))
         grads = [q.new_empty((*out.shape[:3], q.shape[3]))]
         grads += [t.new_empty((out.shape[0], k_rows, kv_heads, t.shape[3])) for t in (k, v)]
+    sinks, bias = given.sinks, given.bias
     dsinks = q.new_empty(0) if sinks is None or not sinks_grad else sinks.new_empty(sinks.shape)
     dbias = q.new_empty(0) if bias is None or not bias_grad else bias.new_empty(bias.shape)
     return (*grads, dsinks, dbias)
 
 
-_TENSORS = 8
+_TENSORS = 3 + len(Given._fields)
 
 
 class _SequenceAttention(torch.autograd.Function):
@@ -398,8 +395,8 @@ class _SequenceAttention(torch.autograd.Function):
         ctx.mark_non_differentiable(*columns, lse_column, kept)
         ctx.scalars, ctx.kv_heads = scalars, args[1].shape[2]
         exchanged = lse_column.dim() == 3
-        given = (*columns, lse_column) if exchanged else (*args[:3], lse)
-        ctx.save_for_backward(*given, out, kept, *args[3:_TENSORS])
+        operands = (*columns, lse_column) if exchanged else (*args[:3], lse)
+        ctx.save_for_backward(*operands, out, kept, *args[3:_TENSORS])
         return results  # type: ignore[no-any-return]
 
     @staticmethod
