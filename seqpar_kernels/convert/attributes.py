@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .counts import _CONFIGS, Count
+from .counts import CONFIGS, Count
 
 _PLAIN = (
     *(bool, int, float, str, complex, NoneType, Enum, torch.dtype),
@@ -51,7 +51,7 @@ def _sources(model: nn.Module) -> Iterable[tuple[str, Any]]:
             continue
         where = name or type(model).__name__
         yield where, vars(module)
-        for key in _CONFIGS:
+        for key in CONFIGS:
             config = vars(module).get(key)
             held = config if isinstance(config, dict) else getattr(config, "__dict__", None)
             if held is not None and id(held) not in seen:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from .culprit import is_library
 
-_CONFIGS = ("config", "cfg", "args", "hparams", "params")
+CONFIGS = ("config", "cfg", "args", "hparams", "params")
 
 
 class _Compared:
@@ -285,7 +285,7 @@ class Counts:
             inside = any(name == leaf or name.startswith(leaf + ".") for leaf in self._leaves)
             if not inside and not type(module).__module__.startswith(("torch.", "seqpar_kernels.")):
                 self._lend(name, "", vars(module), seen)
-                for attribute in _CONFIGS:
+                for attribute in CONFIGS:
                     held = vars(module).get(attribute)
                     if hasattr(held, "__dict__") and not isinstance(held, (nn.Module, torch.Tensor, type)):
                         self._lend(name, attribute + ".", vars(held), seen)

@@ -35,8 +35,12 @@ def statement() -> str:
     frame = user_frame()
     if frame is None:
         return "a statement"
-    file, line = frame.f_code.co_filename, frame.f_lineno
-    text = " ".join(linecache.getline(file, line, frame.f_globals).split())
+    return written(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
+
+
+def written(file: str, line: int, module: dict[str, Any] | None = None) -> str:
+    """The statement at ``line`` of ``file``; ``module``: the globals of one that lies in no file of its own."""
+    text = " ".join(linecache.getline(file, line, module).split())
     if len(text) > 100:
         text = text[:97] + "..."
     return f"`{text}` ({file}:{line})" if text else f"line {line} of {file}"

@@ -112,7 +112,7 @@ def _range(numbers: list[str]) -> str:
 
 
 def _fitting(widths: list[int]) -> list[int]:
-    """``widths``, the two longest of the first columns cut until the line has 120 columns."""
+    """``widths``, the longest cut again and again until the line has 120 columns."""
     widths = list(widths)
     while sum(widths) + 2 * (len(widths) - 1) > _WIDTH:
         longest = max(range(len(widths)), key=widths.__getitem__)

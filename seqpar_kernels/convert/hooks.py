@@ -298,7 +298,7 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
                 raise RuntimeError(_unwatched(name, conversion))
             conversion.watch.cut(name)
         length = x.shape[region.seq_dim]
-        if not conversion.running and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+        if not conversion.running and not torch.compiler.is_compiling() and not _backward():
             # A model inside is called on its own: nothing holds that the last forward of the whole one has settled.
             conversion.crossing, region.deferring, region.summed = False, None, {}
         # Only where it is needed: a recomputation during backward must not find the length of a later forward.

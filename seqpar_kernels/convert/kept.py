@@ -10,7 +10,6 @@ hands its class on to what is computed from it, and refuses ``backward``. What t
 from __future__ import annotations
 
 import inspect
-import linecache
 import os
 import sys
 import weakref
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..nn.deferred_sum import DeferredSum
-from .culprit import PACKAGE, user_frame
+from .culprit import PACKAGE, user_frame, written
 from .marks import OWNED, Kind, Local, Mixed, kind_of, mark_of
 
 _NOTE = "_seqpar_kept"
@@ -63,7 +62,7 @@ class Kept(Tensor):
             out = func(*args, **kwargs)
         finally:
             for leaf in kept:
-                _keep(leaf, note)
+                leaf.__class__ = Kept  # type: ignore[assignment]
         if not _ours(sys._getframe(1)):
             for leaf in tree_leaves(out):
                 if type(leaf) is Tensor and leaf.grad_fn is not None:
@@ -91,9 +90,7 @@ class Collector:
             if type(tensor) is DeferredSum:  # the norm behind it has computed it
                 tensor = tensor.computed
             if type(tensor) is Tensor and (what := _apart(tensor)) is not None:
-                text = " ".join(linecache.getline(made.file, made.line).split())
-                at = f"`{text}` ({made.file}:{made.line})" if text else f"line {made.line} of {made.file}"
-                _keep(tensor, f"{self._model}: {what}, made by {at},")
+                _keep(tensor, f"{self._model}: {what}, made by {written(made.file, made.line)},")
         self._made.clear()
 
 

@@ -28,6 +28,21 @@ class Kind(Enum):
     COPIED = "a whole tensor whose gradient is summed over the ranks"  # may meet both of the others
 
 
+#: style -> (what its input is, what its output is); None: anything but a shard.
+EXPECTED: dict[str, tuple[Kind | None, Kind]] = {
+    "colwise": (Kind.SHARD, Kind.PARTS),
+    "shared_heads": (Kind.SHARD, Kind.PARTS),
+    "gathered_colwise": (Kind.PARTS, Kind.PARTS),
+    "rowwise": (None, Kind.SHARD),
+    "norm": (Kind.SHARD, Kind.SHARD),
+    "split_norm": (Kind.PARTS, Kind.PARTS),
+    "dropout": (Kind.SHARD, Kind.SHARD),
+    "sequence": (Kind.SHARD, Kind.SHARD),
+    "tensor_parallel": (None, Kind.PARTS),
+    "replicated": (None, Kind.SHARD),  # seen behind the gather
+    "conditioning": (None, Kind.COPIED),
+}
+
 #: Mark of what is computed from parameters whose gradients the conversion sums over the ranks.
 OWNED = object()
 

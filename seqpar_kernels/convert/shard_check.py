@@ -28,25 +28,10 @@ from .dropout_functions import drops
 from .dtensor_params import part_of
 from .foreign import Functions, described, leaf_behind, trainable_inputs
 from .kept import Collector
-from .marks import MARK, OWNED, Kind, Local, Mixed, collectors, is_shard, kind_of, mark, mark_of
+from .marks import EXPECTED, MARK, OWNED, Kind, Local, Mixed, collectors, is_shard, kind_of, mark, mark_of
 from .rules import REMEDY, Rules
 
 __all__ = ["EXPECTED", "Kind", "ShardCheck", "is_shard", "mark"]
-
-#: style -> (what its input is, what its output is); None: anything but a shard.
-EXPECTED: dict[str, tuple[Kind | None, Kind]] = {
-    "colwise": (Kind.SHARD, Kind.PARTS),
-    "shared_heads": (Kind.SHARD, Kind.PARTS),
-    "gathered_colwise": (Kind.PARTS, Kind.PARTS),
-    "rowwise": (None, Kind.SHARD),
-    "norm": (Kind.SHARD, Kind.SHARD),
-    "split_norm": (Kind.PARTS, Kind.PARTS),
-    "dropout": (Kind.SHARD, Kind.SHARD),
-    "sequence": (Kind.SHARD, Kind.SHARD),
-    "tensor_parallel": (None, Kind.PARTS),
-    "replicated": (None, Kind.SHARD),  # seen behind the gather
-    "conditioning": (None, Kind.COPIED),
-}
 
 _FITTING = {
     Kind.SHARD: "'norm', 'colwise', 'rowwise', or 'sequence' for a module that treats rows one by one",

@@ -16,8 +16,9 @@ from seqpar_kernels.convert import ParallelPlan
 
 from ..world import World
 from .models import assert_same_gradients, group
+from .test_heads import HEADS, WIDTH, model_of
 
-WIDTH, HEADS, SIZE = 32, 4, 8
+SIZE = WIDTH // HEADS
 Change = Callable[["Attention", Tensor, Tensor, Tensor], Any]
 
 
@@ -43,20 +44,6 @@ class Attention(nn.Module):
         self.gated = self.gate(x)
         y = self.core(self, q, k, v).transpose(1, 2).flatten(2)
         return self.o(y if self.after is None else self.after(self, y))
-
-
-class Block(nn.Module):
-    def __init__(self, attention: nn.Module):
-        super().__init__()
-        self.norm, self.inner = nn.LayerNorm(WIDTH), attention
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(self.norm(x))
-
-
-def model_of(make: Callable[[], nn.Module]) -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(Block(make()), Block(make()), nn.LayerNorm(WIDTH))
 
 
 PLAN = ParallelPlan(
