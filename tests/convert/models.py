@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import seqpar_kernels as sp
+
 transformers = pytest.importorskip("transformers")
 
 
@@ -43,6 +45,17 @@ def assert_same_gradients(got: dict[str, torch.Tensor], expected: dict[str, torc
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_trains_alike(name: str, plain: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
+    """Two forwards of each, the first of them checked, and the gradients of the second."""
+    for _ in range(2):
+        expected, got = plain(x), model(x)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
+    expected.square().mean().backward()
+    got.square().mean().backward()
+    gradients = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    assert_same_gradients(sp.gather_full_gradients(model), gradients)
 
 
 def assert_same_loss(got: float, expected: float) -> None:

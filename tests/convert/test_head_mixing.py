@@ -15,7 +15,7 @@ import seqpar_kernels as sp
 from seqpar_kernels.convert import ParallelPlan
 
 from ..world import World
-from .models import assert_same_gradients, group
+from .models import assert_trains_alike, group
 from .test_heads import HEADS, WIDTH, model_of
 
 SIZE = WIDTH // HEADS
@@ -233,13 +233,7 @@ def right_case(names: list[str]) -> None:
     x = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(2))
     for name in names:
         plain, model = model_of(RIGHT[name]), sp.parallelize(model_of(RIGHT[name]), group(), PLAN)
-        for _ in range(2):
-            a, b = plain(x), model(x)
-            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-        a.square().mean().backward()
-        b.square().mean().backward()
-        expected = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
-        assert_same_gradients(sp.gather_full_gradients(model), expected)
+        assert_trains_alike(name, plain, model, x)
 
 
 def test_what_treats_heads_one_by_one_is_right(world2: World) -> None:

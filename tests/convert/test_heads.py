@@ -15,7 +15,7 @@ import seqpar_kernels as sp
 from seqpar_kernels.convert import ParallelPlan
 
 from ..world import World
-from .models import assert_same_gradients, group
+from .models import assert_trains_alike, group
 
 WIDTH, HEADS, KV = 32, 4, 2
 Heads = Callable[["Attention", Tensor], Tensor]
@@ -311,13 +311,7 @@ def right_case() -> None:
     x = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(2))
     for name, (make, styles, divided) in RIGHT.items():
         plain, model = model_of(make), sp.parallelize(model_of(make), group(), plan_of(styles, divided))
-        for _ in range(2):
-            a, b = plain(x), model(x)
-            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-        a.square().mean().backward()
-        b.square().mean().backward()
-        expected = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
-        assert_same_gradients(sp.gather_full_gradients(model), expected)
+        assert_trains_alike(name, plain, model, x)
 
 
 def test_divided_heads_and_head_sizes_are_right(world2: World) -> None:
