@@ -145,8 +145,7 @@ class SequenceShardedCache:
         with checked_together(self.group):
             layer = self._layer(layer_idx)
             q, k, v, attn_bias = cast_as_autocast(q, k, v, attn_bias)
-            self._check_new(q, k, v, layer)
-            check_attention_tensors(q, k, v, sinks)
+            self._check_new(q, k, v, layer, sinks)
             check_no_gradient(q=q, k=k, v=v, sinks=sinks, attn_bias=attn_bias)
             if q.shape[1] != k.shape[1] or q.shape[1] < 1:
                 raise ValueError(
@@ -258,9 +257,9 @@ class SequenceShardedCache:
             heads = [range(k.shape[2])] * self.ranks
         return Source(tuple(map(Held, rows, heads)), self._by_heads, first)
 
-    def _check_new(self, q: Tensor, k: Tensor, v: Tensor, layer: CacheLayer) -> None:
+    def _check_new(self, q: Tensor, k: Tensor, v: Tensor, layer: CacheLayer, sinks: Tensor | None = None) -> None:
         """Keys and values that fit what is cached; with ``num_heads`` this rank's heads."""
-        check_attention_tensors(q, k, v, None)
+        check_attention_tensors(q, k, v, sinks)
         if self.num_heads is not None and self.num_kv_heads is not None:
             for name, t, heads in (("q", q, self.num_heads), ("k", k, self.num_kv_heads)):
                 own = len(heads_of(heads, self.ranks, self.rank))
