@@ -23,7 +23,7 @@ from .attention_providers import WHOLE, AttentionCase, Provider, ours_unsharded,
 from .check import WrongResult, error_ratio
 from .facts import DTYPES
 from .linear_rank import link_runner, rounds, why_not_timed
-from .timing import Effort
+from .timing import Effort, with_cpu_time
 
 ENGINES = ("ring", "ulysses", "all_gather")
 UNSHARDED, OURS_UNSHARDED = "unsharded", "ours/unsharded"
@@ -90,7 +90,7 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
         calls = {f"{name} {direction}": partial(call, both) for name, call in runners.items()}
         out["sent"].update({name: sent_by(call, group) for name, call in calls.items()})
         cpu: dict[str, list[float]] = {name: [] for name in calls}
-        clocked = {name: _with_cpu_time(call, cpu[name]) for name, call in calls.items()}
+        clocked = {name: with_cpu_time(call, cpu[name], time.process_time_ns) for name, call in calls.items()}
         times = rounds(clocked, effort, group, "cpu")
         out["times"].update(times)
         out["cpu"].update({name: cpu[name][-len(spans) :] for name, spans in times.items()})  # warm-up left out
@@ -205,14 +205,3 @@ def sent_by(call: Callable[[], object], group: dist.ProcessGroup) -> int | None:
     call()  # whoever opens connections opens them now
     barriers, found = counted(lambda: None), counted(call)
     return None if barriers is None or found is None else max(0, found - barriers)
-
-
-def _with_cpu_time(run: Callable[[], object], found: list[float]) -> Callable[[], None]:
-    """``run``, and what each call costs all threads of this process, gloo's too, in milliseconds."""
-
-    def timed() -> None:
-        start = time.process_time_ns()
-        run()
-        found.append((time.process_time_ns() - start) / 1e6)
-
-    return timed

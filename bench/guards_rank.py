@@ -19,7 +19,7 @@ from examples import demo_run
 from .errors import BenchError
 from .guards import here
 from .linear_rank import rounds
-from .timing import Effort
+from .timing import Effort, with_cpu_time
 
 Step = Callable[[str], None]
 
@@ -93,20 +93,9 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Step) -> dict[str, 
         raise BenchError(f"the loss depends on the guards: {losses}")
     step("time")
     cpu: dict[str, list[float]] = {name: [] for name in runners}
-    timed = {name: _with_cpu_time(runner, cpu[name]) for name, runner in runners.items()}
+    timed = {name: with_cpu_time(runner, cpu[name], time.thread_time_ns) for name, runner in runners.items()}
     times = rounds(timed, Effort(**job["effort"]), group, device)
     return {"times": times, "cpu": {name: cpu[name][-len(spans) :] for name, spans in times.items()}}
-
-
-def _with_cpu_time(run: Callable[[], object], found: list[float]) -> Callable[[], None]:
-    """``run``, and what each call cost the calling thread, in milliseconds."""
-
-    def timed() -> None:
-        start = time.thread_time_ns()
-        run()
-        found.append((time.thread_time_ns() - start) / 1e6)
-
-    return timed
 
 
 def _converted(name: str, sizes: demo_run.Job, group: dist.ProcessGroup, ids: Tensor, off: list[Guard]) -> nn.Module:
