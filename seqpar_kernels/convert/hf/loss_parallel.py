@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import Region, VocabParallelHead
-from ..nn.own_forward import trusted
-from ..nn.region import show_whole
+from ...nn import Region, VocabParallelHead
+from ...nn.own_forward import trusted
+from ...nn.region import show_whole
 
 
 class LossParallel:

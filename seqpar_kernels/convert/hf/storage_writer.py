@@ -8,16 +8,18 @@ from typing import Any
 
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
+from ..conversion import Conversion
+
 _REMEDY = (
     "save the whole model with model.save_pretrained(folder), or its shards with torch.distributed.checkpoint's "
     "default writer"
 )
 
 
-def refuse_lost_shards() -> None:
+def refuse_lost_shards(conversion: Conversion) -> None:
     """Let the writer refuse what its files cannot hold, from here on; may be called often."""
     original = HuggingFaceStorageWriter.prepare_global_plan
-    if hasattr(original, "_seqpar"):
+    if conversion.region.ranks == 1 or hasattr(original, "_seqpar"):
         return
 
     @functools.wraps(original)

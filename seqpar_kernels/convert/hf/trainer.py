@@ -16,9 +16,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from transformers import TrainerCallback
 
+from ..conversion import conversion_of
+from ..state import load_sharded_optimizer_state_dict, sharded_optimizer_state_dict
 from .accelerate import parallelism_config
-from .conversion import conversion_of
-from .state import load_sharded_optimizer_state_dict, sharded_optimizer_state_dict
 
 __all__ = ["SaveOptimizer", "parallelism_config"]
 

@@ -15,9 +15,9 @@ from accelerate.utils import recursively_apply
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .conversion import Conversion, conversion_of
+from ..conversion import Conversion, conversion_of
+from ..state import full_state_dict
 from .same_order import same_order
-from .state import full_state_dict
 
 
 def parallelism_config(model: nn.Module) -> ParallelismConfig | None:
