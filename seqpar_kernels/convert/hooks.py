@@ -386,8 +386,8 @@ def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]
     region = conversion.region
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        losing = conversion.loss is not None and conversion.loss.active
-        if region.group is None and not losing:
+        loss = conversion.loss if conversion.loss is not None and conversion.loss.active else None
+        if region.group is None and loss is None:
             return None
         if conversion.watch is not None and not torch.compiler.is_compiling():
             conversion.watch.gather(name)
@@ -396,8 +396,8 @@ def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]
             conversion.watch.judge_leaves(name, first)
         if conversion.check is not None:
             conversion.check.rules.leaves_region(name, first)
-        if losing:
-            whole = conversion.loss.hide(first)  # type: ignore[union-attr]
+        if loss is not None:
+            whole = loss.hide(first)
         else:
             # What follows runs alike on every rank, so each has the whole gradient: the backward splits.
             whole = gather_sequence(

@@ -12,7 +12,7 @@ from .initialising import initialise_whole
 
 def record(conversion: Conversion) -> None:
     """Let the model hold its conversion, and the modules that were replaced let their parameters go."""
-    conversion.model._seqpar = conversion  # type: ignore[assignment]
+    vars(conversion.model)["_seqpar"] = conversion
     if conversion.snapshot is not None:
         conversion.snapshot.release(conversion.model)
 

@@ -135,14 +135,14 @@ def _twin(old: Any, name: str, style: str, conversion: Conversion) -> nn.Module:
     elif style == "dropout":
         new = Dropout.from_torch(old, region.group, seq_dim=region.seq_dim)
     elif style in ("replicated", "conditioning"):
-        return old  # type: ignore[no-any-return]
+        return old
     else:
         own = style == "own_parameters"
         conversion.replicated += old.parameters(recurse=not own)
         _sum_gradients_of(old, region, recurse=not own)
-        return old  # type: ignore[no-any-return]
+        return old
     new.region = region
-    return new  # type: ignore[no-any-return]
+    return new
 
 
 def _sum_gradients_of(module: nn.Module, region: Region, recurse: bool) -> None:
@@ -158,9 +158,9 @@ def _sum_gradients_of(module: nn.Module, region: Region, recurse: bool) -> None:
         }
         tensors = dict(zip(params, region.summing(*params.values()), strict=True))
         following = follower()
-        with _reparametrize_module(module, tensors):  # type: ignore[arg-type]
+        with _reparametrize_module(module, tensors):
             if following is not None:
-                return following.summed(module, forward, args, kwargs, tensors)  # type: ignore[arg-type]
+                return following.summed(module, forward, args, kwargs, tensors)
             return forward(*args, **kwargs)
 
     module.forward = summed_forward
@@ -175,4 +175,4 @@ def _cut_parameters(module: nn.Module, names: Iterable[str], region: Region) -> 
         full = getattr(module, name)
         sharded[name] = ShardSpec(0)
         setattr(module, name, nn.Parameter(local_part(full, sharded[name], region.group), full.requires_grad))
-    module.sharded = sharded  # type: ignore[assignment]
+    vars(module)["sharded"] = sharded

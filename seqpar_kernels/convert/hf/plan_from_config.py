@@ -114,7 +114,8 @@ class _Derivation:
 
     def _stacks(self) -> Iterator[tuple[str, nn.ModuleList]]:
         """The lists of blocks of the text decoder."""
-        decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model  # type: ignore[operator]
+        model: Any = self.model
+        decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model
         inside = {id(module) for module in decoder.modules()}
         found: list[str] = []
         for name, module in self.model.named_modules():
@@ -191,7 +192,7 @@ class _Derivation:
         except _WholeOnly as reason:
             for found in (self.styles, self.edges, self.divided, self.assigned, self.cut):
                 for inner in [n for n in found if n == name or n.startswith(name + ".")]:
-                    del found[inner]  # type: ignore[attr-defined]
+                    del found[inner]
             if not _is_on_sequence(module):
                 raise ValueError(f"plan: {name}: {reason}, and its forward does not take the residual stream") from None
             self.styles[name] = "replicated"

@@ -18,7 +18,8 @@ _REMEDY = (
 
 def refuse_lost_shards(conversion: Conversion) -> None:
     """Let the writer refuse what its files cannot hold, from here on; may be called often."""
-    original = HuggingFaceStorageWriter.prepare_global_plan
+    writer: Any = HuggingFaceStorageWriter
+    original = writer.prepare_global_plan
     if conversion.region.ranks == 1 or hasattr(original, "_seqpar"):
         return
 
@@ -27,8 +28,8 @@ def refuse_lost_shards(conversion: Conversion) -> None:
         _check(self.save_distributed, plans)
         return original(self, plans)
 
-    prepare_global_plan._seqpar = True  # type: ignore[attr-defined]
-    HuggingFaceStorageWriter.prepare_global_plan = prepare_global_plan  # type: ignore[method-assign]
+    writer.prepare_global_plan = prepare_global_plan
+    writer.prepare_global_plan._seqpar = True
 
 
 def _check(save_distributed: bool, plans: list[Any]) -> None:

@@ -26,7 +26,7 @@ _FOLDER = "sequence_parallel"
 _RANDOM = "random"
 
 
-class SaveOptimizer(TrainerCallback):  # type: ignore[misc]
+class SaveOptimizer(TrainerCallback):
     """Adds optimizer, schedule and random state to each checkpoint, and takes them up when training is resumed.
 
     Trainer saves the optimizer of rank 0 and so refuses to save any for a model on several ranks. Give it

@@ -91,7 +91,7 @@ def cut_ends(conversion: Conversion) -> None:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
     loss = conversion.loss = LossParallel(head, region, model.loss_function)
-    head.forward = loss.head  # type: ignore[method-assign]
+    vars(head)["forward"] = loss.head
     model.loss_function = loss.loss
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     position = names.index("labels") if "labels" in names else len(names)
