@@ -10,62 +10,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import chain
-from operator import attrgetter, is_not, itemgetter, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.modules import module as module_hooks
 from torch.nn.modules.dropout import _DropoutNd
 
 from .attributes import Attributes, alike_name
 from .dtensor_params import Parameters
 from .foreign import described, leaves_within, where_held
 from .shard_check import ShardCheck
-
-_forward, _parameters = methodcaller("get", "forward"), itemgetter("_parameters")
-_kind, _trained = attrgetter("__class__"), attrgetter("requires_grad")
-_is_there = partial(is_not, None)
-
-
-class Fingerprint:
-    """What a check of ``model`` depends on."""
-
-    def __init__(self, model: nn.Module):
-        self._modules = list(model.modules())
-        self._dicts = [vars(module) for module in self._modules]
-        self._sharded = any(isinstance(module, FSDPModule) for module in self._modules)
-        self._dropouts = [vars(module) for module in self._modules if isinstance(module, _DropoutNd)]
-        self._classes = list({type(module) for module in self._modules})
-        self._held = [p for d in self._dicts for p in dict.values(d["_parameters"])]  # ids are taken again
-        self._children = [d["_modules"] for d in self._dicts]
-        self._hooks = [d[kind] for d in self._dicts for kind in ("_forward_hooks", "_forward_pre_hooks")]
-        self._hooks += [module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks]
-        self._state = self._now()
-
-    def same(self) -> bool:
-        """Whether nothing has changed since."""
-        return self._state == self._now()
-
-    def _now(self) -> list[Any]:
-        dicts = self._dicts
-        params = list(map(_parameters, dicts))  # model.to puts others in place
-        values = list(chain.from_iterable(map(dict.values, params)))
-        return [
-            list(chain.from_iterable(map(dict.values, self._children))),
-            list(chain.from_iterable(self._hooks)),
-            list(map(_forward, dicts)),
-            list(map(_kind, self._modules)),
-            [kind.forward for kind in self._classes],
-            list(chain.from_iterable(map(dict.keys, params))),
-            [] if self._sharded else list(map(id, values)),  # fully_shard puts others in place in every forward
-            list(map(_trained, filter(_is_there, values))),
-            [d["p"] for d in self._dropouts],
-        ]
+from .structure import Structure
 
 
 class _Accessed(dict[str, Any]):
@@ -94,14 +51,21 @@ class Watch:
     ``stage`` is None outside of a forward, "whole" before the sequence is cut, "cut", and "whole again".
     """
 
-    def __init__(self, model: nn.Module, owned: dict[nn.Module, tuple[str, str]], cuts: list[str], gathers: list[str]):
+    def __init__(
+        self,
+        model: nn.Module,
+        owned: dict[nn.Module, tuple[str, str]],
+        structure: Structure,
+        cuts: list[str],
+        gathers: list[str],
+    ):
         self._model, self._owned = model, owned
         self._cuts, self._gathers = cuts, gathers
         self.stage: str | None = None
         self.training = self.checking = False  # checking: a check is under way, which sees more than this
         self._cut_by: set[str] = set()  # in this forward
         self._cut_again: set[str] = set()  # more than once, and found right
-        self._fingerprint: Fingerprint | None = None
+        self._structure = structure
         self._attributes = Attributes(model)
         self._forwards = 0  # with gradients, since the last that was checked
         self._looking = False  # at the leaves behind the one under way
@@ -118,9 +82,8 @@ class Watch:
 
     def unchecked(self, key: Any) -> bool:
         """Whether a forward like ``key`` is still to be checked, of the model as it is now."""
-        if self._fingerprint is not None and not self._fingerprint.same():
+        if self._structure.changed():
             self._attributes.forget()
-            self._fingerprint = None
         return self._attributes.unchecked(key)
 
     def begin(self, training: bool) -> None:
@@ -148,7 +111,7 @@ class Watch:
         self._used |= check.used
         self._ends_cut[self.training] = self.stage == "cut"
         self._attributes.passed(key)
-        self._fingerprint = Fingerprint(self._model)
+        self._structure.remember(checked=True)
 
     def cut(self, name: str) -> None:
         """The sequence is cut at the entrance of ``name``."""

@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..nn import Region, SharedGather
 from .alike import Alike
 from .changes import Watch
-from .compiled import Seen
 from .cut import Cut
 from .plans import ParallelPlan
 from .shard_check import ShardCheck
+from .structure import Structure
 from .undo import Snapshot
 
 
@@ -72,7 +72,8 @@ class Conversion:
         self.crossing = False  # deferred sums may leave their block
         self.replicated: list[nn.Parameter] = []
         self.alike: Alike | None = None  # compares forwards between the ranks
-        self.seen: Seen | None = None  # what the last check has seen, or parallelize has left
+        self.structure: Structure | None = None  # of the model as parallelize left it, or as it was checked last
+        self.harmless_hooks: tuple[str, ...] = ()  # beginnings of names of modules of Python
         self.check: ShardCheck | None = None
         self.watch: Watch | None = None  # of a model on several ranks
         self.checked: set[bool] = set()  # module.training of forwards that have been followed

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..comm.coordination import agreement_of, checked_together
 from ..layout import Group, check_launched
-from . import grad_scaler, hooks, optimizers, register, replacements, resolve, validate
+from . import edge_hooks, grad_scaler, hooks, optimizers, register, replacements, resolve, validate
 from .conversion import Conversion
 from .explain import refuse_unfused
 from .hf import adapters, generation, plan_from_config, pretrained, storage_writer, vocabulary_ends
@@ -49,7 +49,9 @@ CHANGES: dict[str, tuple[Step, ...]] = {
         replacements.share_gathers,
     ),
     "attach": (
-        hooks.install_hooks,
+        pretrained.let_accelerate_hook,
+        edge_hooks.install_edge_hooks,
+        hooks.install_forward_hooks,
         vocabulary_ends.cut_ends,
     ),
     "register": (

@@ -47,5 +47,5 @@ def take_whole_checkpoints(conversion: Conversion) -> None:
 
 def remember_structure(conversion: Conversion) -> None:
     """Remember modules, hooks and forwards as the conversion leaves them."""
-    if conversion.seen is not None:
-        conversion.seen.remember()
+    if conversion.structure is not None:
+        conversion.structure.remember(checked=False)

@@ -71,6 +71,8 @@ def replace_modules(conversion: Conversion) -> None:
         new = _twin(old, name, style, conversion)
         for parent, child in holders[old] if new is not old else ():
             setattr(parent, child, new)
+    unique = {id(param): param for param in conversion.replicated if param is not None}
+    conversion.replicated = list(unique.values())
     conversion.own_modules(model)
 
 

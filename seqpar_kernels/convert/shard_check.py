@@ -25,19 +25,15 @@ from torch.utils.hooks import RemovableHandle
 from ..nn.own_forward import follow
 from .culprit import PACKAGE, name_of, statement
 from .dropout_functions import drops
-from .dtensor_params import part_of
-from .foreign import Functions, described, leaf_behind, trainable_inputs
+from .foreign import Functions, trainable_inputs
 from .kept import Collector
 from .marks import EXPECTED, MARK, OWNED, Kind, Local, Mixed, collectors, is_shard, kind_of, mark, mark_of
 from .rules import REMEDY, Rules
+from .trainable_errors import called, missed, replaced
+from .trainables import Trainables
 
 __all__ = ["EXPECTED", "Kind", "ShardCheck", "is_shard", "mark"]
 
-_FITTING = {
-    Kind.SHARD: "'norm', 'colwise', 'rowwise', or 'sequence' for a module that treats rows one by one",
-    Kind.PARTS: "'tensor_parallel' where every rank uses it for its own heads, or 'rowwise'",
-    Kind.COPIED: "'conditioning' for what computes the tensor",
-}
 _WHOLE = "; a module that computes from whole tensors what meets the shard (adaLN_modulation, say) takes 'conditioning'"
 
 
@@ -63,19 +59,7 @@ class ShardCheck(TorchFunctionMode):
         self.rules, self._gathers = rules, gathers
         self._model = model
         self._owned = owned
-        self._names = {name for name, _ in owned.values()}
-        self._covered = planned
-        # id -> (the parameter, its name); held here, for an id is another tensor's as soon as its owner is gone.
-        self._named: dict[int, tuple[nn.Parameter, str]] = {}
-        self._allowed: dict[int, nn.Parameter] = {}
-        for name, param in model.named_parameters(remove_duplicate=False):
-            part = part_of(param)
-            if isinstance(part, nn.Parameter):
-                if name in planned:
-                    self._allowed[id(part)] = part
-                else:
-                    self._named[id(part)] = part, name
-        self._lent = [self._lent_now("", model)]
+        self._trainables = Trainables(model, planned, inside)
         self._stack = rules.stack
         self._trusted = 0  # depth inside forwards of modules the conversion owns
         self._summed = 0  # depth inside modules that were left as they are, and whose parameters' gradients are summed
@@ -83,7 +67,6 @@ class ShardCheck(TorchFunctionMode):
         self._ran: set[nn.Module] = set()
         self._inside = inside
         self.entered: set[nn.Module] = set()  # modules called where it was
-        self.used: set[Any] = set()  # ids and names of parameters outside the plan used where it was
         self._handles: list[RemovableHandle] = []
         self._arguments: list[Tensor] = []  # those that are trained
         self._functions = Functions(self._applied)
@@ -163,7 +146,7 @@ class ShardCheck(TorchFunctionMode):
 
         def hook(module: nn.Module, args: Any) -> None:
             if isinstance(module, FSDPModule):
-                self._lent.append(self._lent_now(name, module))
+                self._trainables.lend(name, module)
 
         return hook
 
@@ -172,7 +155,7 @@ class ShardCheck(TorchFunctionMode):
             if module not in self._owned or module in self._ran or torch.compiler.is_compiling():
                 return
             if self._owned[module][1] not in ("replicated", "conditioning"):
-                raise RuntimeError(self._replaced(module, vars(module).get("forward", type(module).forward)))
+                raise RuntimeError(replaced(*self._owned[module], vars(module).get("forward", type(module).forward)))
 
         return hook
 
@@ -181,8 +164,8 @@ class ShardCheck(TorchFunctionMode):
             left = self._stack.pop()
             if output is None and sys.exc_info()[1] is not None:
                 self.rules.failed_in = self.rules.failed_in or left
-        if isinstance(module, FSDPModule) and len(self._lent) > 1:
-            self._lent.pop()
+        if isinstance(module, FSDPModule):
+            self._trainables.take_back()
 
     def own(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The forward of a module that the conversion made; any other of this package's is a module like any."""
@@ -212,18 +195,15 @@ class ShardCheck(TorchFunctionMode):
         if style == "sequence" and not self._summed:
             with self.trusted():
                 self.rules.row_by_row(name, module, forward, args, kwargs)
-        plain = {id(t): t for t in tensors.values() if isinstance(t, nn.Parameter) and id(t) not in self._allowed}
         mark(tensors, OWNED)
-        self._allowed.update(plain)
         self._summed += whole
         self._parts += parts
         try:
-            out = forward(*args, **kwargs)
+            with self._trainables.allowing(tensors.values()):
+                out = forward(*args, **kwargs)
         finally:
             self._summed -= whole
             self._parts -= parts
-            for key in plain:
-                del self._allowed[key]
         if whole:
             mark([leaf for leaf in tree_leaves(out) if not (parts and self._followed(leaf))], EXPECTED[style][1])
             self.rules.leaving(name, style, module, args, out)
@@ -249,11 +229,11 @@ class ShardCheck(TorchFunctionMode):
             return
         wanted, got = EXPECTED[style][0], kind_of(leaves[0])
         self.rules.entering(name, style, name in self._gathers, leaves[0])
-        source = next((s for leaf in leaves if (s := self._source(leaf, True)) is not None), None)
+        source = next((s for leaf in leaves if (s := self._trainables.source(leaf, True)) is not None), None)
         if got is not wanted if wanted is not None else got is Kind.SHARD:
             takes = "the whole sequence" if wanted is None else wanted.value
             came = "the whole sequence" if got is None else got.value
-            origin = f", computed from {self._called(source)}" if source is not None else ""
+            origin = f", computed from {called(source)}" if source is not None else ""
             hint = _WHOLE if style == "sequence" and got is None else ""
             raise RuntimeError(
                 f"{name}: the plan says {style!r}, which takes {takes}, but its input is {came}{origin}{hint}"
@@ -271,16 +251,6 @@ class ShardCheck(TorchFunctionMode):
                     "Apply it before parallelize and remove or merge it (parametrize.remove_parametrizations), or "
                     "leave this module out of it"
                 )
-
-    def _replaced(self, module: nn.Module, forward: Any) -> str:
-        name, style = self._owned[module]
-        function = getattr(forward, "__func__", forward)
-        what = f"{getattr(function, '__qualname__', function)} of {getattr(function, '__module__', '?')}"
-        return (
-            f"{name}: its forward has been replaced by {what} since parallelize, which does not do what the style "
-            f"{style!r} needs: gradients would be a different part of the sum on every rank. Leave this module out of "
-            "the patch (of use_liger_kernel, liger_kernel_config={'rms_norm': False}, say), or patch before parallelize"
-        )
 
     def _applied(self, function: type, args: Any, call: Callable[[], Any]) -> Any:
         """An autograd function: torch function modes see what it does in Python, not its arguments."""
@@ -373,7 +343,7 @@ class ShardCheck(TorchFunctionMode):
         owned = any(mark_of(leaf) is OWNED for leaf in leaves)
         met = bool(kinds) or bool(self._summed and owned)
         # Of every leaf: those that are used here are noted.
-        source = next(iter([name for leaf in leaves if (name := self._source(leaf, met)) is not None]), None)
+        source = next(iter([name for leaf in leaves if (name := self._trainables.source(leaf, met)) is not None]), None)
         if len(kinds) > 1:
             kinds.discard(Kind.COPIED)
         if len(kinds) > 1 and not self._summed:
@@ -400,98 +370,13 @@ class ShardCheck(TorchFunctionMode):
             if isinstance(leaf, Tensor) and (leaf.requires_grad if graded else leaf.is_floating_point()):
                 mark(leaf, source)
 
-    def _source(self, leaf: Tensor, met: bool) -> str | None:
-        """The trainable tensor outside the plan that ``leaf`` is, or was computed from."""
-        found = mark_of(leaf)
-        if found is not None:
-            if not isinstance(found, str) or kind_of(leaf) is not None:
-                return None  # no look at a sum that waits: that would compute it
-            return found if leaf.requires_grad or not torch.is_grad_enabled() else None
-        if id(leaf) in self._allowed:
-            return None
-        named = self._named.get(id(leaf))
-        if named is not None:
-            if self._inside():
-                self.used |= {id(leaf), named[1]}
-            return named[1] if leaf.requires_grad else None
-        if any(self._lent) and type(leaf) is Tensor and leaf.numel():
-            lent = next((lent[leaf.data_ptr()] for lent in reversed(self._lent) if leaf.data_ptr() in lent), None)
-            if lent is not None:
-                self.used.add(lent)
-                return lent or None
-        if type(leaf) not in (Tensor, nn.Parameter) or not leaf.requires_grad:
-            return None
-        if leaf.is_leaf:
-            return described(leaf)
-        if met and not hasattr(leaf, MARK) and not any(self._lent):
-            behind = leaf_behind(leaf, self._allowed)
-            named = None if behind is None else self._named.get(id(behind))
-            return None if behind is None else described(behind) if named is None else named[1]
-        return None
-
-    def _lent_now(self, prefix: str, module: nn.Module) -> dict[int, str]:
-        """Address -> name of the parameters that fully_shard has gathered for ``module``'s forward; "" if no matter.
-
-        They are memory on loan, behind a tensor made anew at each use: no identity to know them by but the address,
-        which is theirs until that forward is over.
-        """
-        found = {}
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            for name, param in module.named_parameters(prefix, remove_duplicate=False):
-                part = part_of(param)
-                if type(part) is Tensor and part.numel():
-                    found[part.data_ptr()] = name if name not in self._covered and param.requires_grad else ""
-        return found
-
-    def _called(self, source: str) -> str:
-        return source if " " in source else f"parameter {source!r}"
-
     def _missed(self, leaves: Sequence[Tensor], source: str, kind: Kind) -> str:
         """The error: ``kind`` meets ``source``, a parameter's name or the description of a tensor."""
-        at, where = statement(), self._where()
-        apart = "its gradient would be a different part of the sum on every rank"
-        otherwise = "Otherwise freeze it (requires_grad_(False)), or merge it into the weights before parallelize"
-        if " " in source:
-            return (
-                f"{where}: {kind.value} meets {source} ({at}): {apart}. Hold it as a parameter of a module that the "
-                f"plan gives a style that fits before parallelize: {_FITTING[kind]}; or use it where the sequence is "
-                f"whole (prompt tuning in place of prefix tuning, say). {otherwise}"
-            )
-        module, _, child = source.rpartition(".")
-        if kind is Kind.COPIED:
-            return (
-                f"{where}: {kind.value} ('conditioning', or copy_to_tensor_parallel) meets {source!r} in {at}, and no "
-                "shard: what is whole on every rank would count once for every rank. The style is for modules whose "
-                "output meets the shard, and that alone"
-            )
-        if self._derived(leaves, source, module):
-            block = where if where not in self._names else where.rpartition(".")[0]
-            return (
-                f"{block}: {kind.value} meets a tensor that is whole on every rank and was computed from parameters "
-                f"({source!r} among them) in {at}: their gradients would be a different part of the sum on every rank. "
-                "Where a module of the block computes it (adaLN_modulation, say), give that module the style "
-                "'conditioning', which sums the gradient of its output over the ranks; by hand, "
-                "seqpar_kernels.copy_to_tensor_parallel(tensor, group) does so; or give the whole block the style "
-                f"'replicated'. A parameter that is used there alone: add {module!r} to the plan with a style that "
-                f"fits: {_FITTING[kind]}"
-            )
-        owner = next((m for m, (name, _) in self._owned.items() if name == module), None)
-        if owner is not None and child in ("weight", "bias") and owner not in self._ran and "forward" in vars(owner):
-            return self._replaced(owner, vars(owner)["forward"])
-        add = f"Add {module!r} to the plan with a style that fits: {_FITTING[kind]}"
-        if owner is not None:
-            add = (
-                f"It is none of the parameters that {self._owned[owner][1]!r} handles: put it into a module of its own"
-            )
-            add += f", and that into the plan before parallelize: {_FITTING[kind]}"
-        return (
-            f"{module or type(self._model).__name__}: {kind.value} reaches parameter {source!r}, which the plan does "
-            f"not cover ({at}): {apart}. {add}. {otherwise}"
-        )
+        met = [leaf for leaf in leaves if self._trainables.source(leaf, True) == source]
+        as_it_is = any(isinstance(leaf, nn.Parameter) for leaf in met)
+        return missed(kind, source, as_it_is, self._where(), type(self._model).__name__, self._owned, self._ran)
 
-    def _derived(self, leaves: Sequence[Tensor], source: str, module: str) -> bool:
-        """Whether what meets the marked tensor was computed elsewhere from the parameter called ``source``."""
-        where = self._where()
-        met = [leaf for leaf in leaves if self._source(leaf, True) == source]
-        outside = not f"{where}.".startswith(f"{module}.") and where != type(self._model).__name__
-        return outside and not any(isinstance(leaf, nn.Parameter) for leaf in met)
+    @property
+    def used(self) -> set[Any]:
+        """ids and names of parameters outside the plan that were used where the sequence was cut."""
+        return self._trainables.used

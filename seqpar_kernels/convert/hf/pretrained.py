@@ -17,6 +17,11 @@ def answer_for_ranks(conversion: Conversion) -> None:
         describe_ranks(conversion.model, conversion.mesh)
 
 
+def let_accelerate_hook(conversion: Conversion) -> None:
+    """Let a compiled model have hooks and forwards of Accelerate's (autocast): they bring in nothing to be trained."""
+    conversion.harmless_hooks += ("accelerate.",)
+
+
 def describe_ranks(model: Any, mesh: DeviceMesh) -> None:
     """Make ``Trainer`` and ``Accelerator`` take the ranks of ``mesh`` for what they are, and ``save_pretrained`` whole.
 
