@@ -1,4 +1,4 @@
-"""Existing models made sequence-parallel, and what became of them."""
+"""Convert existing models to sequence parallelism, and inspect, save and verify converted ones."""
 
 from .conversion import conversion_of
 from .explain import explain

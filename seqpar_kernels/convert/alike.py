@@ -1,13 +1,13 @@
-"""What must be alike on all ranks of a group is compared between them: batches, random states, replicated parameters.
+"""Compares between the ranks what must be the same on all: batches, random states, replicated parameters.
 
-Tensor parallelism takes the same batch on every rank. One that is given another (the habit of data parallelism, a
-loader shuffled with a seed of its own, a token sampled apart) computes with features of one batch and rows of another,
-and nothing fails. So every forward folds a fingerprint of what enters it into one number for each argument, which costs
-no communication, and the ranks compare those numbers: in the first forwards, then every :data:`EVERY` of them. What
-differed in a single forward is found by the next comparison.
+Tensor parallelism takes the same batch on every rank. A rank may get another one: data parallelism gives each rank its
+own, a loader may be shuffled with another seed, a token may be sampled differently. The model then computes with
+features of one batch and rows of another, and nothing fails. So every forward folds a fingerprint of each argument into
+one number, without communication. The ranks compare these numbers in the first forwards, then in every
+:data:`EVERY`-th one. A difference in any forward is found by the next comparison.
 
-Integers are compared exactly. Floating-point tensors may differ by rounding between machines: where fingerprints differ
-their rows are looked at, and what is equal but for rounding passes from then on.
+Integers are compared exactly. Floating-point tensors may differ by rounding between machines. Where their fingerprints
+differ, the ranks compare the rows; a tensor that is equal but for rounding is not compared again.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from ..overlap import pipeline
 from .attention_dropout import default_generator
 from .fingerprint import fingerprint, is_plain, row_sketch
 
-#: Forwards between two comparisons, after the 1st, 2nd, 3rd, 5th and 9th: one small all-gather each, so that it costs
-#: less than a hundredth of the collectives of a model of two layers, and a run of a few minutes is compared often.
+#: Forwards between two comparisons, after those of the 1st, 2nd, 3rd, 5th and 9th forward. A comparison is one small
+#: all-gather: at this rate less than a hundredth of the collectives of a model of two layers.
 EVERY = 16
 _VARIABLE = "SEQPAR_COMPARE_RANKS"
 _OP = "comparison of the ranks"
-_SLOTS = 16  # numbers a rank sends: one of all that is no tensor, and one of each argument
+_SLOTS = 16  # numbers that a rank sends: one for all that is no tensor, and one for each tensor argument
 _MIX = 6364136223846793005  # folds a new fingerprint into those of earlier forwards
-#: Of the sum of magnitudes of a row: rounding stays far below it, another row does not.
+#: Part of the sum of magnitudes of a row by which sketches may differ. Rounding stays far below, another row does not.
 _ROUNDING = 1e-3
 RANDOM = "the random generator"
 
@@ -50,22 +50,22 @@ REMEDY = (
 
 
 def comparison_enabled() -> bool:
-    """Whether models are to be converted with it; SEQPAR_COMPARE_RANKS=0 on all ranks says no."""
+    """Whether models are converted with the comparison; SEQPAR_COMPARE_RANKS=0 on all ranks switches it off."""
     return os.environ.get(_VARIABLE) != "0"
 
 
 @per_group
 def _exchanges_of(group: ProcessGroup) -> Iterator[int]:
-    """Numbers the exchanges of all models on ``group``: what the store holds is never taken for a later one's."""
+    """Count the exchanges of all models on ``group``, so that no rank reads an earlier exchange from the store."""
     return itertools.count()
 
 
 class Alike:
     """The comparison of one converted model's forwards between the ranks of ``group``.
 
-    ``device`` gives where the model lies now. ``parameters``, where there is one, is called on all ranks in the first
-    comparisons, in every second one after, and where ``jumped``. ``jumped`` says at the beginning of a forward whether
-    parameters have been written since in a way that training does not explain: the forward is compared.
+    ``device`` returns the device of the model. ``parameters`` compares parameters: it is called on all ranks in the
+    first comparisons, in every second one after, and after a jump. ``jumped`` tells at the beginning of a forward
+    whether parameters have been written in a way that training does not explain; that forward is compared.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Alike:
         self._agreement = agreement_of(group)
         self._epoch = self._agreement.epoch
         self._where = ""
-        #: What is equal but for rounding on these ranks, and what has to be looked at row by row.
+        #: Names of tensors that are equal but for rounding, and of those whose rows are to be compared.
         self._rounded: set[str] = set()
         self._suspects: set[str] = set()
         self._training: bool | None = None
@@ -100,16 +100,16 @@ class Alike:
         self._random: tuple[torch.Generator, Tensor] | None = None
         self._suspects.clear()
 
-    # What a forward says -------------------------------------------------------------------------------------------
+    # Collecting -------------------------------------------------------------------------------------------------
 
     def begin(self, where: str, arguments: Mapping[str, Any], training: bool) -> None:
-        """A forward begins with ``arguments``. One in training after evaluation, or of another part, is compared.
+        """Begin a forward with ``arguments``. The first one after a change of mode or of the called module is compared.
 
         Raises:
             RuntimeError: on every rank, where ranks differ in what they were given since the last comparison.
         """
         if self._agreement.epoch != self._epoch:
-            self._start_again()  # the ranks may have counted different forwards
+            self._start_again()  # after an error the ranks may have counted different forwards
         self._judge_later()
         count = self._forwards
         self._first = count == 0
@@ -135,13 +135,13 @@ class Alike:
             self._random = generator, generator.get_state()
 
     def stream(self, name: str, x: Tensor) -> None:
-        """``x`` is about to be cut along the sequence in the forward under way."""
+        """Fold ``x``, which is about to be cut along the sequence in the current forward."""
         self.fold(name, x)
         if self._first:
             self.compare({name: x})
 
     def end(self) -> None:
-        """The forward is over: where it drew random numbers, the ranks must have begun with the same state."""
+        """End the forward. If it drew random numbers, the ranks must have begun it with the same random state."""
         random, self._random = self._random, None
         if random is None:
             return
@@ -152,7 +152,7 @@ class Alike:
                 self.compare({})
 
     def fold(self, name: str, x: Tensor) -> None:
-        """Add ``x``, which has to be alike on all ranks, to what will be compared."""
+        """Add ``x``, which must be the same on all ranks, to the next comparison."""
         self.say(name, f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}")
         if not is_plain(x):
             return
@@ -168,13 +168,13 @@ class Alike:
             self._sums[name] = number if before is None else torch.add(number, before, alpha=_MIX)
 
     def say(self, name: str, text: str) -> None:
-        """Add ``text``, which has to be alike on all ranks."""
+        """Add ``text``, which must be the same on all ranks, to the next comparison."""
         self._said[name] = zlib.crc32(text.encode(), self._said.get(name, 0))
         self._described[name] = text
 
     @contextlib.contextmanager
     def while_drawing(self) -> Iterator[None]:
-        """Inside, as soon as random numbers are drawn between two forwards (tokens), each forward is compared."""
+        """Inside, compare every forward once random numbers were drawn between two of them (sampled tokens)."""
         self._start_again()
         self._drawing, self._drawn = default_generator(self._device()).get_state(), False
         try:
@@ -183,7 +183,7 @@ class Alike:
             self._drawing, self._drawn = None, False
 
     def result(self, where: str, values: Mapping[str, Tensor]) -> None:
-        """Compare what has been computed, at once. A collective call."""
+        """Compare results at once. A collective call."""
         self._where, self._first = where, True
         for name, value in values.items():
             self.fold(name, value)
@@ -199,15 +199,15 @@ class Alike:
             return whole.view(self._ranks, mine.numel())
 
     def compare(self, present: Mapping[str, Tensor]) -> None:
-        """Compare with the other ranks what has been folded and said since the last time. A collective call.
+        """Compare all that was folded and said since the last comparison with the other ranks. A collective call.
 
-        ``present`` holds tensors of this forward that may be looked at.
+        ``present`` holds the tensors of this forward, whose rows can be compared.
         """
         device, names = self._device(), sorted(self._sums)
         with torch.no_grad(), torch._C.DisableTorchFunction():
             said = zlib.crc32(json.dumps(self._said, sort_keys=True).encode())
             first = torch.tensor([said, *[0] * max(0, _SLOTS - 1 - len(names))])
-            if device.type == "cuda":  # from pinned memory the host waits for nothing
+            if device.type == "cuda":  # a copy from pinned memory does not block the host
                 first = first.pin_memory().to(device, non_blocking=True)
             sums = [self._sums[name].to(device, non_blocking=True) for name in names]
             while len(sums) >= _SLOTS:
@@ -226,7 +226,7 @@ class Alike:
         self._judge(whole, sums_now, said_now, described, present)
 
     def _judge_later(self) -> None:
-        """What a device has compared while the host went on."""
+        """Judge the last comparison of a device, which the host did not wait for."""
         if self._later is not None:
             (event, whole, sums, said, described), self._later = self._later, None
             event.synchronize()
@@ -255,7 +255,7 @@ class Alike:
                 self._look_at(name, present[name].detach())
 
     def _look_at(self, name: str, x: Tensor) -> None:
-        """Whether the rows of ``x`` differ between the ranks by more than rounding."""
+        """Fail if the rows of ``x`` differ between the ranks by more than rounding."""
         self._suspects.discard(name)
         with torch.no_grad(), torch._C.DisableTorchFunction():
             mine = row_sketch(torch.view_as_real(x) if x.is_complex() else x).to(self._device())
@@ -270,7 +270,7 @@ class Alike:
         self._rounded.add(name)
 
     def _exchanged(self, text: str) -> list[str]:
-        """What each rank says, where all know that they have to."""
+        """Exchange texts over the store. All ranks call this, because all have seen the same difference."""
         agreement = self._agreement
         key = f"compared/{agreement.epoch}/{next(_exchanges_of(self._group))}"
         agreement.publish(key, text)
@@ -296,7 +296,7 @@ def _differs(name: str, every: list[dict[str, Any]], of: int = 3) -> bool:
 
 
 def _difference(name: str, every: list[dict[str, Any]]) -> str:
-    """In words, of a name that differs."""
+    """Describe how ``name`` differs between the ranks."""
     given = [rank for rank, one in enumerate(every) if name in one]
     if len(given) < len(every):
         return f"{name}: given on {_ranks_text(given)} alone"

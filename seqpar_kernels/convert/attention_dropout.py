@@ -1,4 +1,4 @@
-"""Attention dropout of a converted model: heads on different ranks must not drop alike."""
+"""Attention dropout of a converted model: heads on different ranks get different masks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NAMES = ("attention_dropout", "attn_dropout", "attn_pdrop", "dropout")
 
 
 class HeadDropout:
-    """Between the colwise and rowwise layers of one attention module, random numbers are this rank's own.
+    """Gives this rank its own random numbers between the colwise and rowwise layers of one attention module.
 
-    They come from a seed drawn alike on every rank, so the generator leaves the module in the same state on all of
-    them, and activation checkpointing replays it.
+    The seed is drawn on every rank alike, so the generator is in the same state on all ranks behind the module, and
+    activation checkpointing replays the same masks.
     """
 
     def __init__(self, attention: nn.Module, region: Region):
@@ -33,7 +33,7 @@ class HeadDropout:
     def _enter(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if self._before is not None or not self.attention.training or torch.compiler.is_compiling():
             return
-        seed = int(draw_seed(torch.device("cpu"))) // 2  # room for the rank
+        seed = int(draw_seed(torch.device("cpu"))) // 2  # leaves room to add the rank
         generator = default_generator(output.device)
         self._before = generator, generator.get_state()
         generator.manual_seed(seed + self.region.rank)
@@ -42,7 +42,7 @@ class HeadDropout:
         self.restore()
 
     def restore(self) -> None:
-        """Give the default generator its state back; may be called at any time."""
+        """Restore the state of the default generator; does nothing outside of the attention module."""
         if self._before is not None:
             generator, state = self._before
             self._before = None
@@ -50,7 +50,7 @@ class HeadDropout:
 
 
 def head_dropouts(model: nn.Module, region: Region) -> Iterator[HeadDropout]:
-    """One for every attention module with dropout between a colwise and a rowwise child."""
+    """Yield one for every attention module with dropout between a colwise and a rowwise child."""
     for module in model.modules():
         kinds = {type(child) for child in module.children()}
         cut = any(issubclass(kind, ColumnParallelLinear) for kind in kinds) and RowParallelLinear in kinds
@@ -59,14 +59,14 @@ def head_dropouts(model: nn.Module, region: Region) -> Iterator[HeadDropout]:
 
 
 def _probability(value: Any) -> float:
-    if isinstance(value, Dropout):  # on the shard, behind the rowwise layer
+    if isinstance(value, Dropout):  # acts on the shard, behind the rowwise layer
         return 0.0
     value = getattr(value, "p", value)
     return value if isinstance(value, float) else 0.0
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """That which random functions draw from on ``device``."""
+    """The generator that random functions draw from on ``device``."""
     if device.type == "cuda":
         return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     return torch.default_generator

@@ -1,8 +1,8 @@
-"""Plain attributes that a model's forwards may branch on: whether they are now as they were in a checked forward.
+"""Tells whether plain attributes, on which a forward may branch, are as they were in a checked forward.
 
-``block.mode = "mean"`` or ``block.act = torch.tanh`` brings statements into a forward that no module, hook or parameter
-shows. So numbers, texts, truth values and functions in the modules, in what they hold as ``config`` and in their
-classes are compared before every eager forward: where nothing has been assigned, by identity, in a few microseconds.
+``block.mode = "mean"`` or ``block.act = torch.tanh`` brings new statements into a forward, and no module, hook or
+parameter shows it. So numbers, strings, booleans and functions are compared before every eager forward: those in the
+modules, in their ``config`` and in their classes. Where nothing has been assigned, identity decides, in microseconds.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _PLAIN = (
     *(bool, int, float, str, complex, NoneType, Enum, torch.dtype),
     *(FunctionType, BuiltinFunctionType, MethodType, partial),
 )
-#: What torch writes into modules; ``training`` is one of what a forward branches on.
+#: Attributes that torch writes into modules. A forward may branch on ``training``, so it is compared.
 _TORCHS = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 _OURS = ("torch.", "seqpar_kernels.")
 _MISSING = object()
-_STATES = 8  # that are remembered, of forwards that were checked: modes may alternate
-_MOST = 8  # forwards that are checked again for one attribute that takes ever new values
+_STATES = 8  # states of checked forwards that are remembered: modes may alternate
+_MOST = 8  # checks that one attribute with ever new values may cause
 
 
 def alike_name(name: str) -> str:
-    """The same for a module of every block: blocks may be skipped, also in the forward that was checked."""
+    """The name with ``*`` for numbers: one for the same module of all blocks, some of which a forward may skip."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
@@ -44,7 +44,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _sources(model: nn.Module) -> Iterable[tuple[str, Any]]:
-    """(where, the mapping that holds the attributes)."""
+    """Yield (where, mapping) for every mapping that holds attributes."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         if type(module).__module__.startswith("seqpar_kernels."):
@@ -64,16 +64,16 @@ def _sources(model: nn.Module) -> Iterable[tuple[str, Any]]:
 
 
 class Attributes:
-    """Those of ``model``, with the states in which forwards have been checked.
+    """The plain attributes of ``model``, and the states of them in which forwards have been checked.
 
-    A state is what they are as a forward begins; forwards that differ in it, or in their ``key``, differ.
+    A state is the values of all attributes as a forward begins. A forward is checked once for each state and ``key``.
     """
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._states: list[tuple[dict[Any, Any], set[Any]]] = []  # the latest last
+        self._states: list[tuple[dict[Any, Any], set[Any]]] = []  # (state, keys), the latest last
         self._begun: dict[Any, Any] = {}  # the state of the forward that is being checked
-        self._changed: set[str] = set()  # attributes for which it is
+        self._changed: set[str] = set()  # attributes that caused this check
         self._caused, self._within = Counter[str](), Counter[str]()
         self._ignored: set[str] = set()
         self._lengths: list[int] = []
@@ -82,7 +82,7 @@ class Attributes:
         self.forget()
 
     def forget(self) -> None:
-        """The model has changed: nothing is checked."""
+        """Forget all checks, because the model has changed."""
         self._sources = list(_sources(self._model))
         self._states.clear()
 
@@ -93,7 +93,7 @@ class Attributes:
         for where, held in self._sources:
             keys = [k for k in list(held) if (where, k) in state or self._counts(where, k, held[k])]
             if keys:
-                keys.append(keys[0])  # of one key itemgetter gives no tuple
+                keys.append(keys[0])  # itemgetter of one key returns no tuple
                 self._getters.append((itemgetter(*keys), held))
                 self._values += [state.get((where, key), _MISSING) for key in keys]
 
@@ -114,7 +114,7 @@ class Attributes:
         }
 
     def _same(self) -> bool:
-        """Whether nothing has been assigned since the last look but equal values."""
+        """Whether all values are equal to those of the last call."""
         try:
             now = self._now()
         except KeyError:
@@ -130,7 +130,7 @@ class Attributes:
         return True
 
     def unchecked(self, key: Any) -> bool:
-        """Whether a forward like ``key`` is still to be checked, as the attributes are now."""
+        """Whether no forward with ``key`` has been checked with the present attributes."""
         self._changed.clear()
         if not self._states:
             return True
@@ -149,19 +149,20 @@ class Attributes:
         return key not in self._states[-1][1]
 
     def check(self) -> None:
-        """A forward is checked that begins now."""
+        """Note the state in which a checked forward begins."""
         self._begun = self._snapshot()
 
     def passed(self, key: Any) -> None:
-        """It has been found right.
+        """Note that the checked forward was right.
 
-        An attribute that forwards write themselves (they count something) is not looked at from the second time on, and
-        none for which :data:`_MOST` forwards have been checked again.
+        An attribute that forwards write themselves (a counter) is ignored from the second time on. So is one that has
+        caused :data:`_MOST` checks.
         """
         for _, held in self._sources:
             if isinstance(held, dict):
                 counts = [key for key, value in held.items() if type(value) is Count]
-                held.update((key, int.__int__(held[key])) for key in counts)  # the check's own, computed with
+                # Counts are the check's own: the forward stored one.
+                held.update((key, int.__int__(held[key])) for key in counts)
         after = self._snapshot()
         numbers = {
             name

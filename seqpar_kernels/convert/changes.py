@@ -1,9 +1,9 @@
-"""Notices that a converted model is no longer what its first forward was checked with.
+"""Notices that a converted model has changed since its forward was checked.
 
-A cheap fingerprint of the model (modules, hooks, forwards, parameters and what of them is trained, plain attributes) is
-compared at every eager forward: where it changed, that forward is checked again. What it cannot show, a flag held
-elsewhere that brings other modules or parameters into play or leaves out the place where the sequence is cut, is caught
-where it happens; trained tensors that are no parameters are looked for with autograd now and then.
+The structure of the model and its plain attributes are compared at every eager forward; a changed model is checked
+again. A flag that is held elsewhere can still bring other modules or parameters into a forward, or skip the place where
+the sequence is cut. Hooks catch that where it happens. Trained tensors that are no parameters are looked for with
+autograd in some of the forwards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .structure import Structure
 
 
 class _Accessed(dict[str, Any]):
-    """The parameters of a module that came later, as they are."""
+    """The parameters of a module that was added after the conversion."""
 
     accessed: Callable[[str, Any], Any]
 
@@ -39,14 +39,14 @@ class _Accessed(dict[str, Any]):
 
 
 def report_access(module: nn.Module, accessed: Callable[[str, Any], Any]) -> None:
-    """Let ``module`` be given ``accessed(name, parameter)`` whenever it takes a parameter of its own."""
+    """Let ``module`` get ``accessed(name, parameter)`` whenever it takes one of its parameters."""
     if not isinstance(module._parameters, Parameters):
         module.__dict__["_parameters"] = _Accessed(module._parameters)
     vars(module)["_parameters"].accessed = accessed
 
 
 class Watch:
-    """Where a forward of a converted model stands, and what has come into play since it was checked.
+    """Follows the stage of every eager forward, and refuses what no checked forward has used.
 
     ``stage`` is None outside of a forward, "whole" before the sequence is cut, "cut", and "whole again".
     """
@@ -62,18 +62,18 @@ class Watch:
         self._model, self._owned = model, owned
         self._cuts, self._gathers = cuts, gathers
         self.stage: str | None = None
-        self.training = self.checking = False  # checking: a check is under way, which sees more than this
-        self._cut_by: set[str] = set()  # in this forward
-        self._cut_again: set[str] = set()  # more than once, and found right
+        self.training = self.checking = False  # checking: this forward is checked, and the check sees more
+        self._cut_by: set[str] = set()  # modules that cut the sequence in this forward
+        self._cut_again: set[str] = set()  # modules that may cut it more than once: a check passed
         self._structure = structure
         self._attributes = Attributes(model)
-        self._forwards = 0  # with gradients, since the last that was checked
-        self._looking = False  # at the leaves behind the one under way
-        self._entrances: list[Any] = []  # autograd's nodes of what was cut in it
-        self._met: dict[int, weakref.ref[Tensor]] = {}  # leaves that a check has let pass
-        self._entered: dict[bool, set[str]] = {}  # by training: kinds of modules called where the sequence was cut
-        self._used: set[Any] = set()  # parameters outside the plan that were used there, by id and name
-        self._read: set[str] = set()  # and those that a module took at least
+        self._forwards = 0  # forwards with gradients since the last checked one
+        self._looking = False  # whether the leaves of this forward are looked at
+        self._entrances: list[Any] = []  # autograd nodes of the shards that were cut in it
+        self._met: dict[int, weakref.ref[Tensor]] = {}  # leaves that a check has passed
+        self._entered: dict[bool, set[str]] = {}  # training -> names of modules called where the sequence was cut
+        self._used: set[Any] = set()  # ids and names of parameters outside the plan that were used there
+        self._read: set[str] = set()  # names of parameters that a module at least took there
         self._guarded: set[nn.Module] = set()
         self._ends_cut: dict[bool, bool] = {}
         fed_shards = {name for name, style in owned.values() if style not in ("tensor_parallel", "own_parameters")}
@@ -81,31 +81,31 @@ class Watch:
             module.register_forward_pre_hook(self._reached_whole(name), prepend=True)
 
     def unchecked(self, key: Any) -> bool:
-        """Whether a forward like ``key`` is still to be checked, of the model as it is now."""
+        """Whether no forward with ``key`` has been checked of the model as it is now."""
         if self._structure.changed():
             self._attributes.forget()
         return self._attributes.unchecked(key)
 
     def begin(self, training: bool) -> None:
-        """A forward begins."""
+        """Begin a forward."""
         self.stage, self.training = "whole", training
         self._cut_by.clear()
         self._forwards += torch.is_grad_enabled()
         self._looking = torch.is_grad_enabled() and (self._forwards <= _FIRST or self._forwards % _EVERY == 0)
 
     def end(self) -> None:
-        """It is over, also by an error."""
+        """End the forward, also after an error."""
         self.stage, self.checking = None, False
         self._entrances.clear()
 
     def check(self) -> None:
-        """It is checked."""
+        """This forward is checked."""
         self._guard()
         self._attributes.check()
         self.checking, self._forwards = True, 0
 
     def passed(self, key: Any, check: ShardCheck) -> None:
-        """The forward under way has been checked, and found right."""
+        """Note that the check of this forward has passed."""
         entered = {alike_name(name) for name, module in self._model.named_modules() if module in check.entered}
         self._entered.setdefault(self.training, set()).update(entered)
         self._used |= check.used
@@ -131,12 +131,12 @@ class Watch:
             self._entrances.append(shard.grad_fn)
 
     def judge_leaves(self, name: str, shard: Tensor) -> None:
-        """``shard`` is put together behind ``name``: now and then, look at the trained tensors that it came out of.
+        """In some forwards, look at the trained tensors that ``shard``, gathered behind ``name``, was computed from.
 
-        By count of forwards, so that all ranks do.
+        The count of forwards decides, so that all ranks look in the same one.
 
         Raises:
-            RuntimeError: one of them is no parameter of the model, and no forward that was checked has met it.
+            RuntimeError: one of them is no parameter of the model, and no checked forward has used it.
         """
         if self.stage is None or not (self._looking or self.checking) or shard.grad_fn is None:
             return
@@ -157,7 +157,7 @@ class Watch:
             )
 
     def gather(self, name: str) -> None:
-        """The sequence is put together behind ``name``."""
+        """The sequence is gathered behind ``name``."""
         if self.stage == "whole" and self._cuts and not self.checking and not self._out_of_sight():
             raise RuntimeError(self._skipped(name))
         if self.stage is not None:
@@ -167,7 +167,7 @@ class Watch:
         """The forward returns.
 
         Raises:
-            RuntimeError: it returns shards.
+            RuntimeError: the output consists of shards.
         """
         if self.stage == "cut" and not self._ends_cut.get(self.training, True):
             raise RuntimeError(
@@ -202,7 +202,7 @@ class Watch:
         return hook
 
     def _guard(self) -> None:
-        """Watch the modules outside the plan that hold something to be trained, or drop out."""
+        """Hook the modules outside the plan that hold trained tensors or apply dropout."""
         handled: list[str] = []
         for name, module in self._model.named_modules():
             if any(name.startswith(other) for other in handled):
@@ -252,7 +252,7 @@ class Watch:
                 error = f"{full}: {_LATE} {_PARTIAL}. {self._remedy()}"
                 if full not in self._read:
                     raise RuntimeError(error)
-                if type(param) is nn.Parameter:  # taken in every forward, and not used so far
+                if type(param) is nn.Parameter:  # taken in every forward, but not used in a checked one
                     param = param.view_as(param)
                     param.register_hook(_refusal(error))
             return param
@@ -268,10 +268,10 @@ def _refusal(error: str) -> Callable[[Tensor], None]:
 
 
 def _parameter_ids(model: nn.Module) -> set[int]:
-    """ids of the leaves that parameters of ``model`` are to autograd."""
+    """ids of the tensors that autograd knows the parameters of ``model`` by."""
     found = {id(param) for module in model.modules() for param in dict.values(module._parameters)}
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # gathered ones lie in the modules during their forward alone
+        if isinstance(module, FSDPModule):  # gathered parameters are in the modules during their forward only
             state: Any = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
             gathered = [param for group in groups if group is not None for param in group.fsdp_params]
@@ -279,14 +279,14 @@ def _parameter_ids(model: nn.Module) -> set[int]:
     return found
 
 
-#: Forwards with gradients, after one that was checked, whose leaves are looked at: the first, and one in so many.
+#: Leaves are looked at in the first ``_FIRST`` forwards with gradients after a check, then in every ``_EVERY``-th.
 _FIRST, _EVERY = 4, 8
 _LATE = "comes into play where the sequence is cut, for the first time since the forward that was checked:"
 _PARTIAL = "its gradient would be a different part of the sum on every rank"
 
 
 def _beside(model: nn.Module, cuts: list[str], planned: set[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that are or hold one of ``planned``, and do not hold a place where the sequence is cut."""
+    """Yield the outermost modules that are or hold one of ``planned``, and hold no place where the sequence is cut."""
 
     def below(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for child, inner in module.named_children():

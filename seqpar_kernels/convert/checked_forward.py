@@ -1,4 +1,4 @@
-"""The check of a forward of a converted model: begun where it is due, ended, given up after an error."""
+"""Begins the check of a forward where one is due, and ends it after success or an error."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class CheckedForward:
     def __init__(self, conversion: Conversion):
         model = conversion.model
         self._conversion, self._model, self._region = conversion, model, conversion.region
-        self._key: Any = None  # what makes the forward under way differ from others
+        self._key: Any = None  # tells this forward from others
         self.ends = conversion.edges_at("scatter_input", "gather_output")
         self.structure = conversion.structure = Structure(model, conversion.harmless_hooks)
         self.watch = conversion.watch = Watch(model, conversion.owned, self.structure, *self.ends)
 
     def start(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """A forward of ``module`` begins: check it if none like it has been checked."""
+        """Begin a forward of ``module``; check it if none like it has been checked."""
         conversion, model, watch = self._conversion, self._model, self.watch
         watch.begin(model.training)
         self._key = id(module), model.training, *trained_arguments(args, kwargs)
@@ -46,7 +46,7 @@ class CheckedForward:
             check.start(module, args, kwargs)
 
     def close(self, output: Any) -> None:
-        """The forward has succeeded and returns ``output``."""
+        """End a forward that has succeeded and returns ``output``."""
         check = self._conversion.check
         if check is not None:
             check.stop()
@@ -58,7 +58,7 @@ class CheckedForward:
         self.watch.finished()
 
     def give_up(self, failed: bool) -> None:
-        """End the check. After an error, tell the peers that do not meet it themselves not to wait for this rank."""
+        """End the check. After an error, tell the peers, which may not have met it, not to wait for this rank."""
         check, self._conversion.check = self._conversion.check, None
         if check is not None:
             check.stop()

@@ -1,7 +1,8 @@
-"""Where a converted model is compared between the ranks: what enters it, what comes back to its output, parameters.
+"""Hooks a converted model so that its inputs, the gradient of its output, and its parameters are compared.
 
-Floating-point buffers as well, but for those that may be this rank's own: named like a cache (``_OWN``), in modules of
-style 'tensor_parallel', and what a forward itself writes (statistics of this rank's heads, a cache of their keys).
+Floating-point buffers are compared too. Excluded are buffers that may be this rank's own: those named like a cache
+(``_OWN``), those in modules of style 'tensor_parallel', and those that a forward writes (statistics of this rank's
+heads, say).
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from .optimizers import steps_taken
 from .plans import STREAM_NAMES
 from .shard_check import is_shard
 
-#: Arguments that hold what earlier forwards have left on this rank, of its own heads.
+#: Names of arguments that hold this rank's own heads of earlier forwards.
 _OWN = re.compile("past|cache|mems|rank", re.IGNORECASE)
-_TAKEN = 16  # numbers that are compared of each parameter
-#: Of the largest of them: rounding stays below, another initialisation does not.
+_TAKEN = 16  # numbers of each parameter that are compared
+#: Part of the largest of them by which they may differ. Rounding stays below, another initialisation does not.
 _DRIFT = 0.25
-_JUMPS = 32  # comparisons for parameters written by something else than an optimizer of torch's, which may do it often
+_JUMPS = 32  # most comparisons caused by writes of something else than an optimizer of torch's
 
 
 def compare_ranks(model: nn.Module, conversion: Conversion) -> Alike | None:
-    """From now on the forwards of ``model`` are compared between the ranks; None: they are not.
+    """Compare the forwards of ``model`` between the ranks from now on. Returns None where they are not compared.
 
-    Entrances are the model itself and, for those who call a part of it alone, the modules around (and with) those where
-    the sequence is cut: the outermost one of a call counts. Under torch.compile, in a recomputation during the backward
-    and while a CUDA graph is captured nothing happens.
+    A call is compared at its outermost entrance. Entrances are the model itself and, because a part may be called
+    alone, the modules where the sequence is cut and all that hold them. Nothing is compared under torch.compile, in a
+    recomputation during the backward, and while a CUDA graph is captured.
     """
     group = conversion.region.group
     if group is None or not comparison_enabled():
@@ -51,7 +52,7 @@ def compare_ranks(model: nn.Module, conversion: Conversion) -> Alike | None:
     alike = Alike(group, device, lambda gathered: _compare_parameters(places, written.own, gathered), jump)
     cuts = {name for name, edges in conversion.edges.items() if "scatter_input" in edges}
     paths = {".".join(path[:depth]) for path in (cut.split(".") for cut in cuts) for depth in range(len(path) + 1)}
-    under: list[nn.Module] = []  # the entrance of the call that is under way
+    under: list[nn.Module] = []  # the entrance of the current call
 
     def entering(name: str, module: nn.Module) -> Callable[..., None]:
         where, named = name or type(model).__name__, _namer(module)
@@ -96,7 +97,7 @@ def compare_ranks(model: nn.Module, conversion: Conversion) -> Alike | None:
 def _not_now() -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    if callable(torch._C._dynamo.eval_frame.get_eval_frame_callback()):  # torch.compile sees what this would call
+    if callable(torch._C._dynamo.eval_frame.get_eval_frame_callback()):  # torch.compile would trace the comparison
         return True
     # A recomputation in the backward; a transformation of torch.func, in which tensors have no values.
     return torch._C._current_graph_task_id() != -1 or torch._C._functorch.peek_interpreter_stack() is not None
@@ -107,7 +108,7 @@ def _captured(device: torch.device) -> bool:
 
 
 def _namer(module: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Iterator[tuple[str, Any]]]:
-    """Gives names and values of those arguments of a call that have to be alike: tensors, numbers, and a batch's."""
+    """Returns a function that yields (name, value) of a call's arguments that must be alike: tensors and numbers."""
     names = [
         name
         for name, parameter in inspect.signature(module.forward).parameters.items()
@@ -146,7 +147,7 @@ def _gradient_hook(name: str, alike: Alike) -> Callable[..., None]:
 
 
 class _Place(NamedTuple):
-    """A parameter that may be replaced (``fully_shard``), or a buffer, where it lies."""
+    """The place of a buffer, or of a parameter that ``fully_shard`` may replace."""
 
     name: str
     module: nn.Module
@@ -157,7 +158,7 @@ class _Place(NamedTuple):
         return dict.get(self.module._buffers if self.buffer else self.module._parameters, self.key)
 
     def tensor(self) -> Tensor:
-        """What this rank has of it now; no numbers of one that is gone (parametrized, say)."""
+        """This rank's part of the present tensor; an empty one where it is gone (parametrized, say)."""
         held = self.held()
         if held is None:
             return torch.empty(0)
@@ -183,7 +184,7 @@ def _parameters(model: nn.Module) -> Iterator[_Place]:
 
 
 def _buffers(model: nn.Module, conversion: Conversion) -> Iterator[_Place]:
-    """Those that are to be alike on all ranks, as far as names and styles tell."""
+    """Yield the buffers that must be alike on all ranks, as far as names and styles tell."""
     heads = [f"{name}." for name, style in conversion.styles.items() if style == "tensor_parallel"]
     for name, module in model.named_modules():
         for key, buffer in module._buffers.items():
@@ -198,7 +199,7 @@ def _version(held: Any) -> int:
 
 
 class _Written:
-    """Which buffers forwards write: those are this rank's own."""
+    """Finds the buffers that forwards write. They are this rank's own."""
 
     def __init__(self, places: list[_Place]):
         self._places = places
@@ -206,11 +207,11 @@ class _Written:
         self.own: set[str] = set()
 
     def start(self) -> None:
-        """A forward begins."""
+        """Begin a forward."""
         self._before = [(held := place.held(), _version(held)) for place in self._places]
 
     def stop(self) -> None:
-        """It is over."""
+        """End the forward."""
         for place, (held, version) in zip(self._places, self._before, strict=False):
             now = place.held()
             if now is not held or _version(now) != version:
@@ -219,7 +220,7 @@ class _Written:
 
 
 class _Jump:
-    """Whether parameters have been written since the last call, and by no optimizer: initialised, loaded."""
+    """Tells whether parameters were written since the last call by something else than an optimizer (loaded, say)."""
 
     def __init__(self, places: list[_Place]):
         self._places = places
@@ -228,7 +229,8 @@ class _Jump:
 
     def _now(self) -> int:
         held = [place.held() for place in self._places]
-        if any(isinstance(param, DTensor) for param in held):  # of fully_shard, which writes in every forward
+        # Parameters of fully_shard, which writes them in every forward.
+        if any(isinstance(param, DTensor) for param in held):
             return 0
         return sum(map(_version, held))
 
@@ -241,19 +243,20 @@ class _Jump:
 
 
 def _compare_parameters(places: list[_Place], own: set[str], gathered: Callable[[Tensor], Tensor]) -> None:
-    """Some numbers of each parameter: those of replicated ones agree, and parts of a cut one do not.
+    """Compare some numbers of each parameter. Replicated ones must agree, parts of a cut one must differ.
 
-    What is called in ``own`` on any rank is not compared.
+    Names that are in ``own`` on any rank are left out.
 
     Raises:
-        RuntimeError: on every rank, naming parameters that came apart, or of which every rank has the same part.
+        RuntimeError: on every rank, naming replicated parameters that differ, or cut ones of which all ranks hold
+            the same part.
     """
     with torch.no_grad():
         parts = [_some(place, 1) for place in places]
         device = next((part.device for part in parts if part.device.type != "cpu"), torch.device("cpu"))
         for place, part in zip(places, parts, strict=True):
             if place.name in own:
-                part.fill_(float("nan"))  # differs from nothing
+                part.fill_(float("nan"))  # NaN is never found to differ
         mine = torch.cat([part.to(device) for part in parts])
         found = gathered(mine).view(-1, len(places), _TAKEN).cpu()
         largest = found.abs().amax((0, 2))
@@ -281,7 +284,7 @@ def _compare_parameters(places: list[_Place], own: set[str], gathered: Callable[
 
 
 def _some(place: _Place, blocks: int) -> Tensor:
-    """[blocks * 16] numbers of a parameter, spread over it; zeros of one that is too small or away."""
+    """[blocks * 16] numbers spread over a parameter; zeros where it is too small or absent."""
     x = place.tensor()
     count = x.numel()
     if count < _TAKEN or not x.is_contiguous() or x.untyped_storage().size() == 0 or x.device.type == "meta":

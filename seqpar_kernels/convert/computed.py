@@ -1,9 +1,9 @@
-"""What is computed from listed parameters (a penalty on weights, say), with the gradient that the whole model has.
+"""Functions of listed parameters (a penalty on weights, say), with the gradient that the whole model has.
 
 Some operators of DTensor have another gradient when a tensor is cut: ``mse_loss`` divides by the size of a part, so
-that the gradient is too large by the number of ranks, in silence. And no placement says how unequal packed
-sections lie. So functions of listed parameters are not DTensor's: those that treat elements one by one run on the
-parts, sums over all elements are summed over the ranks, and every other is given the whole tensors, gathered.
+that the gradient is too large by the number of ranks, and nothing fails. And no placement describes unequal packed
+sections. So this module replaces DTensor's functions for listed parameters. Elementwise functions run on the parts.
+Sums over all elements are summed over the ranks. Every other function gets the whole tensors, gathered.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .cut_tensor import cut_tensor
 
 
 def names(text: str) -> frozenset[str]:
-    """Words."""
+    """The set of words in a text."""
     return frozenset(text.split())
 
 
-#: Functions of one element, or of elements in the same place, by the names under which torch has them.
+#: Names of elementwise functions.
 _BY_ELEMENT = names(
     """abs absolute neg negative positive exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square pow float_power
     reciprocal sign sgn sin cos tan tanh sigmoid relu softplus gelu silu erf clamp clamp_min clamp_max clip
@@ -44,11 +44,11 @@ _BY_ELEMENT = names(
 )
 _AS = frozenset({"view_as", "reshape_as", "expand_as"})
 _NORMS = frozenset({"norm", "vector_norm", "linalg_vector_norm", "linalg_norm"})
-#: Of the shape of a tensor, not of its values: DTensor's own are right.
+#: Names of functions of a tensor's shape, not of its values: DTensor's own are right.
 _LIKE = frozenset({"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"})
-#: Attributes of tensors that are computed from them, and have gradients.
+#: Names of attributes that are computed from the tensor and have gradients.
 VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
-#: What says something of a tensor, or changes it, and has no gradient.
+#: Names of functions that describe or change a tensor, and have no gradient.
 _NOT_COMPUTED = _LIKE | names(
     """__set__ __delete__ __setitem__ __reduce_ex__ __reduce__ __repr__ __format__ __hash__ __deepcopy__ __dir__ size
     dim ndimension numel nelement stride storage_offset __len__ element_size is_floating_point is_complex
@@ -65,7 +65,7 @@ def is_in_place(func: Callable[..., Any]) -> bool:
 
 
 def computes(func: Callable[..., Any]) -> bool:
-    """Whether what ``func`` returns may have a gradient with respect to its arguments, which stay as they are."""
+    """Whether the result of ``func`` may have a gradient, and ``func`` leaves its arguments as they are."""
     name = str(getattr(func, "__name__", ""))
     if name == "__get__":
         return name_of(func) in VIEWS
@@ -73,7 +73,7 @@ def computes(func: Callable[..., Any]) -> bool:
 
 
 class Layout(NamedTuple):
-    """How a tensor lies on the ranks of ``mesh``; ``cut`` None: all of it on every rank."""
+    """How a tensor lies on the ranks of ``mesh``. With ``cut`` None every rank has all of it."""
 
     cut: Cut | None
     mesh: DeviceMesh
@@ -89,10 +89,10 @@ class Layout(NamedTuple):
 class ComputedTensor(DTensor):
     """A DTensor that was computed from listed parameters.
 
-    ``local`` is the plain tensor behind it, as autograd knows it: this rank's part, or all of it.
+    ``local`` is the plain tensor that autograd knows: this rank's part, or the whole.
 
-    Functions take it together with listed parameters, DTensors, numbers and tensors of one element that are the same on
-    every rank.
+    Functions take a ComputedTensor together with listed parameters, DTensors, numbers, and tensors of one element that
+    are the same on every rank.
     """
 
     local: Tensor
@@ -140,7 +140,7 @@ class ComputedTensor(DTensor):
             return DTensor.redistribute(whole, device_mesh, placements, **options)
 
     def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
-        """``hook`` is given the gradient of ``local``."""
+        """Register ``hook``, which gets the gradient of ``local``."""
         return self.local.register_hook(hook)
 
     @classmethod
@@ -165,14 +165,14 @@ class ComputedTensor(DTensor):
 
 
 def plain(value: Any) -> Any:
-    """The whole tensor, as autograd knows it, of one that was computed."""
+    """The whole tensor of a ComputedTensor, with its gradient; other values as they are."""
     return value.whole() if isinstance(value, ComputedTensor) else value
 
 
 def compute(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``func`` of listed parameters and of what was computed from them, among others."""
+    """Call ``func``, whose arguments include listed parameters or ComputedTensors."""
     name = name_of(func)
-    if name in _AS and len(args) == 2:  # asks the second for its shape alone
+    if name in _AS and len(args) == 2:  # only the shape of the second is used
         return getattr(Tensor, name.removesuffix("_as"))(args[0], args[1].shape)
     leaves, spec = tree_flatten((args, kwargs))
     values = [_computed(leaf) if isinstance(leaf, DTensor) else leaf for leaf in leaves]
@@ -197,7 +197,7 @@ def compute(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _computed(value: DTensor) -> ComputedTensor:
-    """A listed parameter, or any DTensor, as autograd knows it."""
+    """The ComputedTensor for a listed parameter or any other DTensor."""
     if isinstance(value, ComputedTensor):
         return value
     cut, mesh = getattr(value, "cut", None), value.device_mesh
@@ -214,8 +214,11 @@ def _computed(value: DTensor) -> ComputedTensor:
 
 
 class _Other(ComputedTensor):
-    """A DTensor of which nothing is known but its placements: made like a parameter (``zeros_like``), or of the user's.
-    Beside a part of its shape and placements it is a part (:func:`_like_a_part`); else it is gathered."""
+    """A DTensor of the user's, or one made like a parameter (``zeros_like``): its cut is unknown.
+
+    Beside a part of the same shape and placements it is taken for such a part (:func:`_like_a_part`). Else it is
+    gathered.
+    """
 
     source: DTensor
 
@@ -243,7 +246,7 @@ def _check_plain(func: Callable[..., Any], values: list[Any]) -> None:
 
 
 def _like_a_part(value: Any, cuts: list[Cut]) -> Any:
-    """A DTensor with placement and shape of a part is one, cut as that: what ``zeros_like`` and ``clone`` make."""
+    """Take a DTensor of a part's shape and placement for a part that is cut alike, as ``zeros_like`` makes it."""
     if isinstance(value, _Other):
         for cut in cuts:
             if value.shape == cut.shape and list(value.source.placements) == [cut.placement()]:
@@ -252,7 +255,7 @@ def _like_a_part(value: Any, cuts: list[Cut]) -> Any:
 
 
 def _fits(value: Any, cut: Cut) -> bool:
-    """Whether an argument of a function by element is a part cut as ``cut``, or a scalar."""
+    """Whether an argument of an elementwise function is a part cut as ``cut``, or a scalar."""
     if not isinstance(value, Tensor):
         return True
     if isinstance(value, ComputedTensor) and value.place.cut is not None:
@@ -267,7 +270,7 @@ def _part(value: Any, layout: Layout) -> Any:
 
 
 def _over_all(name: str, values: list[Any], args: Any, kwargs: dict[str, Any], layout: Layout) -> Tensor | None:
-    """Sums, averages and norms over all elements of one part; None for any other function."""
+    """The sum, average or norm over all elements of one part; None for any other function."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     if len(tensors) != 1 or isinstance(tensors[0], _Other) or not tensors[0].is_floating_point():
         return None
@@ -293,7 +296,7 @@ def _over_all(name: str, values: list[Any], args: Any, kwargs: dict[str, Any], l
 
 
 def _in_place(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> ComputedTensor:
-    """``total += penalty``: the tensor stands for the result from then on."""
+    """``total += penalty``: let the tensor on the left stand for the result."""
     target = args[0]
     name = str(func.__name__)
     twin = getattr(Tensor, f"__{name[3:]}" if name.startswith("__i") else name[:-1])
@@ -303,7 +306,7 @@ def _in_place(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Co
 
 
 class Whole(torch.autograd.Function):
-    """A part to the whole tensor, of which every rank is taken to have the whole gradient."""
+    """Gathers a part to the whole tensor. Its gradient is taken to be whole on every rank."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, cut: Cut, group: ProcessGroup) -> Tensor:
@@ -316,7 +319,7 @@ class Whole(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Parts of a sum to the sum, of which every rank has the whole gradient: so has each part."""
+    """Sums over the ranks. The gradient of the sum is whole on every rank, and is that of each summand."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: ProcessGroup) -> Tensor:
@@ -330,7 +333,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _Everywhere(torch.autograd.Function):
-    """A scalar for use beside parts: each rank has a part of its gradient, which are summed."""
+    """Passes a scalar on for use beside parts. Each rank has a part of its gradient; they are summed."""
 
     @staticmethod
     def forward(ctx: Any, scalar: Tensor, group: ProcessGroup) -> Tensor:
@@ -343,7 +346,7 @@ class _Everywhere(torch.autograd.Function):
 
 
 class _Norm(torch.autograd.Function):
-    """The 2-norm over all ranks of parts; its gradient at zero is zero, as torch's."""
+    """The 2-norm of parts over all ranks. Its gradient at zero is zero, as torch's."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: ProcessGroup) -> Tensor:
@@ -361,7 +364,7 @@ class _Norm(torch.autograd.Function):
 
 
 def autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
-    """``torch.autograd.grad`` with listed parameters and what was computed from them: autograd knows the parts."""
+    """``torch.autograd.grad`` with listed parameters and ComputedTensors, replaced by the tensors autograd knows."""
     outputs, args, kwargs = tree_map(plain, (outputs, args, kwargs))
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     known = [t.local if isinstance(t, ComputedTensor) else getattr(t, "part", t) for t in inputs]

@@ -1,4 +1,4 @@
-"""What ``parallelize`` did to a model."""
+"""The record of one conversion: the call of ``parallelize``, and what the passes found and did."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .undo import Snapshot
 class LossWithoutLogits(Protocol):
     """Computes the loss from a hidden state that stays a shard."""
 
-    active: bool  # in the forward under way
+    active: bool  # whether the current forward computes it
 
     def hide(self, shard: Tensor) -> Tensor:
         """Keep ``shard`` and return a stand-in of the whole shape."""
@@ -54,52 +54,52 @@ class Conversion:
         self.region = Region(group_or_mesh, -2 if seq_dim is None else seq_dim)
         # What the passes found and did.
         self.styles: dict[str, str] = {}  # module name -> handling style
-        self.owned: dict[nn.Module, tuple[str, str]] = {}  # the module itself -> (name, what the check expects there)
-        self.sections: dict[str, int | tuple[int, ...]] = {}
-        self.edges: dict[str, set[str]] = {}  # module name -> subset of the styles that are no handling
-        self.shared: list[list[str]] = []
+        self.owned: dict[nn.Module, tuple[str, str]] = {}  # module -> (name, its style for the check)
+        self.sections: dict[str, int | tuple[int, ...]] = {}  # module name -> packed sections, or heads that are shared
+        self.edges: dict[str, set[str]] = {}  # module name -> styles at its edges
+        self.shared: list[list[str]] = []  # names of siblings with one gather
         self.gathers: list[SharedGather] = []
         self.vocabulary_ends: tuple[str, str] | None = None  # embedding and head that are cut by vocabulary
         self.loss: LossWithoutLogits | None = None
         self.mesh: DeviceMesh | None = None  # of the listed parameters
         self.originals: dict[str, nn.Module] = {}  # name -> the module before the conversion
-        self.cuts: dict[str, Cut] = {}  # by name in the state_dict
+        self.cuts: dict[str, Cut] = {}  # name in the state_dict -> how the tensor is cut
         self.snapshot: Snapshot | None = None
-        self.before_check: list[Callable[[Conversion], None]] = []  # may refuse a forward that is to be checked
-        self.trusted = False  # no plan of the user's: known to miss nothing
-        self.running = False  # a forward of the whole model is under way
-        self.compiled = False  # by torch.compile as a whole; modules inside may be compiled by themselves
+        self.before_check: list[Callable[[Conversion], None]] = []  # called before a forward is checked
+        self.trusted = False  # the plan is proven for this architecture
+        self.running = False  # inside a forward of the whole model
+        self.compiled = False  # torch.compile traces the whole model
         self.crossing = False  # deferred sums may leave their block
         self.replicated: list[nn.Parameter] = []
         self.alike: Alike | None = None  # compares forwards between the ranks
-        self.structure: Structure | None = None  # of the model as parallelize left it, or as it was checked last
-        self.harmless_hooks: tuple[str, ...] = ()  # beginnings of names of modules of Python
+        self.structure: Structure | None = None  # as converted, or as checked last
+        self.harmless_hooks: tuple[str, ...] = ()  # prefixes of __module__
         self.check: ShardCheck | None = None
-        self.watch: Watch | None = None  # of a model on several ranks
-        self.checked: set[bool] = set()  # module.training of forwards that have been followed
+        self.watch: Watch | None = None  # with several ranks
+        self.checked: set[bool] = set()  # module.training of checked forwards
 
     def release(self, param: nn.Parameter) -> None:
-        """Forget a parameter that fully_shard has replaced: its module sums the gradients of what came instead."""
+        """Forget a parameter that fully_shard has replaced. Its module sums the gradients of the new one."""
         self.replicated = [other for other in self.replicated if other is not param]
 
     def inside_gathered(self, name: str) -> bool:
-        """Whether the sequence has been gathered at the entrance of a module around ``name``."""
+        """Whether a module around ``name`` has the style 'gather_input'."""
         gathered = (other for other, edges in self.edges.items() if "gather_input" in edges)
         return any(name.startswith(other + ".") for other in gathered)
 
     def own_modules(self, model: nn.Module) -> None:
-        """Remember the modules that have been made or prepared, and what :class:`ShardCheck` expects there."""
+        """Remember the modules that the conversion made or prepared, and the styles that ShardCheck expects there."""
         inner = {"colwise": "gathered_colwise", "shared_heads": "gathered_colwise"}
         for name, style in self.styles.items():
             found = inner.get(style, style) if self.inside_gathered(name) else style
             self.owned[model.get_submodule(name)] = name, found
 
     def edges_at(self, *styles: str) -> list[list[str]]:
-        """The modules at whose edges each of ``styles`` takes place."""
+        """For each of ``styles``, the names of the modules that have it at their edges."""
         return [[name for name, edges in self.edges.items() if style in edges] for style in styles]
 
     def planned_parameters(self, model: nn.Module) -> frozenset[str]:
-        """Names of parameters that meet shards or heads inside modules with an entry of no other style."""
+        """Names of parameters that may meet shards or heads though no style covers the whole module."""
         names = [f"{name}.{p}" for name, module in model.named_modules() for p in getattr(module, "sharded", {})]
         for name, module in model.named_modules():
             if self.owned.get(module, ("", ""))[1] == "own_parameters":

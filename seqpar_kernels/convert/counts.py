@@ -1,8 +1,9 @@
 """Integers that know where they come from, during the first forward of a converted model.
 
-``view(..., self.n_head, -1)`` computes something else where ``n_head`` still counts the heads of all ranks; nothing but
-where the number comes from tells. So the integer attributes of modules around colwise layers, and the sizes of marked
-tensors, are replaced by integers that carry a note through arithmetic: how they scale with the number of ranks.
+``view(..., self.n_head, -1)`` is wrong where ``n_head`` still counts the heads of all ranks, and the shape of the
+result does not show it. The origin of the number does. So the integer attributes of modules around colwise layers, and
+the sizes of marked tensors, become integers that carry a note through arithmetic: how they scale with the number of
+ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CONFIGS = ("config", "cfg", "args", "hparams", "params")
 
 
 class _Compared:
-    """Numbers of this rank, whose comparisons are judged: a branch that the whole model would not take is refused."""
+    """A number of this rank. A comparison that has another result in the unsharded model is refused."""
 
     def _judge(self, op: Callable[[Any, Any], bool], other: Any, equality: bool = False) -> Any:
         if not isinstance(other, (int, float)):
@@ -48,7 +49,7 @@ class _Compared:
     def __ge__(self, other: Any) -> Any:
         return self._judge(operator.ge, other)
 
-    def __eq__(self, other: Any) -> Any:  # heads are not judged: sizes and keys of caches are compared so
+    def __eq__(self, other: Any) -> Any:  # heads are not judged: caches compare their sizes and keys like this
         return self._judge(operator.eq, other, True)
 
     def __ne__(self, other: Any) -> Any:
@@ -58,9 +59,9 @@ class _Compared:
 class Count(_Compared, int):
     """An int with a note.
 
-    ``features``: the power of 1/ranks by which it scales (1: this rank's heads or features); ``rows``: whether it comes
-    from the length of a shard; ``origin``: the attribute it was read from; ``session``: the check that made it;
-    ``whole``: what it would be in the unsharded model; ``unsure``: nobody can say, and ``whole`` is the number itself.
+    ``features``: the power of 1/ranks by which it scales (1: this rank's heads or features). ``rows``: whether it comes
+    from the length of a shard. ``origin``: the attribute that held it. ``session``: the check that made it. ``whole``:
+    its value in the unsharded model. ``unsure``: that value is unknown, and ``whole`` is the number itself.
     """
 
     features: int
@@ -151,10 +152,10 @@ class Count(_Compared, int):
 
 
 class LocalNumber(_Compared, float):
-    """A float made from a count of this rank; ``whole`` is what the unsharded model would make."""
+    """A float made from a count of this rank; ``whole`` is its value in the unsharded model."""
 
     whole: float
-    count: Count  # the one it came from
+    count: Count  # the Count it came from
 
     def _made(self, op: Callable[[Any, Any], Any], other: Any, swapped: bool = False) -> Any:
         if not isinstance(other, (int, float)):
@@ -206,14 +207,14 @@ def _plain(value: Any) -> Any:
 
 
 def _twice(op: Callable[[Any, Any], Any], one: Any, other: Any, swapped: bool) -> tuple[Any, Any]:
-    """What ``op`` gives for the numbers of this rank, and for those of the unsharded model."""
+    """(result for the numbers of this rank, result for those of the unsharded model) of ``op``."""
     here, whole = (_plain(one), _plain(other)), (one.whole, getattr(other, "whole", other))
     value = op(*(here[::-1] if swapped else here))
     if _unsure(one, other):
         return value, value
     try:
         return value, op(*(whole[::-1] if swapped else whole))
-    except (ArithmeticError, ValueError):  # of the unsharded model alone
+    except (ArithmeticError, ValueError):  # in the unsharded model only
         return value, math.nan
 
 
@@ -231,7 +232,7 @@ def _count_of(number: Any) -> Count | None:
 
 
 def _library() -> bool:
-    """Whether torch, einops or this package is what computes with the number, and not the model."""
+    """Whether torch, einops or this package computes with the number, and not the model."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
@@ -247,12 +248,12 @@ def _power(value: Any) -> int:
 
 
 def known(value: Any, session: Any) -> Count | None:
-    """``value`` as a Count of this check; a cache may hold those of others."""
+    """``value`` if it is a Count of this check; a cache may hold Counts of others."""
     return value if isinstance(value, Count) and value.session is session else None
 
 
 def numbers_in(*values: Any) -> list[int]:
-    """All integers of the arguments of a call, those of slices too."""
+    """All integers in the arguments of a call, also those in slices."""
     found: list[int] = []
     for leaf in tree_leaves(values):
         inner = (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else (leaf,)
@@ -261,7 +262,7 @@ def numbers_in(*values: Any) -> list[int]:
 
 
 class Counts:
-    """Lends the integer attributes of modules their notes."""
+    """Replaces integer attributes of modules by Counts during the check."""
 
     def __init__(
         self,
@@ -272,14 +273,14 @@ class Counts:
         ranks: int,
     ):
         self._model, self._session, self._ranks = model, session, ranks
-        self._divided = divided  # (module, attribute), "config.name" for the config's -> whether it was a division
-        self._leaves = tuple(leaves)  # modules that the plan handles: nothing of theirs is read
+        self._divided = divided  # (module, attribute or "config.name") -> whether it was divided
+        self._leaves = tuple(leaves)  # modules that the plan handles; their attributes are not read
         self._lent: list[tuple[dict[str, Any], str, Count]] = []
         self.values: dict[str, dict[str, tuple[int, bool]]] = {}  # module -> attribute -> (value, whether divided)
 
     def lend(self) -> None:
         if any(module._compiled_call_impl is not None for module in self._model.modules()):
-            return  # what torch.compile traces shall be plain
+            return  # torch.compile must trace plain integers
         seen: set[int] = set()
         for name, module in self._model.named_modules():
             inside = any(name == leaf or name.startswith(leaf + ".") for leaf in self._leaves)
@@ -314,7 +315,7 @@ class Counts:
         self._lent.clear()
 
     def around(self, stack: list[str]) -> dict[str, tuple[int, bool]]:
-        """attribute -> (value, whether divided) of the modules being run, the innermost last."""
+        """attribute -> (value, whether divided) of the modules that run, the innermost last."""
         found: dict[str, tuple[int, bool]] = {}
         for name in ("", *stack):
             found.update(self.values.get(name, {}))

@@ -1,4 +1,4 @@
-"""Names the user's statement, and says of a raw error in the first forward what this rank holds."""
+"""Finds and quotes the user's statement that is being run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _CALL = (torch.nn.Module._call_impl.__code__.co_filename, ("_call_impl", "inner"
 
 
 def is_library(file: str) -> bool:
-    """Whether a file of code is torch's, einops' or this package's."""
+    """Whether a source file belongs to torch, einops or this package."""
     return file.startswith(_SKIPPED) or f"{os.sep}einops{os.sep}" in file
 
 
 def user_frame() -> FrameType | None:
-    """The innermost that is neither torch's nor ours."""
+    """The innermost frame outside of torch, einops and this package."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and is_library(frame.f_code.co_filename):
         frame = frame.f_back
@@ -31,7 +31,7 @@ def user_frame() -> FrameType | None:
 
 
 def statement() -> str:
-    """The innermost statement that is neither torch's nor ours: "`y = x.mean(1)` (model.py:12)"."""
+    """The innermost statement outside of torch, einops and this package: "`y = x.mean(1)` (model.py:12)"."""
     frame = user_frame()
     if frame is None:
         return "a statement"
@@ -39,7 +39,7 @@ def statement() -> str:
 
 
 def written(file: str, line: int, module: dict[str, Any] | None = None) -> str:
-    """The statement at ``line`` of ``file``; ``module``: the globals of one that lies in no file of its own."""
+    """The statement at ``line`` of ``file``. ``module``: globals of the code, where it has no file of its own."""
     text = " ".join(linecache.getline(file, line, module).split())
     if len(text) > 100:
         text = text[:97] + "..."
@@ -47,7 +47,7 @@ def written(file: str, line: int, module: dict[str, Any] | None = None) -> str:
 
 
 def in_hook() -> bool:
-    """Whether the user's statement is part of a module's hook and not of a forward."""
+    """Whether the user's statement is part of a module's hook, not of a forward."""
     frame = user_frame()
     while frame is not None and frame.f_back is not None:
         caller = frame.f_back

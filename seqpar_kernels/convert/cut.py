@@ -1,4 +1,4 @@
-"""How a whole parameter lies on this rank: which part of it, and where in the whole."""
+"""Which part of a whole parameter this rank holds, and where it is in the whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How a whole tensor of ``shape`` lies on this rank of ``ranks``; ``spec`` None: every rank has all of it."""
+    """The part of a whole tensor of ``shape`` on one rank of ``ranks``. With ``spec`` None every rank has all of it."""
 
     spec: ShardSpec | None
     shape: torch.Size
@@ -47,25 +47,25 @@ class Cut(NamedTuple):
 
     @property
     def unequal(self) -> bool:
-        """Whether no placement of torch's says how the sections lie: ``Shard`` stands for it, in sizes alone right."""
+        """Whether no placement of torch's describes the sections. ``Shard`` stands in, and is right in sizes only."""
         return self.spec is not None and isinstance(self.spec.sections, tuple) and len(set(self.spec.sections)) > 1
 
     @property
     def even(self) -> bool:
-        """Whether every rank holds as much, in one piece."""
+        """Whether every rank holds one piece, of the same size."""
         return self.spec is None or (
             not self.unequal and self.spec.sections == 1 and self.shape[self.spec.dim] % self.ranks == 0
         )
 
     @property
     def empty_somewhere(self) -> bool:
-        """Whether there is a rank that holds nothing: a vocabulary smaller than the parts of the first ranks."""
+        """Whether some rank holds nothing, as of a vocabulary that the first ranks use up."""
         if self.spec is None or self.spec.size is None:
             return False
         return -(-self.spec.size // self.ranks) * (self.ranks - 1) >= self.spec.size
 
     def pieces(self) -> list[Piece]:
-        """Along ``spec.dim``."""
+        """This rank's pieces along ``spec.dim``."""
         assert self.spec is not None
         size = self.shape[self.spec.dim]
         if self.spec.size is not None:
@@ -79,22 +79,22 @@ class Cut(NamedTuple):
         return out
 
     def part_shape(self) -> torch.Size:
-        """Of what this rank holds."""
+        """The shape of this rank's part."""
         shape = list(self.shape)
         if self.spec is not None:
             shape[self.spec.dim] = sum(piece.length for piece in self.pieces())
         return torch.Size(shape)
 
     def part(self, whole: Tensor) -> Tensor:
-        """What this rank holds of ``whole``."""
+        """This rank's part of ``whole``."""
         assert self.spec is not None
         dim = self.spec.dim
         return torch.cat([whole.narrow(dim, p.whole, p.length) for p in self.pieces()], dim)
 
     def chunks(self, part: Tensor, first_row: int = 0) -> list[tuple[ChunkStorageMetadata, Tensor]]:
-        """Rectangles of the whole tensor and the views of ``part`` that hold them.
+        """Rectangles of the whole tensor, and the views of ``part`` that hold them.
 
-        ``part`` may be rows ``first_row`` and on of this rank's part: what FSDP leaves of it.
+        ``part`` may be the rows from ``first_row`` on of this rank's part: FSDP leaves these.
         """
         dim = 0 if self.spec is None else self.spec.dim
         pieces = [Piece(0, 0, self.shape[0])] if self.spec is None and self.shape else []

@@ -1,4 +1,4 @@
-"""Tensors that know of every rectangle of the whole that they hold: for checkpoints, files and gathering."""
+"""DTensors that know every rectangle of the whole that they hold, for checkpoints, files and gathering."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..nn.sharding import ShardSpec, full_tensor
 from .cut import Cut
 from .drawn import draw_whole, draws_like, listed_to_draw
 
-#: Steps of optimizers, by element, for which DTensor has no rule.
+#: Elementwise optimizer steps for which DTensor has no rule.
 _FUSED = frozenset(
     getattr(step, form)
     for step in (torch.ops.aten._fused_sgd_, torch.ops.aten._fused_adagrad_)
@@ -36,7 +36,7 @@ def _local(value: Any) -> Any:
 
 
 def _never_empty(tensor: Any, value: float) -> Any:
-    """torch takes no maximum of nothing: ``value`` stands for a part without elements."""
+    """``value`` in place of a part without elements, of which torch takes no maximum."""
     if not isinstance(tensor, DTensor):
         return tensor
     part = tensor._local_tensor
@@ -45,7 +45,7 @@ def _never_empty(tensor: Any, value: float) -> Any:
 
 
 class CutTensor(DTensor):
-    """A DTensor that tells torch.distributed.checkpoint of every rectangle it holds; a DTensor knows of one only."""
+    """A DTensor that gives torch.distributed.checkpoint every rectangle it holds; a plain DTensor knows one only."""
 
     cut: Cut
     _chunks: list[tuple[ChunkStorageMetadata, Tensor]]
@@ -54,7 +54,7 @@ class CutTensor(DTensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        """As DTensor's, but for random numbers: those of the whole tensor, cut."""
+        """DTensor's, but random numbers are drawn for the whole tensor and cut."""
         kwargs = kwargs or {}
         drawn = listed_to_draw(func, args, kwargs)
         if isinstance(drawn, CutTensor):
@@ -98,7 +98,7 @@ class CutTensor(DTensor):
     def redistribute(
         self, device_mesh: DeviceMesh | None = None, placements: Sequence[Placement] | None = None, **options: Any
     ) -> DTensor:
-        """As DTensor's, and right where sections are unequal: from there to the whole only, as ``full_tensor`` does."""
+        """DTensor's. Where sections are unequal, only to Replicate, as ``full_tensor`` does."""
         if not self.cut.unequal or placements is None or tuple(placements) == self.placements:
             return super().redistribute(device_mesh, placements, **options)
         if self.device_mesh.ndim > 1 or not all(isinstance(p, Replicate) for p in placements):
@@ -111,7 +111,7 @@ class CutTensor(DTensor):
         return DTensor.from_local(whole, self.device_mesh, placements, run_check=False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As a DTensor, which ``torch.load`` takes by default, where one says all that there is to say."""
+        """Pickle as a plain DTensor, which ``torch.load`` takes by default, where that loses nothing."""
         if self.cut.unequal:
             return super().__reduce_ex__(protocol)
         return DTensor(self._local_tensor.detach(), self._spec, requires_grad=False).__reduce_ex__(protocol)
@@ -121,12 +121,12 @@ class CutTensor(DTensor):
         return copy
 
 
-# What a file of a state_dict names; with these torch.load reads it by default (weights_only=True).
+# Names in a file of a state_dict. torch.load reads it by default (weights_only=True) because they are allowed.
 torch.serialization.add_safe_globals([CutTensor, Cut, ShardSpec, ChunkStorageMetadata])
 
 
 def cut_tensor(part: Tensor, cut: Cut, mesh: DeviceMesh, first_row: int = 0) -> CutTensor:
-    """``part`` as the piece of a whole tensor that it is, for checkpoints."""
+    """The CutTensor of ``part``, for checkpoints."""
     out: CutTensor = CutTensor(part.detach(), dtensor_spec(part, cut, mesh), requires_grad=False)
     out.cut, out._chunks = cut, cut.chunks(part.detach(), first_row)
     return out
@@ -134,9 +134,9 @@ def cut_tensor(part: Tensor, cut: Cut, mesh: DeviceMesh, first_row: int = 0) -> 
 
 @torch.no_grad()
 def drawn_like(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> CutTensor:
-    """What rand_like, randn_like or randint_like of a CutTensor give: this rank's part of the numbers of the whole.
+    """rand_like, randn_like or randint_like of a CutTensor: this rank's part of the numbers drawn for the whole.
 
-    DTensor's own draws the same part on every rank of a CPU.
+    On CPU ranks DTensor's own draw the same part on every rank.
 
     Raises:
         RuntimeError: fully_shard has cut it further.
@@ -159,7 +159,7 @@ def dtensor_spec(part: Tensor, cut: Cut, mesh: DeviceMesh) -> Any:
 
 
 def first_row_of(param: DTensor, part_rows: int) -> int:
-    """Where the rows that FSDP left on this rank begin, in this rank's part of ``part_rows`` rows."""
+    """The first of the rows that FSDP left on this rank, in this rank's part of ``part_rows`` rows."""
     mesh = param.device_mesh
     if mesh.ndim != 2:
         return 0
@@ -168,9 +168,9 @@ def first_row_of(param: DTensor, part_rows: int) -> int:
 
 
 def for_checkpoint(tensor: DTensor, cut: Cut, part: Tensor | None = None) -> CutTensor:
-    """A parameter, or optimizer state like it, as the rectangles of the whole tensor that this rank holds.
+    """The CutTensor of a parameter, or of optimizer state of its shape.
 
-    ``part`` may hold the values in place of the local tensor of ``tensor``.
+    ``part`` takes the place of the local tensor of ``tensor``.
     """
     part = tensor._local_tensor.detach() if part is None else part
     rows = cut.part_shape()[0] if cut.shape else 0

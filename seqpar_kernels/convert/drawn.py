@@ -1,4 +1,4 @@
-"""Random initialisation of a listed parameter: the whole tensor is drawn, as on one rank, and cut."""
+"""Random initialisation of a listed parameter: draws the whole tensor, as on one rank, and keeps this rank's part."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ _DRAWS = frozenset(
 )
 _DATA_OF = vars(torch._C.TensorBase)["data"].__get__  # made anew at each look: compare with ==
 _DRAWS_LIKE = frozenset({torch.rand_like, torch.randn_like, torch.randint_like})
-#: By these a function of torch.nn.init makes the tensors in which it tries numbers out: DTensors, that draw apart.
+#: Functions of torch.nn.init make their scratch tensors with these: DTensors, on which each rank would draw its own.
 _MADE = frozenset({"empty_like", "new_empty", "zeros_like", "rand_like", "randn_like"})
 
 
 def listed_to_draw(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """The tensor that ``func`` fills with random numbers; None where it does nothing of that kind.
+    """The tensor that ``func`` fills with random numbers; None for other functions.
 
     Raises:
-        RuntimeError: it is a step of a function of torch.nn.init that would draw another distribution or the same part
-            on every rank (orthogonal_, trunc_normal_).
+        RuntimeError: ``func`` is a step of a function of torch.nn.init (orthogonal_, trunc_normal_) that would draw
+            another distribution, or the same part on every rank.
     """
     name = getattr(func, "__name__", "")
     if name in _MADE:
         if args and (hasattr(args[0], "cut") or cut_behind(args[0]) is not None):
-            _refuse_step(sys._getframe(2))  # what called __torch_function__
+            _refuse_step(sys._getframe(2))  # the caller of __torch_function__
         return None
     if name.endswith("_") and getattr(func, "__module__", "") == "torch.nn.init":
         return args[0] if args else kwargs.get("tensor")
-    if name in _DRAWS and not (torch.is_grad_enabled() and args[0].requires_grad):  # else torch refuses it
+    if name in _DRAWS and not (torch.is_grad_enabled() and args[0].requires_grad):  # torch refuses it otherwise
         return args[0]
     return None
 
 
 def draws_like(func: Callable[..., Any]) -> bool:
-    """Whether ``func`` makes a tensor of random numbers like another."""
+    """Whether ``func`` makes a tensor of random numbers of another's shape."""
     return func in _DRAWS_LIKE
 
 
@@ -53,13 +53,13 @@ def _refuse_step(caller: FrameType) -> None:
 
 
 def cut_behind(part: Any) -> Any:
-    """The listed parameter of a plain one that is a part of it; None for other tensors."""
+    """The listed parameter that the plain tensor ``part`` is a part of; None for other tensors."""
     listed = getattr(part, "_seqpar_presented", None)
     return None if listed is None or listed.cut.spec is None else listed
 
 
 class DrawsWhole(TorchFunctionMode):
-    """Inside, random numbers that a module's plain parameter is filled with are those of the whole one, cut."""
+    """Inside, a module's plain parameter that is filled with random numbers gets its part of the whole one's."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -72,7 +72,8 @@ class DrawsWhole(TorchFunctionMode):
             if func == _DATA_OF and cut_behind(args[0]) is not None:
                 out._seqpar_presented = args[0]._seqpar_presented
             return out
-        if getattr(func, "__module__", "") != "torch.nn.init":  # it has looked at the shape of the part by now
+        # Functions of torch.nn.init depend on the shape, and have seen the part's.
+        if getattr(func, "__module__", "") != "torch.nn.init":
             _refuse_step(sys._getframe(1))
         draw_whole(func, listed, args, kwargs)
         return drawn
@@ -80,11 +81,11 @@ class DrawsWhole(TorchFunctionMode):
 
 @torch.no_grad()
 def draw_whole(func: Callable[..., Any], listed: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """``func`` on a tensor of the whole shape, of which ``listed`` keeps this rank's part.
+    """Call ``func`` on a tensor of the whole shape, and keep this rank's part in ``listed``.
 
-    ``listed``: a PresentedParameter, or a CutTensor: its ``data``, or what a ``state_dict`` holds.
+    ``listed`` is a PresentedParameter, or a CutTensor: its ``data``, or one of a ``state_dict``.
 
-    DTensor's own random functions draw from this rank's generator for the part, on CPU ranks the same part on each.
+    DTensor's own random functions draw for the part alone; on CPU ranks, the same part on each.
     """
     part = getattr(listed, "part", listed._local_tensor)
     whole = torch.empty(listed.cut.shape, dtype=part.dtype, device=part.device)

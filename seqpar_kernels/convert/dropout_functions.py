@@ -1,4 +1,4 @@
-"""Dropout called as a function."""
+"""Recognises dropout that is called as a function."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DROPOUTS = frozenset(
 
 
 def drops(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether ``func`` is a dropout that these arguments switch on."""
+    """Whether ``func`` is a dropout, and these arguments let it drop."""
     if func not in _DROPOUTS:
         return False
     p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)

@@ -1,4 +1,4 @@
-"""What runs at the edges of the sharded region and of single modules: the sequence is cut, gathered, shown whole."""
+"""Hooks at the edges of the sharded region and of modules: they cut the sequence, gather it, or show it whole."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .shard_check import Kind, is_shard, mark
 
 
 def install_edge_hooks(conversion: Conversion) -> None:
-    """Hook the modules at whose edges the plan says that something happens to the sequence."""
+    """Hook every module that has a style at its edges, and those that run on the whole sequence."""
     model = conversion.model
     for name, style in conversion.styles.items():
         if style == "replicated":
@@ -51,14 +51,14 @@ def install_edge_hooks(conversion: Conversion) -> None:
 
 
 def recomputing() -> bool:
-    """Whether this is a recomputation."""
+    """Whether this call is a recomputation inside a backward."""
     return torch._C._current_graph_task_id() != -1
 
 
 def return_to_this_forward(output: Any, conversion: Conversion) -> None:
-    """Let what a recomputation in the backward reads be this forward's, were there others in between.
+    """Let a recomputation in the backward read the state of this forward, even after later forwards.
 
-    The backward comes to an output before anything of its forward, and has done all that is later by then.
+    The backward reaches the output of a forward before the rest of that forward, and after all later ones.
     """
     region, crossing = conversion.region, conversion.crossing
     seq_len, deferring, summed = region.seq_len, region.deferring, region.summed
@@ -76,7 +76,7 @@ def return_to_this_forward(output: Any, conversion: Conversion) -> None:
 def _residual_stream(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The tensor at a module's entrance, and (args, kwargs) with another in its place."""
+    """The residual stream among a module's arguments, and a function that gives (args, kwargs) with another one."""
     if args and isinstance(args[0], Tensor):
         return settled(args[0]), lambda x: ((x, *args[1:]), kwargs)
     key = next((key for key in STREAM_NAMES if isinstance(kwargs.get(key), Tensor)), None)
@@ -102,13 +102,13 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
             conversion.watch.cut(name)
         length = x.shape[region.seq_dim]
         if not conversion.running and not torch.compiler.is_compiling() and not recomputing():
-            # A model inside is called on its own: nothing holds that the last forward of the whole one has settled.
+            # An inner model is called on its own: the settings of the last whole forward do not hold for it.
             conversion.crossing, region.deferring, region.summed = False, None, {}
-        # Only where it is needed: a recomputation during backward must not find the length of a later forward.
+        # None where it is not needed: a recomputation must not find the length of a later forward.
         region.seq_len = length if length % region.ranks else None
         shard = x.rows() if isinstance(x, EmbeddedRows) else scatter_sequence(x, region.group, region.seq_dim)
         if torch.compiler.is_compiling() and conversion.compiled:
-            # Here and not before the model: torch.compile traces hooks of the outermost module as graphs of their own.
+            # Not before the model: torch.compile traces the hooks of the outermost module as graphs of their own.
             region.sum_together(conversion.replicated)
         elif not torch.compiler.is_compiling():
             mark_entrance(shard)
@@ -166,7 +166,7 @@ def _whole_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
 
 
 def _gather_hook(name: str, conversion: Conversion, partial: bool) -> Callable[..., Any]:
-    """``partial``: each rank computes a part of the gradient (tensor-parallel); else each has the whole one."""
+    """Gather the input. With ``partial`` each rank computes a part of its gradient, else the whole."""
     region = conversion.region
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -204,14 +204,14 @@ def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]
         if loss is not None:
             whole = loss.hide(first)
         else:
-            # What follows runs alike on every rank, so each has the whole gradient: the backward splits.
+            # What follows runs on every rank alike. Each has the whole gradient, and the backward cuts it.
             whole = gather_sequence(
                 first, region.group, region.seq_dim, seq_len=region.seq_len, tensor_parallel_output_grad=False
             )
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the output of a model inside, maybe
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # it may be the output of an inner model
                 return_to_this_forward(whole, conversion)
         if torch.compiler.is_compiling():
-            region.summed = {}  # what is left in place becomes an output of the graph
+            region.summed = {}  # a tensor left there becomes an output of the graph
         if conversion.check is not None:
             mark(whole, None)
         return rebuilt(whole)
@@ -235,7 +235,7 @@ def _scatter_output_hook(name: str, conversion: Conversion) -> Callable[..., Any
 
 
 def _copied_hook(conversion: Conversion) -> Callable[..., Any]:
-    """What a module computes from whole tensors meets the shard: its gradient is summed over the ranks."""
+    """Sum the gradient of a module's output over the ranks: each meets it with its own shard."""
     group = conversion.region.group
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -255,7 +255,7 @@ def _copied_hook(conversion: Conversion) -> Callable[..., Any]:
 
 
 def _first_tensor(name: str, style: str, output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The tensor a module returns, alone or first of a tuple, and the output with another in its place."""
+    """The tensor a module returns, alone or first of a tuple, and a function that gives the output with another one."""
     first = settled(output[0] if isinstance(output, tuple) and output else output)
     if not isinstance(first, Tensor):
         raise RuntimeError(

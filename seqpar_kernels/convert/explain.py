@@ -1,4 +1,4 @@
-"""``explain(model)``: what every module of a parallelized model runs as, and why not faster."""
+"""``explain(model)``: how every module of a parallelized model runs, and what keeps it from running faster."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _VOCABULARY = (VocabParallelEmbedding, VocabParallelHead)
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Style, engine, chunk count, fused or not and why, for every converted module of ``model``.
+    """Show style, engine, chunk count, and whether and why it is fused, of every converted module of ``model``.
 
     Engines, chunk counts, bytes and estimates are those of the last forward.
 
@@ -81,7 +81,7 @@ def _row(name: str, module: nn.Module, conversion: Conversion, device: torch.dev
         fused = "yes" if pipelined or conversion.region.group is None else "no"
         wire, model = ("", "") if ran is None or ran.estimate is None else (_bytes(ran.wire_bytes), str(ran.estimate))
         if family is not None and name != family[0]:
-            wire = model = ""  # said where the gather is
+            wire = model = ""  # the first of the family has them
         return Row(name, style, engine, chunks, fused, why, wire, model)
     if isinstance(module, _VOCABULARY):
         if isinstance(module, VocabParallelHead):
@@ -115,7 +115,7 @@ def _row(name: str, module: nn.Module, conversion: Conversion, device: torch.dev
 
 
 def _bytes(count: int) -> str:
-    """With the unit that leaves one to four digits before the point."""
+    """``count`` with the largest unit that gives at least 1."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -123,7 +123,7 @@ def _bytes(count: int) -> str:
 
 
 def _kernel(device: torch.device) -> tuple[str, str]:
-    """The kernel backend, and a remark where it is not the preferred one."""
+    """(kernel backend, remark where it is not the preferred one)."""
     backend, passed_over = choice(device)
     remarks = "".join(f"; not {name}: {reason}" for name, reason in passed_over.items())
     return backend or "none", remarks

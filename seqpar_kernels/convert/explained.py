@@ -1,4 +1,4 @@
-"""Says of a raw shape error in the first forward what this rank holds, and what the plan probably lacks."""
+"""Explains a raw shape error in the first forward: what this rank holds, and what the plan probably lacks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHAPES = re.compile(
 
 
 def is_about_shapes(error: Exception) -> bool:
-    """Not those of our own functions, which have said what there is to say, of ranks too."""
+    """Whether ``error`` is about shapes. Errors of this package name ranks, and are complete."""
     text = str(error)
     return bool(_SHAPES.search(text)) and error.__cause__ is None and "rank" not in text
 
@@ -45,7 +45,7 @@ def explained(
     session: Any,
     around: dict[str, tuple[int, bool]],
 ) -> str:
-    """The message of the error that takes the place of ``error``."""
+    """The message of the error that replaces ``error``."""
     held = [_held(t, length, ranks, rank) for t in tensors if kind_of(t) is not None]
     numbers = numbers_in(args, kwargs)
     hints = list(_hints(where, tensors, numbers, length, ranks, rank, seq_dim, session, around))
@@ -120,7 +120,7 @@ def _hints(
 
 
 def _undivided(parts: list[Tensor], numbers: list[int], session: Any, around: dict[str, tuple[int, bool]]) -> Any:
-    """(module, attribute) of numbers that count what all ranks have; the module is "" where it is the present one."""
+    """Yield (module, attribute) of numbers that count the heads or features of all ranks; "" is the present module."""
     wholes = {f.whole for t in parts if (f := features_of(t)) is not None}
     for number in numbers:
         noted = known(number, session)

@@ -1,4 +1,4 @@
-"""The table that ``explain(model)`` gives: as text of 120 columns, as HTML, as plain values."""
+"""The table that ``explain(model)`` returns, as text of 120 columns, as HTML, or as plain values."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _HEADER = ("module", "style", "engine", "chunks", "fused", "wire/forward", "why"
 
 @dataclass(frozen=True)
 class Row:
-    """One module of the table, or several alike.
+    """One module of the table, or several equal ones.
 
-    ``wire`` is what one rank sends in one forward, ``model`` the planner's estimate of it. ``slower`` marks what runs
-    slower than this package could run it (SEQPAR_STRICT refuses it); what is best unfused is not.
+    ``wire`` is what one rank sends in one forward, ``model`` the planner's estimate of it. ``slower`` marks a module
+    that this package could run faster (SEQPAR_STRICT refuses it). A module that is best unfused is not marked.
     """
 
     module: str
@@ -36,17 +36,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What every module of a parallelized model runs as.
+    """How every module of a parallelized model runs.
 
-    ``rows`` holds every module, ``str()`` shows equal layers as one row of a table of 120 columns with the reasons
-    below it, notebooks show it as HTML, and :meth:`to_dict` gives plain values.
+    ``rows`` holds every module. ``str()`` shows equal layers as one row of a table of 120 columns, with the reasons
+    below. Notebooks show HTML, and :meth:`to_dict` returns plain values.
     """
 
     title: str
     rows: tuple[Row, ...]
 
     def grouped(self) -> tuple[Row, ...]:
-        """``rows``, those that differ in a number in their names alone as one: ``layers.0..31.mlp``."""
+        """``rows``, with one row for those that differ only in a number of their names: ``layers.0..31.mlp``."""
         groups: dict[Row, list[str]] = {}
         for row in self.rows:
             groups.setdefault(replace(row, module=_NUMBER.sub("*", row.module)), []).append(row.module)
@@ -86,12 +86,12 @@ def _note(row: Row) -> str:
 
 
 def _notes(rows: Sequence[Row]) -> dict[str, int]:
-    """Reason -> its number, in the order in which they come."""
+    """Reason -> its number, in the order of the rows."""
     return {text: number for number, text in enumerate(dict.fromkeys(map(_note, rows)), 1)}
 
 
 def _joined(names: list[str]) -> list[str]:
-    """One name where the numbers in ``names`` are all combinations of some sets of numbers; else ``names``."""
+    """One name if the numbers in ``names`` are all combinations of some sets of numbers; else ``names``."""
     numbers = [_NUMBER.findall(name) for name in names]
     columns = [sorted(set(column), key=int) for column in zip(*numbers, strict=True)]
     if len(names) == 1 or set(map(tuple, numbers)) != set(itertools.product(*columns)):
@@ -112,7 +112,7 @@ def _range(numbers: list[str]) -> str:
 
 
 def _fitting(widths: list[int]) -> list[int]:
-    """``widths``, the longest cut again and again until the line has 120 columns."""
+    """``widths``, with the longest reduced until the line has 120 columns."""
     widths = list(widths)
     while sum(widths) + 2 * (len(widths) - 1) > _WIDTH:
         longest = max(range(len(widths)), key=widths.__getitem__)

@@ -1,4 +1,4 @@
-"""Names trainable tensors that a plan does not cover, and finds them behind tensors computed out of sight."""
+"""Finds and names trained tensors that a plan does not cover, also behind kernels that no torch function shows."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from torch.utils._pytree import tree_leaves
 
 from ..ops import mappings
 
-_NODE = "_seqpar_seen"  # in the metadata of autograd's nodes
+_NODE = "_seqpar_seen"  # key in the metadata of autograd nodes
 _MOST_NODES = 10_000
 
 
 def described(tensor: Tensor) -> str:
-    """A trainable tensor that has no name."""
+    """Describe a trained tensor that has no name."""
     return f"a trainable tensor of shape {tuple(tensor.shape)} that is no parameter of the model"
 
 
 def see(tensor: Tensor) -> None:
-    """Remember with autograd that ``tensor`` has been marked."""
+    """Note on the autograd node of ``tensor`` that it has been marked."""
     if type(tensor) is Tensor and tensor.grad_fn is not None:
         node: Any = tensor.grad_fn
         node.metadata[_NODE] = True
 
 
 def leaf_behind(tensor: Tensor, known: Container[int]) -> Tensor | None:
-    """A trainable leaf out of which ``tensor`` was computed, past no tensor that was marked, and whose id is unknown.
+    """A trained leaf that ``tensor`` was computed from, with an id that is not in ``known``.
 
-    Autograd knows what no torch function shows: kernels that are called from an autograd function.
+    The search ends at marked tensors. Autograd also knows kernels that an autograd function calls, which no torch
+    function shows.
     """
     seen: set[Any] = set()
     left: list[Any] = [tensor.grad_fn]
@@ -50,7 +51,7 @@ def leaf_behind(tensor: Tensor, known: Container[int]) -> Tensor | None:
     return None
 
 
-#: Upstream of these a tensor is whole again on every rank, and so is its gradient: cut, or summed over the ranks.
+#: Upstream of these a tensor and its gradient are whole on every rank: their backward gathers or sums.
 _INTO_REGION = frozenset(
     function._backward_cls for function in (mappings._Split, mappings.CopyToRegion, mappings.SumGradients)
 )
@@ -82,7 +83,7 @@ def leaves_within(tensor: Tensor, entrances: Sequence[Any]) -> Iterator[tuple[Te
 
 
 def where_held(model: nn.Module, tensor: Tensor) -> str | None:
-    """In words, what of ``model`` holds ``tensor``: an attribute, or a forward or hook that has it in its closure."""
+    """Describe what of ``model`` holds ``tensor``: an attribute, or a forward or hook with a closure."""
     for name, module in model.named_modules():
         where = name or type(model).__name__
         for key, value in vars(module).items():
@@ -98,7 +99,7 @@ def where_held(model: nn.Module, tensor: Tensor) -> str | None:
 
 
 def _at_hand(function: Any, tensor: Tensor, depth: int = 0) -> bool:
-    """Whether a function has ``tensor`` at hand besides arguments and globals."""
+    """Whether a function holds ``tensor`` in its closure, defaults or bound arguments."""
     found = [
         getattr(getattr(function, "__self__", function), "__dict__", None),
         getattr(function, "__defaults__", None),
@@ -121,7 +122,7 @@ def trainable_inputs(args: Any, kwargs: dict[str, Any], names: list[str]) -> Ite
 
 
 def _leaves(value: Any) -> list[Any]:
-    """What ``value`` holds; a mapping that torch does not know (transformers.BatchEncoding) is taken for a dict."""
+    """The leaves of ``value``; a mapping that torch does not know (BatchEncoding, say) is taken for a dict."""
     return tree_leaves(dict(value) if isinstance(value, Mapping) else value)
 
 
@@ -142,7 +143,7 @@ def trained_arguments(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
 
 
 class Functions:
-    """Shows calls of autograd functions, which torch function modes never see, to ``follow(cls, args, call)``."""
+    """Reports calls of autograd functions, which torch function modes do not see, to ``follow(cls, args, call)``."""
 
     def __init__(self, follow: Callable[[type, Any, Callable[..., Any]], Any]):
         self._follow = follow
@@ -151,7 +152,7 @@ class Functions:
         follow = self._follow
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            # Looked up anew at every call, whatever alias of Function.apply was called.
+            # Looked up at every call: an alias of Function.apply may have been called.
             plain = super(_SingleLevelFunction, cls).apply  # type: ignore[misc]
             return follow(cls, (args, kwargs), lambda: plain(*args, **kwargs))
 

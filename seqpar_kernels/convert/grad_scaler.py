@@ -1,10 +1,9 @@
-"""``GradScaler`` on gradients that are cut: an overflow on one rank is one on all.
+"""``GradScaler`` on gradients that are cut: an overflow on one rank skips the step on all.
 
-torch reduces what one rank found over the mesh dimensions over which the *first* gradient of the list is cut. Where
-that one is replicated nothing is reduced: the rank with the overflow skips its step and lowers its scale, the others
-step, and from then on replicated weights differ between ranks. Here the reduction covers every dimension of every mesh
-that a gradient of the list lies on, for DTensors of every origin (``fully_shard``'s too): torch's handler of the
-operator is replaced by this one.
+torch reduces the finding of a rank over the mesh dimensions along which the *first* gradient of the list is cut. If
+that one is replicated, nothing is reduced: the rank with the overflow skips its step and lowers its scale, the others
+step, and replicated weights differ from then on. The handler here replaces torch's. It reduces over every dimension of
+every mesh that a gradient of the list lies on, for DTensors of any origin (``fully_shard``'s too).
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ _CHECK = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
 
 
 def agree_on_overflow(conversion: Conversion) -> None:
-    """Make all ranks find what one of them found, from here on; may be called often.
+    """Replace torch's handler. A second call changes nothing.
 
     Raises:
-        RuntimeError: this torch keeps the handler elsewhere.
+        RuntimeError: this torch has no such handler.
     """
     if conversion.region.ranks == 1:
         return
@@ -38,10 +37,10 @@ def agree_on_overflow(conversion: Conversion) -> None:
 
 
 def _unscale(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """(gradients, found_inf, inverse scale), as the operator: all but ``inverse scale`` in place."""
+    """The operator on (gradients, found_inf, inverse scale); it writes the first two in place."""
     grads, found_inf, scale = args
     op([_local(grad) for grad in grads], _local(found_inf), _local(scale), **kwargs)
-    groups = {}  # by name, in the order of the list, which is that of all ranks
+    groups = {}  # name -> group, in the order of the list, which is the same on all ranks
     for grad in grads:
         if isinstance(grad, DTensor):
             for dim in range(grad.device_mesh.ndim):

@@ -1,7 +1,7 @@
-"""Whether a function treats this rank's heads one by one: tried, as for rows of a shard.
+"""Tries whether a function treats this rank's heads one by one, as :mod:`.row_mixing` tries rows of a shard.
 
-What differs from rows: tensors hold several numbers of heads (queries and keys), neighbours may be copies
-(``repeat_kv``), and a tensor that is whole may have an entry for each head.
+Heads differ from rows in three ways. Tensors hold several numbers of heads (queries and keys), neighbours may be copies
+(``repeat_kv``), and a whole tensor may have an entry for each head.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from .marks import Rows
 from .row_mixing import Trial, Undecided, alike, candidates, generator_of, selected, selections, values
 
-_MOST = 8  # so many ways to take entries of heads from tensors that are whole
+_MOST = 8  # most ways that are tried to take entries of heads from whole tensors
 
 
 class Held(NamedTuple):
-    """A tensor that holds heads: where, and how many neighbours are copies."""
+    """A tensor that holds heads, where it holds them, and how many neighbours are copies."""
 
     tensor: Tensor
     rows: Rows
@@ -28,7 +28,7 @@ class Held(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Of a result. ``rows``: where its heads are; ``picked``: it is this head alone; ``constant``: it has none."""
+    """What a result is. ``rows``: where its heads are. ``picked``: it is this head alone. ``constant``: it has none."""
 
     rows: Rows | None = None
     group: int = 1
@@ -45,10 +45,10 @@ def tried(
     name: str,
     number: Callable[[Any], Any],
 ) -> list[Found]:
-    """What every tensor is that ``call`` returns.
+    """What each tensor is that ``call`` returns.
 
-    ``others``: arguments that may have an entry for each head; ``number`` doubles what counts heads, for a trial with
-    twice as many.
+    ``others`` are arguments that may have an entry for each head. ``number`` doubles an argument that counts heads, for
+    a trial with twice as many.
 
     Raises:
         Undecided: the function fails on other values than its own, or the numbers of heads do not fit.
@@ -88,7 +88,7 @@ def tried(
 def _equivariant(
     trial: Trial, held: list[Held], base_in: dict[int, Tensor], base: list[Tensor], moved: list[tuple[Tensor, Rows]]
 ) -> list[Found | None]:
-    """Whether heads in another order, some of them several times, give the results in that order."""
+    """Whether heads in another order, some of them repeated, give the results in that order."""
     counts = sorted({h.rows.count for h in held} | {h.rows.count // h.group for h in held})
     count = counts[-1]
     given = [h.rows.inner for h in held if h.rows.count == count]
@@ -111,7 +111,7 @@ def _equivariant(
 
 
 def _indices(counts: list[int], device: torch.device) -> Iterator[dict[int, Tensor]]:
-    """For every number of heads which to pick, neighbours of one head staying so."""
+    """For every number of heads, indices to pick; copies of one head stay together."""
     variants = 2
     for variant in range(variants):
         index, size = torch.zeros(1, dtype=torch.long, device=device), 1
@@ -152,7 +152,7 @@ def _of_two(
     found: list[Found | None],
     number: Callable[[Any], Any],
 ) -> list[Found | None]:
-    """A single head has no other order: two in one call have to give what each gives alone.
+    """The trial of a single head, which has no other order: two in one call must give what each gives alone.
 
     Raises:
         Undecided: the call does not run with two.
@@ -192,7 +192,7 @@ def _both(t: Tensor, other: Tensor, rows: Rows) -> Tensor:
 
 
 def _picked(out: Tensor, held: list[Held], base_in: dict[int, Tensor]) -> Found:
-    """Which head alone ``out`` is."""
+    """The head that ``out`` consists of, if it is one head alone."""
     for h in held if len(held) == 1 else ():
         if out.numel() * h.rows.count == h.tensor.numel() and h.group == 1:
             heads = base_in[id(h.tensor)].reshape(-1, h.rows.count, h.rows.inner)
@@ -203,7 +203,7 @@ def _picked(out: Tensor, held: list[Held], base_in: dict[int, Tensor]) -> Found:
 
 
 def _grouped(out: Tensor, rows: Rows) -> Found:
-    """Copies of heads are heads, which are alike in their group: one dimension, or one behind that of the heads."""
+    """Where copied heads are: in the dimension of the heads, or in one behind it."""
     for dim in range(out.dim()):
         inner, size = _product(out.shape[dim + 1 :]), int(out.shape[dim])
         each = 1

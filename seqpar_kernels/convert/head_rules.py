@@ -1,4 +1,4 @@
-"""What may be done with this rank's heads and features: a part of :class:`.rules.Rules`."""
+"""The rules for this rank's heads and features: a part of :class:`.rules.Rules`."""
 
 from __future__ import annotations
 
@@ -110,14 +110,14 @@ class HeadRules:
             _place_alike(leaves, by_heads)
             return out
         if len({h.rows.count for h in held}) > 1 and (not by_heads or name in _JOINS):
-            return out  # several projections put together
+            return out  # several projections are concatenated
         rest = [t for t in tensors if all(t is not h.tensor for h in held)]
         others = [t for t in rest if not isinstance(mark_of(t), Local)]
         simple = None
         if all(h.group == 1 for h in held):
             simple = row_mixing.elementwise(name, [(h.tensor, h.rows) for h in held], rest, result)
         if local is not None and local.numbered and all(h.rows.count == 1 for h in held):
-            raise RuntimeError(self._numbered(local))  # of a single head a trial would not show it
+            raise RuntimeError(self._numbered(local))  # a trial of a single head would not show it
         try:
             found = (
                 [Found(simple)]
@@ -177,7 +177,7 @@ class HeadRules:
         return f"what {statement()} in {self.where} made of {what} that this rank holds of {layer}"
 
     def _joined(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
-        """All heads of this rank put together again; None where it is something else."""
+        """The result of putting all heads of this rank together again; None for any other call."""
         parts = args[0] if args else kwargs.get("tensors")
         if name not in _JOINS or not isinstance(parts, (list, tuple)) or not parts:
             return None
@@ -205,7 +205,7 @@ class HeadRules:
     # --- numbers ---------------------------------------------------------------------------------------------------
 
     def made_of_counts(self, name: str, args: Any, kwargs: Any) -> Local | None:
-        """The mark of a tensor made with a count of this rank; None where none is among the arguments."""
+        """The mark of a tensor made with a count of this rank; None if the arguments hold no count."""
         leaves = tree_leaves((args, kwargs))
         counts = [n for number in numbers_in(args, kwargs) if (n := known(number, self)) is not None]
         apart = [n for n in counts if n.rows or (n.features != 0 and int(n) != n.whole)]
@@ -222,7 +222,7 @@ class HeadRules:
         return Local(statement(), "rows" if any(n.rows for n in apart) else "heads", name in _NUMBERING)
 
     def _refuse_numbers(self, name: str, args: Any, kwargs: Any) -> None:
-        """A count of this rank as a factor or summand."""
+        """Refuse a count of this rank as a factor or summand."""
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, LocalNumber):
                 self.number_of(leaf.count)
@@ -302,7 +302,7 @@ class HeadRules:
 
 
 def size_of_parts(tensor: Tensor, session: Any) -> tuple[int | None, Count | None]:
-    """Which dimension of a tensor-parallel tensor scales with the ranks, and its size."""
+    """(dimension of a tensor-parallel tensor that scales with the ranks, its size)."""
     features, heads = features_of(tensor), heads_of(tensor)
     if features is not None:
         return features.dim, Count.of(features.size, session, features=1, whole=features.whole)
@@ -324,13 +324,13 @@ def _held(tensor: Tensor, features: Features | None, heads: Heads | None) -> Hel
     if heads is not None:
         return Held(tensor, heads.rows, heads.group)
     assert features is not None
-    # Packed sections of one size hold the same heads or features of each: what moves, moves in all of them.
+    # Packed sections of one size hold the same heads or features: they move together.
     count = features.sections[0] if len(set(features.sections)) == 1 else features.size
     return Held(tensor, Rows(count, row_mixing.inner_size(tensor, features.dim)))
 
 
 def _place_alike(leaves: list[Tensor], by_heads: list[tuple[Tensor, Heads]]) -> None:
-    """What was not tried holds its heads where a tensor of the same shape does."""
+    """Without a trial: a result holds its heads where an argument of the same shape does."""
     for leaf in leaves:
         heads = next((heads for t, heads in by_heads if t.shape == leaf.shape), None)
         if heads is not None and not isinstance(leaf, nn.Parameter):
@@ -338,7 +338,7 @@ def _place_alike(leaves: list[Tensor], by_heads: list[tuple[Tensor, Heads]]) -> 
 
 
 def _place_section(leaf: Tensor, rows: Rows, features: Features) -> None:
-    """A result with one feature for one of each section."""
+    """Place a result that has one feature for one of each section."""
     for dim in range(leaf.dim()):
         if leaf.shape[dim] == rows.count and row_mixing.inner_size(leaf, dim) == rows.inner:
             whole = features.whole * rows.count // features.size

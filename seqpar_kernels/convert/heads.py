@@ -1,8 +1,8 @@
-"""Whether this rank's features are viewed and split as the features of all ranks would be.
+"""Checks that this rank's features are viewed and split as the features of all ranks would be.
 
-A colwise layer keeps F/ranks of F features: consecutive ones, or consecutive ones of each packed section. Viewed as
-heads, the number of heads is what shrinks, never the size of one: ``view(..., n_head, -1)`` with the heads of all ranks
-would make heads of another size, and a shape alone does not tell. :class:`.counts.Count` does.
+A colwise layer keeps F/ranks of F features: consecutive ones, or consecutive ones of each packed section. When these
+are viewed as heads, the number of heads must shrink, and not their size. ``view(..., n_head, -1)`` with the heads of
+all ranks would make heads of another size, and the shape does not show it. :class:`.counts.Count` does.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _SPLITS = (
 
 
 class WrongHeads(Exception):
-    """Why a statement computes with features of other heads than the whole model would."""
+    """A statement splits features into other heads than the whole model would."""
 
     def __init__(self, why: str, attribute: str = ""):
         super().__init__(why)
-        self.attribute = attribute  # the one that is probably missing in ``divided``
+        self.attribute = attribute  # the attribute that is probably missing in ``divided``
 
 
 def follow(
@@ -46,7 +46,7 @@ def follow(
     session: Any,
     around: dict[str, tuple[int, bool]],
 ) -> None:
-    """Check a call on tensor-parallel tensors, and note where the features of its results are.
+    """Check a call on tensor-parallel tensors, and note where the features of the results are.
 
     Raises:
         WrongHeads: the call splits features where the whole model would not.
@@ -70,7 +70,7 @@ def follow(
 
 
 def _kept_dim(source: Tensor, features: Features, out: Any, name: str) -> int | None:
-    """Where the features of a result are, where that follows from its shape."""
+    """The dimension of a result's features, if it follows from the shape."""
     if not isinstance(out, Tensor) or features_of(out) is not None:
         return None
     if name in ("transpose", "permute", "swapaxes", "movedim", "mT", "T", "swapdims", "moveaxis", "t"):
@@ -88,7 +88,7 @@ def _kept_dim(source: Tensor, features: Features, out: Any, name: str) -> int | 
 
 
 def _written_sizes(name: str, source: Tensor, args: Any, kwargs: Any, out: Tensor) -> list[Any]:
-    """The sizes of ``out`` as they are written, -1 included; plain sizes where they are written nowhere."""
+    """The sizes of ``out`` as the call gives them, -1 included; the plain sizes if it gives none."""
     given = list(args[1:])
     if name == "unflatten":
         dim = kwargs.get("dim", given[0] if given else 0)
@@ -132,7 +132,7 @@ def _viewed(
                 f"it cuts the {size} features that this rank holds of {features.whole} of {features.layer} together "
                 "with other dimensions"
             )
-        return  # merged with others
+        return  # merged with other dimensions
     start = len(products) - 1 - products[::-1].index(before)
     stop = products.index(before * size)
     dims = [dim for dim in range(start, stop) if out.shape[dim] != 1] or [start]
@@ -142,7 +142,7 @@ def _viewed(
         and front >= products.index(before)
         and (int(sizes[front]) == -1 or _scales(sizes[front], session))
     ):
-        dims = [front, *dims]  # this rank has one head
+        dims = [front, *dims]  # this rank has one head only
     _parted(dims, features, out, sizes, session, around)
 
 
@@ -154,7 +154,7 @@ def _parted(
     session: Any,
     around: dict[str, tuple[int, bool]],
 ) -> None:
-    """The features are the dimensions ``dims`` of ``out``."""
+    """Place the features at the dimensions ``dims`` of ``out``."""
     sections = features.sections
     while len(dims) > 1 and type(sizes[dims[0]]) is int and sizes[dims[0]] == 1:  # as unsqueeze would
         dims = dims[1:]
@@ -185,7 +185,7 @@ def _check_heads(
     session: Any,
     around: dict[str, tuple[int, bool]],
 ) -> None:
-    """The first of the sizes counts what is cut, the others are as in the whole model."""
+    """Check that the first size counts what is cut, and the others are as in the whole model."""
     count, inner = written[0], written[1:]
     heads = known(count, session)
     divided = {value for value, cut in around.values() if cut}
@@ -271,7 +271,7 @@ def _split(
 
 
 def _by_heads(name: str, features: Features, pieces: list[Tensor], args: Any, kwargs: Any, session: Any) -> bool:
-    """Whether all heads were split off by their size, or by their number on this rank; marks each."""
+    """Mark each piece if all heads were split by their size, or by their number on this rank; returns whether so."""
     given = args[1] if len(args) > 1 else next((kwargs[k] for k in ("split_size", "chunks") if k in kwargs), None)
     cut, counted = features.sections, known(given, session)
     if name not in ("split", "chunk") or not isinstance(given, int) or len(cut) > 1 or len(pieces) < 2:
@@ -303,7 +303,7 @@ def _between(sections: tuple[int, ...], start: int, stop: int) -> tuple[int, ...
 
 
 def _offset(source: Tensor, piece: Tensor, features: Features) -> int | None:
-    """The first feature of a piece that is a view; None where it is none."""
+    """The first feature of a piece that is a view; None for other pieces."""
     if piece.numel() == 0 or piece.untyped_storage().data_ptr() != source.untyped_storage().data_ptr():
         return None
     stride = source.stride(features.dim)
@@ -311,7 +311,7 @@ def _offset(source: Tensor, piece: Tensor, features: Features) -> int | None:
 
 
 def _indexed_dim(source: Tensor, features: Features, index: Any) -> int:
-    """Where an index leaves the dimension of the features; -1: it is gone, or hard to say."""
+    """The dimension of the features after an index; -1 where it is gone or unknown."""
     parts = list(index) if isinstance(index, tuple) else [index]
     if any(isinstance(part, Tensor) for part in parts):
         return -1

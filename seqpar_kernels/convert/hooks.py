@@ -1,4 +1,4 @@
-"""What runs before, between and behind the modules of a converted model."""
+"""Hooks around the forward of a converted model, and of the models inside that may be called alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .checked_forward import CheckedForward
 from .conversion import Conversion
 from .edge_hooks import recomputing, return_to_this_forward
 
-Place = tuple[nn.Module, str]  # a module's parent, and its name there
+Place = tuple[nn.Module, str]  # (parent of a module, its name there)
 _BY_PRODUCTS = {
     "output_hidden_states": "hidden states of a sequence-parallel model are shards",
     "output_attentions": "attention weights of a tensor-parallel model are those of this rank's heads",
@@ -23,7 +23,7 @@ _BY_PRODUCTS = {
 
 
 def install_forward_hooks(conversion: Conversion) -> None:
-    """Hook the whole model, and what may be called without it, where there is a group."""
+    """Hook the whole model, and inner models, where there is a group."""
     model, region = conversion.model, conversion.region
     if region.group is None:
         return
@@ -31,7 +31,8 @@ def install_forward_hooks(conversion: Conversion) -> None:
     blocks = list(_blocks(model, conversion))
     paths = [name.split(".") for name, style in conversion.styles.items() if style == "rowwise"]
     prefixes = {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)}
-    around = [model.get_submodule(prefix) for prefix in sorted(prefixes)]  # rowwise layers, and what holds them
+    # Rowwise layers, and the modules that hold them.
+    around = [model.get_submodule(prefix) for prefix in sorted(prefixes)]
     for _, block, _ in blocks:
         block.register_forward_hook(_settle_hook(conversion))
 
@@ -40,12 +41,12 @@ def install_forward_hooks(conversion: Conversion) -> None:
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         conversion.running = False
-        cleanup(module)  # what an interrupted forward may have left
+        cleanup(module)  # an interrupted forward may have left state
         region.seq_len, conversion.running = None, True
         conversion.compiled = torch.compiler.is_compiling()
-        if not torch.compiler.is_compiling():  # both stay: a recomputation in the backward must do the same
+        if not torch.compiler.is_compiling():  # both stay set: a recomputation in the backward must do the same
             conversion.crossing = conversion.trusted and all(_is_plain(*block) for block in blocks)
-            # The autograd function that serves backward hooks takes a waiting sum for a leaf.
+            # The autograd function behind backward hooks would take a deferred sum for a leaf.
             served = _hooked_everywhere() or any(m._backward_hooks or m._backward_pre_hooks for m in around)
             region.deferring = None if served else torch.is_grad_enabled()
         config = getattr(module, "config", None)
@@ -73,13 +74,13 @@ def install_forward_hooks(conversion: Conversion) -> None:
         conversion.running = False
 
     def cleanup(module: nn.Module, *_: Any) -> None:
-        # Where the forward has not finished, its error is on its way; else what is handled around the call.
+        # A forward that has not finished raises. Otherwise the error being handled is not its own.
         failed, conversion.running = conversion.running, False
         if torch.compiler.is_compiling():
             region.summed = {}
         else:
             watch.end()
-        if region.summed:  # kept, like seq_len: a recomputation in the backward needs them
+        if region.summed:  # kept, like seq_len, for a recomputation in the backward
             region.kept, region.summed = region.summed, {}
         for gather in conversion.gathers:
             gather.clear()
@@ -94,9 +95,9 @@ def install_forward_hooks(conversion: Conversion) -> None:
 
 
 def _hook_inner_models(model: nn.Module, checking: CheckedForward) -> None:
-    """Check calls of a model inside, which may be called without the model around it."""
+    """Check calls of inner models, which may be called without the whole one."""
     watch = checking.watch
-    under: list[nn.Module] = []  # the module of the call that is checked
+    under: list[nn.Module] = []  # the module of the current call
 
     def entered(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or _inside_compile() or recomputing():
@@ -124,7 +125,7 @@ def _hook_inner_models(model: nn.Module, checking: CheckedForward) -> None:
 
 
 def _around_region(model: nn.Module, cuts: list[str], gathers: list[str]) -> Iterator[nn.Module]:
-    """Modules inside ``model`` that hold every place where the sequence is cut and put together."""
+    """Yield modules inside ``model`` that hold every place where the sequence is cut and gathered."""
     for name, module in model.named_modules():
         if name and cuts and gathers and all(edge.startswith(f"{name}.") for edge in (*cuts, *gathers)):
             yield module
@@ -135,12 +136,12 @@ def _hooked_everywhere() -> bool:
 
 
 def _inside_compile() -> bool:
-    """Whether torch.compile has given this frame up but goes on with those it calls: a check would see half of it."""
+    """Whether torch.compile runs this frame eagerly but compiles those it calls; a check would see half of them."""
     return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
 
 
 def _blocks(model: nn.Module, conversion: Conversion) -> Iterator[tuple[Place, nn.Module, tuple[type, Any]]]:
-    """Modules that hold a norm and, however deep, a rowwise layer that it may follow: (place, module, its forward)."""
+    """Yield (place, module, its forward) of modules that hold a norm and, at any depth, a rowwise layer."""
     rows = [name for name, style in conversion.styles.items() if style == "rowwise"]
     norms = {name.rpartition(".")[0] for name, style in conversion.styles.items() if style == "norm"}
     for name in sorted(norms - {""}):
@@ -155,7 +156,7 @@ def _forward_of(block: nn.Module) -> tuple[type, Any]:
 
 
 def _is_plain(place: Place, block: nn.Module, forward: tuple[type, Any]) -> bool:
-    """Whether ``block`` is called by its model as ever: not wrapped, sharded further, compiled or checkpointed."""
+    """Whether ``block`` is as converted: not wrapped, sharded further, compiled or checkpointed."""
     parent, name = place
     in_place = getattr(parent, name, None) is block and _forward_of(block) == forward
     in_place = in_place and block._compiled_call_impl is None
@@ -163,8 +164,10 @@ def _is_plain(place: Place, block: nn.Module, forward: tuple[type, Any]) -> bool
 
 
 def _settle_hook(conversion: Conversion) -> Callable[..., Any]:
-    """A sum may wait for the norm of the next block where nothing but a known model lies between; else it ends here:
-    checkpointing and FSDP expect tensors that are computed."""
+    """Compute the deferred sums in a block's output, unless the norm of the next block may do so.
+
+    That holds between blocks of a proven model only. Checkpointing and FSDP expect computed tensors.
+    """
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if conversion.crossing:

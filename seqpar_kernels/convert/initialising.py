@@ -1,7 +1,7 @@
-"""Initialisation after conversion: drawn for the whole weight, then cut, as a run on one rank draws it.
+"""Initialisation after conversion: draws the whole weight, as a run on one rank does, and keeps this rank's part.
 
-``module.reset_parameters()`` and ``model.apply(fn)`` of a converted model give a function that initialises the module
-that was converted, with weights of the whole shape; each rank keeps its part. A run on one rank draws the same numbers.
+``module.reset_parameters()`` and ``model.apply(fn)`` of a converted model call the function with the module as it was
+before, with weights of the whole shape. Each rank then keeps its part.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .dtensor_params import Cut
 def initialise_whole(model: nn.Module, originals: Mapping[str, nn.Module], conversion: Conversion) -> None:
     """Give the converted modules of ``model`` their ``apply`` and ``reset_parameters``.
 
-    ``originals``: name -> the module that lay there before; the same module where only its parameters were cut.
+    ``originals``: name -> the module before the conversion; the same module where only its parameters were cut.
     """
     for name, module in model.named_modules():
         original = originals.get(name)
@@ -39,32 +39,32 @@ def initialise_whole(model: nn.Module, originals: Mapping[str, nn.Module], conve
 
 
 class Twin:
-    """A converted module, and the one that it was, which is lent parameters of the whole shape."""
+    """A converted module, and the original one, which borrows parameters of the whole shape."""
 
     def __init__(self, module: nn.Module, original: nn.Module, conversion: Conversion):
         self.module, self.original, self.region = module, original, conversion.region
 
     @property
     def sharded_further(self) -> bool:
-        """Whether fully_shard has put parameters of its own in place."""
+        """Whether fully_shard has replaced the parameters."""
         return any(type(part) is not nn.Parameter for _, part, _ in self._parts())
 
     def _parts(self) -> Iterator[tuple[str, Tensor, ShardSpec | None]]:
         held = self.module._parameters
         sharded = getattr(self.module, "sharded", {})
         for key in list(held):
-            part = held[key]  # taken, not listed: plain
+            part = held[key]  # indexing gives the plain parameter, listing a DTensor
             if part is not None and key in self.original._parameters:
                 yield key, part, sharded.get(key)
 
     @torch.no_grad()
     def initialise(self, fn: Callable[[nn.Module], Any]) -> None:
-        """``fn`` of the original with whole parameters, of which each rank keeps its part.
+        """Call ``fn`` with the original and whole parameters, and keep this rank's part of them.
 
-        What this rank does not hold is NaN before: a function that computes with the old values is found out.
+        Entries that this rank does not hold are NaN before, which shows a function that computes with old values.
 
         Raises:
-            RuntimeError: it did, or gave a parameter another shape, or ``fully_shard`` has been applied since.
+            RuntimeError: ``fn`` did so, or gave a parameter another shape, or ``fully_shard`` has been applied.
         """
         original, name = self.original, type(self.original).__name__
         before = original._parameters
@@ -98,12 +98,12 @@ class Twin:
                     f"{name}.{key}: the function computes with the old values of the whole weight, of which each rank "
                     "of a converted model holds a part; apply it before parallelize"
                 )
-            if not torch.equal(part, mine):  # versions say nothing: much is written through .data
+            if not torch.equal(part, mine):  # a tensor's version does not tell: much is written through .data
                 part.copy_(mine)
 
 
 def _applied(twin: Twin, fn: Callable[[nn.Module], Any]) -> nn.Module:
-    """In place of ``nn.Module.apply``: ``fn`` is called with the module, as ever, and with what it was before."""
+    """Take the place of ``nn.Module.apply``: call ``fn`` with the module, and with the original."""
     module = twin.module
     for child in module.children():
         child.apply(fn)
@@ -117,7 +117,7 @@ def _applied(twin: Twin, fn: Callable[[nn.Module], Any]) -> nn.Module:
     device = next((part.device for _, part, _ in twin._parts()), torch.device("cpu"))
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     fn(module)
-    torch.set_rng_state(state)  # what counts is drawn once
+    torch.set_rng_state(state)  # only the draws with the original count
     if on_device is not None:
         torch.cuda.set_rng_state(on_device, device)
     twin.initialise(fn)
@@ -125,7 +125,7 @@ def _applied(twin: Twin, fn: Callable[[nn.Module], Any]) -> nn.Module:
 
 
 def _applied_around(module: nn.Module, fn: Callable[[nn.Module], Any]) -> nn.Module:
-    """In place of ``nn.Module.apply``, of modules that may initialise parameters of those inside."""
+    """Take the place of ``nn.Module.apply`` of modules that may initialise parameters of their children."""
     for child in module.children():
         child.apply(fn)
     with DrawsWhole():
@@ -134,13 +134,13 @@ def _applied_around(module: nn.Module, fn: Callable[[nn.Module], Any]) -> nn.Mod
 
 
 def _reset(twin: Twin) -> None:
-    """In place of ``reset_parameters`` of the original."""
+    """Take the place of the original's ``reset_parameters``."""
 
     def reset(original: Any) -> None:
         if hasattr(original, "reset_parameters"):
             original.reset_parameters()
             return
-        nn.init.normal_(original.weight, std=0.02)  # Conv1D's constructor
+        nn.init.normal_(original.weight, std=0.02)  # as the constructor of Conv1D does
         nn.init.zeros_(original.bias)
 
     twin.initialise(reset)

@@ -1,10 +1,10 @@
-"""Refuses a loss that is computed from a shard, or from this rank's heads, that left the forward by a side door.
+"""Refuses a loss computed from a shard, or from this rank's heads, that was kept beyond the forward.
 
-A hidden state that a hook has kept, ``self.aux = x.pow(2).mean()`` in a block, an attention entropy that is returned
-beside the logits: every rank has another value, and the gradients are parts of no sum. No function mode is active where
-the loss is computed. So what the checked forward has marked, and somebody still holds, becomes a :class:`Kept`: it
-hands its class on to what is computed from it, and refuses ``backward``. What this package's functions put together
-(``gather_sequence``, say) is a plain tensor again.
+Examples are a hidden state that a hook has stored, ``self.aux = x.pow(2).mean()`` in a block, and an attention entropy
+that is returned beside the logits. Every rank has another value, and nothing sums the gradients. No function mode is
+active where the loss is computed. So every marked tensor of the checked forward that is still referenced becomes a
+:class:`Kept`. Tensors computed from it have that class too, and ``backward`` of one is refused. This package's gathers
+(``gather_sequence``, say) return plain tensors again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .culprit import PACKAGE, user_frame, written
 from .marks import OWNED, Kind, Local, Mixed, kind_of, mark_of
 
 _NOTE = "_seqpar_kept"
-#: Code that hands on what its caller asks of a tensor.
+#: Files whose frames act for their caller.
 _BETWEEN = (os.path.dirname(os.path.abspath(torch.__file__)) + os.sep, inspect.getfile(DeferredSum))
 _BACKWARD = (Tensor.backward, torch.autograd.grad)
 
@@ -38,7 +38,7 @@ class _Made(NamedTuple):
 
 
 class Kept(Tensor):
-    """A tensor that differs between the ranks, outside the forward that made it."""
+    """A tensor of one rank, outside of the forward that made it."""
 
     @classmethod
     def __torch_function__(
@@ -48,7 +48,7 @@ class Kept(Tensor):
         kept = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Kept)]
         for leaf in kept:
             leaf.__class__ = Tensor  # type: ignore[assignment]
-        if torch._C._current_graph_task_id() != -1:  # a backward reads what its forward has saved
+        if torch._C._current_graph_task_id() != -1:  # a backward reads tensors that its forward has saved
             return func(*args, **kwargs)
         note = kept[0].__dict__[_NOTE]
         try:
@@ -71,7 +71,7 @@ class Kept(Tensor):
 
 
 class Collector:
-    """What a checked forward has marked, and the statements that made it; keeps none of it alive."""
+    """Weak references to the tensors that a checked forward has marked, with the statements that made them."""
 
     def __init__(self, model: str):
         self._model = model
@@ -84,10 +84,10 @@ class Collector:
             self._made.append(_Made(weakref.ref(tensor), file, line))
 
     def close(self) -> None:
-        """The forward has succeeded."""
+        """The forward has succeeded: make the tensors that are still referenced :class:`Kept`."""
         for made in self._made:
             tensor = made.tensor()
-            if type(tensor) is DeferredSum:  # the norm behind it has computed it
+            if type(tensor) is DeferredSum:  # the norm behind has computed the sum
                 tensor = tensor.computed
             if type(tensor) is Tensor and (what := _apart(tensor)) is not None:
                 _keep(tensor, f"{self._model}: {what}, made by {written(made.file, made.line)},")
@@ -95,7 +95,7 @@ class Collector:
 
 
 def _apart(tensor: Tensor) -> str | None:
-    """What it is, if it or its gradient differs between the ranks."""
+    """Describe ``tensor`` if it or its gradient differs between the ranks."""
     found = mark_of(tensor)
     if isinstance(found, (Mixed, Local)):
         return "a tensor made from this rank's rows, heads or features"
@@ -111,7 +111,7 @@ def _keep(tensor: Tensor, note: str) -> None:
 
 
 def _ours(frame: FrameType | None) -> bool:
-    """Whether it is this package that called the function."""
+    """Whether this package called the function."""
     while frame is not None and frame.f_code.co_filename.startswith(_BETWEEN):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename.startswith(PACKAGE)

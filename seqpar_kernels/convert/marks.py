@@ -1,4 +1,4 @@
-"""What the check of a first forward writes on tensors: what they are, and where their rows or features are."""
+"""The marks of the first forward's check on tensors: what a tensor is, and where its rows or features are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from .foreign import see
 
 MARK = "_seqpar_shard"
-#: Told of every tensor that is marked; those of the checks under way.
+#: Called with every tensor that is marked, by the checks that are active.
 collectors: list[Callable[[Tensor], None]] = []
 _ROWS = "_seqpar_rows"
 _FEATURES = "_seqpar_features"
@@ -22,14 +22,14 @@ _FINITE = "_seqpar_finite"
 
 
 class Kind(Enum):
-    """What a marked tensor is; tensors without a mark are whole and the same on every rank."""
+    """What a marked tensor is. A tensor without a mark is whole, and the same on every rank."""
 
     SHARD = "a sequence shard"
-    PARTS = "a tensor-parallel tensor"  # this rank's heads or features, or a whole tensor used for them alone
-    COPIED = "a whole tensor whose gradient is summed over the ranks"  # may meet both of the others
+    PARTS = "a tensor-parallel tensor"  # this rank's heads or features, or a whole tensor that is used for them only
+    COPIED = "a whole tensor whose gradient is summed over the ranks"  # may meet tensors of both other kinds
 
 
-#: style -> (what its input is, what its output is); None: anything but a shard.
+#: style -> (kind of the input, kind of the output). None: any but a shard.
 EXPECTED: dict[str, tuple[Kind | None, Kind]] = {
     "colwise": (Kind.SHARD, Kind.PARTS),
     "shared_heads": (Kind.SHARD, Kind.PARTS),
@@ -40,11 +40,11 @@ EXPECTED: dict[str, tuple[Kind | None, Kind]] = {
     "dropout": (Kind.SHARD, Kind.SHARD),
     "sequence": (Kind.SHARD, Kind.SHARD),
     "tensor_parallel": (None, Kind.PARTS),
-    "replicated": (None, Kind.SHARD),  # seen behind the gather
+    "replicated": (None, Kind.SHARD),  # the check sees the input behind the gather
     "conditioning": (None, Kind.COPIED),
 }
 
-#: Mark of what is computed from parameters whose gradients the conversion sums over the ranks.
+#: Mark of tensors computed from parameters whose gradients the conversion sums over the ranks.
 OWNED = object()
 
 
@@ -60,7 +60,7 @@ class Rows:
 class Features:
     """Where a tensor-parallel tensor holds features that colwise has cut, not yet viewed as heads.
 
-    ``sections``: the sizes, on this rank, of what is packed along ``dim``; ``whole``: features on all ranks.
+    ``sections``: this rank's sizes of the packed sections along ``dim``. ``whole``: features on all ranks.
     """
 
     dim: int
@@ -77,7 +77,7 @@ class Features:
 class Heads:
     """Where a tensor-parallel tensor holds this rank's heads, after it was viewed as heads.
 
-    ``rows``: as rows of a shard; ``whole``: heads on all ranks; ``group``: so many neighbours are copies
+    ``rows``: as rows of a shard. ``whole``: heads on all ranks. ``group``: how many neighbours are copies
     (``repeat_kv``).
     """
 
@@ -89,15 +89,15 @@ class Heads:
 
 @dataclass(frozen=True)
 class Mixed:
-    """A tensor in which the rows of a shard (or the heads or features of one rank) were mixed, or some picked out."""
+    """A tensor in which rows of a shard, or one rank's heads or features, were mixed or picked out."""
 
-    why: str  # a clause that ends a sentence, with the statement
-    remedy: str = ""  # where it is another than that of rows
+    why: str  # ends a sentence, and quotes the statement
+    remedy: str = ""  # empty: the remedy for rows
 
 
 @dataclass(frozen=True)
 class Piece(Mixed):
-    """One of this rank's heads, the ``index``th of ``count``; all of them put together are heads again."""
+    """Head ``index`` of this rank's ``count``. All of them put together are heads again."""
 
     index: int = 0
     count: int = 1
@@ -110,14 +110,14 @@ class Local:
     """A tensor made from a count of this rank."""
 
     statement: str
-    of: str = "rows"  # the length of a shard; "heads": a size that `divided` names; "number": computed with one
-    numbered: bool = False  # whether its entries differ for what is counted, as those of arange do
+    of: str = "rows"  # "rows": a shard's length, "heads": a size that `divided` names, "number": computed with a count
+    numbered: bool = False  # whether its entries enumerate, as those of arange do
 
 
 def mark(value: Any, kind: Any) -> None:
-    """Say of every tensor in ``value`` what it is.
+    """Mark every tensor in ``value`` as ``kind``.
 
-    A Kind, Mixed, Local, OWNED, the name of the parameter it was computed from, or None: whole.
+    ``kind`` is a Kind, a Mixed, a Local, OWNED, the name of a parameter that it was computed from, or None: whole.
     """
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
@@ -147,12 +147,12 @@ def is_shard(value: Any) -> bool:
 
 
 def note_finite(value: Tensor) -> None:
-    """Say that ``value`` tells whether numbers are finite, which may be read: an overflow stops every rank."""
+    """Note that ``value`` tells whether numbers are finite. A forward may read that: an overflow stops every rank."""
     setattr(value, _FINITE, True)
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether :func:`note_finite` was called."""
+    """Whether :func:`note_finite` was called with ``value``."""
     return getattr(value, _FINITE, False) is True
 
 
@@ -161,13 +161,13 @@ def place_rows(shard: Tensor, rows: Rows) -> None:
 
 
 def rows_of(shard: Tensor, seq_dim: int) -> Rows:
-    """Those that were noted; else those of a shard as it enters a module."""
+    """The rows noted by :func:`place_rows`, else those of a shard that enters a module."""
     found = getattr(shard, _ROWS, None)
     return found if isinstance(found, Rows) else usual_rows(shard, seq_dim)
 
 
 def usual_rows(shard: Tensor, seq_dim: int) -> Rows:
-    """With the sequence at ``seq_dim``."""
+    """The rows of a shard with the sequence at ``seq_dim``."""
     dim = min(seq_dim % shard.dim() if -shard.dim() <= seq_dim < shard.dim() else 0, shard.dim())
     inner = 1
     for size in shard.shape[dim + 1 :]:

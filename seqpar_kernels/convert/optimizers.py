@@ -1,4 +1,4 @@
-"""Optimizers that cannot step listed parameters, refused in one sentence where torch would end in a DTensor's error."""
+"""Refuses optimizers that cannot step listed parameters, where torch would fail with an error of DTensor."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _steps = 0
 
 
 def steps_taken() -> int:
-    """How many steps optimizers of torch's have begun in this process, outside of torch.compile."""
+    """How many steps torch's optimizers have begun in this process, outside of torch.compile."""
     return _steps
 
 
 def refuse_unfit_optimizers(conversion: Conversion) -> None:
-    """Check every optimizer of listed parameters before its first step from here on; may be called often."""
+    """Check every optimizer of listed parameters before its first step. A second call changes nothing."""
     global _installed
     if conversion.region.ranks > 1 and not _installed:
         _installed = True

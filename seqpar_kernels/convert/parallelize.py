@@ -19,8 +19,8 @@ from .verify_offer import offering_verify
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Step = Callable[[Conversion], None]
 
-#: What a conversion consists of, in this order. Each pass is a tuple of steps; a step reads the conversion and adds to
-#: it. The passes of CHECKS change nothing, and end on all ranks before one rank goes on with those of CHANGES.
+#: A conversion is these passes, in this order. Each pass is a tuple of steps. A step takes the Conversion and adds to
+#: it. The passes of CHECKS do not change the model. They end on all ranks before any rank begins the passes of CHANGES.
 CHECKS: dict[str, tuple[Step, ...]] = {
     "resolve": (
         resolve.check_call,
@@ -93,17 +93,17 @@ def parallelize(
         seq_dim: sequence dimension of the residual stream; default -2, [B, S, H].
         engine: how matmuls and collectives run, see :func:`seqpar_kernels.all_gather_linear`.
         loss_parallel: cut the embedding and the head of a Hugging Face causal language model by vocabulary. A forward
-            with labels then gives the loss and no logits (``output.logits`` is None): they never exist. One without
-            labels gives whole logits, as before.
+            with labels then returns the loss and no logits (``output.logits`` is None): they are never computed. A
+            forward without labels returns whole logits, as before.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: no plan, a pattern that matches nothing, sizes or head counts that do not divide, tied weights that
-            would be torn apart. Nothing has been changed then.
-        RuntimeError: the ranks hold different models or weights, a torch older than 2.12 with several ranks, or no
-            process group where a launcher has started several.
+        ValueError: no plan, a pattern that matches nothing, sizes or head counts that do not divide, or tied weights
+            of which one place would be cut. The model has not been changed then.
+        RuntimeError: the ranks hold different models or weights, torch is older than 2.12 with several ranks, or there
+            is no process group though a launcher has started several processes.
     """
     check_launched(group_or_mesh)
     conversion = Conversion(model, group_or_mesh, plan, seq_dim, engine, loss_parallel)

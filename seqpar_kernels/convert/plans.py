@@ -1,4 +1,4 @@
-"""Plans: which module of a model takes part in which way.
+"""Plans: which style each module of a model has.
 
 A plan maps name patterns (``*`` stands for one name component) to styles joined by "+":
 
@@ -19,15 +19,15 @@ A plan maps name patterns (``*`` stands for one name component) to styles joined
 ``conditioning``      a module that computes from whole tensors what the shard is scaled, shifted or gated with (adaLN):
                       runs whole on every rank, the gradient of its output is summed over the ranks
 ``whole_input``       a module that reads the shape of its input before its colwise children gather it (the attention of
-                      most Hugging Face decoders): it is shown the whole shape, the children are handed the shard
+                      most Hugging Face decoders): it sees the whole shape, the children get the shard
 ``gather_input``      a module that computes with its input beside its colwise children (latent attention): the input is
                       gathered at its entrance; what is neither colwise nor rowwise in it is ``tensor_parallel``
 ``scatter_input``     the residual stream is cut into shards at this module's entrance
-``gather_output``     and is put together again behind this one
+``gather_output``     the residual stream is gathered again behind this module
 ====================  ==================================================================================================
 
-Modules that only ever see whole tensors (embeddings, heads) need no entry. One that a shard reaches without an entry is
-an error at the first forward.
+Modules that see whole tensors only (embeddings, heads) need no entry. A module without an entry that a shard reaches is
+an error in the first forward.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from typing import Any
 
 from torch import nn
 
-#: Styles that say what becomes of a module; the others say what happens at its edges.
+#: Styles that say how a module is converted. The other styles say what happens at its edges.
 HANDLING = (
     "colwise",
     "shared_heads",
@@ -53,14 +53,14 @@ HANDLING = (
     "replicated",
     "conditioning",
 )
-#: Names under which a module may take the residual stream, where it does not take it first.
+#: Argument names of the residual stream, for a module whose first argument it is not.
 STREAM_NAMES = ("hidden_states", "x", "input")
 STYLES = (*HANDLING, "whole_input", "gather_input", "scatter_input", "gather_output")
 
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """A plan with what a mapping of patterns cannot say.
+    """A plan with more than the styles.
 
     Attributes:
         styles: pattern -> styles.
@@ -86,7 +86,7 @@ class ParallelPlan:
 
 
 def checked_plan(plan: ParallelPlan | Mapping[str, str]) -> ParallelPlan:
-    """The user's plan.
+    """The user's plan as a ParallelPlan.
 
     Raises:
         ValueError: no mapping, or an unknown style.
@@ -104,7 +104,7 @@ def checked_plan(plan: ParallelPlan | Mapping[str, str]) -> ParallelPlan:
 
 
 def parse_style(pattern: str, style: str) -> tuple[str, int | tuple[int, ...]]:
-    """("colwise", 3) from "colwise:3", ("colwise", (64, 32, 32)) from "colwise:64,32,32"; other styles come with 1.
+    """("colwise", 3) of "colwise:3", ("colwise", (64, 32, 32)) of "colwise:64,32,32"; 1 with other styles.
 
     Raises:
         ValueError: an unknown style.
@@ -129,14 +129,14 @@ def matching(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def divided(model: nn.Module, plan: ParallelPlan) -> Iterator[tuple[str, nn.Module, str]]:
-    """Every attribute that counts what is cut: (module name, module, attribute)."""
+    """Yield (module name, module, attribute) of every attribute that ``plan.divided`` names."""
     for pattern, attributes in plan.divided.items():
         for name, module in matching(model, pattern):
             yield from ((name, module, attribute) for attribute in attributes)
 
 
 def counted(model: nn.Module, plan: ParallelPlan) -> dict[tuple[str, str], bool]:
-    """(module, attribute) of all that counts what a rank has -> whether by division; else by assignment."""
+    """(module, attribute) of every count of a rank -> whether it is divided (else it is assigned)."""
     found = {(name, attribute): True for name, _, attribute in divided(model, plan)}
     for pattern, values in plan.assigned.items():
         found |= {(name, attribute): False for name, _ in matching(model, pattern) for attribute in values}
@@ -144,7 +144,7 @@ def counted(model: nn.Module, plan: ParallelPlan) -> dict[tuple[str, str], bool]
 
 
 def count_of(module: Any, attribute: str) -> int:
-    """``attribute`` of the module, or of its config where it is "config.name"."""
+    """``attribute`` of the module, or of its config with "config.name"."""
     owner, _, name = attribute.rpartition(".")
     count: int = getattr(getattr(module, owner) if owner else module, name)
     return count

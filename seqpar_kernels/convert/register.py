@@ -1,4 +1,4 @@
-"""Last pass of a conversion: parameters are listed as DTensors, and what asks for them is answered for all ranks."""
+"""Last pass of a conversion: lists parameters as DTensors, and sets what reads, compares or initialises them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .initialising import initialise_whole
 
 
 def record(conversion: Conversion) -> None:
-    """Let the model hold its conversion, and the modules that were replaced let their parameters go."""
+    """Store the conversion on the model, and release the parameters of modules that were replaced."""
     vars(conversion.model)["_seqpar"] = conversion
     if conversion.snapshot is not None:
         conversion.snapshot.release(conversion.model)
@@ -29,7 +29,7 @@ def list_parameters(conversion: Conversion) -> None:
 
 
 def compare_forwards(conversion: Conversion) -> None:
-    """Let what enters a forward be compared between the ranks."""
+    """Compare the inputs of forwards between the ranks."""
     conversion.alike = compare_ranks(conversion.model, conversion)
 
 

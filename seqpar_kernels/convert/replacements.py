@@ -1,4 +1,4 @@
-"""Third pass of a conversion: modules and parameters are replaced by their parallel twins."""
+"""Third pass of a conversion: replaces modules and parameters by their parallel twins."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .undo import Snapshot
 
 
 def take_snapshot(conversion: Conversion) -> None:
-    """Keep what ``unparallelize`` puts back."""
+    """Keep the model as it is for ``unparallelize``."""
     conversion.snapshot = Snapshot(conversion.model)
 
 
@@ -46,7 +46,7 @@ def set_counts(conversion: Conversion) -> None:
 
 
 def _set_count(module: Any, attribute: str, value: int) -> None:
-    """The config is the whole model's: the module gets a copy of its own."""
+    """Set ``attribute`` to ``value``. The config belongs to the whole model, so the module gets a copy."""
     owner, _, name = attribute.rpartition(".")
     if owner:
         setattr(module, owner, copy.copy(getattr(module, owner)))
@@ -55,14 +55,14 @@ def _set_count(module: Any, attribute: str, value: int) -> None:
 
 
 def cut_parameters(conversion: Conversion) -> None:
-    """Keep this rank's heads of the parameters that ``cut`` of the plan names."""
+    """Keep this rank's heads of the parameters that ``plan.cut`` names."""
     for pattern, names in conversion.plan.cut.items():
         for _, module in matching(conversion.model, pattern):
             _cut_parameters(module, names, conversion.region)
 
 
 def replace_modules(conversion: Conversion) -> None:
-    """Put the parallel twin in the place of every module that has one."""
+    """Replace every module that has a parallel twin."""
     model = conversion.model
     conversion.originals = dict(model.named_modules())
     holders = _holders(model)
@@ -77,7 +77,7 @@ def replace_modules(conversion: Conversion) -> None:
 
 
 def _holders(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """module -> every (parent, name) that holds it: one norm may serve twice."""
+    """module -> every (parent, name) that holds it. One norm may be used twice."""
     found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for child, module in parent._modules.items():
@@ -105,7 +105,7 @@ def converted_norm(module: nn.Module, region: Region | None = None) -> LayerNorm
     """The fused norm that computes what ``module`` computes.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no fused norm computes the same.
     """
     group, seq_dim = (region.group, region.seq_dim) if region is not None else (None, -2)
     known = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
@@ -115,7 +115,7 @@ def converted_norm(module: nn.Module, region: Region | None = None) -> LayerNorm
 
 
 def _twin(old: Any, name: str, style: str, conversion: Conversion) -> nn.Module:
-    """The parallel twin of the module called ``name``; the module itself where it stays."""
+    """The parallel twin of the module called ``name``, or the module itself."""
     region = conversion.region
     new: Any
     place: dict[str, Any] = {"seq_dim": region.seq_dim, "engine": conversion.engine}
@@ -153,7 +153,8 @@ def _sum_gradients_of(module: nn.Module, region: Region, recurse: bool) -> None:
 
     def summed_forward(*args: Any, **kwargs: Any) -> Any:
         params = {
-            f"{prefix}.{name}" if prefix else name: owner._parameters[name]  # taken, not listed: plain
+            # Indexing gives the plain parameter, listing a DTensor.
+            f"{prefix}.{name}" if prefix else name: owner._parameters[name]
             for prefix, owner in (module.named_modules() if recurse else [("", module)])
             for name in owner._parameters
             if owner._parameters[name] is not None

@@ -1,6 +1,6 @@
-"""First pass of a conversion: from the arguments of ``parallelize`` to a style for every module of the plan.
+"""First pass of a conversion: turns the arguments of ``parallelize`` into a style for every module of the plan.
 
-Nothing is changed. Errors name the argument.
+It does not change the model. Errors name the argument.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from ..overlap.engines import check_engine
 from .conversion import Conversion
 from .plans import HANDLING, checked_plan, matches, matching, parse_style
 
-#: The DTensors of 2.11 refuse parameters that are cut in several sections; with those of 2.9 the gradients of penalties
-#: on listed parameters come out wrong, and nobody notices.
+#: The DTensors of 2.11 refuse parameters that are cut in several sections. With those of 2.9 the gradients of penalties
+#: on listed parameters are wrong, without an error.
 LEAST_TORCH = (2, 12)
 
 
 def why_not_convert() -> str | None:
     """Why this torch cannot run converted models on several ranks; None if it can."""
-    # By numbers: what NVIDIA's containers call 2.12.0a0 has the DTensors of 2.12.
+    # Compare numbers only: 2.12.0a0 of NVIDIA's containers has the DTensors of 2.12.
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if release >= LEAST_TORCH:
         return None
@@ -30,7 +30,7 @@ def why_not_convert() -> str | None:
 
 
 def check_call(conversion: Conversion) -> None:
-    """Check the arguments of ``parallelize``, but for the plan."""
+    """Check the arguments of ``parallelize`` except the plan."""
     reason = why_not_convert() if conversion.region.ranks > 1 else None
     if reason is not None:
         raise RuntimeError(f"torch: {reason}; functions and modules run with 2.9 or newer")
@@ -56,7 +56,7 @@ def _check_arguments(model: Any, seq_dim: Any, loss_parallel: Any) -> None:
 
 
 def take_given_plan(conversion: Conversion) -> None:
-    """Take the plan that ``parallelize`` was given, if it was given one."""
+    """Take the plan that ``parallelize`` was given, if any."""
     if conversion.given_plan is not None:
         conversion.plan = checked_plan(conversion.given_plan)
 
@@ -89,7 +89,7 @@ def find_modules(conversion: Conversion) -> None:
 
 
 def _check_nesting(conversion: Conversion) -> None:
-    """Refuse a style inside of another that handles all its children."""
+    """Refuse a module with a style inside one whose style covers its children."""
     plan, styles = conversion.plan, conversion.styles
     for name, style in styles.items():
         if style == "own_parameters":

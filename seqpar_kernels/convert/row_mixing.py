@@ -1,10 +1,10 @@
-"""Whether a function treats the rows of a sequence shard one by one: tried, not looked up.
+"""Tries whether a function treats the rows of a sequence shard one by one.
 
-A function that does gives, for rows picked out of a tensor, the rows picked out of its result. So it runs twice more in
-the first forward: on random rows of the shard's shape, and on some of these in another order, some several times.
-``mean`` over the sequence, ``roll``, ``flip``, ``x[:, 0]``, attention, a convolution over tokens and positions counted
-from the start of the shard all fail; elementwise functions, linear layers, norms, views and transposes pass, and the
-result shows where the rows are.
+Such a function of rows picked from a tensor returns the rows picked from its result. So the first forward runs it twice
+more: on random rows of the shard's shape, and on some of these in another order, with repetitions. ``mean`` over the
+sequence, ``roll``, ``flip``, ``x[:, 0]``, attention, a convolution over tokens, and positions counted from the start of
+the shard fail. Elementwise functions, linear layers, norms, views and transposes pass, and the result shows where the
+rows are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .marks import Rows
 
 _ARITHMETIC = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-#: Elementwise functions: what they do needs no trial.
+#: Elementwise functions, which need no trial.
 ELEMENTWISE = frozenset(
     {f"__{sign}{name}__" for name in _ARITHMETIC for sign in ("", "r", "i")}
     | {f"__{name}__" for name in ("neg", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge", "rdiv", "idiv")}
@@ -31,8 +31,8 @@ ELEMENTWISE = frozenset(
        "maximum", "requires_grad_", "data", "type", "nan_to_num"}
 )  # fmt: skip
 _SCALES = {torch.float64: 1e-6, torch.float32: 1e-4}
-_ROUGH = 2e-2  # 16 bit and less
-_LARGE = 5e3  # values of masks (-1e9, finfo.min), which would hide the others
+_ROUGH = 2e-2  # floating-point types of 16 bits and less
+_LARGE = 5e3  # values of masks (-1e9, finfo.min) would hide the others
 
 
 class Undecided(Exception):
@@ -47,7 +47,7 @@ def changes_in_place(name: str, kwargs: Any) -> bool:
 
 
 def elementwise(name: str, shards: list[tuple[Tensor, Rows]], others: list[Tensor], out: Any) -> Rows | None:
-    """Where the rows of an elementwise function's result are; None where that does not follow from shapes alone."""
+    """Where the rows of an elementwise function's result are; None if shapes do not tell."""
     if name not in ELEMENTWISE or not isinstance(out, Tensor):
         return None
     places = {_dim_from_right(tuple(shard.shape), rows) for shard, rows in shards}
@@ -55,14 +55,14 @@ def elementwise(name: str, shards: list[tuple[Tensor, Rows]], others: list[Tenso
     if places or place is None or len({rows.count for _, rows in shards}) > 1 or place > out.dim():
         return None
     if any(other.dim() >= place and other.shape[-place] != 1 for other in others):
-        return None  # it holds something for every row: what, a trial shows
+        return None  # it has an entry for every row; a trial must show what it is
     count = shards[0][1].count
     inner = _product(out.shape[out.dim() - place + 1 :])
     return Rows(count, inner) if out.shape[-place] == count else None
 
 
 class Trial:
-    """Runs a call on stand-ins for some of its tensors; nothing is done to the tensors themselves."""
+    """Runs a call on stand-ins for some of its tensors. The tensors themselves are not changed."""
 
     def __init__(self, call: Callable[..., Any], args: Any, kwargs: Any, name: str):
         self._call, self._args, self._kwargs = call, args, kwargs
@@ -70,7 +70,7 @@ class Trial:
         self._copies = self._writes or kwargs.get("out") is not None
 
     def run(self, stand_ins: dict[int, Tensor], number: Callable[[Any], Any] = lambda leaf: leaf) -> list[Tensor]:
-        """The tensors that the call returns; ``number`` gives what takes the place of other arguments."""
+        """The tensors that the call returns. ``number`` maps the other arguments."""
         copies = dict(stand_ins)
 
         def other(leaf: Any) -> Any:
@@ -87,7 +87,7 @@ class Trial:
         return [leaf.detach().clone() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
 
     def constant(self, base: list[Tensor], held: list[Tensor], generator: torch.Generator) -> list[bool]:
-        """Which of the results ``base`` do not depend on the values of ``held``."""
+        """For each of the results ``base``, whether it does not depend on the values of ``held``."""
         others = [self.run({id(t): values(t, generator, which) for t in held}) for which in (1, 2)]
         return [all(alike(out, other) for other in same) for out, *same in zip(base, *others, strict=True)]
 
@@ -95,9 +95,9 @@ class Trial:
 def tried(
     call: Callable[..., Any], args: Any, kwargs: Any, shards: list[tuple[Tensor, Rows]], name: str, seq_dim: int
 ) -> list[Rows | bool | None]:
-    """For every tensor that ``call`` returns: where its rows are, None where they are mixed, False: it has none.
+    """For each tensor that ``call`` returns: where its rows are, None if they are mixed, False if it has none.
 
-    ``shards`` are the arguments that hold rows; nothing is done to them.
+    ``shards`` are the arguments that hold rows. They are not changed.
 
     Raises:
         Undecided: the function fails on other values than its own.
@@ -137,9 +137,9 @@ def tried(
 def of_any_length(
     call: Callable[..., Any], args: Any, kwargs: Any, shards: list[tuple[Tensor, Rows]], found: list[Rows | bool | None]
 ) -> bool:
-    """Whether ``call`` treats rows alike however many they are: some of the rows, or one twice, give these rows.
+    """Whether ``call`` treats rows alike for any number of them: some rows, or one repeated, give their results.
 
-    ``found``: what :func:`tried` says of its results. True where it runs with no other number of rows.
+    ``found`` is the result of :func:`tried`. True also where the call runs with no other number of rows.
     """
     device, count = shards[0][0].device, shards[0][1].count
     if count < 1 or any(rows.count != count or _dim_from_right(tuple(s.shape), rows) is None for s, rows in shards):
@@ -151,7 +151,7 @@ def of_any_length(
         base = trial.run({key: value.clone() for key, value in base_in.items()})
         try:
             now = trial.run({id(shard): resized(base_in[id(shard)], rows, index) for shard, rows in shards})
-        except Exception:  # it knows the number of rows: that of this rank alone is the user's error to meet
+        except Exception:  # it depends on the number of rows; an error on this rank's number is the user's
             return True
     for out, other, rows in zip(base, now, found, strict=False):
         if isinstance(rows, Rows) and _dim_from_right(tuple(out.shape), rows) is not None:
@@ -162,7 +162,7 @@ def of_any_length(
 
 
 def selections(count: int, device: torch.device) -> Iterator[Tensor]:
-    """Rows to pick: half of them the same one, so that every mixture shows; never the first first or the last last."""
+    """Rows to pick. Half are the same one, so that every mixture shows. The first and last are never in place."""
     if count == 2:
         yield from (torch.tensor(index, device=device) for index in ([1, 1], [0, 0]))
     elif count > 2:
@@ -173,7 +173,7 @@ def selections(count: int, device: torch.device) -> Iterator[Tensor]:
 
 
 def values(like: Tensor, generator: torch.Generator, which: int) -> Tensor:
-    """Values of the shape and dtype of ``like``: positive random ones, so that roots and logarithms have them."""
+    """Positive random values of the shape and dtype of ``like``, so that roots and logarithms are finite."""
     shape, device = tuple(like.shape), like.device
     if like.dtype == torch.bool:
         if which:
@@ -182,7 +182,7 @@ def values(like: Tensor, generator: torch.Generator, which: int) -> Tensor:
     if like.is_floating_point() or like.is_complex():
         drawn = torch.rand(shape, generator=generator, device=device) * (1 + which) + 0.25
         return drawn.to(like.dtype)
-    return torch.zeros_like(like) if which == 2 else like.detach().clone()  # an index must stay one
+    return torch.zeros_like(like) if which == 2 else like.detach().clone()  # an index must stay an index
 
 
 def generator_of(device: torch.device) -> torch.Generator:
@@ -196,16 +196,16 @@ def selected(t: Tensor, rows: Rows, index: Tensor) -> Tensor:
 
 
 def resized(t: Tensor, rows: Rows, index: Tensor) -> Tensor:
-    """Rows picked out of ``t`` in any number; they are a dimension of their own."""
+    """Any number of rows picked from ``t``, which has a dimension for the rows alone."""
     dim = _dim_from_right(tuple(t.shape), rows)
     assert dim is not None
     return t.index_select(t.dim() - dim, index)
 
 
 def candidates(out: Tensor, count: int, given: list[int], seq_dim: int | None) -> Iterator[Rows]:
-    """Where the rows of ``out`` may be, the likeliest first."""
+    """Where the rows of ``out`` may be, the most likely place first."""
     shape, numel = tuple(out.shape), out.numel()
-    if not count:  # this rank has no rows: nothing speaks against the function here
+    if not count:  # this rank has no rows to judge by
         yield Rows(0, 1)
     if not count or not numel or numel % count:
         return
@@ -243,7 +243,7 @@ def alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _dim_from_right(shape: tuple[int, ...], rows: Rows) -> int | None:
-    """Which dimension, counted from the right (1 is the last), the rows are; None: they are merged with another."""
+    """The dimension of the rows, counted from the right (1 is the last); None if merged with another."""
     for dim in range(len(shape)):
         if shape[dim] == rows.count and _product(shape[dim + 1 :]) == rows.inner:
             return len(shape) - dim
@@ -251,7 +251,7 @@ def _dim_from_right(shape: tuple[int, ...], rows: Rows) -> int | None:
 
 
 def inner_size(tensor: Tensor, dim: int) -> int:
-    """Elements behind a dimension."""
+    """How many elements one index of a dimension spans."""
     return _product(tensor.shape[dim + 1 :])
 
 

@@ -1,4 +1,4 @@
-"""What may be done with a shard, or with this rank's heads, outside of planned modules; asked by ShardCheck."""
+"""The rules for shards and this rank's heads outside of planned modules. ShardCheck asks them."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from .marks import (
 from .row_mixing import inner_size
 from .side_effects import buffers_kept, random_state, restore
 
-#: Functions that hand values of a tensor to Python.
+#: Functions that return values of a tensor to Python.
 _READS = frozenset({"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "equal", "allclose"})
-#: Styles whose modules read where the sequence is, or send rows.
+#: Styles whose modules depend on where the sequence is, or send rows.
 _PLACED = ("colwise", "shared_heads", "dropout", "replicated")
 REMEDY = (
     "Give the module that does it the style 'replicated', which runs it on the whole sequence, or end the sharded "
@@ -51,7 +51,7 @@ REMEDY = (
 
 
 class Rules(HeadRules):
-    """Of one first forward. ``styles``: module -> style; ``divided``: (module, attribute) pairs that were divided."""
+    """The rules of one checked forward. ``styles``: module -> style. ``divided``: as :func:`.plans.counted` returns."""
 
     row_remedy = REMEDY
 
@@ -59,14 +59,14 @@ class Rules(HeadRules):
         self, model: nn.Module, region: Region, styles: dict[str, str], divided: Mapping[tuple[str, str], bool]
     ):
         self._region, self._model = region, model
-        self.conclusive = True  # whether this rank held rows enough to judge by
+        self.conclusive = True  # whether this rank held enough rows to judge by
         leaves = (n for n, style in styles.items() if style != "tensor_parallel")
         self._counts = Counts(model, self, divided, leaves, region.ranks)
         self.active = False
         self.stack: list[str] = []
-        self.length: int | None = None  # of the whole sequence
-        self._rows_behind: dict[str, Rows] = {}  # of 'sequence' modules
-        self.failed_in = ""  # the innermost module that an error left
+        self.length: int | None = None  # length of the whole sequence
+        self._rows_behind: dict[str, Rows] = {}  # 'sequence' module -> rows of its output
+        self.failed_in = ""  # innermost module that raised
 
     def start(self) -> None:
         self._counts.lend()
@@ -81,7 +81,7 @@ class Rules(HeadRules):
         return self.stack[-1] if self.stack else type(self._model).__name__
 
     def note_on(self, error: BaseException) -> None:
-        """Add to an error of the model's own what this rank holds (Python 3.11 and newer)."""
+        """Add a note to an error of the model's: what this rank holds (Python 3.11 and newer)."""
         if self.length is not None and not isinstance(error, RuntimeError) and hasattr(error, "add_note"):
             error.add_note(
                 f"seqpar_kernels: in the first forward of a converted model, in {self.failed_in or self.where}. A rank "
@@ -101,10 +101,10 @@ class Rules(HeadRules):
         kind: Kind | None,
         trained: bool = False,
     ) -> Any:
-        """The result of a function on marked tensors, marked.
+        """Call a function on marked tensors, and mark the result.
 
         Raises:
-            RuntimeError: it would be another on other ranks than the whole model's, or came from such a one.
+            RuntimeError: the result, or an argument, would not be that of the whole model.
         """
         name = name_of(func)
         mixed = _mixed(tensors)
@@ -158,7 +158,7 @@ class Rules(HeadRules):
         return self._marked(out, kind)
 
     def inside(self, func: Callable[..., Any], args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        """A function in a module of style 'tensor_parallel', which may use parameters."""
+        """Call a function in a module of style 'tensor_parallel', which may use parameters."""
         if any(kind_of(t) is Kind.PARTS for t in tensors):
             return self.call(func, args, kwargs, tensors, Kind.PARTS)
         if any(isinstance(mark_of(t), (Mixed, Local)) for t in tensors):
@@ -222,7 +222,7 @@ class Rules(HeadRules):
         return out
 
     def _on_stand_in(self, result: Any, leaves: list[Tensor], out: Any) -> Any:
-        """``whole_input`` shows a shape, and no values."""
+        """Judge results of a stand-in of 'whole_input', which has a shape and no values."""
         for leaf in leaves:
             if shard_behind(leaf) is leaf:
                 if leaf.is_floating_point() and leaf.numel() and bool(leaf.isnan().any()) and not in_hook():
@@ -259,7 +259,7 @@ class Rules(HeadRules):
         )
 
     def _sizes(self, name: str, out: Any, args: Any, kwargs: Any) -> Any:
-        """The sizes of a tensor, with what scales."""
+        """The sizes of a tensor, as Counts where they scale with the ranks."""
         tensor = args[0] if args else None
         if not isinstance(tensor, Tensor) or shard_behind(tensor) is not tensor:
             return out
@@ -296,7 +296,7 @@ class Rules(HeadRules):
     # --- planned modules -------------------------------------------------------------------------------------------
 
     def entering(self, name: str, style: str, gathers: bool, value: Tensor) -> None:
-        """Check what a planned module is given."""
+        """Check the input of a planned module."""
         found = mark_of(value)
         if isinstance(found, Mixed):
             raise RuntimeError(f"{name}: its input is {found.why}. {found.remedy or REMEDY}")
@@ -304,7 +304,7 @@ class Rules(HeadRules):
             self.placed(name, value)
 
     def placed(self, name: str, shard: Tensor) -> None:
-        """Check that a shard whose rows are sent, or known by their position, has them where the plan says."""
+        """Check that a shard has its rows where the plan says, before a module depends on it."""
         if shard_behind(shard) is not shard:
             return
         rows, usual = rows_of(shard, self._region.seq_dim), usual_rows(shard, self._region.seq_dim)
@@ -316,7 +316,7 @@ class Rules(HeadRules):
             )
 
     def leaves_region(self, name: str, value: Tensor) -> None:
-        """Check what is to be gathered behind a module."""
+        """Check a tensor that is gathered behind a module."""
         found = mark_of(value)
         if isinstance(found, Mixed):
             raise RuntimeError(f"{name}: 'gather_output' is to gather {found.why}. {found.remedy or REMEDY}")
@@ -350,7 +350,7 @@ class Rules(HeadRules):
         """Try ``forward`` of a module that the plan calls 'sequence'.
 
         Raises:
-            RuntimeError: it does not treat the rows of its input one by one, or draws random numbers.
+            RuntimeError: the module mixes the rows of its input, or draws random numbers.
         """
         seq_dim = self._region.seq_dim
         leaves = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and kind_of(t) is Kind.SHARD}
@@ -393,7 +393,7 @@ class Rules(HeadRules):
 
 
 def _mixed(tensors: list[Tensor]) -> Mixed | None:
-    """What the result of a function of ``tensors`` is a mixture of; a Piece where all are of one head."""
+    """The mark of a result of mixed ``tensors``: a Piece if all are of one head."""
     found = [m for t in tensors if isinstance(m := mark_of(t), Mixed)]
     if not found:
         return None

@@ -1,10 +1,9 @@
 """Follows the sequence shard through the first forward of a converted model.
 
-A shard that reaches a parameter outside the plan gives that parameter a partial gradient on every rank, and a forward
-that looks right: the commonest silent bug of sequence parallelism. So tensors are marked at the entrance, every torch
-function passes the mark on, and a parameter (or what was computed from one), a dropout or a model output that meets a
-mark where none is planned is an error that names it. Costs one slow forward per mode (training, evaluation); later
-forwards pay nothing.
+A shard that reaches a parameter outside the plan gives that parameter a partial gradient on every rank, while the
+forward looks right: the most common silent bug of sequence parallelism. So tensors are marked at the entrance, and
+every torch function passes the mark on. A parameter, a tensor computed from one, a dropout or a model output that meets
+a mark outside of the plan is an error that names it. The check makes one forward per mode (training, evaluation) slow.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ _WHOLE = "; a module that computes from whole tensors what meets the shard (adaL
 class ShardCheck(TorchFunctionMode):
     """Active during one forward of ``model``.
 
-    ``owned`` maps modules that the conversion made or prepared to (name, the style that handles their input). Their own
-    forwards are trusted, and nothing else: not what hooks, wrappers and patched forwards add around them. Parameters in
-    ``planned`` may meet marked tensors anywhere; behind the modules called ``gathers`` the sequence is whole again.
-    ``rules`` judge what is done with shards and heads; ``inside`` says whether the sequence is cut now.
+    ``owned`` maps modules that the conversion made or prepared to (name, style for their input). Their own forwards are
+    trusted; hooks, wrappers and patched forwards around them are not. Parameters in ``planned`` may meet marked tensors
+    anywhere. Behind the modules called ``gathers`` the sequence is whole again. ``rules`` judge calls on shards and
+    heads. ``inside`` tells whether the sequence is cut now.
     """
 
     def __init__(
@@ -61,19 +60,19 @@ class ShardCheck(TorchFunctionMode):
         self._owned = owned
         self._trainables = Trainables(model, planned, inside)
         self._stack = rules.stack
-        self._trusted = 0  # depth inside forwards of modules the conversion owns
-        self._summed = 0  # depth inside modules that were left as they are, and whose parameters' gradients are summed
-        self._parts = 0  # depth inside those of style 'tensor_parallel'
+        self._trusted = 0  # depth in forwards of owned modules
+        self._summed = 0  # depth in unchanged modules whose parameters' gradients are summed
+        self._parts = 0  # depth in those of style 'tensor_parallel'
         self._ran: set[nn.Module] = set()
         self._inside = inside
-        self.entered: set[nn.Module] = set()  # modules called where it was
+        self.entered: set[nn.Module] = set()  # modules called where the sequence was cut
         self._handles: list[RemovableHandle] = []
-        self._arguments: list[Tensor] = []  # those that are trained
+        self._arguments: list[Tensor] = []  # arguments that are trained
         self._functions = Functions(self._applied)
         self._kept = Collector(type(model).__name__)
 
     def start(self, entrance: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Hook every module and follow torch functions from here on, in the forward of ``entrance``, under way."""
+        """Hook every module and follow torch functions, in the current forward of ``entrance``."""
         names = list(inspect.signature(entrance.forward).parameters)
         for name, module in self._model.named_modules():
             if name and module is not entrance:
@@ -86,7 +85,7 @@ class ShardCheck(TorchFunctionMode):
             mark(leaf, f"argument {name!r} that is trained")
             self._arguments.append(leaf)
         self._functions.start()
-        # Modules that are compiled by themselves run as they are written: a check would see nothing inside.
+        # Compiled modules inside run eagerly: the check would see nothing in them.
         self._eager = torch.compiler.set_stance("force_eager")
         collectors.append(self._kept.add)
         self.rules.start()
@@ -94,7 +93,7 @@ class ShardCheck(TorchFunctionMode):
         self.__enter__()
 
     def stop(self) -> None:
-        """Take the hooks off; may be called twice."""
+        """Remove the hooks. A second call does nothing."""
         if self._handles:
             for handle in self._handles:
                 handle.remove()
@@ -103,17 +102,17 @@ class ShardCheck(TorchFunctionMode):
             self._eager.__exit__(None, None, None)
             collectors.remove(self._kept.add)
             self.rules.stop()
-            for leaf in self._arguments:  # they are the user's
+            for leaf in self._arguments:  # the user's tensors keep no mark
                 vars(leaf).pop(MARK, None)
             self._arguments.clear()
             follow(None)
             self.__exit__(None, None, None)
 
     def check_output(self, output: Any) -> None:
-        """What the forward has returned, and what it leaves behind for others to use.
+        """Check the output, and follow marked tensors that outlive the forward.
 
         Raises:
-            RuntimeError: an output is still a shard, or what was made of one.
+            RuntimeError: an output is a shard, or was made of one.
         """
         items = output.items() if isinstance(output, dict) else [("", output)]
         values = [value for key, value in items if key != "past_key_values"]
@@ -142,7 +141,7 @@ class ShardCheck(TorchFunctionMode):
         return hook
 
     def _lending(self, name: str) -> Callable[..., None]:
-        """Behind the hook with which fully_shard gathers parameters."""
+        """A hook that runs behind the one with which fully_shard gathers parameters."""
 
         def hook(module: nn.Module, args: Any) -> None:
             if isinstance(module, FSDPModule):
@@ -168,7 +167,7 @@ class ShardCheck(TorchFunctionMode):
             self._trainables.take_back()
 
     def own(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The forward of a module that the conversion made; any other of this package's is a module like any."""
+        """Run and check the forward of a module that the conversion made."""
         if module not in self._owned or self._trusted:
             return forward(module, *args, **kwargs)
         name, style = self._owned[module]
@@ -184,7 +183,7 @@ class ShardCheck(TorchFunctionMode):
     def summed(
         self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, tensors: Mapping[str, Tensor]
     ) -> Any:
-        """The forward of a module that was left as it is, with ``tensors`` in place of its parameters."""
+        """Run and check the forward of an unchanged module, with ``tensors`` in place of its parameters."""
         if module not in self._owned or self._trusted:
             return forward(*args, **kwargs)
         name, style = self._owned[module]
@@ -211,12 +210,12 @@ class ShardCheck(TorchFunctionMode):
 
     @staticmethod
     def _followed(leaf: Any) -> bool:
-        """Whether its mark says what became of this rank's heads."""
+        """Whether the mark of ``leaf`` already tells about this rank's heads."""
         return kind_of(leaf) is Kind.PARTS or isinstance(mark_of(leaf), Mixed)
 
     @contextmanager
     def trusted(self) -> Iterator[None]:
-        """Nothing is followed inside."""
+        """Inside, nothing is followed."""
         self._trusted += 1
         try:
             yield
@@ -242,7 +241,7 @@ class ShardCheck(TorchFunctionMode):
             raise RuntimeError(self._missed(leaves, source, Kind.PARTS if got is None else got))
 
     def _check_parts(self, module: nn.Module, name: str) -> None:
-        """A converted module computes with parameters of its own: none computed by a parametrization or a hook."""
+        """Refuse a converted module whose weight or bias is computed by a parametrization or a hook."""
         for child in ("weight", "bias"):
             if getattr(type(module), child, None) is not None or isinstance(vars(module).get(child), Tensor):
                 raise RuntimeError(
@@ -253,7 +252,7 @@ class ShardCheck(TorchFunctionMode):
                 )
 
     def _applied(self, function: type, args: Any, call: Callable[[], Any]) -> Any:
-        """An autograd function: torch function modes see what it does in Python, not its arguments."""
+        """Check a call of an autograd function, whose arguments torch function modes do not see."""
         if self._trusted or not self._handles or self not in _get_current_function_mode_stack():
             return call()
         leaves = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
@@ -263,7 +262,7 @@ class ShardCheck(TorchFunctionMode):
             out = call()
             found = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
             alike = [leaf.shape for leaf in leaves] == [leaf.shape for leaf in found]
-            if alike:  # identities, of backward hooks and fully_shard; a custom op's function is of torch too
+            if alike:  # identities of backward hooks and fully_shard; custom ops have functions of torch too
                 for before, after in zip(leaves, found, strict=True):
                     if hasattr(before, MARK) and not hasattr(after, MARK):
                         mark(after, mark_of(before))
@@ -284,7 +283,7 @@ class ShardCheck(TorchFunctionMode):
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         kind, source = self._judged(func, leaves)
         noted = next((m for leaf in leaves if isinstance(m := mark_of(leaf), (Mixed, Local))), None)
-        if sys._getframe(1).f_code.co_filename.startswith(PACKAGE):  # our own statement: it knows what it does
+        if sys._getframe(1).f_code.co_filename.startswith(PACKAGE):  # a call by this package is trusted
             out = func(*args, **kwargs)
             self._note(out, kind if noted is None else noted, source)
             return out
@@ -293,7 +292,7 @@ class ShardCheck(TorchFunctionMode):
             if (kind is not None or source is not None) and kind is not Kind.PARTS and noted is None:
                 self._note(out, kind, source)
             return out
-        if self._summed:  # 'sequence': tried as a whole
+        if self._summed:  # 'sequence': the module is tried as a whole
             out = func(*args, **kwargs)
             self._note(out, kind, source)
             return out
@@ -317,12 +316,12 @@ class ShardCheck(TorchFunctionMode):
         kind: Any,
         source: str | None,
     ) -> Any:
-        """A function of tensors that are neither shards nor this rank's heads."""
+        """Call a function of tensors that are neither shards nor this rank's heads."""
         if source is not None and any(isinstance(mark_of(leaf), Mixed) for leaf in leaves):
             return self.rules.call(func, args, kwargs, leaves, None, trained=True)
         out = func(*args, **kwargs)
         local = next((m for leaf in leaves if isinstance(m := mark_of(leaf), Local)), None)
-        if source is not None and local is not None and local.of == "rows":  # an embedding of positions, say
+        if source is not None and local is not None and local.of == "rows":  # an embedding of positions is one
             self._note(out, Mixed(self.rules.of_positions(source, local)), None)
         elif source is None and kind is None:
             self._note(out, self.rules.made_of_counts(name_of(func), args, kwargs), None)
@@ -334,7 +333,7 @@ class ShardCheck(TorchFunctionMode):
         return self._stack[-1] if self._stack else type(self._model).__name__
 
     def _judged(self, func: Any, leaves: Sequence[Tensor]) -> tuple[Any, str | None]:
-        """What a result of ``leaves`` is, and a trainable outside the plan that it is computed from.
+        """(mark of a result of ``leaves``, the trained tensor outside the plan that it is computed from).
 
         Raises:
             RuntimeError: a shard or this rank's heads meet such a trainable, or each other.
@@ -342,7 +341,7 @@ class ShardCheck(TorchFunctionMode):
         kinds = {kind for leaf in leaves if (kind := kind_of(leaf)) is not None}
         owned = any(mark_of(leaf) is OWNED for leaf in leaves)
         met = bool(kinds) or bool(self._summed and owned)
-        # Of every leaf: those that are used here are noted.
+        # Ask for every leaf, because that notes it as used.
         source = next(iter([name for leaf in leaves if (name := self._trainables.source(leaf, met)) is not None]), None)
         if len(kinds) > 1:
             kinds.discard(Kind.COPIED)
@@ -366,7 +365,7 @@ class ShardCheck(TorchFunctionMode):
                 mark(out, kind)
             return
         graded = torch.is_grad_enabled()
-        for leaf in tree_leaves(out):  # only what has a gradient, or would have
+        for leaf in tree_leaves(out):  # only tensors that have a gradient, or would have one
             if isinstance(leaf, Tensor) and (leaf.requires_grad if graded else leaf.is_floating_point()):
                 mark(leaf, source)
 

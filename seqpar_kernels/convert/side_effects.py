@@ -1,4 +1,4 @@
-"""What a trial of a function or module must leave as it was: random states and buffers."""
+"""Restores random states and buffers after a trial of a function or module."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def restore(states: list[Tensor], like: Tensor) -> None:
 
 @contextmanager
 def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """A trial leaves running statistics as they are."""
+    """Inside, buffers may change; they are restored afterwards."""
     kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     try:
         yield

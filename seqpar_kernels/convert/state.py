@@ -1,9 +1,9 @@
 """Parameters, gradients and optimizer state of a parallelized model: whole, or sharded for a checkpoint.
 
-``model.state_dict()`` holds DTensors, ``model.load_state_dict`` takes those or the whole tensors of a plain checkpoint.
-The functions here give whole tensors, and state dicts that ``torch.distributed.checkpoint`` saves on any number of
-ranks and loads on any other, also of packed projections (q|k|v), of which a rank holds several rectangles, which a
-DTensor alone cannot say.
+``model.state_dict()`` holds DTensors. ``model.load_state_dict`` takes those, or the whole tensors of a plain
+checkpoint. The functions here return whole tensors, and state dicts for ``torch.distributed.checkpoint``, which saves
+them on any number of ranks and loads them on any other. Of a packed projection (q|k|v) a rank holds several rectangles,
+which a plain DTensor cannot describe.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _whole(tensor: Tensor, cut: Cut | None, group: Any) -> Tensor:
     part = tensor
     if isinstance(tensor, DTensor) and cut is not None:
         part = tensor._local_tensor
-        if tensor.device_mesh.ndim == 2:  # fully_shard's: first this rank's part of the whole
+        if tensor.device_mesh.ndim == 2:  # of fully_shard: first gather this rank's part of the whole
             names = tensor.device_mesh.mesh_dim_names or ()
             mesh = tensor.device_mesh[names[0]]
             shape = cut.part_shape()
@@ -73,7 +73,7 @@ def whole_tensors(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, 
 
 
 def sharded_state_dict(model: nn.Module) -> dict[str, Any]:
-    """``model.state_dict()`` for ``torch.distributed.checkpoint``: ``save`` it, or ``load`` into it, in place."""
+    """``model.state_dict()`` for ``torch.distributed.checkpoint``, to ``save``, or to ``load`` into, in place."""
     cuts = conversion_of(model).cuts
     return {
         name: for_checkpoint(tensor, cuts[name]) if name in cuts and isinstance(tensor, DTensor) else tensor
@@ -84,7 +84,7 @@ def sharded_state_dict(model: nn.Module) -> dict[str, Any]:
 def sharded_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The state of ``optimizer`` by parameter name, for ``torch.distributed.checkpoint``.
 
-    Where the optimizer has none yet it is created (by a step that changes nothing), so that it can be loaded into.
+    If the optimizer has no state yet, a step that changes nothing creates it, to load a checkpoint into.
     """
     cuts = conversion_of(model).cuts
     found: Any = get_optimizer_state_dict(model, optimizer)
@@ -98,7 +98,7 @@ def sharded_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimi
 def load_sharded_optimizer_state_dict(
     model: nn.Module, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
 ) -> None:
-    """Give ``optimizer`` what :func:`sharded_optimizer_state_dict` gave and ``torch.distributed.checkpoint`` loaded."""
+    """Load a :func:`sharded_optimizer_state_dict`, read by ``torch.distributed.checkpoint``, into ``optimizer``."""
     state: Any = {
         name: {
             key: DTensor(value._local_tensor, value._spec, requires_grad=False)
@@ -115,8 +115,8 @@ def load_sharded_optimizer_state_dict(
 def unparallelize(model: ModelT) -> ModelT:
     """Make a parallelized model the plain model again, in place, with gathered weights on every rank.
 
-    A collective call. Hooks and modules that were added after :func:`parallelize` are gone, gradients too, and an
-    optimizer has to be built anew.
+    A collective call. Hooks and modules that were added after :func:`parallelize`, and gradients, are lost. Build a new
+    optimizer afterwards.
 
     Returns:
         ``model``.

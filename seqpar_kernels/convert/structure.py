@@ -1,9 +1,9 @@
-"""What a model consists of, and whether that has changed since it was remembered.
+"""Remembers what a model consists of, and tells whether it has changed.
 
-An eager forward of a model that has changed is checked again, so every change counts, and the comparison is made before
-each forward: it takes microseconds. A compiled forward cannot be checked, so a change there is an error that names the
-module. ``torch.compile`` asks at trace time only, and traces again where something changes that matters here. Hooks
-known to bring in nothing to be trained are let pass then.
+A changed model is checked again by its next eager forward. So every change counts, and the comparison runs before each
+forward, in microseconds. A compiled forward cannot be checked, so a change is an error there that names the module. It
+is looked for at trace time only; ``torch.compile`` traces again after a change that matters. Hooks that are known to
+train nothing are allowed there.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _is_there = partial(is_not, None)
 
 
 class Structure:
-    """Modules, hooks, forwards, parameters and dropouts of ``model``.
+    """The modules, hooks, forwards, parameters and dropouts of ``model``.
 
-    ``harmless``: beginnings of the names of modules of Python whose hooks and forwards a compiled model may have.
+    A compiled model may get hooks and forwards whose ``__module__`` begins with one of ``harmless``.
     """
 
     def __init__(self, model: nn.Module, harmless: tuple[str, ...] = ()):
@@ -36,16 +36,16 @@ class Structure:
         self._state: _State | None = None
 
     def remember(self, checked: bool) -> None:
-        """Remember the model as it is now. ``checked``: a forward of it was, so :meth:`changed` compares with it."""
+        """Remember the model as it is now. :meth:`changed` compares with a model that was ``checked``."""
         self._by_module = self._described()
         if checked:
             self._state = _State(self._model)
 
     def changed(self) -> bool:
-        """Whether anything is other than in the forward that was checked. Says so once of a change."""
+        """Whether the model differs from the one checked last. A change is reported once."""
         if self._state is None or self._state.same():
             return False
-        self._state = None  # it keeps parameters alive
+        self._state = None  # it holds parameters
         return True
 
     def refuse_changes(self) -> None:
@@ -70,7 +70,7 @@ class Structure:
         """Name -> the module, its hooks and its own forward."""
         found: dict[str, list[Any]] = {}
         for name, module in self._model.named_modules(remove_duplicate=False):
-            # Around the whole model the sequence is whole.
+            # Hooks of the whole model are left out: the sequence is whole there.
             hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()] if name else []
             added = [*hooks, vars(module).get("forward")]
             found[name] = [module, *(part for part in added if not self._is_harmless(part))]
@@ -82,7 +82,7 @@ class Structure:
 
 
 class _State:
-    """All that a check of ``model`` depends on, in lists that are compared fast."""
+    """All that a check of ``model`` depends on, in lists that take microseconds to compare."""
 
     def __init__(self, model: nn.Module):
         self._modules = list(model.modules())
@@ -90,7 +90,8 @@ class _State:
         self._sharded = any(isinstance(module, FSDPModule) for module in self._modules)
         self._dropouts = [vars(module) for module in self._modules if isinstance(module, _DropoutNd)]
         self._classes = list({type(module) for module in self._modules})
-        self._held = [p for d in self._dicts for p in dict.values(d["_parameters"])]  # ids are taken again
+        # Held, because Python gives the id of a lost object to another.
+        self._held = [p for d in self._dicts for p in dict.values(d["_parameters"])]
         self._children = [d["_modules"] for d in self._dicts]
         self._hooks = [d[kind] for d in self._dicts for kind in ("_forward_hooks", "_forward_pre_hooks")]
         self._hooks += [module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks]
@@ -102,7 +103,7 @@ class _State:
 
     def _now(self) -> list[Any]:
         dicts = self._dicts
-        params = list(map(_parameters, dicts))  # model.to puts others in place
+        params = list(map(_parameters, dicts))  # looked up, because model.to replaces them
         values = list(chain.from_iterable(map(dict.values, params)))
         return [
             list(chain.from_iterable(map(dict.values, self._children))),
@@ -111,7 +112,7 @@ class _State:
             list(map(_kind, self._modules)),
             [kind.forward for kind in self._classes],
             list(chain.from_iterable(map(dict.keys, params))),
-            [] if self._sharded else list(map(id, values)),  # fully_shard puts others in place in every forward
+            [] if self._sharded else list(map(id, values)),  # fully_shard replaces them in every forward
             list(map(_trained, filter(_is_there, values))),
             [d["p"] for d in self._dropouts],
         ]

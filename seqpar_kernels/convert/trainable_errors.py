@@ -1,4 +1,4 @@
-"""The messages of the first forward's check about trained tensors that meet a shard, or this rank's heads."""
+"""Messages of the first forward's check: a trained tensor meets a shard, or this rank's heads."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Trainables:
 
     def __init__(self, model: nn.Module, planned: frozenset[str], inside: Callable[[], bool]):
         self._covered = planned
-        # id -> (the parameter, its name); held here, for an id is another tensor's as soon as its owner is gone.
+        # id -> (parameter, name). Held, because Python gives the id of a lost object to another.
         self._named: dict[int, tuple[nn.Parameter, str]] = {}
         self._allowed: dict[int, nn.Parameter] = {}
         for name, param in model.named_parameters(remove_duplicate=False):
@@ -37,11 +37,11 @@ class Trainables:
         self.used: set[Any] = set()
 
     def lend(self, name: str, module: nn.Module) -> None:
-        """fully_shard has gathered the parameters of ``module``, whose forward begins."""
+        """Note that fully_shard has gathered the parameters of ``module``, whose forward begins."""
         self._lent.append(self._lent_now(name, module))
 
     def take_back(self) -> None:
-        """The forward of a module that fully_shard has wrapped is over."""
+        """Note that the forward of a module with fully_shard has ended."""
         if len(self._lent) > 1:
             self._lent.pop()
 
@@ -57,11 +57,11 @@ class Trainables:
                 del self._allowed[key]
 
     def source(self, leaf: Tensor, met: bool) -> str | None:
-        """The trainable tensor outside the plan that ``leaf`` is, or was computed from."""
+        """The trained tensor outside the plan that ``leaf`` is, or was computed from."""
         found = mark_of(leaf)
         if found is not None:
             if not isinstance(found, str) or kind_of(leaf) is not None:
-                return None  # no look at a sum that waits: that would compute it
+                return None  # reading requires_grad of a deferred sum would compute it
             return found if leaf.requires_grad or not torch.is_grad_enabled() else None
         if id(leaf) in self._allowed:
             return None
@@ -86,10 +86,10 @@ class Trainables:
         return None
 
     def _lent_now(self, prefix: str, module: nn.Module) -> dict[int, str]:
-        """Address -> name of the parameters that fully_shard has gathered for ``module``'s forward; "" if no matter.
+        """Address -> name of the parameters that fully_shard has gathered for ``module``'s forward; "" if not trained.
 
-        They are memory on loan, behind a tensor made anew at each use: no identity to know them by but the address,
-        which is theirs until that forward is over.
+        A gathered parameter is a new tensor at each use, so its id does not identify it. Its address does, until that
+        forward ends.
         """
         found = {}
         with torch.no_grad(), torch._C.DisableTorchFunction():

@@ -1,4 +1,4 @@
-"""A model as it was before its conversion, to go back to."""
+"""Keeps a model as it was before its conversion, for ``unparallelize``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _CHANGED = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "training"
 
 
 class _Before(NamedTuple):
-    """One module as it was: everything but its parameters, of which the names and a mark of identity are kept.
+    """One module as it was, without its parameters, of which names and ids are kept.
 
-    ``inner`` is what lay in those dictionaries of torch's (children, hooks) that a conversion may change. Buffers are
-    not among them: what became of them since, on another device or in another dtype, holds.
+    ``inner`` is the content of torch's dictionaries (children, hooks) that a conversion may change. Buffers are not
+    among them: they may have moved to another device or dtype since, and stay there.
     """
 
     module: nn.Module
@@ -24,7 +24,7 @@ class _Before(NamedTuple):
 
 
 class Snapshot:
-    """A model before its conversion. Keeps no parameter alive."""
+    """A model before its conversion. Holds no parameter."""
 
     def __init__(self, model: nn.Module):
         self._modules: list[_Before] = []
@@ -36,14 +36,14 @@ class Snapshot:
             self._modules.append(_Before(module, name, held, inner, params))
 
     def release(self, model: nn.Module) -> None:
-        """After the conversion: modules that were replaced let their parameters go."""
+        """After the conversion, release the parameters of modules that were replaced."""
         live = set(model.modules())
         for before in self._modules:
             if before.module not in live:
                 before.module._parameters.update(dict.fromkeys(before.params))
 
     def restore(self, model: nn.Module, full: dict[str, Tensor]) -> None:
-        """Put everything back, with parameters out of ``full``; tied ones are one again."""
+        """Restore every module, with parameters from ``full``. Tied parameters are tied again."""
         now: dict[str, nn.Module] = dict(model.named_modules())
         listed = dict(model.named_parameters(remove_duplicate=False))
         made: dict[int, nn.Parameter] = {}
@@ -53,7 +53,7 @@ class Snapshot:
             training = now[before.name].training if before.name in now else model.training
             held.clear()
             held.update(before.held)
-            for key, content in before.inner.items():  # the very dictionary: a hook's handle takes it out of that one
+            for key, content in before.inner.items():  # keep the dictionary: handles of hooks refer to it
                 held[key].clear()
                 held[key].update(content)
             held["training"] = training

@@ -1,6 +1,6 @@
-"""Second pass of a conversion: the plan fits the model, and all ranks ask for the same.
+"""Second pass of a conversion: checks that the plan fits the model, and that all ranks convert the same.
 
-Nothing of the model is changed. Errors name the module or attribute.
+It does not change the model. Errors name the module or attribute.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .replacements import converted_norm
 
 
 def check_fields(conversion: Conversion) -> None:
-    """What the plan says besides styles is there: an attribute that is missed stays that of all heads."""
+    """Check that the attributes, parameters and arguments that the plan names exist."""
     model, plan, ranks = conversion.model, conversion.plan, conversion.region.ranks
     for field in ("divided", "assigned", "cut", "scattered"):
         names: Iterable[str]
@@ -60,7 +60,7 @@ def _check_field(where: str, name: str, module: nn.Module, wanted: str, field: s
 
 
 def check_sizes(conversion: Conversion) -> None:
-    """Everything that must divide does, and every module is of a kind its style can convert."""
+    """Check that sizes and counts divide, and that the style of each module can convert it."""
     model, plan, ranks = conversion.model, conversion.plan, conversion.region.ranks
     config: Any = getattr(model, "config", None)
     for attribute in plan.heads:
@@ -104,7 +104,7 @@ def check_sizes(conversion: Conversion) -> None:
 
 
 def check_ties(conversion: Conversion) -> None:
-    """A weight that is cut in one place must not be whole in another."""
+    """Check that no weight is cut in one place and whole in another."""
     model = conversion.model
     if conversion.region.ranks == 1:
         return
@@ -121,7 +121,7 @@ def check_ties(conversion: Conversion) -> None:
 
 
 def compare_calls(conversion: Conversion) -> None:
-    """Compare call, plan and weights with the other ranks'. A collective call.
+    """Compare call, plan and weights with those of the other ranks. A collective call.
 
     Raises:
         RuntimeError: on every rank, where they differ.
@@ -139,14 +139,14 @@ def compare_calls(conversion: Conversion) -> None:
 
 @torch.no_grad()
 def _digest(model: nn.Module) -> str:
-    """A text that differs where names, shapes, dtypes or values of parameters or floating-point buffers differ."""
+    """A text that depends on names, shapes, dtypes and values of parameters and floating-point buffers."""
     found = []
     for name, param in model.named_parameters():
         value = param.double().sum().item()
         found.append(f"{name} {tuple(param.shape)} {param.dtype} {param.requires_grad} {value!r};")
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point() and not buffer.is_meta:
-            # Not the sum: that of a mask is -inf. By place: parts of a table may be permuted.
+            # Not a sum: that of a mask is -inf, and does not change if parts of a table are permuted.
             held = buffer.double().nan_to_num(0.0, 1.0, -1.0).flatten()
             places = torch.linspace(1, 2, held.numel(), dtype=held.dtype, device=held.device)
             found.append(f"{name} {tuple(buffer.shape)} {buffer.dtype} {held.dot(places).item()!r};")

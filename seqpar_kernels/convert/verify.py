@@ -64,7 +64,7 @@ def verify(
         RuntimeError: one of the models raised (the converted one: its refusal), or with ``raise_on_mismatch`` a
             difference. Both are raised on all ranks.
     """
-    inner = getattr(model, "_orig_mod", model)  # behind torch.compile
+    inner = getattr(model, "_orig_mod", model)  # the model that torch.compile has wrapped
     conversion = conversion_of(inner)
     ranks = Ranks(inner, conversion)
     batches = ranks.together("verify: ", lambda: _checked(ranks, reference, batch, loss_fn, tolerance, fp64, rows))
@@ -127,7 +127,7 @@ def verify(
 
 
 def _checked(ranks: Ranks, reference: Any, batch: Any, loss_fn: Any, tolerance: Any, fp64: Any, rows: Any) -> list[Any]:
-    """The micro-batches."""
+    """Check the arguments; returns the micro-batches."""
     if reference is None and ranks.first:
         raise ValueError("reference: expected a module, or a callable that makes one, on the group's first rank")
     if reference is not None and not callable(reference):

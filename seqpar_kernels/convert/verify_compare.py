@@ -1,4 +1,4 @@
-"""What a converted model gave beside what the reference gave: errors, tolerances, verdicts."""
+"""Compares the results of a converted model with the reference's: errors, tolerances, verdicts."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .verify_ranks import Ranks, checksum
 from .verify_report import VerifyRow
 from .verify_run import Run, device_of
 
-Key = tuple[str, str]  # what, name
-# A gradient that is all rounding (the bias of keys: the softmax takes no notice of it) has no magnitude of its own.
-# Below this part of the largest gradient of the model, that part is the measure.
+Key = tuple[str, str]  # (what, name)
+# A gradient may consist of rounding only: the softmax ignores the bias of keys. So no gradient is measured in smaller
+# units than this part of the largest gradient of the model.
 _LEAST_MAGNITUDE = 1e-3
 _FEW = 32
 
 
 class Measure(NamedTuple):
-    """What a converted model is measured by.
+    """What a converted model is compared with, and the error that passes.
 
     Attributes:
         exact: the run to compare with: the reference's in fp64, or its own.
-        own: what the reference itself differs from its run in fp64 by; None where there is no such run.
-        flat: the tolerance where there is none; with one, the rounding of a result.
+        own: the errors of the reference against its run in fp64; None without such a run.
+        flat: the tolerance if ``own`` is None, else the rounding of a result.
         text: for the table.
     """
 
@@ -62,7 +62,7 @@ def named(found: Run) -> dict[Key, Tensor]:
 
 
 def difference(got: Tensor, expected: Tensor) -> float:
-    """The largest; infinite where one of the two is not finite."""
+    """The largest difference; infinite if one of the two is not finite."""
     if not got.numel():
         return 0.0
     found = (got.double() - expected.double()).abs().amax().item()
@@ -72,7 +72,7 @@ def difference(got: Tensor, expected: Tensor) -> float:
 def compare(
     model: nn.Module, conversion: Conversion, ranks: Ranks, measure: Measure | None, got: Run
 ) -> tuple[VerifyRow, ...]:
-    """A row for every tensor of either, the same rows on every rank. ``measure``: on first ranks."""
+    """A row for every tensor of either model, the same rows on every rank. First ranks pass ``measure``."""
     theirs = {} if measure is None else named(measure.exact)
     entries = ranks.from_first(None if measure is None else _entries(theirs, measure))
     mine = named(got)
@@ -91,7 +91,7 @@ def compare(
             rows.append(_judged(entry, local(tensor), part, ranks.number))
         replicated = cut is None or cut.spec is None
         sums.append(checksum(local(tensor)) if tensor is not None and replicated else None)
-    # What the reference has none of, on whatever rank.
+    # Tensors that the reference does not have, on any rank.
     for what, name in sorted({key for _, keys in ranks.everyone(list(mine)) for key in keys}):
         tensor = mine.get((what, name))
         if tensor is None or not bool(local(tensor).any()):
@@ -110,14 +110,14 @@ def compare(
             row = replace(
                 row, verdict="ranks differ", note="within the tolerance, but other bits than on the first rank"
             )
-        elif differs:  # sums by atomics on a GPU: no two runs agree
+        elif differs:  # a GPU sums by atomics, so no two runs agree
             row = replace(row, note=f"{row.note}{'; ' if row.note else ''}the bits differ between the ranks")
         merged.append(row)
     return tuple(merged)
 
 
 def _entries(theirs: dict[Key, Tensor], measure: Measure) -> list[_Entry]:
-    """The scale of every tensor of the reference, and what it may be missed by in units of that."""
+    """The scale of every tensor of the reference, and its tolerance in units of the scale."""
     largest = {key: difference(tensor, torch.zeros_like(tensor)) for key, tensor in theirs.items()}
     gradients = [size for (what, _), size in largest.items() if what == "gradient" and size < math.inf]
     least = _LEAST_MAGNITUDE * max(gradients, default=0.0)
@@ -125,8 +125,8 @@ def _entries(theirs: dict[Key, Tensor], measure: Measure) -> list[_Entry]:
     scales = {key: scale if 0 < scale < math.inf else 1.0 for key, scale in scales.items()}
     tolerances = dict.fromkeys(theirs, measure.flat)
     if measure.own is not None:
-        # Some tensors are nearer to fp64 than most by chance: what is usual may be missed by all. The error of a few
-        # numbers is a single draw, and says little of the next one: they may be missed by twice what any was.
+        # Some tensors are nearer to fp64 than most by chance, so each may have the median error. The error of a few
+        # numbers tells little about the next run, so such a tensor may have twice the largest error.
         own = {key: error / scales[key] for key, error in measure.own.items() if error < math.inf}
         for key, tensor in theirs.items():
             kind = "gradient" if key[0].endswith("gradient") else "output"
@@ -147,7 +147,7 @@ def _judged(entry: _Entry, got: Tensor, expected: Tensor, rank: int) -> VerifyRo
 
 
 def _absent(entry: _Entry, whole: Tensor, hidden: bool, rank: int) -> VerifyRow:
-    """The converted model has nothing there."""
+    """The row of a tensor that the converted model does not have."""
     what, name = entry.key
     if what == "output" and hidden:
         note = "does not exist in the converted model, as loss_parallel says"
@@ -160,20 +160,20 @@ def _absent(entry: _Entry, whole: Tensor, hidden: bool, rank: int) -> VerifyRow:
 
 
 def _apart(found: list[tuple[int, list[int | None]]], count: int) -> list[bool]:
-    """Which of the rows are other bits on another rank."""
+    """For each row, whether its bits differ between the ranks."""
     columns = ([sums[index] for _, sums in found if sums[index] is not None] for index in range(count))
     return [len(set(column)) > 1 for column in columns]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it."""
+    """This rank's part of a tensor."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _part(param: Any, cut: Cut | None, whole: Tensor) -> Tensor:
-    """What this rank holds of a whole gradient."""
+    """This rank's part of a whole gradient."""
     part = whole if cut is None or cut.spec is None else cut.part(whole)
-    if isinstance(param, DTensor) and param.device_mesh.ndim == 2:  # fully_shard's: rows of it
+    if isinstance(param, DTensor) and param.device_mesh.ndim == 2:  # fully_shard keeps some of its rows
         start = first_row_of(param, part.shape[0])
         part = part[start : start + param._local_tensor.shape[0]]
     return part

@@ -1,4 +1,4 @@
-"""What every refusal of a conversion offers: ``verify``, for the plan or model that was changed because of it."""
+"""Adds a hint to every refusal of a conversion: ``verify`` checks the changed plan or model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HINT = (
 
 
 def offer_verify(error: BaseException | None) -> None:
-    """Add HINT below ``error`` where it is a refusal of this package's: as a note, its message stays as it is."""
+    """Add HINT to ``error`` if it is a refusal by this package. It is a note, so the message stays."""
     if not isinstance(error, (ValueError, RuntimeError)) or not raised_in(error, "seqpar_kernels.convert."):
         return
     if not hasattr(error, "add_note"):  # Python 3.10 has no notes
@@ -24,7 +24,7 @@ def offer_verify(error: BaseException | None) -> None:
 
 @contextlib.contextmanager
 def offering_verify() -> Iterator[None]:
-    """Around what may refuse."""
+    """Inside, refusals get the hint."""
     try:
         yield
     except Exception as error:
@@ -33,7 +33,7 @@ def offering_verify() -> Iterator[None]:
 
 
 def raised_in(error: BaseException, package: str) -> bool:
-    """Whether a module whose name begins so raised ``error``."""
+    """Whether a Python module whose name begins with ``package`` raised ``error``."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,4 +1,4 @@
-"""The ranks that take part in :func:`seqpar_kernels.verify`: what one of them knows, all of them know."""
+"""The ranks that take part in :func:`seqpar_kernels.verify`, and their exchanges."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Ranks:
         return self.group is None or self.group.rank() == 0
 
     def neighbours(self, value: T) -> list[tuple[int, T]]:
-        """(global rank, its value) of the tensor-parallel group."""
+        """(global rank, its value) for the ranks of the tensor-parallel group."""
         return _gathered([(self.number, value)], self.group)
 
     def everyone(self, value: T) -> list[tuple[int, T]]:
-        """(global rank, its value) of all ranks."""
+        """(global rank, its value) for all ranks."""
         return _gathered(self.neighbours(value), self.rows)
 
     def from_first(self, value: T | None) -> T:
@@ -57,9 +57,9 @@ class Ranks:
         return out
 
     def together(self, what: str, attempt: Callable[[], T], alone: bool = False) -> T:
-        """``attempt()`` on every rank; an error on one of them is raised by all.
+        """Call ``attempt`` on every rank. If it fails on one rank, all ranks raise.
 
-        ``alone``: on first ranks only, None elsewhere.
+        With ``alone`` first ranks call it, and the others get None.
 
         Raises:
             ValueError, RuntimeError: with ``what`` and the error of each rank that has one.
@@ -70,7 +70,7 @@ class Ranks:
                 found = attempt()
         except Exception as caught:
             error = caught
-            if self.group is not None:  # peers that wait for this rank inside an op hear of it
+            if self.group is not None:  # wakes peers that wait for this rank inside an op
                 agreement_of(self.group).stop(caught)
         said = None if error is None else (type(error).__name__, str(error))
         told = self.everyone(said)
@@ -80,12 +80,12 @@ class Ranks:
         self._go_on()
         kind = ValueError if {name for _, (name, _) in failed} == {"ValueError"} else RuntimeError
         raised = kind(what + _told(failed, named=not alone and len(failed) < len(told)))
-        if error is None or raised_in(error, "seqpar_kernels."):  # said in full: where it was raised is of no use
+        if error is None or raised_in(error, "seqpar_kernels."):  # the message is complete without a traceback
             raise raised from None
         raise raised from error
 
     def _go_on(self) -> None:
-        """After a failure the next op begins afresh on all ranks."""
+        """Let the next op begin anew on all ranks after a failure."""
         if self.group is not None:
             agreement = agreement_of(self.group)
             most = max(steps for _, steps in self.neighbours(agreement.steps))
@@ -101,12 +101,12 @@ def _gathered(values: list[tuple[int, T]], group: ProcessGroup | None) -> list[t
 
 
 def _told(failed: list[tuple[int, tuple[str, str]]], named: bool) -> str:
-    """What the ranks say, one text for those that say the same; ``named``: with their numbers."""
+    """The messages of the failed ranks, each once; with ``named``, with the numbers of the ranks."""
     texts: dict[str, list[str]] = {}
     for rank, (name, text) in failed:
         said = text if name in ("ValueError", "RuntimeError") else f"{name}: {text}"
         texts.setdefault(said, []).append(str(rank))
-    # What a rank heard from the one that failed is no news.
+    # Leave out messages that repeat what a failed rank told the others.
     own = {text: ranks for text, ranks in texts.items() if _HEARD not in text} or texts
     if len(own) == 1 and not named and len(texts) == 1:
         return next(iter(own))
@@ -114,7 +114,7 @@ def _told(failed: list[tuple[int, tuple[str, str]]], named: bool) -> str:
 
 
 def checksum(tensor: Tensor) -> int:
-    """64 bits of the bits of ``tensor``."""
+    """A 64-bit checksum of the bits of ``tensor``."""
     flat = tensor.detach().contiguous().reshape(-1)
     if flat.is_complex() or flat.dtype == torch.bool:
         flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat.to(torch.uint8)
@@ -127,13 +127,13 @@ def checksum(tensor: Tensor) -> int:
 
 
 def fingerprint(batch: Any) -> list[str]:
-    """What ``batch`` holds, leaf by leaf: alike on ranks that hold the same."""
+    """A text for each leaf of ``batch``, equal on ranks that hold the same batch."""
     leaves, form = tree_flatten(_plain(batch))
     return [str(form), *(_leaf(leaf) for leaf in leaves)]
 
 
 def _plain(value: Any) -> Any:
-    """Mappings of other kinds (Transformers' BatchEncoding) as dictionaries."""
+    """Turn other mappings (BatchEncoding, say) into dictionaries."""
     if hasattr(value, "items"):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value
@@ -146,7 +146,7 @@ def _leaf(leaf: Any) -> str:
 
 
 def differing(names: list[str], found: list[tuple[int, list[Any]]]) -> Iterator[tuple[str, int]]:
-    """(name, rank) where a rank holds something else than the first one."""
+    """(name, rank) of a tensor that differs from the first rank's; None if none does."""
     for index, name in enumerate(names):
         for rank, values in found[1:]:
             if values[index] != found[0][1][index]:

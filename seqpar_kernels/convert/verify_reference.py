@@ -1,4 +1,4 @@
-"""The unsharded model that :func:`seqpar_kernels.verify` compares with: its weights, its run, its own rounding."""
+"""The unsharded model that :func:`seqpar_kernels.verify` compares with: its weights, its runs, its rounding."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .verify_compare import Measure, difference, local, named
 from .verify_ranks import Ranks, checksum, differing
 from .verify_run import LossFn, Run, device_of, run, same_random_numbers, untouched, without_dropout
 
-#: Errors that pass where the reference was not run in fp64, by the coarsest dtype of its parameters. fp64 too, for
-#: models round to fp32 inside (Transformers' norms and losses do).
+#: Tolerances without a run in fp64, by the coarsest dtype of the parameters. That of fp64 is wide because models
+#: compute parts in fp32 (Transformers' norms and losses do).
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-#: Models of so many parameters at most are also run in fp64, unless asked to be.
+#: Models of at most this many parameters also run in fp64 by default.
 MOST_IN_FP64 = 1 << 26
 
 
 @torch.no_grad()
 def with_weights(model: nn.Module, conversion: Conversion, ranks: Ranks, reference: Any) -> nn.Module | None:
-    """The reference, of which first ranks made sure that it has the weights of ``model``; None on the others."""
+    """The reference, checked on first ranks to have the weights of ``model``; None on other ranks."""
 
     def made() -> nn.Module:
         plain = reference
@@ -32,7 +32,7 @@ def with_weights(model: nn.Module, conversion: Conversion, ranks: Ranks, referen
                 plain = reference()
         if not isinstance(plain, nn.Module):
             raise ValueError(f"reference: expected the callable to return a module, got {type(plain).__name__}")
-        plain = getattr(plain, "_orig_mod", plain)  # behind torch.compile
+        plain = getattr(plain, "_orig_mod", plain)  # the model that torch.compile has wrapped
         made_by = getattr(plain, "_seqpar", None)
         if plain is model or (made_by is not None and made_by.region.group is not None):
             raise ValueError(
@@ -59,7 +59,8 @@ def with_weights(model: nn.Module, conversion: Conversion, ranks: Ranks, referen
     theirs = {} if plain is None else plain.state_dict()
     differ: list[str] = []
     for name, tensor in state.items():
-        full = _whole(tensor, cuts.get(name), conversion.region.group)  # one at a time, and gone again elsewhere
+        # One at a time, so that other ranks hold no whole model.
+        full = _whole(tensor, cuts.get(name), conversion.region.group)
         if plain is None:
             continue
         other = theirs.pop(name, None)
@@ -85,7 +86,7 @@ def with_weights(model: nn.Module, conversion: Conversion, ranks: Ranks, referen
 
 
 def _made_alike(plain: nn.Module, model: nn.Module, state: dict[str, Tensor]) -> None:
-    """A model just made gets the device, the dtypes and the frozen parameters of ``model``."""
+    """Give a new reference the device, the dtypes and the frozen parameters of ``model``."""
     plain.to(device_of(model))
     trained = {name: param.requires_grad for name, param in model.named_parameters()}
     for name, param in plain.named_parameters():
@@ -99,7 +100,7 @@ def some(names: list[str], most: int = 4) -> str:
 
 
 class Reference:
-    """The reference as it runs on first ranks, in the modes of ``model``."""
+    """Runs the reference on first ranks, in the modes of ``model``."""
 
     def __init__(self, plain: nn.Module, model: nn.Module, batches: list[Any], loss_fn: LossFn | None):
         self._plain, self._batches, self._loss_fn = plain, batches, loss_fn
@@ -116,7 +117,7 @@ class Reference:
             return run(plain, self._batches, self._loss_fn, dtype=dtype)
 
     def dtype(self) -> torch.dtype:
-        """What the tolerance is for: the coarsest that the model computes with."""
+        """The coarsest dtype of the parameters, which decides the tolerance."""
         device = device_of(self._plain).type
         used = {param.dtype for param in self._plain.parameters() if param.dtype in TOLERANCES}
         if torch.is_autocast_enabled(device):
@@ -124,7 +125,7 @@ class Reference:
         return max(used or {torch.float32}, key=lambda dtype: TOLERANCES[dtype])
 
     def measure(self, expected: Run, tolerance: float | None, fp64: bool | None, evaluated: bool) -> Measure:
-        """What a converted model is compared with, and how far it may be from it."""
+        """The Measure for the converted model."""
         dtype = self.dtype()
         name = str(dtype).removeprefix("torch.")
         if tolerance is not None:

@@ -1,4 +1,4 @@
-"""What :func:`seqpar_kernels.verify` found: a table."""
+"""The table that :func:`seqpar_kernels.verify` returns."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class VerifyRow:
         name: of the output or the parameter.
         what: "loss", "output", "gradient" or "input gradient".
         error: the largest difference from the reference on any rank, in units of the largest magnitude there; nan
-            where there was nothing to compare.
+            if there is nothing to compare.
         tolerance: the largest error that passes.
         verdict: "ok", "wrong", "missing" (in the converted model), "extra" (not in the reference) or "ranks differ"
             (each rank within the tolerance, but not the same bits).
         rank: the global rank with the largest error.
-        note: what else there is to say.
+        note: a remark.
     """
 
     name: str
@@ -43,7 +43,7 @@ class VerifyRow:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of :func:`seqpar_kernels.verify`, the same on every rank; ``str()`` lays it out.
+    """The result of :func:`seqpar_kernels.verify`, the same on every rank; ``str()`` is the table.
 
     Attributes:
         title: the model, the ranks and how they were run.
@@ -63,7 +63,7 @@ class Verification:
 
     @property
     def worst(self) -> VerifyRow:
-        """The row that is furthest beyond its tolerance, or nearest to it."""
+        """The row with the largest error in units of its tolerance, wrong rows first."""
         return max(self.rows, key=_order)
 
     def raise_if_wrong(self) -> None:

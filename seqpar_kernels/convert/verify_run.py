@@ -1,4 +1,4 @@
-"""One forward and backward of a model that leave it as it was, and what came out of them."""
+"""Runs forward and backward of a model, keeps the results, and leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 LossFn = Callable[[Any, Any], Tensor]
-#: Outputs that hold this rank's own heads, and are for nobody but the model.
+#: Outputs that hold this rank's own heads for the model's next call.
 OWN_OUTPUTS = ("past_key_values",)
 
 
 @dataclass
 class Run:
-    """What one model gave for all micro-batches."""
+    """The results of one model for all micro-batches."""
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)  # as each parameter holds it; none: left out
+    # As each parameter holds it; parameters without one are left out.
+    gradients: dict[str, Tensor] = field(default_factory=dict)
     input_gradients: dict[str, Tensor] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
-    drew: bool = False  # random numbers, in a forward or a backward
+    drew: bool = False  # whether forward or backward drew random numbers
 
 
 def run(
@@ -38,9 +39,9 @@ def run(
     call: Callable[..., Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Run:
-    """Forward and backward of every batch, gradients added up; call it inside :func:`untouched`.
+    """Run forward and backward of every batch, and add up the gradients. Call it inside :func:`untouched`.
 
-    ``call``: what to call in place of ``model``, whose parameters it uses. ``dtype``: floating inputs are cast to it.
+    ``call`` is called in place of ``model``, and uses its parameters. Floating-point inputs are cast to ``dtype``.
     """
     found = Run()
     device = device_of(model)
@@ -65,7 +66,7 @@ def run(
 
 
 def named_outputs(value: Any, left_out: set[str], name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every floating tensor in a model's output; caches are named in ``left_out``."""
+    """Yield (name, tensor) of every floating-point tensor in an output; names of caches go to ``left_out``."""
     dot = f"{name}." if name else ""
     if isinstance(value, Tensor):
         if value.is_floating_point():
@@ -117,7 +118,7 @@ def _loss(output: Any, batch: Any, loss_fn: LossFn | None) -> Tensor:
 
 
 def _own_copy(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """What a forward may change; inputs that want gradients get their own."""
+    """A copy of ``batch`` that a forward may change. Inputs keep ``requires_grad``."""
 
     def copied(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -131,7 +132,7 @@ def _own_copy(batch: Any, device: torch.device, dtype: torch.dtype | None) -> An
 
 
 def _gradient(param: Any) -> Tensor | None:
-    """Megatron's convention: in ``main_grad`` where the parameter's own is a placeholder, or none."""
+    """The gradient; by Megatron's convention ``main_grad``, if the parameter's own is None or a placeholder."""
     plain = _plain(param)
     main: Tensor | None = getattr(plain, "main_grad", None)
     if main is not None and (param.grad is None or getattr(plain, "grad_added_to_main_grad", False)):
@@ -157,7 +158,7 @@ def _generators(device: torch.device) -> list[Tensor]:
 
 @contextlib.contextmanager
 def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """All generators are as before afterwards: ranks that draw apart from then on would drop apart."""
+    """Restore all generators afterwards. Ranks with different states would draw different dropout masks."""
     python, numpy = random.getstate(), sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
     devices = [] if device.type in ("cpu", "meta") else [device]
@@ -173,9 +174,9 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """What a forward, a backward, :func:`without_dropout` or ``train`` change inside is as before afterwards.
+    """Restore afterwards what a forward, a backward, :func:`without_dropout` or ``train`` change inside.
 
-    Gradients start from none. Hooks behind their accumulation do not run: they are optimizer steps, or count them.
+    Gradients are None at the start. Hooks behind their accumulation do not run: they step optimizers, or count steps.
     """
     device = device_of(model)
     params = list(model.parameters())
@@ -222,7 +223,7 @@ def _copy(buffer: Tensor | None) -> Tensor | None:
 
 
 def without_dropout(model: nn.Module) -> bool:
-    """Set every probability of dropout to 0; returns whether there was one. :func:`untouched` sets them back."""
+    """Set every dropout probability to 0; returns whether there was one. :func:`untouched` restores them."""
     rates = list(_dropout_rates(model))
     for owner, name, _ in rates:
         setattr(owner, name, 0.0)
@@ -230,7 +231,7 @@ def without_dropout(model: nn.Module) -> bool:
 
 
 def _dropout_rates(model: nn.Module) -> Iterator[tuple[Any, str, float]]:
-    """(owner, attribute, value): ``p`` of dropout modules, and numbers that are called dropout, as models hold them."""
+    """Yield (owner, attribute, value) of ``p`` of dropout modules, and of numbers that are called dropout."""
     owners: dict[int, Any] = {}
     for module in model.modules():
         owners[id(module)] = module

@@ -1,1 +1,4 @@
-"""What names Transformers, Accelerate or peft. Nothing else of ``convert`` but its entry point imports it."""
+"""All that names Transformers, Accelerate or peft.
+
+Of ``convert`` only ``parallelize.py`` and the package itself import it; import-linter holds that.
+"""

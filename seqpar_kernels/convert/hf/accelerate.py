@@ -1,6 +1,6 @@
-"""Accelerate, and Transformers' ``Trainer`` with it, told on which ranks a parallelized model lies.
+"""Tells Accelerate, and Transformers' ``Trainer``, which ranks hold a parallelized model.
 
-Not imported by the package: needs Accelerate.
+The package does not import this module, because it needs Accelerate.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from .same_order import same_order
 
 
 def parallelism_config(model: nn.Module) -> ParallelismConfig | None:
-    """For ``Accelerator(parallelism_config=...)`` or ``TrainingArguments(parallelism_config=...)``; None on one rank.
+    """The value for ``Accelerator`` or ``TrainingArguments(parallelism_config=...)``; None on one rank.
 
-    The ranks that :func:`parallelize` has cut ``model`` over are given the same batches, also of a loader that shuffles
-    and of ranks that are seeded apart: the order is that of rank 0. All others are data parallel:
-    ``fully_shard`` must have been applied to ``model`` over them, on a mesh whose last dimension is the tensor-parallel
-    one::
+    The ranks that share ``model`` by :func:`parallelize` get the same batches in the order of rank 0, also from a
+    loader that shuffles and with different seeds. All other ranks are data parallel. Over those ``fully_shard`` must
+    have been applied to ``model``, on a mesh whose last dimension is the tensor-parallel one::
 
         mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "tp"))
         parallelize(model, mesh["tp"])
@@ -34,13 +33,13 @@ def parallelism_config(model: nn.Module) -> ParallelismConfig | None:
             fully_shard(block, mesh=mesh["dp"])
         fully_shard(model, mesh=mesh["dp"])
 
-    What it returns is taken on CPU ranks too, makes ``gather_for_metrics`` give each row once, and refuses the dispatch
-    of batches from rank 0 where that would give all data-parallel ranks the same ones. ``model`` is told how many ranks
-    there are, where Trainer and Accelerate look for it.
+    The configuration also works on CPU ranks. With it ``gather_for_metrics`` returns each row once. It refuses to
+    dispatch batches from rank 0 where all data-parallel ranks would get the same ones. The number of ranks is set on
+    ``model`` where Trainer and Accelerate read it.
 
     Raises:
-        ValueError: ``model`` has not been parallelized, or lies on other ranks or in another order than Accelerate
-            hands out batches for.
+        ValueError: ``model`` has not been parallelized, or its ranks are not those, in the order, for which Accelerate
+            hands out batches.
     """
     tensor_parallel = conversion_of(model).region.ranks
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -60,16 +59,16 @@ def parallelism_config(model: nn.Module) -> ParallelismConfig | None:
         told._fsdp_size = data_parallel
     elif getattr(model, "tp_size", None) is None:
         told.tp_size = tensor_parallel
-    if data_parallel > 1:  # fully_shard renames the class; by its name Trainer knows whether labels are shifted
+    if data_parallel > 1:  # fully_shard renames the class, by whose name Trainer decides whether labels are shifted
         told._get_name = functools.partial(str, type(model).__name__.removeprefix("FSDP"))
     return _OverRanks(dp_shard_size=data_parallel, tp_size=tensor_parallel)
 
 
 def _check_ranks(model: nn.Module, data_parallel: int, tensor_parallel: int) -> None:
-    """Accelerate gives rank r batch r // tensor_parallel: other meshes would train on other batches than they sum."""
+    """Refuse other meshes than Accelerate assumes: rank r gets batch r // tensor_parallel."""
     grid = torch.arange(data_parallel * tensor_parallel).view(data_parallel, tensor_parallel)
     mine = dist.get_rank() % tensor_parallel
-    # Parameters that parallelize did not know (adapters) are on fully_shard's mesh alone.
+    # Parameters added after parallelize (adapters) are on fully_shard's mesh only.
     right = [grid, grid[:, mine]] if data_parallel > 1 else [grid[0]]
     for name, param in model.named_parameters():
         if not isinstance(param, DTensor):
@@ -94,15 +93,15 @@ def _check_ranks(model: nn.Module, data_parallel: int, tensor_parallel: int) -> 
 
 
 class _OverRanks(ParallelismConfig):
-    """Accelerate's, valid on CPU ranks, for accelerators in which several ranks compute one batch."""
+    """Accelerate's configuration, also valid on CPU ranks, for groups of ranks that compute one batch together."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Trainer of Transformers 5.23 writes how many data-parallel ranks it believes in: that of the making stays."""
+        """Keep ``dp_shard_size`` as constructed: Trainer of Transformers 5.23 overwrites it with its own guess."""
         if name != "dp_shard_size" or vars(self).get(name) is None:
             super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Trainer saves its arguments with each checkpoint: process groups stay behind."""
+        """Leave process groups out: Trainer pickles its arguments with each checkpoint."""
         return {name: value for name, value in self.__dict__.items() if name != "device_mesh"}
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
@@ -120,7 +119,7 @@ class _OverRanks(ParallelismConfig):
 
 
 def _get_state_dict(accelerator: Accelerator, model: Any, unwrap: bool = True) -> dict[str, Any]:
-    """Accelerate's; of a parallelized model whole tensors, on every rank (a collective call)."""
+    """Accelerate's ``get_state_dict``. For a parallelized model: whole tensors on every rank, a collective call."""
     inner = accelerator.unwrap_model(model)
     if isinstance(getattr(inner, "_seqpar", None), Conversion):
         return full_state_dict(inner)
@@ -130,14 +129,14 @@ def _get_state_dict(accelerator: Accelerator, model: Any, unwrap: bool = True) -
 def _gather_for_metrics(
     accelerator: Accelerator, group: dist.ProcessGroup | None, input_data: Any, use_gather_object: bool = False
 ) -> Any:
-    """Accelerator's over the data-parallel ranks: its own gives each row as often as ranks have computed it."""
+    """``gather_for_metrics`` over the data-parallel ranks. Accelerator's own repeats each row for every rank."""
     if not use_gather_object:
         try:
             recursively_apply(lambda x: x, input_data, error_on_other_type=True)
         except TypeError:
             use_gather_object = True
     state = accelerator.gradient_state
-    # The last batch is filled up where it does not divide; -1: of a data set without length.
+    # Accelerate pads the last batch where it does not divide. The remainder is -1 for a data set without length.
     rows = slice(state.remainder if state.end_of_dataloader and state.remainder > 0 else None)
     if use_gather_object:
         return _all_objects(input_data, group)[rows]

@@ -1,4 +1,4 @@
-"""peft's adapters: refused where they would be trained wrongly."""
+"""Refuses peft's adapters where they would be trained wrongly."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def _refuse_later(conversion: Conversion) -> None:
 
 
 def _refuse(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Refuse peft's adapters on the modules called ``names`` and inside them; None: anywhere.
+    """Refuse peft's adapters on and inside the modules called ``names``; with None, anywhere.
 
-    A module of the plan is fed shards or computes this rank's features: an adapter there would get a part of its
-    gradient, other on every rank. Embeddings and heads that are whole, and prompts, may be adapted.
+    A module of the plan gets shards or computes this rank's features. An adapter there would get another part of its
+    gradient on every rank. Embeddings and heads that are whole, and prompts, may have adapters.
 
     Raises:
-        ValueError: there is one.
+        ValueError: the model has such an adapter.
     """
     for name, module in model.named_modules():
         of_peft = any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)

@@ -33,7 +33,8 @@ def built_in_plan(model: nn.Module) -> ParallelPlan | None:
     """The built-in plan for ``model.config.model_type``, if there is one."""
     plan = BUILT_IN.get(getattr(getattr(model, "config", None), "model_type", None) or "")
     prefix: Any = getattr(model, "base_model_prefix", "")
-    if plan is not None and prefix and not hasattr(model, prefix):  # the bare backbone: the same names without prefix
+    # The backbone alone has the same names without the prefix.
+    if plan is not None and prefix and not hasattr(model, prefix):
         strip = len(prefix) + 1
         plan = ParallelPlan(
             {name[strip:]: style for name, style in plan.styles.items()},

@@ -1,4 +1,4 @@
-"""``generate`` of a converted Hugging Face model: all ranks of the group write one text."""
+"""``generate`` of a converted Hugging Face model: all ranks of the group generate the same text."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..conversion import Conversion
 
 
 def generate_alike(conversion: Conversion) -> None:
-    """Let ``model.generate`` sample the same tokens on all ranks, however they are seeded.
+    """Let ``model.generate`` sample the same tokens on all ranks, whatever their seeds.
 
-    Sampling draws from the default generators, and the logits are the same on all ranks. So ``generate`` begins with
-    the generators' states of the group's first rank, and a rank that had others gets them back behind it: what a
-    rightly seeded run writes stays what it was. Prompts are compared first; where tokens are drawn, every forward and
-    the result are compared, so that ranks that come apart raise before one of them has ended and the others wait.
+    The logits are the same on all ranks, and sampling draws from the default generators. So ``generate`` begins with
+    the generator states of the group's first rank. A rank that had other states gets them back afterwards; a run with
+    equal seeds generates what it did without this. Prompts are compared first. Where tokens are drawn, every forward
+    and the result are compared, so that ranks with different tokens raise before one of them ends and the others wait.
     """
     group = conversion.region.group
     model: Any = conversion.model
@@ -33,7 +33,7 @@ def generate_alike(conversion: Conversion) -> None:
 
     @functools.wraps(generate)
     def generated(*args: Any, **kwargs: Any) -> Any:
-        """A collective call."""
+        """Generate with the random states of the first rank. A collective call."""
         alike = conversion.alike
         with drawing_alike(group, _device(model)):
             if alike is None:
@@ -48,7 +48,7 @@ def generate_alike(conversion: Conversion) -> None:
 
 @contextlib.contextmanager
 def drawing_alike(group: ProcessGroup, device: torch.device) -> Iterator[None]:
-    """Inside, random numbers are those that the group's first rank draws. A collective call."""
+    """Inside, all ranks draw the random numbers of the group's first rank. A collective call."""
     generators = list(dict.fromkeys([torch.default_generator, default_generator(device)]))
     own = [generator.get_state() for generator in generators]
     first = _of_first_rank(torch.cat(own), group, device).split([state.numel() for state in own])
@@ -66,7 +66,7 @@ def drawing_alike(group: ProcessGroup, device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def _of_first_rank(mine: Tensor, group: ProcessGroup, device: torch.device) -> Tensor:
-    """[n] -> [n], on the host."""
+    """[n] -> the first rank's [n], on the host."""
     name = "state of the random generators"
     whole = pipeline.gather(mine.to(device).unsqueeze(-1), 0, mine.numel() * group.size(), group, name)
     return whole.view(group.size(), mine.numel())[0].cpu()

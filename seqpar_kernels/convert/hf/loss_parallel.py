@@ -1,8 +1,8 @@
-"""``parallelize(..., loss_parallel=True)``: head and embedding cut by vocabulary, and the loss without logits.
+"""The loss of ``parallelize(..., loss_parallel=True)``, computed without logits.
 
-Nothing of the model's own forward is rewritten. Where it is given labels, the last norm hands on a stand-in for the
-hidden state, the head a stand-in for the logits (no memory, all NaN), and the model's ``loss_function`` computes the
-loss of the shard behind them. A model that does anything to either on the way is told so by the first forward.
+The model's forward stays as it is. With labels, the last norm returns a stand-in for the hidden state, and the head a
+stand-in for the logits (no memory, all NaN). ``loss_function`` then computes the loss from the shard. If the model
+changes a stand-in on the way, the forward raises an error.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ...nn.region import show_whole
 
 
 class LossParallel:
-    """The state of one forward: what stands for what."""
+    """The state of one forward: the stand-ins, and the shard behind them."""
 
     def __init__(self, head: VocabParallelHead, region: Region, loss_function: Callable[..., Tensor]):
         self._head, self._region = head, region
         self._loss_function = loss_function
-        self.active = False  # this forward has labels
+        self.active = False  # whether this forward has labels
         self._shard: Tensor | None = None
         self._hidden: Tensor | None = None
         self._logits: Tensor | None = None
@@ -35,17 +35,17 @@ class LossParallel:
         self._shard = self._hidden = self._logits = None
 
     def hide(self, shard: Tensor) -> Tensor:
-        """Behind the last norm: remember the shard, hand on a stand-in."""
+        """Behind the last norm: keep the shard, and return a stand-in."""
         self._shard, self._hidden = shard, show_whole(shard, self._region)
         return self._hidden
 
     def head(self, x: Tensor) -> Tensor:
-        """In the head's place. [..., H] -> [..., V]"""
+        """Take the place of the head's forward. [..., H] -> [..., V]"""
         if not self.active:
             with trusted():
                 return type(self._head).forward(self._head, x)
         hidden = self._hidden
-        # A view of all rows is the same: decoders slice the last hidden state by logits_to_keep.
+        # A view of all rows passes: decoders slice the last hidden state by logits_to_keep.
         same = hidden is not None and x.shape == hidden.shape
         if same and hidden is not None and not torch.compiler.is_compiling():
             same = x.data_ptr() == hidden.data_ptr()
@@ -67,7 +67,7 @@ class LossParallel:
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """In place of transformers' ForCausalLMLoss."""
+        """Take the place of Transformers' ForCausalLMLoss."""
         if not self.active:
             return self._loss_function(
                 logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
@@ -85,7 +85,7 @@ class LossParallel:
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
     def finish(self, output: Any) -> Any:
-        """The model's output without the logits, which are not there."""
+        """The model's output without the stand-in for the logits."""
         if not self.active:
             return output
         if not self._done:

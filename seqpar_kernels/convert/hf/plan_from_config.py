@@ -1,10 +1,11 @@
 """A sequence-parallel plan from the tensor-parallel plan that a Hugging Face decoder carries.
 
 Transformers' configurations say how tensor parallelism cuts each linear layer of a block (``base_model_tp_plan``). The
-rest follows from the model itself: the residual stream is a shard from the entrance of the first block to the final
-norm, so every norm, dropout and parameter a block applies to it works on the shard; what lies between a colwise and a
-rowwise layer works on this rank's heads. Norms are told by what they compute, never by their names. What follows from
-nothing is refused with the reason, or runs whole on every rank (style ``replicated``) where that is right.
+rest follows from the model. The residual stream is a shard from the entrance of the first block to the final norm, so
+every norm, dropout and parameter that a block applies to it works on the shard. Modules between a colwise and a rowwise
+layer work on this rank's heads. Norms are recognised by what they compute, not by their names. A module with no style
+by these rules runs whole on every rank (style ``replicated``) where that is right. Else the model is refused with the
+reason.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PROVEN = frozenset({
 _COLWISE = ("colwise", "colwise_gather_output", "colwise_rep")
 _ROWWISE = ("rowwise", "rowwise_split_input", "rowwise_rep")
 _PARTIAL = ("replicated_with_grad_allreduce", "mla_kv_a_proj")  # whole on every rank, gradients summed
-_LOCAL = "local_params"  # computes with plain tensors: all modules do here, so it says nothing
+_LOCAL = "local_params"  # computes with plain tensors, as all modules do here
 _EXPERTS = ("experts", "router", "shared_experts", "shared_expert")
 #: Attributes by which attention code counts its heads.
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads", "n_head")
@@ -62,7 +63,7 @@ def derive_plan(model: nn.Module, ranks: int) -> ParallelPlan:
 
 
 class _WholeOnly(Exception):
-    """Why a module can only run whole on every rank."""
+    """The reason why a module can only run whole on every rank."""
 
 
 class _Derivation:
@@ -127,7 +128,7 @@ class _Derivation:
                 yield name, module
 
     def _ends(self, name: str, blocks: nn.ModuleList) -> None:
-        """Where the residual stream of a stack is cut, and where it is put together again."""
+        """Find where the residual stream of a stack is cut, and where it is gathered again."""
         self._edge(f"{name}.0", "scatter_input")
         owner_name, _, own = name.rpartition(".")
         siblings = list(self.model.get_submodule(owner_name).named_children())
@@ -137,7 +138,7 @@ class _Derivation:
             final = f"{owner_name}.{norms[0]}" if owner_name else norms[0]
             self.styles[final] = "norm"
             self._edge(final, "gather_output")
-        else:  # a norm without parameters is as right on the whole sequence, wherever else the model uses it
+        else:  # a norm without parameters is also right on the whole sequence, where the model may use it again
             self._edge(f"{name}.{len(blocks) - 1}", "gather_output")
 
     def _edge(self, name: str, kind: str) -> None:
@@ -206,7 +207,7 @@ class _Container:
         self.of, self.name, self.module, self.ranks = derivation, name, module, derivation.ranks
         self.columns: dict[str, str] = {}  # relative name -> carried style
         self.rows: dict[str, str] = {}
-        self.others: list[str] = []  # modules with parameters of their own that are neither
+        self.others: list[str] = []  # other modules with parameters of their own
         for child, inner in module.named_modules():
             style = derivation._carried_style(f"{name}.{child}") if child else None
             if style in _COLWISE:
@@ -255,7 +256,7 @@ class _Container:
             raise _WholeOnly(f"{child}: {str(error).removeprefix('module: ')}") from None
 
     def _own_parameters(self) -> None:
-        """Parameters of the module itself: one entry for each head, or nothing that can be cut."""
+        """Cut the module's own parameters, if they have one entry for each head."""
         cut = []
         for param, value in self.module.named_parameters(recurse=False):
             if self.of._carried_style(f"{self.name}.{param}") not in _COLWISE or value.shape[0] % self.ranks:
@@ -265,10 +266,10 @@ class _Container:
             self.of.cut[self.name] = tuple(cut)
 
     def _column(self, child: str, style: str) -> str:
-        """colwise, with the sections of what is packed in one projection.
+        """The colwise style, with the sections of a packed projection.
 
-        The carried "colwise_gather_output" says that plain pieces would be wrong or that a norm needs all heads: only
-        layouts known by their names are cut.
+        The carried "colwise_gather_output" says that plain pieces would be wrong, or that a norm needs all heads. So
+        only layouts that are known by their names are cut.
         """
         if style == "colwise":
             if isinstance(self.module.get_submodule(child), nn.Linear):
@@ -286,7 +287,7 @@ class _Container:
         raise _WholeOnly(f"how the output of {short} is laid out is not known")
 
     def _heads(self) -> None:
-        """Head counts divide; fewer key/value heads than ranks are shared by neighbours."""
+        """Divide head counts. Key/value heads that are fewer than ranks are shared by neighbours."""
         name, module, ranks = self.name, self.module, self.ranks
         config: Any = getattr(module, "config", None)
         heads = getattr(config, "num_attention_heads", None)
@@ -313,7 +314,7 @@ class _Container:
             self.of.divided[name] = divided
 
     def _other(self, child: str, gathers: bool) -> None:
-        """A module between the two, or beside the colwise layers where the input is gathered."""
+        """Find the style of a module between colwise and rowwise, or beside the colwise layers of a gathered input."""
         module = self.module.get_submodule(child)
         params = list(module.parameters(recurse=False))
         column = child.replace("norm", "proj")  # q_norm normalizes what q_proj puts out
@@ -332,7 +333,7 @@ class _Container:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether it is a norm that has a fused twin; modules without parameters are tried by their class's name only."""
+    """Whether a fused norm computes the same. Without parameters, the name of the class must say that it is a norm."""
     if not any(True for _ in module.parameters()) and "norm" not in type(module).__name__.lower():
         return False
     try:
@@ -353,7 +354,7 @@ def _pattern(name: str) -> str:
 
 
 def _collapsed(found: dict[str, Any], modules: Counter[str]) -> dict[str, Any]:
-    """One pattern in place of names that differ in their numbers only, where it names no other module."""
+    """Replace names that differ only in their numbers by one pattern, if it matches no other module."""
     values: dict[str, list[Any]] = {}
     for name, value in found.items():
         values.setdefault(_pattern(name), []).append(value)

@@ -1,4 +1,4 @@
-"""What Transformers, Accelerate and peft ask of a model, answered for one that lies on several ranks."""
+"""Sets what Transformers and Accelerate read from a model, for one that several ranks share."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from .save_pretrained import save_from_one_rank
 
 
 def answer_for_ranks(conversion: Conversion) -> None:
-    """Answer Transformers and Accelerate for a model on several ranks."""
+    """Describe the ranks to Transformers and Accelerate, where there are several."""
     if conversion.mesh is not None:
         describe_ranks(conversion.model, conversion.mesh)
 
 
 def let_accelerate_hook(conversion: Conversion) -> None:
-    """Let a compiled model have hooks and forwards of Accelerate's (autocast): they bring in nothing to be trained."""
+    """Allow a compiled model hooks and forwards of Accelerate (autocast), which train nothing."""
     conversion.harmless_hooks += ("accelerate.",)
 
 
 def describe_ranks(model: Any, mesh: DeviceMesh) -> None:
-    """Make ``Trainer`` and ``Accelerator`` take the ranks of ``mesh`` for what they are, and ``save_pretrained`` whole.
+    """Tell ``Trainer`` and ``Accelerator`` which ranks share ``model``, and let ``save_pretrained`` write it whole.
 
-    Transformers' own attributes of a model that it has cut: with them every rank is given the same batches, the loss is
-    not averaged over ranks that hold the same one, and nothing is wrapped in DistributedDataParallel.
+    The attributes are those that Transformers sets on a model that it has cut. With them every rank gets the same
+    batches, the loss is not averaged over ranks that hold the same one, and DistributedDataParallel is not applied.
     """
     if not hasattr(model, "save_pretrained"):
         return
     model._tp_size, model._device_mesh = mesh.size(), mesh
-    model._is_distributed_loading_by_transformers = True  # what Trainer asks since Transformers 5.19
+    model._is_distributed_loading_by_transformers = True  # Trainer reads it since Transformers 5.19
     _describe(model)
     save_from_one_rank(model, mesh)
     if hasattr(model, "resize_token_embeddings"):
@@ -41,7 +41,7 @@ def describe_ranks(model: Any, mesh: DeviceMesh) -> None:
 def _refuse_to_resize(
     resize: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
 ) -> Any:
-    if new_num_tokens is None and pad_to_multiple_of is None:  # asks for the embedding
+    if new_num_tokens is None and pad_to_multiple_of is None:  # a call that returns the embedding
         return resize(None, None, *args, **kwargs)
     raise ValueError(
         f"resize_token_embeddings: expected a model that has not been parallelized, got new_num_tokens="
@@ -50,10 +50,10 @@ def _refuse_to_resize(
 
 
 def _describe(model: Any) -> None:
-    """Give Transformers' models the description that its Trainer reads since Transformers 5.23: one that says nothing.
+    """Set the ``distributed_config`` that Trainer reads since Transformers 5.23, with sizes of 1.
 
-    It lies in the configuration, which other models may share, also whole ones, and so is never taken away. Sizes of 1
-    leave those as they are; how many ranks there are Trainer learns from ``_tp_size`` and ``parallelism_config``.
+    Other models, also whole ones, may share the configuration. Sizes of 1 do not change them, so it is never removed.
+    Trainer learns the number of ranks from ``_tp_size`` and ``parallelism_config``.
     """
     if not any(kind.__module__ == "transformers.modeling_utils" for kind in type(model).__mro__):
         return

@@ -1,4 +1,4 @@
-"""One order of the data on all ranks, however they are seeded. Needs Accelerate, like its only caller."""
+"""Gives all ranks the same order of the data, whatever their seeds. Needs Accelerate, like its only caller."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.utils.data import Sampler
 
 
 def same_order(loader: Any, device: torch.device) -> None:
-    """Let the sampler of a loader that Accelerate has prepared draw what it draws on world rank 0.
+    """Let the sampler of a loader that Accelerate has prepared draw the order of world rank 0.
 
-    Accelerate shares out the batches of one order, and trusts that each rank has the same. Collective, here and at the
-    beginning of each epoch.
+    Accelerate assumes that each rank has the same order, and gives each its batches of it. A collective call, here and
+    at the beginning of each epoch.
     """
     batches: Any = getattr(loader, "batch_sampler", None)
-    while hasattr(batches, "batch_sampler"):  # what Accelerate has put around it
+    while hasattr(batches, "batch_sampler"):  # Accelerate has wrapped it
         batches = batches.batch_sampler
     sampler = getattr(batches, "sampler", None)
     if isinstance(sampler, SeedableRandomSampler):
@@ -30,9 +30,9 @@ def same_order(loader: Any, device: torch.device) -> None:
 
 
 class SameOrder(Sampler[Any]):
-    """``sampler``, drawing from rank 0's random states: torch's default generator, and one of its own.
+    """``sampler`` with the random states of rank 0: of torch's default generator, and of its own one.
 
-    It draws all it needs, or a seed for it, before it gives its first index; a rank's own state comes back then.
+    A sampler draws all its numbers, or a seed for them, before its first index. The rank's own state is restored then.
     """
 
     def __init__(self, sampler: Any, device: torch.device):
@@ -62,7 +62,7 @@ class SameOrder(Sampler[Any]):
         return len(self.sampler)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "sampler":  # not there yet, in a copy
+        if name == "sampler":  # a copy has no attributes yet
             raise AttributeError(name)
         return getattr(self.sampler, name)
 

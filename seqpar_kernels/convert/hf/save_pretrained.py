@@ -1,4 +1,4 @@
-"""``save_pretrained`` of a model that lies on several ranks: gathered by all of them, written by one."""
+"""``save_pretrained`` of a model that several ranks share: all gather it, one writes it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _NUMBERED = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)")
 
 
 def save_from_one_rank(model: Any, mesh: DeviceMesh) -> None:
-    """Replace ``save_pretrained`` of ``model``, and of the models of Transformers' inside it.
+    """Replace ``save_pretrained`` of ``model``, and of Transformers' models inside it.
 
-    Transformers' own writes on rank 0 of the world and nowhere else, and cannot write what lies on several ranks.
-    ``mesh``: the one that the model lies on.
+    Transformers' own one writes on rank 0 of the world only, and cannot write a model that several ranks share.
+    ``mesh`` is the mesh of the model.
     """
     for name, module in model.named_modules():
         if hasattr(module, "save_pretrained"):
@@ -31,26 +31,26 @@ def save_from_one_rank(model: Any, mesh: DeviceMesh) -> None:
 
 
 def _replace(model: Any, whole: Any, prefix: str, mesh: DeviceMesh) -> None:
-    """``model`` is all of the parallelized model ``whole``, or what its names with ``prefix`` are of.
+    """Replace ``save_pretrained`` of ``model``: the parallelized model ``whole``, or its part called ``prefix``.
 
-    ``mesh`` is the one that the model lies on. Where it is a row of a larger mesh, other rows may hold the same model
-    and save it to the same folder: each file is then put there as a whole.
+    ``mesh`` is the mesh of the model. If it is a row of a larger mesh, other rows may hold the same model and save it
+    to the same folder. Each file is then moved there complete.
     """
     save = model.save_pretrained
-    writes = False  # in the call under way
+    writes = False  # whether this rank writes in the current call
 
     def should_save_on_this_rank(is_main_process: bool = True) -> bool:
-        """In place of Transformers': the ranks of a model, not those of the world, settle who writes."""
+        """Take the place of Transformers' method: the ranks of the model decide who writes, not those of the world."""
         return writes
 
     @functools.wraps(save)
     def save_pretrained(
         save_directory: Any, is_main_process: bool | None = None, state_dict: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Write the plain checkpoint of the whole model, from the first rank that holds it.
+        """Write the plain checkpoint of the whole model, on the first rank that holds it.
 
-        Without ``state_dict``, or with one of DTensors, a collective call of all ranks that hold the model: the weights
-        are gathered. With whole tensors each rank calls for itself.
+        Without ``state_dict``, or with DTensors in it, this is a collective call of all ranks that hold the model,
+        which gather the weights. With whole tensors each rank calls for itself.
 
         Args:
             save_directory: the folder.
@@ -91,7 +91,7 @@ def _replace(model: Any, whole: Any, prefix: str, mesh: DeviceMesh) -> None:
                 f"{dist.get_rank()}, which was to; save full_state_dict(model) with safetensors.torch.save_file"
             )
         if collective:
-            for g in groups:  # nobody reads what is not there yet
+            for g in groups:  # no rank reads a file before it is written
                 dist.barrier(g)
 
     model.save_pretrained = save_pretrained
@@ -99,7 +99,7 @@ def _replace(model: Any, whole: Any, prefix: str, mesh: DeviceMesh) -> None:
 
 
 def _groups_of(model: Any, group: ProcessGroup) -> list[ProcessGroup]:
-    """The ranks that hold ``model``: its own group, and fully_shard's across."""
+    """The groups of the ranks that hold ``model``: its own group, and fully_shard's across."""
     listed = next(model.parameters())
     if isinstance(listed, DTensor) and listed.device_mesh.ndim > 1:
         return [group, listed.device_mesh.get_group(0)]
@@ -113,7 +113,7 @@ def _is_row(mesh: DeviceMesh) -> bool:
 
 
 def _save_aside(save: Any, save_directory: Any, state_dict: Any, *args: Any, **kwargs: Any) -> None:
-    """``save`` beside the folder, then each file moved into it: nobody sees half of one, whoever else moves his."""
+    """Save to a folder inside, then move each file out of it, so that no reader sees an incomplete file."""
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
@@ -121,13 +121,13 @@ def _save_aside(save: Any, save_directory: Any, state_dict: Any, *args: Any, **k
         new = {path.name: path for path in Path(aside).iterdir()}
         for name, path in new.items():
             os.replace(path, folder / name)
-    for path in folder.iterdir():  # of an earlier save in more files
+    for path in folder.iterdir():  # files of an earlier save that had more
         if _NUMBERED.fullmatch(path.name) and path.name not in new:
             path.unlink(missing_ok=True)
 
 
 def _chosen(groups: list[ProcessGroup], is_main_process: bool | None, in_rows: bool) -> bool:
-    """Whether this rank is the first of those that ``is_main_process`` does not keep from writing."""
+    """Whether this rank is the first whose ``is_main_process`` lets it write."""
     wanted = [(dist.get_rank(), is_main_process is None or bool(is_main_process))]
     for group in groups:
         found: list[Any] = [None] * group.size()

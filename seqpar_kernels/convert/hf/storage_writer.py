@@ -1,4 +1,4 @@
-"""``HuggingFaceStorageWriter`` of torch, where it would lose shards: refused before anything is written."""
+"""Refuses torch's ``HuggingFaceStorageWriter`` where it would lose shards, before it writes anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REMEDY = (
 
 
 def refuse_lost_shards(conversion: Conversion) -> None:
-    """Let the writer refuse what its files cannot hold, from here on; may be called often."""
+    """Let the writer refuse what its files cannot hold. A second call changes nothing."""
     writer: Any = HuggingFaceStorageWriter
     original = writer.prepare_global_plan
     if conversion.region.ranks == 1 or hasattr(original, "_seqpar"):

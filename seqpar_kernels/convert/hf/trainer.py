@@ -1,6 +1,6 @@
-"""Transformers' ``Trainer`` on a model that lies on several ranks: what it is told, and checkpoints to go on from.
+"""Transformers' ``Trainer`` on a model that several ranks share: its configuration, and checkpoints to resume from.
 
-Not imported by the package: needs Transformers and Accelerate.
+The package does not import this module, because it needs Transformers and Accelerate.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _RANDOM = "random"
 
 
 class SaveOptimizer(TrainerCallback):
-    """Adds optimizer, schedule and random state to each checkpoint, and takes them up when training is resumed.
+    """Adds optimizer, schedule and random state to each checkpoint, and loads them when training is resumed.
 
-    Trainer saves the optimizer of rank 0 and so refuses to save any for a model on several ranks. Give it
-    ``save_only_model=True`` and this callback instead. What is written may be resumed on another number of ranks.
+    Trainer saves the optimizer of rank 0 only, so it refuses to save one for a model on several ranks. Give it
+    ``save_only_model=True`` and this callback instead. Training may be resumed on another number of ranks.
 
     Args:
-        resume_from: the checkpoint that ``train(resume_from_checkpoint=...)`` is given, where that is not the one of
-            its step in ``output_dir``.
+        resume_from: the checkpoint given to ``train(resume_from_checkpoint=...)``, if it is not the one of its step in
+            ``output_dir``.
 
     Raises:
-        FileNotFoundError: training is resumed from a checkpoint that this callback had no part in.
+        FileNotFoundError: training is resumed from a checkpoint that this callback did not write.
     """
 
     def __init__(self, resume_from: str | Path | None = None):
@@ -47,7 +47,7 @@ class SaveOptimizer(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}", _FOLDER)
         found = self._state(**kwargs)
-        # Of each data-parallel rank: those of one batch are seeded alike.
+        # One state for each data-parallel rank: the ranks of one batch have the same.
         found[_RANDOM] = {str(_data_parallel_rank(kwargs["model"])): _random_state(args.device)}
         dcp.save(found, checkpoint_id=folder)
 
@@ -70,7 +70,7 @@ class SaveOptimizer(TrainerCallback):
         self._random = found[_RANDOM][source]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if float(state.epoch).is_integer():  # else the numbers that going to the right batch draws come first
+        if float(state.epoch).is_integer():  # inside an epoch, skipping to the right batch draws first
             self._restore_random(args.device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -112,6 +112,6 @@ def _set_random_state(saved: bytes, device: torch.device) -> None:
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """What Accelerate has wrapped."""
+    """The optimizer that Accelerate has wrapped."""
     found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return found

@@ -1,4 +1,4 @@
-"""The embedding and the head of a causal language model, and what ``loss_parallel`` puts in their places."""
+"""Cuts the embedding and the head of a causal language model by vocabulary, for ``loss_parallel``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ...nn.embedding import check_embedding, check_head
 from ..conversion import Conversion
 from .loss_parallel import LossParallel
 
-#: Attributes of a config by which a model changes its logits between head and loss, and the value that changes nothing.
+#: Attributes of a config by which a model changes its logits before the loss -> the value that changes nothing.
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1}
 
 
 class Ends(NamedTuple):
-    """Both ends of a causal language model, by module name."""
+    """Module names of the embedding and the head of a causal language model."""
 
     embedding: str
     head: str
@@ -30,7 +30,7 @@ def find_ends(conversion: Conversion) -> None:
     """Find the embedding and the head that ``loss_parallel`` cuts.
 
     Raises:
-        ValueError: not a Hugging Face causal language model with its standard loss, or one this cannot be done to.
+        ValueError: not a Hugging Face causal language model with the standard loss, or its ends cannot be cut.
     """
     if not conversion.loss_parallel:
         return
@@ -72,7 +72,7 @@ def find_ends(conversion: Conversion) -> None:
 
 
 def cut_ends(conversion: Conversion) -> None:
-    """Put modules that are cut by vocabulary in place of both ends, and follow forwards that have labels."""
+    """Replace both ends by modules cut by vocabulary, and hook the model for forwards with labels."""
     if conversion.vocabulary_ends is None:
         return
     model: Any = conversion.model
@@ -112,7 +112,7 @@ def cut_ends(conversion: Conversion) -> None:
 
 
 def _between(model: nn.Module, embedding: str, conversion: Conversion) -> Callable[[], str | None]:
-    """Asks why the modules between the embedding and where the sequence is cut need tensors that are whole."""
+    """Returns a function that says why a module before the cut needs the whole embedding; None if none does."""
     cuts = [name for name, edges in conversion.edges.items() if "scatter_input" in edges]
     paths = {".".join(name.split(".")[: depth + 1]) for name in cuts for depth in range(name.count(".") + 1)}
     names = sorted(path for path in paths if not f"{embedding}.".startswith(f"{path}."))
