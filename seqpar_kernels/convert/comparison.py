@@ -141,7 +141,7 @@ def _gradient_hook(name: str, alike: Alike) -> Callable[..., None]:
 
     def fold(grad: Tensor) -> None:
         if not torch.compiler.is_compiling() and not _captured(grad.device):
-            alike.fold(f"the gradient at the output of {name} (labels and loss are to be alike too)", grad)
+            alike.fold(f"the gradient at the output of {name} (labels and loss must be the same too)", grad)
 
     return hook
 
@@ -265,9 +265,9 @@ def _compare_parameters(places: list[_Place], own: set[str], gathered: Callable[
         wrong = [p.name for p, differs in zip(places, apart.tolist(), strict=True) if differs and not p.cut]
         if wrong:
             raise RuntimeError(
-                f"{_listed(wrong)}: the ranks of the group hold other values of parameters or buffers that are to "
-                "be alike on all. Initialise or load before parallelize, with the ranks seeded alike, or load with "
-                f"load_state_dict afterwards. {REMEDY}"
+                f"{_listed(wrong)}: the ranks of the group hold different values of parameters or buffers that "
+                "must be the same on all. Initialise or load before parallelize, with the ranks seeded alike, or load "
+                f"with load_state_dict afterwards. {REMEDY}"
             )
         doubtful = [p for p, equal in zip(places, same.tolist(), strict=True) if equal and p.of_linear]
         if not doubtful:
@@ -276,8 +276,8 @@ def _compare_parameters(places: list[_Place], own: set[str], gathered: Callable[
         copies = [p.name for p, equal in zip(doubtful, (more == more[:1]).all(2).all(0).tolist(), strict=True) if equal]
         if copies:
             raise RuntimeError(
-                f"{_listed(copies)}: every rank of the group holds the same values, where each has to hold its part "
-                "of the whole weight: it was initialised after parallelize, with all ranks seeded alike. Initialise "
+                f"{_listed(copies)}: every rank of the group holds the same values, but each must hold its part of "
+                "the whole weight. It was initialised after parallelize, with all ranks seeded alike. Initialise "
                 "before parallelize, or with reset_parameters() of the module or model.apply, which draw the whole "
                 f"weight and cut it. {REMEDY}"
             )

@@ -126,10 +126,10 @@ def _unwatched(name: str, conversion: Conversion) -> str:
     (gathers,) = conversion.edges_at("gather_output")
     together = " and ".join(gathers) or "the place where the sequence is put together"
     return (
-        f"{name}: the sequence is cut in no forward of the model, but in a loop over its layers, say: nothing would be "
-        f"checked there, and gradients might be parts of a sum. Call the model, or a module inside that holds {name} "
-        f"and {together}; a loop of your own belongs into the forward of such a module before parallelize. Without "
-        "gradients (torch.no_grad()) it runs"
+        f"{name}: the sequence is cut in no forward of the model (but in a loop over its layers, say). Nothing would "
+        "be checked there, and gradients might be parts of a sum. Call the model, or a module inside that holds "
+        f"{name} and {together}. Write a loop of your own into the forward of such a module before parallelize. "
+        "Without gradients (torch.no_grad()) the loop runs"
     )
 
 

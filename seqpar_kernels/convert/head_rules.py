@@ -45,7 +45,7 @@ _FILLS = frozenset({"full", "tensor", "as_tensor", "scalar_tensor", "full_like",
 _NUMBERING = frozenset({"arange", "range", "linspace", "logspace", "eye", "__getitem__", "narrow", "tril_indices"})
 REMEDY = (
     "Give the module that does it the style 'replicated', which runs it whole on every rank. A norm over all heads as "
-    "a module of its own takes 'split_norm'; what differs from head to head (slopes, scales) is to be a parameter with "
+    "a module of its own takes 'split_norm'; hold what differs from head to head (slopes, scales) in a parameter with "
     "an entry for each head, named in the plan's `cut`"
 )
 
@@ -282,7 +282,7 @@ class HeadRules:
         return (
             f"{self.where}: {what} together with a tensor-parallel tensor, which has all rows; {source} counts only "
             f"{self.held()}. A module that reads the shape of its input before its colwise layers needs "
-            "'whole_input' in the plan; positions and masks are to be made where the sequence is whole"
+            "'whole_input' in the plan; make positions and masks where the sequence is whole"
         )
 
     def _wrong_heads(self, wrong: WrongHeads) -> str:
@@ -296,7 +296,7 @@ class HeadRules:
             f"({attribute!r},)}})"
             if attribute
             else "Where an attribute counts heads or features, name it in the plan's `divided` "
-            "(ParallelPlan(..., divided={module: (attribute,)})); a number in the code is to be written as -1"
+            "(ParallelPlan(..., divided={module: (attribute,)})); write -1 in place of a number in the code"
         )
         return f"{self.where}: {statement()}: {wrong}. {help_}"
 

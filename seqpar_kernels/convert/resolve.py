@@ -50,8 +50,8 @@ def _check_arguments(model: Any, seq_dim: Any, loss_parallel: Any) -> None:
     meta = next((name for name, param in model.named_parameters() if param.is_meta), None)
     if meta is not None:
         raise ValueError(
-            f"model: expected parameters with values, for norms are tried and ranks compared, {meta} is on the meta "
-            "device; materialise it first"
+            f"model: expected parameters with values, got {meta} on the meta device; materialise it first: norms are "
+            "tried, and ranks compared"
         )
 
 

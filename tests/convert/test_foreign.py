@@ -209,7 +209,7 @@ def arguments_case() -> None:
     refused(r"plan\['norm'\]: expected a name pattern and its styles as text, got 3", llama(), {"norm": 3})
     with torch.device("meta"):
         model = llama()
-    refused("model.embed_tokens.weight is on the meta device; materialise it first", model)
+    refused("got model.embed_tokens.weight on the meta device; materialise it first", model)
     assert type(model.model.norm).__name__ == "LlamaRMSNorm"  # type: ignore[union-attr]
 
 
