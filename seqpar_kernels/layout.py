@@ -23,6 +23,12 @@ class SequenceShard(NamedTuple):
     """Rows ``start..stop`` of a sequence of ``length`` rows, split over ``ranks`` like ``torch.tensor_split``.
 
     The first ``length % ranks`` ranks hold one row more than the others.
+
+    Examples:
+        >>> import seqpar_kernels as sp
+        >>> shard = sp.SequenceShard(length=10, ranks=4, rank=1)
+        >>> shard.start, shard.stop, shard.size
+        (3, 6, 3)
     """
 
     length: int

@@ -64,6 +64,16 @@ def set_default_group(group: Group) -> None:
 
     Raises:
         ValueError: no such group.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> megatron.set_default_group(group.WORLD)
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.gather_from_sequence_parallel_region(x).shape  # on 4 ranks: [32, 2, 16]
+        torch.Size([8, 2, 16])
+        >>> megatron.set_default_group(None)
     """
     global _default
     resolve_group(group)
@@ -75,6 +85,14 @@ def get_default_group() -> ProcessGroup | DeviceMesh:
 
     Raises:
         RuntimeError: there is none.
+
+    Examples:
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> megatron.set_default_group(group.WORLD)
+        >>> megatron.get_default_group() is group.WORLD
+        True
+        >>> megatron.set_default_group(None)
     """
     if _default is not None and dist.is_initialized():
         return _default
@@ -94,27 +112,72 @@ def _meant(group: Group) -> Group:
 
 
 def copy_to_tensor_model_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
-    """Identity forward, all-reduce backward."""
+    """Identity forward, all-reduce backward.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.copy_to_tensor_model_parallel_region(x, group.WORLD).shape
+        torch.Size([8, 2, 16])
+    """
     return F.copy_to(input_, _meant(group))
 
 
 def reduce_from_tensor_model_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
-    """All-reduce forward, identity backward."""
+    """All-reduce forward, identity backward.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.reduce_from_tensor_model_parallel_region(x, group.WORLD).shape
+        torch.Size([8, 2, 16])
+    """
     return F.reduce_from(input_, _meant(group))
 
 
 def scatter_to_tensor_model_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
-    """Split along the last dimension forward, all-gather backward."""
+    """Split along the last dimension forward, all-gather backward.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.scatter_to_tensor_model_parallel_region(x, group.WORLD).shape  # on 4 ranks: [8, 2, 4]
+        torch.Size([8, 2, 16])
+    """
     return F.split(input_, _meant(group), -1)
 
 
 def gather_from_tensor_model_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
-    """All-gather along the last dimension forward, split backward."""
+    """All-gather along the last dimension forward, split backward.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.gather_from_tensor_model_parallel_region(x, group.WORLD).shape  # on 4 ranks: [8, 2, 64]
+        torch.Size([8, 2, 16])
+    """
     return F.gather(input_, _meant(group), -1, partial_grad=False)
 
 
 def scatter_to_sequence_parallel_region(input_: Tensor, group: Group = None, *, seq_dim: int = 0) -> Tensor:
-    """Split along the sequence forward, all-gather backward."""
+    """Split along the sequence forward, all-gather backward.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.scatter_to_sequence_parallel_region(x, group.WORLD).shape  # on 4 ranks: [2, 2, 16]
+        torch.Size([8, 2, 16])
+    """
     return F.split(input_, _meant(group), seq_dim)
 
 
@@ -142,6 +205,14 @@ def gather_from_sequence_parallel_region(
     Raises:
         ValueError: an argument that does not fit, by name.
         RuntimeError: no default group; ranks that disagree.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.gather_from_sequence_parallel_region(x, group.WORLD).shape  # on 4 ranks: [32, 2, 16]
+        torch.Size([8, 2, 16])
     """
     if isinstance(tensor_parallel_output_grad, (ProcessGroup, DeviceMesh)):
         if group is not None:
@@ -166,6 +237,14 @@ def reduce_scatter_to_sequence_parallel_region(
     """Reduce-scatter along the sequence forward, all-gather backward.
 
     ``input_split_sizes``: the rows that each rank gets, where they are not cut as ``torch.tensor_split`` cuts.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.reduce_scatter_to_sequence_parallel_region(x, group.WORLD).shape  # on 4 ranks: [2, 2, 16]
+        torch.Size([8, 2, 16])
     """
     group = _meant(group)
     if input_split_sizes is None:
@@ -174,12 +253,30 @@ def reduce_scatter_to_sequence_parallel_region(
 
 
 def all_gather_last_dim_from_tensor_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
-    """All-gather along the last dimension forward, reduce-scatter backward."""
+    """All-gather along the last dimension forward, reduce-scatter backward.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.all_gather_last_dim_from_tensor_parallel_region(x, group.WORLD).shape  # on 4 ranks: [8, 2, 64]
+        torch.Size([8, 2, 16])
+    """
     return F.gather(input_, _meant(group), -1, partial_grad=True)
 
 
 def reduce_scatter_last_dim_to_tensor_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
-    """Reduce-scatter along the last dimension forward, all-gather backward."""
+    """Reduce-scatter along the last dimension forward, all-gather backward.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.reduce_scatter_last_dim_to_tensor_parallel_region(x, group.WORLD).shape  # on 4 ranks: [8, 2, 4]
+        torch.Size([8, 2, 16])
+    """
     return F.reduce_scatter(input_, _meant(group), -1)
 
 
@@ -200,6 +297,14 @@ def all_to_all(
     Raises:
         ValueError: an argument that does not fit, by name.
         RuntimeError: ranks whose sizes do not fit one another: on every rank, before any row travels.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 16)
+        >>> megatron.all_to_all(group.WORLD, x).shape  # 2 rows to each of 4 ranks, 2 from each
+        torch.Size([8, 16])
     """
     if group is None:
         raise ValueError(
@@ -209,7 +314,16 @@ def all_to_all(
 
 
 def all_to_all_sp2hp(input_: Tensor, group: Group = None) -> Tensor:
-    """[..., H] of this rank's tokens, [tokens / t, H], to [tokens, H / t]: all tokens, this rank's features."""
+    """[..., H] of this rank's tokens, [tokens / t, H], to [tokens, H / t]: all tokens, this rank's features.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 16)
+        >>> megatron.all_to_all_sp2hp(x, group.WORLD).shape  # on 4 ranks: [32, 4]
+        torch.Size([8, 16])
+    """
     group = _meant(group)
     ranks = group_size(resolve_group(group))
     F.check_divides_by("input_", input_, -1, ranks)
@@ -218,7 +332,16 @@ def all_to_all_sp2hp(input_: Tensor, group: Group = None) -> Tensor:
 
 
 def all_to_all_hp2sp(input_: Tensor, group: Group = None) -> Tensor:
-    """[..., H / t] of all tokens, [tokens, H / t], to [tokens / t, H]: this rank's tokens, all features."""
+    """[..., H / t] of all tokens, [tokens, H / t], to [tokens / t, H]: this rank's tokens, all features.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 16)
+        >>> megatron.all_to_all_hp2sp(x, group.WORLD).shape  # on 4 ranks: [2, 64]
+        torch.Size([8, 16])
+    """
     group = _meant(group)
     ranks = group_size(resolve_group(group))
     F.check_divides_by("input_", input_, -1, 1)

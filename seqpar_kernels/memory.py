@@ -53,6 +53,13 @@ def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Activ
 
     Returns:
         ActivationReport: ``total``, ``by_module``, ``result``.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> layer = torch.nn.Linear(16, 32)
+        >>> report = sp.activation_bytes(layer, torch.randn(8, 16))
+        >>> report.total  # the input: 8 * 16 floats
+        512
     """
     report = ActivationReport()
     seen: set[int] = set()

@@ -104,7 +104,7 @@ class PackingPlan:
         ranks: how many there are.
         costs: (of a pair of a query and a key, of a token), what ``work`` is counted in.
 
-    Example:
+    Examples:
         >>> import seqpar_kernels as sp
         >>> plan = sp.pack_documents([900, 100, 100], 2, token_work=0)
         >>> plan

@@ -69,7 +69,7 @@ def decode_attention(
         ValueError: an argument that does not fit, or wants a gradient, by name, on every rank, before anything is sent.
         RuntimeError: ranks that call with unlike sizes or lengths, or no kernel for the device.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> q = torch.randn(1, 1, 4, 16)
         >>> k, v = torch.randn(2, 1, 8, 2, 16).unbind(0)

@@ -18,6 +18,13 @@ def scatter_sequence(x: Tensor, group: Group, seq_dim: int = -2) -> Tensor:
     """Each rank keeps its rows of a replicated tensor; the backward gathers.
 
     [..., S, ..., H] -> [..., S/t, ..., H] (Megatron: ``scatter_to_sequence_parallel_region``).
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> x = torch.randn(2, 8, 16)
+        >>> shard = sp.scatter_sequence(x, group=None)  # on 4 ranks: [2, 2, 16]
+        >>> shard.shape
+        torch.Size([2, 8, 16])
     """
     return split_dimension(x, group, seq_dim, sequence=True)
 
@@ -41,6 +48,13 @@ def gather_sequence(
             gradient: the backward reduce-scatters. False where every rank goes on with the same computation and has
             the whole gradient: the backward splits. (Megatron's argument of the same name.) True in the second case
             makes the gradient t times too large: the first backwards on a group look for it, and warn.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> shard = torch.randn(2, 8, 16)
+        >>> x = sp.gather_sequence(shard, group=None)  # on 4 ranks: [2, 32, 16]
+        >>> torch.equal(sp.scatter_sequence(x, group=None), shard)
+        True
     """
     return gather_dimension(x, group, seq_dim, seq_len, tensor_parallel_output_grad, sequence=True)
 
@@ -49,12 +63,25 @@ def reduce_scatter_sequence(x: Tensor, group: Group, seq_dim: int = -2) -> Tenso
     """Sum over ranks, each keeps its rows; the backward gathers. [..., S, ..., H] -> [..., S/t, ..., H]
 
     The sum is taken in rank order in fp32 (fp64 for fp64).
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> partial_sums = torch.randn(2, 8, 16)
+        >>> sp.reduce_scatter_sequence(partial_sums, group=None).shape  # on 4 ranks: [2, 2, 16]
+        torch.Size([2, 8, 16])
     """
     return reduce_scatter_dimension(x, group, seq_dim, sequence=True)
 
 
 def scatter_tensor_parallel(x: Tensor, group: Group, dim: int = -1) -> Tensor:
-    """Each rank keeps its part of dimension ``dim`` of a replicated tensor; the backward gathers."""
+    """Each rank keeps its part of dimension ``dim`` of a replicated tensor; the backward gathers.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> x = torch.randn(2, 8, 16)
+        >>> sp.scatter_tensor_parallel(x, group=None).shape  # on 4 ranks: [2, 8, 4]
+        torch.Size([2, 8, 16])
+    """
     return split_dimension(x, group, dim)
 
 
@@ -62,12 +89,26 @@ def gather_tensor_parallel(x: Tensor, group: Group, dim: int = -1, *, size: int 
     """All parts of dimension ``dim`` on every rank; the backward splits (every rank has the whole gradient).
 
     ``size`` is the full size of ``dim``; needed only where it is not a multiple of the number of ranks.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> features = torch.randn(2, 8, 16)
+        >>> sp.gather_tensor_parallel(features, group=None).shape  # on 4 ranks: [2, 8, 64]
+        torch.Size([2, 8, 16])
     """
     return gather_dimension(x, group, dim, size, False)
 
 
 def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
-    """Identity; the backward sums over ranks. For a replicated tensor that enters tensor-parallel computation."""
+    """Identity; the backward sums over ranks. For a replicated tensor that enters tensor-parallel computation.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> x, weight = torch.randn(8, 16), torch.randn(4, 16)  # the same x and another weight on every rank
+        >>> features = sp.copy_to_tensor_parallel(x, group=None) @ weight.t()
+        >>> features.shape
+        torch.Size([8, 4])
+    """
     pg, _ = _checked(x, group, None, step=False)
     if pg is None:
         return x
@@ -78,7 +119,14 @@ def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
 
 
 def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
-    """Sum over ranks, in rank order in fp32, the same bits on every rank; the backward is the identity."""
+    """Sum over ranks, in rank order in fp32, the same bits on every rank; the backward is the identity.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> features, weight = torch.randn(8, 4), torch.randn(16, 4)  # this rank's part of both
+        >>> sp.reduce_from_tensor_parallel(features @ weight.t(), group=None).shape
+        torch.Size([8, 16])
+    """
     pg, _ = _checked(x, group, None)
     return x if pg is None else ops.all_reduce(x, group_name(pg))  # type: ignore[no-any-return]
 

@@ -28,7 +28,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     Raises:
         ValueError: an argument that does not fit, by name.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> q, k, v = torch.randn(3, 1, 8, 2, 16).unbind(0)
         >>> halves = [

@@ -57,7 +57,7 @@ def pack_documents(
     Raises:
         ValueError: an argument that does not fit, by name; no placement found holds ``max_tokens``.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> plan = sp.pack_documents([8, 2, 2], 2, token_work=0)
         >>> for segment in plan.segments:
@@ -123,7 +123,7 @@ def degree_groups(group: Group) -> dict[int, ProcessGroup | None]:
     Raises:
         ValueError: ``group`` is none, or the ranks of some group are not in ascending order.
 
-    Example:
+    Examples:
         >>> import seqpar_kernels as sp
         >>> sp.degree_groups(None)
         {1: None}
@@ -230,7 +230,7 @@ def packed_attention(
         ValueError: an argument that does not fit, by name, before anything is sent.
         RuntimeError: ranks that have unlike plans, or one that failed.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> plan = sp.pack_documents([5, 3], 1)
         >>> q, k, v = torch.randn(3, 1, 8, 4, 16).unbind(0)

@@ -99,7 +99,7 @@ def sequence_parallel_attention(
         ValueError: an argument that does not fit, by name, on every rank, before anything is sent.
         RuntimeError: ranks that call with unlike sizes, or no kernel for the device.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> q = torch.randn(1, 8, 4, 16)
         >>> k, v = torch.randn(2, 1, 8, 2, 16).unbind(0)

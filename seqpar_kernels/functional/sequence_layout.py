@@ -36,7 +36,7 @@ def sequence_positions(
     Raises:
         ValueError: an argument that does not fit, by name.
 
-    Example:
+    Examples:
         >>> import seqpar_kernels as sp
         >>> sp.sequence_positions(6)
         tensor([0, 1, 2, 3, 4, 5])
@@ -65,7 +65,7 @@ def shard_sequence(x: Tensor, group: Group, seq_dim: int = -2, *, layout: str = 
     Raises:
         ValueError: an argument that does not fit, by name.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> sp.shard_sequence(torch.arange(8).view(1, 8), None, -1, layout="zigzag").shape
         torch.Size([1, 8])
@@ -105,7 +105,7 @@ def unshard_sequence(
     Raises:
         ValueError: an argument that does not fit, by name.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> sp.unshard_sequence(torch.ones(1, 4, 2), None, layout="zigzag").shape
         torch.Size([1, 4, 2])
@@ -155,7 +155,7 @@ def next_token_labels(
     Raises:
         ValueError: an argument that does not fit, by name.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> sp.next_token_labels(torch.tensor([[5, 6, 7, 8]]), cu_seqlens=torch.tensor([0, 2, 4]))
         tensor([[   6, -100,    8, -100]])

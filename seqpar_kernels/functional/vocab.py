@@ -49,6 +49,13 @@ def vocab_parallel_embedding(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, by name.
         RuntimeError: an index outside the vocabulary; ranks that disagree, a peer that failed.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> ids, weight = torch.tensor([[3, 1, 4, 1]]), torch.randn(10, 16)
+        >>> rows = sp.vocab_parallel_embedding(ids, weight, group=None)
+        >>> torch.equal(rows, torch.nn.functional.embedding(ids, weight))
+        True
     """
     pg = resolve_group(group)
     with checked_together(pg):
@@ -99,6 +106,12 @@ def vocab_parallel_cross_entropy(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, by name.
         RuntimeError: a target outside the vocabulary; ranks that disagree, a peer that failed.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> logits, target = torch.zeros(4, 8), torch.tensor([3, 1, 4, -100])
+        >>> sp.vocab_parallel_cross_entropy(logits, target, group=None)  # log(8)
+        tensor(2.0794)
     """
     pg = resolve_group(group)
     with checked_together(pg):
@@ -155,6 +168,15 @@ def vocab_parallel_linear_cross_entropy(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, by name.
         RuntimeError: a target outside the vocabulary; ranks that disagree, a peer that failed.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> x, weight = torch.randn(2, 4, 16), torch.zeros(8, 16, requires_grad=True)
+        >>> target = torch.tensor([[3, 1, 4, 1], [5, 2, 6, 5]])
+        >>> loss = sp.vocab_parallel_linear_cross_entropy(x, weight, target, group=None)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), weight.grad.shape  # log(8)
+        (2.0794, torch.Size([8, 16]))
     """
     pg = resolve_group(group)
     figures = None if pg is None else figures_of(pg)

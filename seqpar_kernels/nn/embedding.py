@@ -42,6 +42,14 @@ class VocabParallelEmbedding(nn.Module):
             whole at once. Where it gives None the result is an :class:`.sequence_view.EmbeddedRows`.
         scattered: whether the last forward gave a shard and nothing else; None: there was none.
         taken_whole_by: what took the whole tensor in the last forward that did not.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> plain = torch.nn.Embedding(10, 16)
+        >>> embedding = sp.VocabParallelEmbedding.from_torch(plain, group=None)
+        >>> ids = torch.tensor([[3, 1, 4, 1]])
+        >>> torch.equal(embedding(ids), plain(ids))
+        True
     """
 
     weight: nn.Parameter
@@ -173,6 +181,14 @@ class VocabParallelHead(nn.Module):
         bias: whether there is one; it is cut like the weight.
         group, seq_dim: the ranks, and where the sequence of what :meth:`loss` takes is sharded.
         chunks, engine: see :func:`seqpar_kernels.vocab_parallel_linear_cross_entropy`.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> head = sp.VocabParallelHead(16, 10, bias=False)
+        >>> x, target = torch.randn(1, 4, 16), torch.tensor([[3, 1, 4, 1]])
+        >>> loss = head.loss(x, target)
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(head(x)[0], target[0]), atol=1e-5)
+        True
     """
 
     weight: nn.Parameter

@@ -25,6 +25,12 @@ class Region:
 
     ``deferring`` is the grad mode of a forward in which row-parallel outputs wait for the norm behind them
     (:class:`.deferred_sum.DeferredSum`); None: they do not wait.
+
+    Examples:
+        >>> from seqpar_kernels.nn import Region
+        >>> region = Region(group=None, seq_dim=1)
+        >>> region
+        Region(rank 0 of 1, seq_dim=1)
     """
 
     def __init__(self, group: Group = None, seq_dim: int = -2):

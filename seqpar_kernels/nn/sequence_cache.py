@@ -40,7 +40,7 @@ class SequenceShardedCache:
     Raises:
         ValueError: an argument that does not fit, by name, on every rank.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> cache = sp.SequenceShardedCache(None)
         >>> k, v = torch.randn(2, 1, 8, 2, 16).unbind(0)

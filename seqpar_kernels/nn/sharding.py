@@ -19,6 +19,11 @@ class ShardSpec(NamedTuple):
 
     ``sections`` is their number where they are equal, else their sizes. ``size`` is that of the whole dimension where
     it need not be a multiple of the ranks (a vocabulary): the last ranks then hold less, as ``torch.chunk`` cuts.
+
+    Examples:
+        >>> from seqpar_kernels.nn import ShardSpec
+        >>> ShardSpec(0, sections=3).sizes(12)  # q, k and v packed in dimension 0
+        [4, 4, 4]
     """
 
     dim: int
@@ -45,7 +50,14 @@ def check_shardable(name: str, size: int, spec: ShardSpec, ranks: int) -> None:
 
 
 def local_part(full: Tensor, spec: ShardSpec, group: ProcessGroup | None) -> Tensor:
-    """This rank's part of ``full``, a contiguous copy."""
+    """This rank's part of ``full``, a contiguous copy.
+
+    Examples:
+        >>> import torch
+        >>> from seqpar_kernels.nn import ShardSpec, local_part
+        >>> local_part(torch.randn(8, 16), ShardSpec(0), group=None).shape  # on 4 ranks: [2, 16]
+        torch.Size([8, 16])
+    """
     ranks, rank = group_size(group), group_rank(group)
     if ranks == 1:
         return full.detach().clone(memory_format=torch.contiguous_format)
@@ -57,7 +69,15 @@ def local_part(full: Tensor, spec: ShardSpec, group: ProcessGroup | None) -> Ten
 
 
 def full_tensor(local: Tensor, spec: ShardSpec, group: ProcessGroup | None) -> Tensor:
-    """The inverse of :func:`local_part`: the whole tensor on every rank (a collective call)."""
+    """The inverse of :func:`local_part`: the whole tensor on every rank (a collective call).
+
+    Examples:
+        >>> import torch
+        >>> from seqpar_kernels.nn import ShardSpec, full_tensor, local_part
+        >>> weight, spec = torch.randn(8, 16), ShardSpec(0)
+        >>> torch.equal(full_tensor(local_part(weight, spec, group=None), spec, group=None), weight)
+        True
+    """
     ranks = group_size(group)
     if ranks == 1:
         return local.detach().clone()

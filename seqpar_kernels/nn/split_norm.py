@@ -20,6 +20,15 @@ class SplitRMSNorm(nn.Module):
 
     For query and key norms that span all heads: each rank normalizes its own heads with the mean square over all of
     them, one fp32 number a row summed over the ranks. The weight is cut like the features.
+
+    Examples:
+        >>> import torch
+        >>> from seqpar_kernels.nn import SplitRMSNorm
+        >>> plain = torch.nn.RMSNorm(16, eps=1e-6)
+        >>> norm = SplitRMSNorm.from_torch(plain, group=None)
+        >>> x = torch.randn(2, 8, 16)
+        >>> torch.allclose(norm(x), plain(x), atol=1e-5)
+        True
     """
 
     weight: nn.Parameter | None

@@ -65,6 +65,12 @@ class TransformerLayer(nn.Module):
 
     Raises:
         ValueError: an argument that does not fit, by name.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> layer = sp.TransformerLayer.llama(16, num_heads=4, num_kv_heads=2, intermediate_size=32)
+        >>> layer(torch.randn(2, 8, 16)).shape
+        torch.Size([2, 8, 16])
     """
 
     def __init__(

@@ -194,6 +194,11 @@ def set_max_workspace_bytes(limit: int | None) -> None:
     Raises:
         ValueError: not a positive int or None. A call whose smallest chunk, one row of the sequence, does not fit
             raises one too.
+
+    Examples:
+        >>> import seqpar_kernels as sp
+        >>> sp.set_max_workspace_bytes(64 * 2**20)
+        >>> sp.set_max_workspace_bytes(None)
     """
     global _bound
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
