@@ -44,10 +44,10 @@ def gather_sequence(
         group: ProcessGroup, 1-D DeviceMesh or None.
         seq_dim: the sequence dimension.
         seq_len: the unsharded length; needed only where it is not a multiple of the number of ranks.
-        tensor_parallel_output_grad: True where what follows is tensor-parallel, so that each rank has a part of the
-            gradient: the backward reduce-scatters. False where every rank goes on with the same computation and has
-            the whole gradient: the backward splits. (Megatron's argument of the same name.) True in the second case
-            makes the gradient t times too large: the first backwards on a group look for it, and warn.
+        tensor_parallel_output_grad: True where the code that takes the result is tensor-parallel, so that each rank has
+            a part of the gradient: the backward reduce-scatters. False where every rank computes the same with the
+            result and has the whole gradient: the backward splits. (Megatron's argument of the same name.) True in the
+            second case makes the gradient t times too large: the first backwards on a group check this, and warn.
 
     Examples:
         >>> import torch, seqpar_kernels as sp
@@ -134,7 +134,7 @@ def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
 def _checked(
     x: Tensor, group: Group, dim: int | None, *, sequence: bool = False, step: bool = True
 ) -> tuple[ProcessGroup | None, int]:
-    """The group and ``dim`` as a non-negative index; every rank hears of what is wrong."""
+    """The group, and ``dim`` as a non-negative index; an error reaches every rank."""
     pg = resolve_group(group)
     with checked_together(pg, step=step):
         check_tensor("x", x)
@@ -145,7 +145,7 @@ def _checked(
 
 
 def split_dimension(x: Tensor, group: Group, dim: int, *, sequence: bool = False) -> Tensor:
-    """This rank's part of a replicated tensor; ``sequence``: ``dim`` must be one of rows."""
+    """This rank's part of a replicated tensor; ``sequence``: ``dim`` must not be the last dimension."""
     pg, dim = _checked(x, group, dim, sequence=sequence, step=False)
     return x if pg is None else ops.split(x, dim, group_name(pg))  # type: ignore[no-any-return]
 
@@ -153,7 +153,7 @@ def split_dimension(x: Tensor, group: Group, dim: int, *, sequence: bool = False
 def gather_dimension(
     x: Tensor, group: Group, dim: int, size: int | None, partial_grad: bool, *, sequence: bool = False
 ) -> Tensor:
-    """The parts of all ranks; ``partial_grad``: each rank has a part of the gradient, and they are summed."""
+    """The parts of all ranks; ``partial_grad``: the backward sums the gradients of all ranks."""
     pg, dim = _checked(x, group, dim, sequence=sequence)
     if pg is None:
         return x
@@ -166,6 +166,6 @@ def gather_dimension(
 
 
 def reduce_scatter_dimension(x: Tensor, group: Group, dim: int, *, sequence: bool = False) -> Tensor:
-    """The sum over ranks, of which each keeps its part."""
+    """This rank's part of the sum over ranks."""
     pg, dim = _checked(x, group, dim, sequence=sequence)
     return x if pg is None else ops.reduce_scatter(x, dim, group_name(pg))  # type: ignore[no-any-return]

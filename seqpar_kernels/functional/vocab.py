@@ -1,4 +1,4 @@
-"""Both ends of a language model with the vocabulary cut over the ranks: embedding, and head with loss."""
+"""Embedding, and head with loss, of a language model whose vocabulary is cut over the ranks."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def vocab_parallel_embedding(
     padding_idx: int | None = None,
     whole_output: bool = False,
 ) -> Tensor:
-    """``embedding(ids, whole weight)``, of which each rank looks up its rows and keeps its sequence shard.
+    """``embedding(ids, whole weight)`` with the rows of the weight split over ranks; returns a sequence shard.
 
-    What the ranks found is reduce-scattered straight into the shard; the backward gathers the gradient of the shard and
-    adds it up, in fp32 (fp64 for fp64), for the rows held here.
+    Each rank looks up the ids in its rows. The partial results are reduce-scattered into the shard. The backward
+    gathers the gradient of the shard and sums it, in fp32 (fp64 for fp64), for this rank's rows of the weight.
 
     Args:
         ids: [..., S, ...] int64 or int32, the whole sequence, the same on every rank.
@@ -40,8 +40,8 @@ def vocab_parallel_embedding(
         seq_dim: the sequence dimension of the result.
         vocab_size: V; needed only where it is not a multiple of t.
         padding_idx: the entry that gets no gradient.
-        whole_output: sum over the ranks without cutting the sequence, for code in between that needs all of it; the
-            ranks then go on alike and each has the whole gradient.
+        whole_output: return the whole sequence on every rank, for code that needs all rows. All ranks must compute the
+            same with it, so that each has the whole gradient.
 
     Returns:
         [..., S/t, ..., H], this rank's shard of the sequence; [..., S, ..., H] with ``whole_output``.
@@ -88,7 +88,7 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """``torch.nn.functional.cross_entropy`` of logits that are cut over the ranks along the vocabulary.
 
-    The ranks exchange four numbers a row. The loss is the same on every rank, down to the bits.
+    The ranks exchange four numbers a row. The loss has the same bits on every rank.
 
     Args:
         logits: [..., V/t], this rank's columns, cut as ``torch.chunk`` cuts.
@@ -147,10 +147,10 @@ def vocab_parallel_linear_cross_entropy(
 ) -> Tensor:
     """``cross_entropy(linear(all_gather(x), weight, bias), target)`` that never holds the logits [S, V/t].
 
-    Forward: x is gathered behind the head's matmul, each piece of logits is reduced to its statistics and dropped.
-    Backward: x is gathered again, a piece's logits are computed again and become their own gradient, from which dx,
-    reduce-scattered chunk by chunk as it is ready, and the gradients of weight and bias follow. Kept from forward to
-    backward: the shard of x and one number a row.
+    Forward: x is gathered while the head's matmul runs. Each piece of logits is reduced to its statistics and freed.
+    Backward: x is gathered again, the logits of each piece are computed again, and their gradient is written over them.
+    From it follow dx, which is reduce-scattered chunk by chunk, and the gradients of weight and bias. The backward
+    keeps the shard of x and one number a row.
 
     Args:
         x: [..., S/t, ..., H], this rank's shard of the last hidden state.
@@ -163,7 +163,7 @@ def vocab_parallel_linear_cross_entropy(
         logit_rows: the most rows of logits held at once; None: about 2^25 logits.
 
     Returns:
-        float32 (float64 for float64 x), a scalar, or the shape of ``target`` without reduction; alike on every rank.
+        float32 (float64 for float64 x), a scalar, or the shape of ``target`` without reduction; the same on every rank.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, by name.

@@ -56,7 +56,7 @@ class SplitRMSNorm(nn.Module):
         """[..., S, N/t] -> the same shape."""
         group = self.region.group
         rows = x.to(accumulation_dtype(x.dtype))
-        # Every rank's loss hangs on the sum through its own features: its gradient is summed as well.
+        # The loss of every rank depends on the sum, so that the gradient of the sum is summed over the ranks too.
         total = reduce_from_tensor_parallel(rows.square().sum(-1, keepdim=True), group)  # [..., S, 1]
         total = copy_to_tensor_parallel(total, group)
         eps = self.eps if self.eps is not None else torch.finfo(rows.dtype).eps

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from ..comm.coordination import agreement_of
+from ..comm.coordination import coordination_of
 from ..comm.topology import on_one_host
 from ..layout import Group, resolve_group
 from .machine_profile import Figures, default_figures
@@ -60,7 +60,7 @@ def _agree(group: ProcessGroup) -> dict[str, Figures]:
     own = None
     if group.rank() == 0:
         own = json.dumps({device: _local(group, device).to_json() for device in ("cpu", "cuda")})
-    shared = json.loads(agreement_of(group).share("figures", own))
+    shared = json.loads(coordination_of(group).share("figures", own))
     found = _known[group] = {device: Figures.from_json(text) for device, text in shared.items()}
     return found
 
