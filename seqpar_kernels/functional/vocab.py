@@ -12,7 +12,7 @@ from ..comm.coordination import checked_together
 from ..layout import Group, group_rank, group_size, resolve_group, shard_of, vocabulary_range
 from ..ops.registry import group_name
 from ..overlap.engines import settle_plan
-from ..overlap.tuning import figures_of
+from ..overlap.tuning import profile_of
 from .linear import autocast
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -179,7 +179,7 @@ def vocab_parallel_linear_cross_entropy(
         (2.0794, torch.Size([8, 16]))
     """
     pg = resolve_group(group)
-    figures = None if pg is None else figures_of(pg)
+    profile = None if pg is None else profile_of(pg)
     with checked_together(pg):
         check_tensor("x", x)
         seq_dim = check_sequence("x", x, seq_dim)
@@ -197,7 +197,7 @@ def vocab_parallel_linear_cross_entropy(
         if logit_rows is not None and (not isinstance(logit_rows, int) or logit_rows < 1):
             raise ValueError(f"logit_rows: expected a positive int or None, got {logit_rows!r}")
         largest = -(-vocab // shard.ranks) * x.shape[-1]
-        settled = settle_plan(x, seq_dim, shard, x.shape[-1], largest, engine, chunks, figures, pg, fusible=False)
+        settled = settle_plan(x, seq_dim, shard, x.shape[-1], largest, engine, chunks, profile, pg, fusible=False)
     loss = (vocab, ignore_index, label_smoothing, z_loss)
     place = (seq_dim, shard.length, settled.chunks, settled.engine, logit_rows or 0)
     losses, _ = ops.linear_cross_entropy(x, weight, bias, target.long(), group_name(pg), *loss, *place)
