@@ -9,9 +9,9 @@ namespace {
 // Threads that keep 64 registers each: what fills a multiprocessor when a kernel is compiled to hold rows.
 constexpr int kThreadsAt64Registers = 1024;
 
-// What a layout is worth beside the share of busy threads. Estimates, to be set by measurement: a multiprocessor with a
-// single row idles while that row is summed; each doubling of a cluster makes the sums slower; the second instance has
-// fewer loads in flight for each thread.
+// Factors on the share of busy threads. They are estimates, to be set by measurement: a multiprocessor with a single
+// row idles while that row is summed; each doubling of a cluster makes the sums slower; the second instance has fewer
+// loads in flight for each thread.
 constexpr double kSingleRow = 0.85, kClusterDoubling = 0.95, kSecondInstance = 0.9;
 
 constexpr int64_t kGenericWorkspace = int64_t{256} << 20;

@@ -85,4 +85,5 @@ def default_profile(device_type: str, one_host: bool | None = None) -> MachinePr
 
 
 # The former names, until their last callers have changed.
-Figures, default_figures = MachineProfile, default_profile
+Figures = MachineProfile
+default_figures = default_profile
