@@ -47,8 +47,8 @@ class SequenceEmbedding(Protocol):
 class EmbeddedRows(Tensor):
     """A tensor of shape [..., S, ..., H] that holds ``shard`` [..., S/t, ..., H].
 
-    Addition, multiplication and the like with numbers, and with tensors that are whole on every rank, give the same
-    again; every other function gets the whole tensor, and ``embedding.taken_whole_by`` its name.
+    Element-wise functions of it and numbers, or tensors that are whole on every rank, return another EmbeddedRows.
+    Every other function gets the whole tensor, and ``embedding.taken_whole_by`` is set to its name.
     """
 
     shard: Tensor
@@ -134,10 +134,10 @@ class EmbeddedRows(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
-        raise RuntimeError(f"{func}: takes an embedding of which this rank holds its rows of the sequence only")
+        raise RuntimeError(f"{func}: expected a whole embedding, got one with only this rank's rows of the sequence")
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"EmbeddedRows({tuple(self.shape)}, of which here {tuple(self.shard.shape)})"
+        return f"EmbeddedRows({tuple(self.shape)}, this rank's rows {tuple(self.shard.shape)})"
 
 
 def _row_by_row(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> EmbeddedRows | None:
