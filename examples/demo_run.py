@@ -59,7 +59,7 @@ def corpus() -> Tensor:
 
 
 def batch(job: Job, step: int) -> Tensor:
-    """The same for every rank and every run. int64 [batch, sequence]."""
+    """A batch, the same for every rank and every run. int64 [batch, sequence]."""
     text = corpus()
     starts = torch.randint(text.numel() - job.sequence, (job.batch,), generator=torch.Generator().manual_seed(step))
     return torch.stack([text[i : i + job.sequence] for i in starts.tolist()]).long().to(job.device)

@@ -5,7 +5,7 @@
 
 namespace seqpar::cpu::SEQPAR_ISA {
 
-// Of the values themselves, not of their squares. fp64 whatever the row is.
+// Statistics of the values themselves, not of their squares, in fp64 for every dtype.
 struct Statistics {
     double mean, squares;  // squares: the sum of (z - mean)^2
 };

@@ -70,7 +70,7 @@ bool plan_rows(Geometry& best, const KernelShape& shape, const Device& device, i
             if (shared > device.shared_per_block) continue;
             const int per_multiprocessor = resident(device, threads * side_by_side, max_threads, shared);
 
-            // What part of the threads that could be resident have columns; with few rows, how many threads one gets
+            // The share of resident threads that have columns; with few rows, the number of threads of one row
             const double lanes = static_cast<double>(row_units) / (static_cast<double>(threads) * units * cluster);
             const int at_once = per_multiprocessor * side_by_side;
             const bool few_rows = rows < multiprocessors;

@@ -213,7 +213,7 @@ def packed_attention(
         q: [B, T, Hq, D], this rank's rows, as ``plan.on_rank(rank).take`` returns them. B is usually 1.
         k: [B, T, Hkv, D]
         v: [B, T, Hkv, Dv]
-        plan: alike on all ranks, for as many as ``group`` has.
+        plan: the same on all ranks, made for as many ranks as ``group`` has.
         group: the ranks that share the batch: a ProcessGroup, a 1-D DeviceMesh or None for this rank alone.
         is_causal: as in :func:`sequence_parallel_attention`, and so are those below.
         window_size: as there, within each document.

@@ -86,7 +86,7 @@ def sequence_parallel_attention(
             keeps them where they take no more memory than this rank's q, k, v and result.
         chunks: the number of messages for one rank's keys and values; None: by size. Results do not depend on it.
         return_lse: also return the log-sum-exp of the scores, for :func:`merge_attention`; a sink is part of it.
-        seed: as in :func:`dropout_add_layer_norm`, alike on all ranks.
+        seed: as in :func:`dropout_add_layer_norm`, the same on all ranks.
 
     Returns:
         Tensor: [B, S/t, Hq, Dv], 0 in a row that sees no key; with ``return_lse`` also lse [B, Hq, S/t] in fp32

@@ -33,7 +33,7 @@ class SequenceShardedCache:
     Args:
         group: the ranks that share the cache: a ProcessGroup, a 1-D DeviceMesh or None for this rank alone.
         num_heads: query heads of the model, a multiple of the ranks, where q, k and v come as this rank's heads
-            (tensor parallelism over ``group``). None: all ranks have all heads and tokens alike.
+            (tensor parallelism over ``group``). None: every rank passes all heads of all tokens.
         num_kv_heads: key heads of the model, beside ``num_heads``; a multiple or a divisor of the ranks. With a divisor
             ranks / num_kv_heads neighbours have each key head.
         capacity: positions of the whole sequence for which memory is allocated at once. Beyond it buffers grow by a

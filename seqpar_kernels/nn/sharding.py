@@ -1,4 +1,4 @@
-"""How a parameter is cut over ranks, and putting it together again."""
+"""Cuts parameters over ranks, and gathers them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from ..ops.registry import group_name
 class ShardSpec(NamedTuple):
     """Dimension ``dim`` is cut into sections (q|k|v of a packed projection), each of them over all ranks.
 
-    ``sections`` is their number where they are equal, else their sizes. ``size`` is that of the whole dimension where
-    it need not be a multiple of the ranks (a vocabulary): the last ranks then hold less, as ``torch.chunk`` cuts.
+    ``sections`` is the number of equal sections, or their sizes. ``size`` is set for a dimension that need not be a
+    multiple of the ranks (a vocabulary): it is the whole size, cut as ``torch.chunk`` cuts, with less on the last
+    ranks.
 
     Examples:
         >>> from seqpar_kernels.nn import ShardSpec
@@ -31,14 +32,14 @@ class ShardSpec(NamedTuple):
     size: int | None = None
 
     def sizes(self, size: int) -> list[int]:
-        """Of the sections of a dimension of ``size``."""
+        """The sizes of the sections of a dimension of ``size``."""
         if isinstance(self.sections, tuple):
             return list(self.sections)
         return [size // self.sections] * self.sections
 
 
 def check_shardable(name: str, size: int, spec: ShardSpec, ranks: int) -> None:
-    """Raises ValueError where ``size`` cannot be cut as ``spec`` says."""
+    """Raise ValueError where ``size`` cannot be cut as ``spec`` says."""
     sizes = spec.sizes(size)
     if sum(sizes) != size:
         if isinstance(spec.sections, tuple):
