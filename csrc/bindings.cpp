@@ -1,6 +1,6 @@
-// The only file that knows Python. Tensors arrive as they are, None standing for "absent", and are asked for nothing
-// but data_ptr() and is_contiguous(), and strides where they are not contiguous: a question asked from Python costs
-// several times as much.
+// The only file, with bindings_attention.cpp, that knows Python. It takes tensors as Python objects (None: absent) and
+// calls only data_ptr(), is_contiguous(), and strides of tensors that are not contiguous: the same calls from Python
+// would cost several times as much.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -14,7 +14,7 @@ using namespace seqpar;
 
 namespace {
 
-// A tensor whose elements lie side by side, or a single one: what a caller has just made.
+// A contiguous tensor that the caller has just made.
 struct Vector {
     char* data = nullptr;
 
@@ -25,7 +25,7 @@ struct Vector {
     }
 };
 
-// The same from a user, who may have laid it out in another way.
+// A tensor of the user, which may have any strides.
 struct GivenVector : Vector {
     bool readable = true;  // else a copy must be made first
 };
@@ -102,7 +102,7 @@ void check(Status status, const char* kernel) {
     }
 }
 
-// Where a kernel runs: a thread count for the CPU, a stream and a number of multiprocessors to leave free for CUDA.
+// Launch options: a thread count for the CPU; for CUDA a stream and the number of multiprocessors to leave free.
 struct Place {
     bool is_cuda;
     int threads_or_margin;
@@ -118,7 +118,7 @@ Status no_cuda() {
 #define SEQPAR_DISPATCH(on_cpu, on_cuda) (place.is_cuda ? no_cuda() : (on_cpu))
 #endif
 
-// What kernels/spec.py's NormSpec says, in the kernels' terms.
+// NormSpec of kernels/spec.py as the struct of the kernels.
 struct NormSpec {
     Norm norm;
     bool zero_centered;
@@ -162,7 +162,7 @@ struct NormSpec {
     }
 };
 
-// False, and nothing was done, where a tensor must be copied first: it does not lie as the kernels read.
+// Returns false and does nothing where a tensor has strides that the kernels cannot read: the caller copies it first.
 bool norm_forward(bool is_cuda, int threads_or_margin, uintptr_t stream, const NormSpec& spec, int64_t rows,
                   int64_t cols, Matrix x, int shards, int64_t shard_stride, GivenVector x_bias, GivenVector row_scale,
                   Matrix residual, GivenVector weight, GivenVector bias, GivenVector weight2, GivenVector bias2,
@@ -242,7 +242,7 @@ bool norm_backward(bool is_cuda, int threads_or_margin, uintptr_t stream, const 
 int64_t norm_backward_workspace(bool is_cuda, int margin, const NormSpec& spec, int64_t rows, int64_t cols,
                                 int vectors) {
     NormBackward args = spec.arguments<NormBackward>(rows, cols, {}, {});
-    static char wanted;  // only "null or not" is looked at
+    static char wanted;  // only tested for null
     void** outputs[] = {&args.dweight, &args.dbias, &args.dweight2, &args.dbias2, &args.dx_bias};
     for (int i = 0; i < 5; ++i) {
         if (vectors >> i & 1) *outputs[i] = &wanted;

@@ -1,4 +1,4 @@
-// The attention kernels for Python: tensors [batch, rows, heads, columns] as they lie, None standing for "absent".
+// The attention kernels for Python: tensors [batch, rows, heads, columns] of any strides; None: absent.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -60,7 +60,7 @@ void check(Status status, const char* kernel) {
     }
 }
 
-// What kernels/attention_spec.py's AttentionSpec says, and the tensors beside q, k and v.
+// AttentionSpec of kernels/attention_spec.py, and the tensors beside q, k and v.
 struct Extras {
     AttentionScores scores{};
 

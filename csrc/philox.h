@@ -1,7 +1,7 @@
-// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) and what dropout takes from it:
-// key = (seed low, seed high), counter = (column / 8, row low, row high, 0). Column c owns 16 bits of word (c % 8) / 2:
-// the low half when c is even, the high half when odd. Nothing but (seed, row, column) enters, so a mask is the same on
-// every device and for every sharding, and never has to be stored.
+// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) and the bits that dropout uses:
+// key = (seed low, seed high), counter = (column / 8, row low, row high, 0). Column c has 16 bits of word (c % 8) / 2:
+// the low half when c is even, the high half when odd. A mask depends on (seed, row, column) only, so that it is the
+// same on every device and for every sharding, and need not be stored.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The contract between the kernels and whoever calls them: plain structs of raw pointers, sizes and strides.
+// The interface of the kernels: plain structs of raw pointers, sizes and strides.
 // No torch and no Python anywhere under csrc/ except bindings.cpp. Strides are in elements; columns are contiguous.
 #pragma once
 
@@ -27,11 +27,11 @@ struct Dropout {
 };
 
 // z = row_scale * dropout(x + x_bias) + residual;  y = norm(z) * weight + bias;  y2 = norm(z) * weight2 + bias2
-// Arithmetic is fp32 (fp64 when x is f64); each output is rounded once. y is the norm of z as stored: what the backward
-// reads is what the forward normalised, also where a row hardly varies and rounding z would change its statistics.
+// Arithmetic is fp32 (fp64 when x is f64); each output is rounded once. y is the norm of z as stored: the backward
+// reads the z that the forward normalised, even where a row hardly varies and rounding z changes its statistics.
 // Norm::none stores z alone. Null pointers switch a term off.
-// With `shards` > 1, x is the sum of so many partial results, shard_stride elements apart, taken in their order and not
-// rounded before z is: the end of a reduce-scatter and what follows it, in one pass.
+// With `shards` > 1, x is the sum of that many partial results, shard_stride elements apart, summed in their order and
+// not rounded before z is: the end of a reduce-scatter and the norm after it, in one pass.
 struct NormForward {
     int64_t rows, cols;
     Norm norm;
@@ -99,13 +99,13 @@ struct ReduceShards {
     int64_t out_stride;
 };
 
-// A tensor [batch, rows, heads, columns] seen through strides; columns lie side by side.
+// A tensor [batch, rows, heads, columns] with strides; columns are contiguous.
 struct HeadView {
     void* data;
     int64_t batch, row, head;
 };
 
-// Scores of one block of queries against one block of keys, all that forward and backward share:
+// Scores of one block of queries against one block of keys, shared by forward and backward:
 // s = scale * q k^T;  s = softcap * tanh(s / softcap) where softcap > 0;  s += bias.
 // Row i sees key j where i + shift - left <= j <= i + shift + right (a negative bound is none; causal: right = 0),
 // where first[i] <= j < last[i], and where the mask is not zero. shift is the position of the first query less that of
@@ -149,8 +149,8 @@ struct AttentionForward {
 
 // p = dropout'(exp(s - lse)) with the lse of all keys the rows ever see, in this block or in another;
 // ds = p * (dout v^T - delta + dlse);  dq = scale * ds k;  dk = scale * ds^T q;  dv = p^T dout.
-// Gradients null are not wanted. Sums run query by query and key by key in f32 (f64); accumulate adds to what is there,
-// which then is f32 (f64).
+// Gradients that are null are not computed. Sums run query by query and key by key in f32 (f64). With accumulate the
+// gradients are added to the buffers, which are then f32 (f64).
 struct AttentionBackward {
     AttentionScores scores;
     HeadView out;  // read for delta = rowsum(dout * out) where delta is null
@@ -162,7 +162,7 @@ struct AttentionBackward {
 };
 
 // out = sum of exp(lse_i - lse) out_i, lse = log(sum of exp(lse_i)), summed in the order given, in f32 (f64). A part
-// whose lse is -inf counts for nothing, whatever its out holds.
+// whose lse is -inf is ignored, whatever its out holds.
 struct AttentionPart {
     HeadView out;
     const void* lse;
@@ -186,8 +186,8 @@ Status attention_backward(const AttentionBackward& args, int threads);
 Status attention_merge(const AttentionMerge& args, int threads);
 const char* isa();        // the instruction set chosen for this machine: "avx512", "avx2", "neon", "baseline"
 const char* threading();  // "openmp" (the runtime torch has loaded) or "std::thread"
-// From now on, norms whose results exceed so many bytes store them past the cache; returns the bound until now,
-// first half of the last-level cache.
+// Sets the bound in bytes above which norms store their results past the cache; returns the former bound. The first
+// bound is half of the last-level cache.
 int64_t stream_beyond(int64_t bytes);
 }  // namespace cpu
 

@@ -21,7 +21,7 @@ from demo_run import MODELS, Job, relative_difference, run_rank
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-LOSS_LIMIT = 1e-5  # relative, at every step: design section 3's promise for fp32
+LOSS_LIMIT = 1e-5  # relative, at every step, in fp32; docs/numerics.md has the rules that make runs agree
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Comparison:
     largest_loss_difference: float
     gradient_difference: float  # at step 0, dropout on
     gradient_tensor: str
-    gradient_limit: float  # twice what plain fp32 PyTorch misses fp64 by
+    gradient_limit: float  # twice the error of plain fp32 PyTorch against fp64
     plain_loss_difference: float  # dropout off, both runs against plain Hugging Face in fp64
     plain_gradient_difference: float
     activation_bytes: int  # unsharded
@@ -77,7 +77,7 @@ def run(job: Job, progress: Progress, label: str) -> list[dict[str, Any]]:
 
 
 def worst(values: Iterable[float]) -> float:
-    """The largest, or nan where there is one (``max`` may pass over it)."""
+    """The largest value, or nan where there is one (``max`` may ignore it)."""
     return max(values, key=lambda value: math.inf if math.isnan(value) else value)
 
 
@@ -86,7 +86,7 @@ def relative(a: float, b: float) -> float:
 
 
 def compare(name: str, unsharded: dict[str, Any], sharded: list[dict[str, Any]]) -> Comparison:
-    """The numbers, and in ``failures`` every promise they break."""
+    """The comparison; ``failures`` lists the limits that it exceeds."""
     first, plain, exact = sharded[0], unsharded["fp32"], unsharded["fp64"]
     one, many = unsharded["train"], first["train"]
     # Two runs that each stay within the error of PyTorch's own fp32 model differ by at most twice that error.
@@ -145,7 +145,7 @@ def main() -> int:
     size = (2, 64, 192, 2) if options.tiny else (4, 256, 384, 6)  # batch, sequence, hidden, layers
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # On a machine that is busy with other things too, threads that spin while they wait cost ten times the step time.
+    # On a busy machine threads that spin while they wait make a step take ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What the demo shows at the end: two tables, a picture, and the numbers as JSON."""
+"""The report of the demo: two tables, a picture, and the numbers as JSON."""
 
 import json
 import sys
@@ -123,7 +123,7 @@ def show(
 def write_numbers(
     results: Sequence["Comparison"], job: dict[str, Any], explanations: dict[str, str], folder: Path
 ) -> list[Path]:
-    """``demo.json`` (every number) and ``explain.txt`` (what became of each module)."""
+    """``demo.json`` (every number) and ``explain.txt`` (how each module runs)."""
     facts = {"torch": torch.__version__, "python": sys.version.split()[0], "cores": torch.get_num_threads(), **job}
     numbers = folder / "demo.json"
     numbers.write_text(json.dumps({"run": facts, "models": [asdict(result) for result in results]}, indent=1) + "\n")

@@ -27,7 +27,7 @@ SEED = 20220510
 VOCAB = 256  # bytes
 DROPOUT = 0.1
 # Training amplifies rounding: a 1e-7 change of the weights moves GPT-2's loss by 5e-4 after 60 steps at twice this
-# rate, and by 2e-7 at this one. So the comparison shows the parallel code, not chaos.
+# learning rate, and by 2e-7 at this one. So the comparison measures the parallel code, not amplified rounding.
 LEARNING_RATE, WARMUP = 3e-4, 10
 GROUP_TIMEOUT = timedelta(seconds=90)
 MODELS = ("GPT-2", "Llama")
@@ -35,7 +35,7 @@ MODELS = ("GPT-2", "Llama")
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank of one run is told."""
+    """The options of one run, the same on every rank."""
 
     ranks: int
     steps: int
@@ -44,8 +44,8 @@ class Job:
     hidden: int
     layers: int
     device: str  # "cpu" or "cuda"
-    folder: str  # where ranks meet and leave their results
-    oracle: bool = False  # also run the plain model in fp32 and fp64: one process is enough
+    folder: str  # for the store and the ranks' results
+    oracle: bool = False  # also run the plain model in fp32 and fp64, in one process
 
 
 Report = Callable[[tuple[Any, ...]], None]
@@ -59,7 +59,7 @@ def corpus() -> Tensor:
 
 
 def batch(job: Job, step: int) -> Tensor:
-    """The same for every rank and every run. int64 [batch, sequence]."""
+    """A batch, the same for every rank and every run. int64 [batch, sequence]."""
     text = corpus()
     starts = torch.randint(text.numel() - job.sequence, (job.batch,), generator=torch.Generator().manual_seed(step))
     return torch.stack([text[i : i + job.sequence] for i in starts.tolist()]).long().to(job.device)

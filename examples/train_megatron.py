@@ -55,7 +55,7 @@ class Model(nn.Module):
         normed = self.first(x)
         for block in self.blocks:
             x, normed = block(x, normed)
-        # What follows runs alike on every rank, so the gradient is whole on each.
+        # The statements below compute the same on every rank, so that each rank has the whole gradient.
         whole = gather_from_sequence_parallel_region(normed, tensor_parallel_output_grad=False, group=self.group)
         return F.cross_entropy(self.head(whole[:-1]).flatten(0, 1), ids[1:].flatten())
 

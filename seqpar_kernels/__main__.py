@@ -59,7 +59,7 @@ def _no_cuda() -> str:
 
 
 def tune_ranks() -> str | None:
-    """The figures as text on rank 0, None on the others.
+    """The measured profile as text on rank 0, None on the other ranks.
 
     Raises:
         SystemExit: not started by torchrun.
@@ -70,8 +70,8 @@ def tune_ranks() -> str | None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group()
     try:
-        figures = tune()
-        lines = [f"{name:<16} {value}" for name, value in figures._asdict().items()]
+        profile = tune()
+        lines = [f"{name:<16} {value}" for name, value in profile._asdict().items()]
         return "\n".join(lines) if dist.get_rank() == 0 else None
     finally:
         dist.destroy_process_group()

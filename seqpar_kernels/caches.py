@@ -1,4 +1,4 @@
-"""What was worked out once for each kind of call, kept within bounds, or for each group, kept as long as it."""
+"""Caches: a dict with a bound on its size, and a value for each process group."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ T = TypeVar("T")
 K = TypeVar("K")
 V = TypeVar("V")
 
-#: How many kinds of calls a cache holds. A model has some dozens for each length; training on ever-new lengths must
-#: not fill memory with those that never come again.
+#: The most entries of a cache. A model has some dozens of kinds of calls for each length, and training on ever new
+#: lengths must not fill the memory.
 MOST = 1024
 
 
 class Remembered(dict[K, V]):
-    """A dict of at most :data:`MOST` entries: a full one starts anew."""
+    """A dict of at most :data:`MOST` entries; a full one is cleared."""
 
     def __setitem__(self, kind: K, found: V) -> None:
         if len(self) >= MOST:
@@ -32,7 +32,7 @@ _making = threading.RLock()
 
 
 def per_group(make: Callable[[ProcessGroup], T]) -> Callable[[ProcessGroup], T]:
-    """``make(group)``, once for each group of this process; forgotten with the group."""
+    """``make`` with one result for each group of this process, kept as long as the group."""
     made: weakref.WeakKeyDictionary[ProcessGroup, T] = weakref.WeakKeyDictionary()
 
     @functools.wraps(make)

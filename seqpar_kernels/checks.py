@@ -16,7 +16,7 @@ _INF = math.inf
 
 
 class TensorLike(Protocol):
-    """A tensor, or what is known of one."""
+    """A tensor, or an object with the same description."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -32,7 +32,7 @@ def check_tensor(name: str, t: object) -> None:
     """A tensor of this rank alone.
 
     Raises:
-        ValueError: something else; a DTensor, which says itself what the ranks hold (a TypeError too).
+        ValueError: no tensor (also a TypeError), or a DTensor.
     """
     if not isinstance(t, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(t).__name__}")
@@ -130,11 +130,11 @@ def check_linear_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
 
 
 def check_main_grad(name: str, main_grad: Tensor | None, weight: Tensor) -> None:
-    """The buffer that the gradient of a weight [N, K] is added to.
+    """Check the buffer that the gradient of a weight [N, K] is added to.
 
     Raises:
-        ValueError: it does not fit.
-        RuntimeError: under torch.compile, which takes no op that changes an argument and returns a list of tensors.
+        ValueError: the buffer does not fit the weight.
+        RuntimeError: under torch.compile, which has no op that changes an argument and returns a list of tensors.
     """
     if main_grad is None:
         return

@@ -1,4 +1,4 @@
-"""The variables SEQPAR_*: one place that reads them, so that a bad value is named and never taken for another.
+"""Reads the variables SEQPAR_*; a value that is not allowed is an error that names the variable.
 
 Unset and empty mean the same.
 """

@@ -1,4 +1,4 @@
-"""Which rows of the unsharded sequence a rank holds, and where they lie in memory."""
+"""Groups, and the rows of the unsharded sequence that a rank holds."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ Group = ProcessGroup | DeviceMesh | None
 
 
 class WrongTypeError(TypeError, ValueError):
-    """An argument of a type that cannot be meant; a ValueError too, like all errors about arguments here."""
+    """An argument of a wrong type: a TypeError, and a ValueError as all errors about arguments of this package."""
 
 
 class SequenceShard(NamedTuple):
     """Rows ``start..stop`` of a sequence of ``length`` rows, split over ``ranks`` like ``torch.tensor_split``.
 
     The first ``length % ranks`` ranks hold one row more than the others.
+
+    Examples:
+        >>> import seqpar_kernels as sp
+        >>> shard = sp.SequenceShard(length=10, ranks=4, rank=1)
+        >>> shard.start, shard.stop, shard.size
+        (3, 6, 3)
     """
 
     length: int
@@ -75,7 +81,7 @@ def check_launched(group: Group) -> None:
     ``torch.distributed.group.WORLD`` is None until then.
 
     Raises:
-        RuntimeError: one of LAUNCHERS is more than 1, and torch.distributed is not initialised.
+        RuntimeError: a variable of LAUNCHERS is more than 1, and torch.distributed is not initialised.
     """
     if group is not None or dist.is_initialized():
         return
@@ -94,8 +100,7 @@ def resolve_group(group: Group) -> ProcessGroup | None:
     """``group`` as a ProcessGroup; None for None and for a group of one rank.
 
     Raises:
-        ValueError: a mesh with more than one dimension, a group this process does not belong to, or no group at all
-            (then a TypeError too).
+        ValueError: a mesh with more than one dimension, a group without this process, or no group (also a TypeError).
     """
     if group is None:
         return None
@@ -108,7 +113,7 @@ def resolve_group(group: Group) -> ProcessGroup | None:
         if group.get_coordinate() is None:
             raise ValueError("group: this process is not a member of the mesh")
         group = group.get_group()
-    if type(group) is int and group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives those left out
+    if type(group) is int and group == dist.GroupMember.NON_GROUP_MEMBER:  # new_group returns this to other ranks
         raise ValueError("group: this process is not a member of the group")
     if not isinstance(group, ProcessGroup):
         raise WrongTypeError(
@@ -119,7 +124,7 @@ def resolve_group(group: Group) -> ProcessGroup | None:
 
 
 def _group_meant(group: object) -> str:
-    """What to pass instead of what is no group."""
+    """What to pass in place of ``group``, which is no group."""
     if isinstance(group, str):
         return f"pass that dimension of the mesh, mesh[{group!r}]"
     if isinstance(group, (list, tuple, set, range)):
@@ -143,7 +148,7 @@ def normalize_dim(name: str, dim: int, ndim: int) -> int:
 
 
 def check_shard(name: str, local: int, ranks: int, rank: int, seq_len: int | None) -> SequenceShard:
-    """The shard that a tensor with ``local`` rows on ``rank`` must be.
+    """The shard of ``rank`` for a tensor that has ``local`` rows there.
 
     Raises:
         ValueError: ``local`` is not this rank's share of ``seq_len``.
@@ -158,7 +163,7 @@ def check_shard(name: str, local: int, ranks: int, rank: int, seq_len: int | Non
 
 
 def shard_of(name: str, local: int, group: ProcessGroup | None, seq_len: int | None) -> SequenceShard:
-    """:func:`check_shard` for this process's place in ``group``."""
+    """:func:`check_shard` for this process in ``group``."""
     return check_shard(name, local, group_size(group), group_rank(group), seq_len)
 
 

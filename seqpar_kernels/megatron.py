@@ -1,10 +1,10 @@
 """Megatron-Core's names for the region mappings, with Megatron's arguments in Megatron's order.
 
-Megatron lays out [S, B, H]: the sequence is dimension 0 here. ``group=None`` is the default tensor-parallel group, as
-in Megatron: the one of :func:`set_default_group`, else that of an initialised ``megatron.core.parallel_state``, else an
-error; never one rank in silence. Beyond Megatron, lengths may be no multiple of the ranks, and sums over ranks run in
-rank order in float32. Integer tensors are communicated without gradient; ``use_global_buffer=True`` is accepted, and
-every result has memory of its own all the same.
+Tensors are [S, B, H] as in Megatron: the sequence is dimension 0. ``group=None`` is the default tensor-parallel group,
+as in Megatron: the one of :func:`set_default_group`, else that of an initialised ``megatron.core.parallel_state``, else
+an error; it never means one rank. Unlike in Megatron, lengths need not be a multiple of the ranks, and sums over ranks
+run in rank order in float32. Integer tensors are communicated without gradient. ``use_global_buffer=True`` is accepted
+and has no effect: every result has memory of its own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 _default: Group = None
 
-# Megatron's other names in tensor_parallel, and what does that here. Their arguments differ: nothing is passed on.
+# Other names of megatron.core.tensor_parallel -> what to use here. Their arguments differ, so they are no aliases.
 _ELSEWHERE = {
     "ColumnParallelLinear": "seqpar_kernels.nn.ColumnParallelLinear",
     "RowParallelLinear": "seqpar_kernels.nn.RowParallelLinear",
@@ -54,16 +54,26 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> Any:
     if name in _ELSEWHERE:
         raise AttributeError(
-            f"seqpar_kernels.megatron has the mappings alone; {name} is {_ELSEWHERE[name]}, with arguments of its own"
+            f"seqpar_kernels.megatron has only the mappings; for {name} use {_ELSEWHERE[name]}, whose arguments differ"
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def set_default_group(group: Group) -> None:
-    """The group that ``group=None`` means here from now on, a ProcessGroup or 1-D DeviceMesh; None forgets it.
+    """Set the group that ``group=None`` means in this module: a ProcessGroup or 1-D DeviceMesh; None unsets it.
 
     Raises:
-        ValueError: no such group.
+        ValueError: no group.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> megatron.set_default_group(group.WORLD)
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.gather_from_sequence_parallel_region(x).shape  # on 4 ranks: [32, 2, 16]
+        torch.Size([8, 2, 16])
+        >>> megatron.set_default_group(None)
     """
     global _default
     resolve_group(group)
@@ -74,7 +84,15 @@ def get_default_group() -> ProcessGroup | DeviceMesh:
     """The group that ``group=None`` means.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: there is no default group.
+
+    Examples:
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> megatron.set_default_group(group.WORLD)
+        >>> megatron.get_default_group() is group.WORLD
+        True
+        >>> megatron.set_default_group(None)
     """
     if _default is not None and dist.is_initialized():
         return _default
@@ -94,27 +112,72 @@ def _meant(group: Group) -> Group:
 
 
 def copy_to_tensor_model_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
-    """Identity forward, all-reduce backward."""
+    """Identity forward, all-reduce backward.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.copy_to_tensor_model_parallel_region(x, group.WORLD).shape
+        torch.Size([8, 2, 16])
+    """
     return F.copy_to(input_, _meant(group))
 
 
 def reduce_from_tensor_model_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
-    """All-reduce forward, identity backward."""
+    """All-reduce forward, identity backward.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.reduce_from_tensor_model_parallel_region(x, group.WORLD).shape
+        torch.Size([8, 2, 16])
+    """
     return F.reduce_from(input_, _meant(group))
 
 
 def scatter_to_tensor_model_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
-    """Split along the last dimension forward, all-gather backward."""
+    """Split along the last dimension forward, all-gather backward.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.scatter_to_tensor_model_parallel_region(x, group.WORLD).shape  # on 4 ranks: [8, 2, 4]
+        torch.Size([8, 2, 16])
+    """
     return F.split(input_, _meant(group), -1)
 
 
 def gather_from_tensor_model_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
-    """All-gather along the last dimension forward, split backward."""
+    """All-gather along the last dimension forward, split backward.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.gather_from_tensor_model_parallel_region(x, group.WORLD).shape  # on 4 ranks: [8, 2, 64]
+        torch.Size([8, 2, 16])
+    """
     return F.gather(input_, _meant(group), -1, partial_grad=False)
 
 
 def scatter_to_sequence_parallel_region(input_: Tensor, group: Group = None, *, seq_dim: int = 0) -> Tensor:
-    """Split along the sequence forward, all-gather backward."""
+    """Split along the sequence forward, all-gather backward.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.scatter_to_sequence_parallel_region(x, group.WORLD).shape  # on 4 ranks: [2, 2, 16]
+        torch.Size([8, 2, 16])
+    """
     return F.split(input_, _meant(group), seq_dim)
 
 
@@ -136,12 +199,20 @@ def gather_from_sequence_parallel_region(
             ``group``.
         group: None is the default group.
         output_split_sizes: the rows of each rank, where they are not cut as ``torch.tensor_split`` cuts.
-        use_global_buffer: changes nothing.
-        seq_dim, seq_len: the sequence dimension and its unsharded length, not Megatron's.
+        use_global_buffer: no effect.
+        seq_dim, seq_len: the sequence dimension and its unsharded length; Megatron has neither argument.
 
     Raises:
         ValueError: an argument that does not fit, by name.
         RuntimeError: no default group; ranks that disagree.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.gather_from_sequence_parallel_region(x, group.WORLD).shape  # on 4 ranks: [32, 2, 16]
+        torch.Size([8, 2, 16])
     """
     if isinstance(tensor_parallel_output_grad, (ProcessGroup, DeviceMesh)):
         if group is not None:
@@ -166,6 +237,14 @@ def reduce_scatter_to_sequence_parallel_region(
     """Reduce-scatter along the sequence forward, all-gather backward.
 
     ``input_split_sizes``: the rows that each rank gets, where they are not cut as ``torch.tensor_split`` cuts.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.reduce_scatter_to_sequence_parallel_region(x, group.WORLD).shape  # on 4 ranks: [2, 2, 16]
+        torch.Size([8, 2, 16])
     """
     group = _meant(group)
     if input_split_sizes is None:
@@ -174,12 +253,30 @@ def reduce_scatter_to_sequence_parallel_region(
 
 
 def all_gather_last_dim_from_tensor_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
-    """All-gather along the last dimension forward, reduce-scatter backward."""
+    """All-gather along the last dimension forward, reduce-scatter backward.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.all_gather_last_dim_from_tensor_parallel_region(x, group.WORLD).shape  # on 4 ranks: [8, 2, 64]
+        torch.Size([8, 2, 16])
+    """
     return F.gather(input_, _meant(group), -1, partial_grad=True)
 
 
 def reduce_scatter_last_dim_to_tensor_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
-    """Reduce-scatter along the last dimension forward, all-gather backward."""
+    """Reduce-scatter along the last dimension forward, all-gather backward.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 2, 16)
+        >>> megatron.reduce_scatter_last_dim_to_tensor_parallel_region(x, group.WORLD).shape  # on 4 ranks: [8, 2, 4]
+        torch.Size([8, 2, 16])
+    """
     return F.reduce_scatter(input_, _meant(group), -1)
 
 
@@ -189,17 +286,25 @@ def all_to_all(
     output_split_sizes_: Sequence[int] | None = None,
     input_split_sizes: Sequence[int] | None = None,
 ) -> Tensor:
-    """Rows of dimension 0 to every rank, and theirs back in the backward.
+    """Send rows of dimension 0 to every rank; the backward sends the gradients back.
 
     Args:
-        group: a group; this one has no default, in Megatron neither.
+        group: a group; there is no default, as in Megatron.
         input_: [rows, ...].
-        output_split_sizes_: how many rows come from each rank; None: as many from each.
-        input_split_sizes: how many rows go to each rank; None: as many to each.
+        output_split_sizes_: the number of rows from each rank; None: the same from each.
+        input_split_sizes: the number of rows to each rank; None: the same to each.
 
     Raises:
         ValueError: an argument that does not fit, by name.
-        RuntimeError: ranks whose sizes do not fit one another: on every rank, before any row travels.
+        RuntimeError: sizes of different ranks that do not fit together; on every rank, before any row is sent.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 16)
+        >>> megatron.all_to_all(group.WORLD, x).shape  # 2 rows to each of 4 ranks, 2 from each
+        torch.Size([8, 16])
     """
     if group is None:
         raise ValueError(
@@ -209,7 +314,18 @@ def all_to_all(
 
 
 def all_to_all_sp2hp(input_: Tensor, group: Group = None) -> Tensor:
-    """[..., H] of this rank's tokens, [tokens / t, H], to [tokens, H / t]: all tokens, this rank's features."""
+    """From this rank's tokens with all features, [tokens / t, H], to all tokens with its features, [tokens, H / t].
+
+    Leading dimensions are flattened.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 16)
+        >>> megatron.all_to_all_sp2hp(x, group.WORLD).shape  # on 4 ranks: [32, 4]
+        torch.Size([8, 16])
+    """
     group = _meant(group)
     ranks = group_size(resolve_group(group))
     F.check_divides_by("input_", input_, -1, ranks)
@@ -218,7 +334,18 @@ def all_to_all_sp2hp(input_: Tensor, group: Group = None) -> Tensor:
 
 
 def all_to_all_hp2sp(input_: Tensor, group: Group = None) -> Tensor:
-    """[..., H / t] of all tokens, [tokens, H / t], to [tokens / t, H]: this rank's tokens, all features."""
+    """From all tokens with this rank's features, [tokens, H / t], to its tokens with all features, [tokens / t, H].
+
+    Leading dimensions are flattened.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributed import group
+        >>> from seqpar_kernels import megatron
+        >>> x = torch.randn(8, 16)
+        >>> megatron.all_to_all_hp2sp(x, group.WORLD).shape  # on 4 ranks: [2, 64]
+        torch.Size([8, 16])
+    """
     group = _meant(group)
     ranks = group_size(resolve_group(group))
     F.check_divides_by("input_", input_, -1, 1)

@@ -1,4 +1,4 @@
-"""What autograd keeps for the backward, counted; and what the paper says it must."""
+"""Counts the bytes that autograd keeps for the backward, and computes those of Korthikanti et al. 2022."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ActivationReport:
 
     Attributes:
         total: bytes, each storage once, parameters and buffers left out.
-        by_module: class name path of the module under way -> bytes first kept there.
+        by_module: path of class names of the running module -> bytes that are first kept in its forward.
         result: what ``fn`` returned; its graph holds the bytes.
     """
 
@@ -27,7 +27,7 @@ class ActivationReport:
     result: Any = None
 
     def beside_paper(self, s: int, b: int, h: int, a: int, t: int = 1, layers: int = 1) -> str:
-        """This total a layer beside the paper's rows (:func:`paper_bytes_per_layer`), in bytes and units of sbh/t."""
+        """A table: bytes a layer measured, and those of the paper (:func:`paper_bytes_per_layer`), also in sbh/t."""
         unit = s * b * h / t
         paper = {
             "unsharded": paper_bytes_per_layer(s, b, h, a),
@@ -53,10 +53,17 @@ def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Activ
 
     Returns:
         ActivationReport: ``total``, ``by_module``, ``result``.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> layer = torch.nn.Linear(16, 32)
+        >>> report = sp.activation_bytes(layer, torch.randn(8, 16))
+        >>> report.total  # the input: 8 * 16 floats
+        512
     """
     report = ActivationReport()
     seen: set[int] = set()
-    keep_alive: list[Any] = []  # a freed storage's address may come back as another's
+    keep_alive: list[Any] = []  # a new storage could get the address of a freed one
     stack: list[str] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -95,11 +102,11 @@ def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Activ
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """Where its numbers lie: a tensor subclass such as a DTensor has them in the tensors it wraps."""
+    """The storages of a tensor; those of a subclass such as DTensor are in the tensors that it wraps."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for part in (getattr(tensor, name) for name in names):
-            if isinstance(part, Tensor):  # a DTensor names its mesh among them
+            if isinstance(part, Tensor):  # a DTensor also names its mesh
                 yield from _storages(part)
     else:
         yield tensor.untyped_storage()

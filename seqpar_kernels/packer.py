@@ -1,9 +1,9 @@
-"""Where documents go, so that ranks have about the same work: as few of them shared as that takes.
+"""Places documents on ranks so that the ranks have about the same work and share as few documents as possible.
 
-Longest processing time first (Graham 1969), from high degrees to low: when documents of degree d are placed, the ranks
-of each block of d have the same load so far, so that a rank ends up above the mean by no more than about its last
-piece. What remains is how far to share. First no piece may be more than the mean, then than half of it, a quarter and
-so on; in between the documents of the slowest rank are shared by one step more, one at a time.
+The order is longest processing time first (Graham 1969), from high degrees to low. When documents of degree d are
+placed, the ranks of each block of d ranks have the same load. So a rank ends above the mean by about its last piece at
+most. The search varies how many ranks share a document: no piece may be larger than the mean, then than a half of it,
+a quarter and so on. Between these bounds it raises the degree of documents of the slowest rank, one at a time.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Iterator, Sequence
 
 from .packing import Costs, PackingPlan, Place, Share, shares
 
-_PARTS = (1.0, 0.5, 0.25, 0.125, 1 / 16, 1 / 32, 1 / 64, 0.0)  # of the mean, the most that a piece may be
-_PLACEMENTS = 20_000  # documents that are placed again in search of a better balance, for each of these
+_PARTS = (1.0, 0.5, 0.25, 0.125, 1 / 16, 1 / 32, 1 / 64, 0.0)  # bounds of a piece, in units of the mean
+_PLACEMENTS = 20_000  # the most documents that are placed again for each of these bounds
 
 
 def pack(
     lengths: Sequence[int], ranks: int, costs: Costs, max_tokens: int | None, max_imbalance: float
 ) -> PackingPlan | int:
-    """The first placement that holds both bounds, or else the best balanced that holds ``max_tokens``.
+    """The first placement within both bounds, or else the best balanced one within ``max_tokens``.
 
-    Where none does: the fewest tokens that the fullest rank had in any.
+    Where none is within ``max_tokens``: the fewest tokens of the fullest rank in any placement.
     """
     best: PackingPlan | None = None
     for plan in _candidates(lengths, ranks, costs, costs, max_tokens):
@@ -32,7 +32,7 @@ def pack(
             return best
     if best is not None:
         return best
-    # Balanced by tokens instead, without the bound, so that the number in the error is one that succeeds.
+    # Balance tokens without the bound, so that the number in the error message is one that succeeds.
     by_tokens = list(_candidates(lengths, ranks, Costs(0.0, 1.0), costs, None))
     fitting = [plan for plan in by_tokens if max_tokens is None or max(plan.tokens) <= max_tokens]
     if fitting:
@@ -43,7 +43,7 @@ def pack(
 def _candidates(
     lengths: Sequence[int], ranks: int, costs: Costs, counted: Costs, max_tokens: int | None
 ) -> Iterator[PackingPlan]:
-    """Placements balanced by ``costs``, those that share little first; the plans count ``counted``."""
+    """Placements balanced by ``costs``, those with little sharing first; their plans have the costs ``counted``."""
     degrees_of = divisors(ranks)
     work = [costs.of(shares(length, 1)[0]) for length in lengths]
     mean = sum(work) / ranks
@@ -65,7 +65,7 @@ def _candidates(
 
 
 def _raise_slowest(plan: PackingPlan, degrees: list[int], work: Sequence[float], degrees_of: Sequence[int]) -> bool:
-    """Share one document of the slowest rank by more ranks: one that is shared already, else the largest."""
+    """Raise the degree of one document of the slowest rank: a shared one, else the largest."""
     slowest = plan.work.index(max(plan.work))
     found = [
         (place.degree, work[document], -document)
@@ -84,14 +84,17 @@ def divisors(ranks: int) -> tuple[int, ...]:
 
 
 class Placing:
-    """One placement under way."""
+    """The state of one placement."""
 
     def __init__(self, lengths: Sequence[int], ranks: int, costs: Costs, max_tokens: int | None):
         self._lengths, self._ranks, self._costs, self._max_tokens = lengths, ranks, costs, max_tokens
         self._work, self._tokens = [0.0] * ranks, [0] * ranks
 
     def place(self, degrees: Sequence[int], work: Sequence[float]) -> tuple[Place, ...] | None:
-        """High degrees first, much work first. A document that fits nowhere is shared by more; None: by all in vain."""
+        """Place all documents, high degrees and large ones first; None where one does not fit.
+
+        A document that fits on no block of its degree gets the next higher degree.
+        """
         places: dict[int, Place] = {}
         order = sorted(range(len(degrees)), key=lambda i: (-degrees[i], -work[i], -self._lengths[i], i))
         whole = next((at for at, i in enumerate(order) if degrees[i] == 1), len(order))
@@ -119,7 +122,7 @@ class Placing:
         return heap
 
     def _whole(self, document: int, heap: list[tuple[float, int, int]]) -> int | None:
-        """The rank with the least work that has room."""
+        """The rank with the least work among those with room."""
         (share,), full = shares(self._lengths[document], 1), []
         rank = None
         while heap and rank is None:
@@ -136,7 +139,7 @@ class Placing:
         return rank
 
     def _shared(self, document: int, at_least: int) -> Place | None:
-        """The block whose slowest rank has the least work then, of the lowest degree that has one with room."""
+        """The block with room, of the lowest degree that has one, whose slowest rank then has the least work."""
         for degree in divisors(self._ranks):
             if degree < at_least:
                 continue

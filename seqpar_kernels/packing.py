@@ -1,8 +1,8 @@
-"""Documents of a batch on the ranks of a group: which rank holds which rows of which document. No transport.
+"""Documents of a batch on the ranks of a group: which rank holds which rows of which document. No communication.
 
 A document of degree d is shared by d consecutive ranks, in zigzag layout, so that under a causal mask they have about
-the same work; d divides the number of ranks, and the first of the d ranks is a multiple of d. So the groups that calls
-need are known before any batch is: one of each degree for each rank.
+the same work; d divides the number of ranks, and the first of the d ranks is a multiple of d. So the groups for all
+calls are known before the first batch: for each rank, one group of each degree.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .sequence_layout import Intervals, count, rows_of
 
 
 class Share(NamedTuple):
-    """What one rank has of one document."""
+    """The part of one document that one rank has."""
 
     tokens: int
-    pairs: int  # of a query that the rank holds and a key that it sees, under a causal mask
+    pairs: int  # pairs of a query of this rank and a key that it sees, under a causal mask
 
 
 def pairs_before(position: int) -> int:
@@ -36,7 +36,7 @@ def pairs_before(position: int) -> int:
 
 @functools.lru_cache(16 * MOST)
 def shares(length: int, degree: int) -> tuple[Share, ...]:
-    """What each of ``degree`` ranks has of a document in zigzag layout: the rows of :func:`rows_of`, counted."""
+    """The number of rows and pairs that each of ``degree`` ranks has of a document in zigzag layout."""
     found, front, back = [], 0, length
     for rank in range(degree):
         size = SequenceShard(length, degree, rank).size
@@ -48,7 +48,7 @@ def shares(length: int, degree: int) -> tuple[Share, ...]:
 
 
 class Costs(NamedTuple):
-    """What a batch costs: each pair of a query and a key, and each token."""
+    """The cost of a pair of a query and a key, and of a token."""
 
     pair: float
     token: float
@@ -89,22 +89,22 @@ class Rows(NamedTuple):
 
 
 def ratio(values: Sequence[float]) -> float:
-    """The greatest by the mean's; 1 where all are 0."""
+    """The largest number divided by the mean; 1 where all are 0."""
     total = sum(values)
     return max(values) * len(values) / total if total else 1.0
 
 
 @dataclass(frozen=True, repr=False)
 class PackingPlan:
-    """Which rank holds which rows of which document, alike on all ranks; made by :func:`pack_documents`.
+    """Which rank holds which rows of which document, the same on all ranks; made by :func:`pack_documents`.
 
     Attributes:
         lengths: tokens of each document.
         places: (degree, first rank) of each document: ranks ``first .. first + degree`` share it in zigzag layout.
-        ranks: how many there are.
-        costs: (of a pair of a query and a key, of a token), what ``work`` is counted in.
+        ranks: the number of ranks.
+        costs: (cost of a pair of a query and a key, cost of a token), the units of ``work``.
 
-    Example:
+    Examples:
         >>> import seqpar_kernels as sp
         >>> plan = sp.pack_documents([900, 100, 100], 2, token_work=0)
         >>> plan
@@ -120,7 +120,7 @@ class PackingPlan:
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """Calls of attention in the one order in which every rank makes those that it takes part in."""
+        """The calls of attention, in the order in which every rank makes its calls."""
         whole: dict[int, list[int]] = {}
         found = []
         for document, place in enumerate(self.places):
@@ -135,7 +135,7 @@ class PackingPlan:
 
     @functools.cached_property
     def _shares(self) -> tuple[tuple[Share, ...], ...]:
-        """Of each rank, of each document that it has rows of."""
+        """For each rank, its part of each of its documents."""
         found: list[list[Share]] = [[] for _ in range(self.ranks)]
         for length, place in zip(self.lengths, self.places, strict=True):
             for i, share in enumerate(shares(length, place.degree)):
@@ -144,34 +144,34 @@ class PackingPlan:
 
     @functools.cached_property
     def tokens(self) -> tuple[int, ...]:
-        """Of each rank."""
+        """Tokens of each rank."""
         return tuple(sum(share.tokens for share in own) for own in self._shares)
 
     @functools.cached_property
     def work(self) -> tuple[float, ...]:
-        """Of each rank, in units of ``costs``."""
+        """Work of each rank, in units of ``costs``."""
         return tuple(sum(map(self.costs.of, own)) for own in self._shares)
 
     @property
     def work_imbalance(self) -> float:
-        """The work of the slowest rank by the mean's."""
+        """The work of the slowest rank divided by the mean."""
         return ratio(self.work)
 
     @property
     def token_imbalance(self) -> float:
-        """The tokens of the fullest rank by the mean's."""
+        """The tokens of the fullest rank divided by the mean."""
         return ratio(self.tokens)
 
     @functools.cached_property
     def signature(self) -> str:
-        """What ranks compare."""
+        """A short text that ranks compare."""
         return f"{self!r} {zlib.crc32(repr((self.lengths, self.places)).encode()):08x}"
 
     def on_rank(self, rank: int) -> RankPacking:
-        """What one rank holds.
+        """The rows of one rank.
 
         Raises:
-            ValueError: no rank of this plan.
+            ValueError: ``rank`` is no rank of this plan.
         """
         if type(rank) is not int or not 0 <= rank < self.ranks:
             raise ValueError(f"rank: expected one of the {self.ranks} ranks of the plan, got {rank!r}")
@@ -223,7 +223,7 @@ class RankPacking:
         return torch.cat([torch.arange(0, device=device), *parts])
 
     def index(self, padded_length: int | None = None, device: torch.device | str | None = None) -> Tensor:
-        """Where each row lies in a flat batch, or in a padded one seen as [documents * padded_length, ...].
+        """The index of each row in a flat batch, or in a padded one viewed as [documents * padded_length, ...].
 
         int64 [tokens]
         """
@@ -235,11 +235,11 @@ class RankPacking:
         return at.index_select(0, self.document_ids(device)) + self.position_ids(device)
 
     def take(self, batch: Tensor, *, padded: bool = False) -> Tensor:
-        """This rank's rows of a batch of any dtype; the backward puts gradients where the rows came from.
+        """This rank's rows of a batch of any dtype; the backward writes gradients to the places of the rows.
 
         Args:
             batch: [sum of lengths, ...], or with ``padded`` [documents, S, ...].
-            padded: whether each document has a line of its own.
+            padded: whether each document is one entry of dimension 0.
 
         Returns:
             Tensor: [tokens, ...]
@@ -251,11 +251,11 @@ class RankPacking:
         return flat.index_select(0, self.index(length, batch.device))
 
     def next_token_labels(self, labels: Tensor, *, padded: bool = False, ignore_index: int = -100) -> Tensor:
-        """The label of the next position of the same document, whichever rank holds that one.
+        """The label of the next position of the same document, whichever rank holds that position.
 
         Args:
-            labels: integers, of the whole batch as in :meth:`take`; not shifted.
-            padded: as there.
+            labels: integers of the whole batch as in :meth:`take`; not shifted.
+            padded: as in :meth:`take`.
             ignore_index: the label of the last row of a document.
 
         Returns:
@@ -273,7 +273,7 @@ class RankPacking:
         return found.masked_fill(is_last.view(-1, *[1] * (found.dim() - 1)), ignore_index)
 
     def cu_seqlens(self, segment: Segment) -> Tensor:
-        """Ends of the documents of a segment, as its call takes them. int32 [documents + 1]"""
+        """Ends of the documents of a segment, the ``cu_seqlens`` of its call. int32 [documents + 1]"""
         lengths = [0, *(self.plan.lengths[document] for document in segment.documents)]
         return torch.tensor(lengths).cumsum(0).to(torch.int32)
 

@@ -1,4 +1,4 @@
-"""Dropout seeds: 0-d int64 tensors drawn from PyTorch's default generators, alike on all ranks of a group."""
+"""Dropout seeds: 0-d int64 tensors from PyTorch's default generators, the same on all ranks of a group."""
 
 import contextlib
 import operator

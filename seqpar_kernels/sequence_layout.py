@@ -1,4 +1,4 @@
-"""Which rows of a sequence each rank holds where ranks attend over the whole sequence: contiguous or zigzag.
+"""The rows that each rank holds of a sequence that ranks attend over: contiguous or zigzag.
 
 A shard of either layout has as many rows as ``torch.tensor_split`` gives the rank, in ascending order of position.
 
@@ -85,7 +85,7 @@ def common(one: Intervals, other: Intervals) -> Intervals:
 
 
 def places(rows: Intervals, part: Intervals) -> Intervals:
-    """Where the positions of ``part`` lie in memory that holds ``rows``; ``part`` is :func:`common` with ``rows``."""
+    """Where the positions of ``part``, a part of ``rows``, are in a tensor that holds ``rows``."""
     found, before = [], 0
     for whole in rows:
         for piece in part:

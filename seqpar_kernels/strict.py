@@ -1,4 +1,4 @@
-"""``SEQPAR_STRICT=1``: what would be slower than this package can do raises instead of showing up in ``explain`` alone.
+"""``SEQPAR_STRICT=1``: code that runs slower than this package could run it raises; without it only ``explain`` tells.
 
 Refused, with the op or module, the sizes or names, and the reason:
 
@@ -8,9 +8,9 @@ Refused, with the op or module, the sizes or names, and the reason:
 - at the end of the first forward of a model converted by ``parallelize``, in training and in evaluation: norms,
   dropouts and residual adds that run as statements of the model's own.
 
-Not refused: what is best as it is or was asked for. A call below the planner's size floor runs as one matmul and one
-exchange because that is faster there; ``engine="single"``, ``backend="reference"`` and ``chunks=1`` do as they say. An
-engine or a backend that is asked for and cannot run is an error with or without this.
+Not refused: code that runs as well as it can, and choices of the caller. A call below the planner's size floor runs as
+one matmul and one exchange because that takes less time; ``engine="single"``, ``backend="reference"`` and ``chunks=1``
+are the caller's choices. An engine or a backend that the caller names and that cannot run is always an error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small things that every floor does with tensors."""
+"""Helpers for tensors that every floor uses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
-    """A fresh contiguous tensor in another shape, and not as a view: autograd lets results be modified in place."""
+    """A contiguous tensor of another shape that is no view, so that autograd allows in-place changes of the result."""
     if t.shape == torch.Size(shape) and not t._is_view():
         return t
     return torch.ops.aten._unsafe_view.default(t, list(shape))  # type: ignore[no-any-return]

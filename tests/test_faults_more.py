@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 import seqpar_kernels as sp
-from seqpar_kernels.comm.coordination import agreement_of
-from seqpar_kernels.comm.watchdog import watch_of
+from seqpar_kernels.comm.coordination import coordination_of
+from seqpar_kernels.comm.watchdog import watchdog_of
 
 from .test_faults import Explodes
 from .world import World
 
-PHASES = (0.0, 0.05, 0.125, 0.25, 0.375)  # of a watch that looks every half second: 0, .1, .25, .5 and .75 of that
+PHASES = (0.0, 0.05, 0.125, 0.25, 0.375)  # of a watchdog that looks every half second: 0, .1, .25, .5 and .75 of that
 
 
 def group() -> dist.ProcessGroup:
@@ -27,11 +27,11 @@ def group() -> dist.ProcessGroup:
 
 
 def fresh(phase: float) -> dist.ProcessGroup:
-    """A group whose watches start ``phase`` apart."""
+    """A group whose watchdogs start ``phase`` apart."""
     g = dist.new_group(list(range(group().size())))
     dist.barrier(g)
     time.sleep(phase * g.rank())
-    watch_of(g)
+    watchdog_of(g)
     dist.barrier(g)
     return g
 
@@ -106,7 +106,7 @@ def faulty_rounds(kind: str, phase: float, rounds: int) -> list[str]:
     g = fresh(phase)
     x, w = torch.randn(2, 12, 48, requires_grad=True), torch.nn.Parameter(torch.randn(24, 48))
     optimizer = torch.optim.SGD([w], lr=0.0)
-    agreement, wrong = agreement_of(g), []
+    coordination, wrong = coordination_of(g), []
 
     def train(guilty: bool) -> None:
         y = sp.all_gather_linear(x, w, group=g)
@@ -123,8 +123,8 @@ def faulty_rounds(kind: str, phase: float, rounds: int) -> list[str]:
         start = time.monotonic()
         caught(lambda number=number: train(number % g.size() == g.rank()))  # type: ignore[misc]
         last: Any = None
-        while agreement.steps < 10 * number:
-            step = agreement.steps + 1
+        while coordination.steps < 10 * number:
+            step = coordination.steps + 1
             last = caught(lambda step=step: sp.gather_sequence(torch.full((1, 2, 4), 8.0 * step + g.rank()), g))  # type: ignore[misc]
             if isinstance(last, torch.Tensor):
                 expected = torch.cat([torch.full((1, 2, 4), 8.0 * step + r) for r in range(g.size())], 1)

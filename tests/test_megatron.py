@@ -59,7 +59,7 @@ def test_no_default_group_is_an_error() -> None:
 
 
 def test_other_names_say_where_to_go() -> None:
-    with pytest.raises(AttributeError, match=r"ColumnParallelLinear is seqpar_kernels\.nn\.ColumnParallelLinear"):
+    with pytest.raises(AttributeError, match=r"for ColumnParallelLinear use seqpar_kernels\.nn\.ColumnParallelLinear"):
         m.ColumnParallelLinear  # noqa: B018
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         m.nonsense  # noqa: B018

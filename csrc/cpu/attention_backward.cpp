@@ -52,7 +52,7 @@ struct BackwardScratch {
     }
 };
 
-// What one task covers, and which gradients it makes.
+// The part of the problem that one task covers, and the gradients that it computes.
 struct Share {
     int64_t b, key_head;
     int64_t first_member, last_member;  // heads of the group

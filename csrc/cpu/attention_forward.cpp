@@ -1,6 +1,6 @@
 // Attention of a block of queries over a block of keys, forward. A task is kTileRows query rows of one head; it walks
 // over the keys its rows see tile by tile: scores, weights, and the weights times v added to acc. k and v of a head are
-// widened once for all tasks. What a row comes to depends on that row and the order of keys alone, not on tiles, tasks
+// widened once for all tasks. The result of a row depends on this row and the order of keys only, not on tiles, tasks
 // or threads: see csrc/seqpar.h.
 #include "attention_tile.h"
 

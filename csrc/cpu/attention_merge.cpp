@@ -1,4 +1,4 @@
-// Results of attention over several blocks of keys, made one: csrc/seqpar.h says how.
+// Merges results of attention over several blocks of keys; csrc/seqpar.h has the formula.
 #include "attention_matmul.h"
 
 namespace seqpar::cpu::SEQPAR_ISA {

@@ -1,5 +1,5 @@
-// What forward and backward of attention share: which keys a row sees, and the scores of a tile of kTileKeys keys and
-// kTileRows query rows, made as [key][row] so that everything about a row goes on in the lanes of a vector.
+// Shared by forward and backward of attention: the keys that a row sees, and the scores of a tile of kTileKeys keys and
+// kTileRows query rows, stored as [key][row] so that each row has a lane of the vectors.
 #pragma once
 
 #include "attention_matmul.h"
@@ -67,7 +67,7 @@ struct RowBlock {
     }
 };
 
-// What one tile is about: keys [begin, begin + ...) of the block against a RowBlock of one head.
+// One tile: keys [begin, begin + ...) of the block against a RowBlock of one head.
 template <class T>
 struct TilePlace {
     const AttentionScores* s;
@@ -161,7 +161,7 @@ void panel_scores(const TilePlace<T>& at, int panel, Span span, T* tile, T* gain
     }
 }
 
-// What panel_scores' results are to be multiplied by.
+// The factor for the results of panel_scores.
 template <class T>
 inline T score_scale(const AttentionScores& s) {
     return adjusted(s) ? T(1) : static_cast<T>(s.scale * kLog2e);
@@ -195,7 +195,7 @@ struct WeightDropout {
         : keys(make_round_keys(s.seed ? static_cast<uint64_t>(*s.seed) : 0)) {}
 };
 
-// to[key][row] = what dropout multiplies a weight by, for a panel: dropout_scale or 0.
+// to[key][row] = the dropout factor of a weight, for a panel: dropout_scale or 0.
 template <class T>
 void panel_dropout(const WeightDropout& dropout, const TilePlace<T>& at, int panel, Span span, T* to) {
     constexpr int P = kPanel<T>;

@@ -1,6 +1,5 @@
-// Single vector registers for attention: what a Pack is in the element-wise kernels, one register at a time, because
-// the matrix kernels count registers. Written on the vector extension of gcc and clang but for the operations that
-// it cannot name.
+// Single vector registers for attention. The element-wise kernels use a Pack of several; the matrix kernels count
+// registers. Written with the vector extension of gcc and clang, and intrinsics for operations that it lacks.
 #pragma once
 
 #include "simd.h"

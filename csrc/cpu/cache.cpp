@@ -19,8 +19,8 @@ int64_t cache_number(int index, const char* name) {
     return number;
 }
 
-// The kernel's word for it: of one cache. sysconf(_SC_LEVEL3_CACHE_SIZE) gives the sum over a socket's on some
-// machines.
+// The size of one cache, from the files of the Linux kernel. On some machines sysconf(_SC_LEVEL3_CACHE_SIZE) returns
+// the sum over the caches of a socket.
 int64_t cache_bytes() {
     int64_t largest = 0;
     for (int index = 0; index < 8; ++index) {
@@ -32,9 +32,9 @@ int64_t cache_bytes() {
     return largest > 0 ? largest : usual;
 }
 
-// What a call reads goes through the cache as well, so results have half of it. Measured with a reader right behind the
-// norm, on one 32 MiB cache: from a third of it on, stores past it make the two together faster. Threads that run on
-// several such caches have more room than this allows them; other ranks on this one, less.
+// Half of the cache is for results, since the data that a call reads goes through it too. Measured on one 32 MiB cache
+// with a reader right after the norm: for results above a third of the cache, stores past it make both together faster.
+// Threads on several caches have more room than this bound; ranks that share a cache have less.
 std::atomic<int64_t>& most_cached() {
     static std::atomic<int64_t> most{cache_bytes() / 2};
     return most;

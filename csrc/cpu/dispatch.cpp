@@ -1,4 +1,4 @@
-// The entry points: checks what arrives, then calls the kernels compiled for the best instruction set of this machine.
+// The entry points: check the arguments, then call the kernels compiled for the best instruction set of this machine.
 #include <cstdlib>
 #include <cstring>
 #include <string>

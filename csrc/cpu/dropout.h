@@ -6,8 +6,8 @@
 
 namespace seqpar::cpu::SEQPAR_ISA {
 
-// Columns whose bits are made in one go: a multiple of every Pack, and as much independent work as the registers hold,
-// since ten rounds that wait for one another leave the multiplier idle.
+// Columns whose bits are computed together: a multiple of every Pack, and as much independent work as the registers
+// hold, since ten dependent rounds would leave the multiplier idle.
 constexpr int kDropoutColumns = SEQPAR_ISA_LEVEL == 3 ? 256 : 128;
 
 struct RoundKeys {
@@ -28,7 +28,7 @@ inline int64_t global_row(const RowMap& map, int64_t row) {
 }
 
 // The counter is (column block, row low, row high, 0), so in the first two rounds whole words are the same for every
-// column of a row. They are worked out once a row: 1.3 of the 10 rounds cost nothing.
+// column of a row. They are computed once a row, which saves 1.3 of the 10 rounds.
 struct RowState {
     uint32_t word0_mix, word2_mix, word3;
 

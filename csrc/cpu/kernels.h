@@ -1,4 +1,4 @@
-// What dispatch.cpp, the threads and the per-instruction-set kernels know of each other. Nothing inline lives here.
+// Declarations shared by dispatch.cpp, the threads and the kernels of each instruction set. Nothing here is inline.
 #pragma once
 
 #include <cstddef>
@@ -9,18 +9,18 @@
 namespace seqpar::cpu {
 
 // Runs task 0 .. count - 1 on up to `threads` workers, on the calling thread alone where that is one. `worker` is
-// unique among the tasks in flight and smaller than `threads`. Which worker takes a task is left to chance: no result
-// may depend on it.
+// unique among the tasks in flight and smaller than `threads`. Any worker may take any task: no result may depend on
+// the worker.
 using Task = void (*)(const void* context, int64_t task, int worker);
 void parallel(int64_t count, int threads, Task run, const void* context);
 
-// How many of `threads` are worth waking for so many elements.
+// The number of threads, at most `threads`, that this many elements are worth.
 int useful_threads(int64_t elements, int threads);
 
-// Whether so many bytes of results are taken not to stay in the last-level cache until someone reads them.
+// Whether this many bytes of results are assumed to leave the last-level cache before they are read.
 bool exceeds_cache(int64_t bytes);
 
-// 64-byte aligned memory for one call; null where there is none to be had. Small blocks are kept for the next call.
+// 64-byte aligned memory for one call; null where allocation fails. Small blocks are kept for the next call.
 class Scratch {
   public:
     explicit Scratch(size_t bytes);
@@ -34,7 +34,7 @@ class Scratch {
     bool owned_;
 };
 
-// Column sums are taken over `count` runs of `rows` rows each and added up run by run: the shape alone decides.
+// Column sums are computed over `count` runs of `rows` rows each and added run by run. Both depend on the shape only.
 struct RowRuns {
     int64_t count, rows;
 };

@@ -1,5 +1,6 @@
-// Dropout + residual + norm, backward. A few rows are taken together, twice: the first pass reads dy and z from memory
-// and takes the two row sums and the column sums of dweight and dbias; the second finds dy and z in cache and writes.
+// Dropout + residual + norm, backward, in two passes over a few rows at a time. The first reads dy and z from memory
+// and computes the two row sums and the column sums of dweight and dbias. The second reads dy and z from cache and
+// writes.
 #include "dropout.h"
 #include "stream.h"
 
@@ -13,7 +14,7 @@ constexpr int kRows = sizeof(A) == 8          ? 1
                       : SEQPAR_ISA_LEVEL == 2 ? 2
                                               : 1;
 
-// One of the two norms of a residual: its incoming gradient and what that is scaled by.
+// One of the two norms of a residual: its incoming gradient and its scale.
 template <class A>
 struct NormTerm {
     const void* dy;
@@ -30,7 +31,7 @@ template <class A, Order O>
 struct BackwardPlan {
     const NormBackward* args;
     DropoutPlan<A, O> dropout;
-    NormTerm<A> term, term2;  // term2 may be absent, term is not (where there is a norm at all)
+    NormTerm<A> term, term2;  // term2 may be absent; term is there with every norm
     A* dx_bias;               // column sums of the first run, or null
     int64_t run_stride;       // from the sums of one run to those of the next
     RowRuns runs;
@@ -45,15 +46,15 @@ inline void accumulate(A* sums, int64_t c, P value) {
     if (sums) store_scratch(sums + c, load_scratch(sums + c) + value);
 }
 
-// What the second pass has to know of a row: the norm's share of the gradient is
+// The numbers of a row for the second pass: the norm's share of the gradient is
 // (dxhat - mean1) * rstd + (z - mean) * slope.
 template <class A>
 struct RowSums {
     A mean, rstd, slope, mean1;
 };
 
-// By how much the mean of a row lies beside the stored one. That is rounded to Acc, which matters where the row varies
-// by little more than such a rounding; the differences from it are exact there.
+// The mean of a row less the stored mean, which is rounded to Acc. This matters where the row varies by little more
+// than such a rounding; the differences from the stored mean are exact there.
 template <Order O, class A, class Z>
 A mean_offset(const Z* z, int64_t cols, A mean, A rstd) {
     using P = typename PackFor<A>::Pack;
@@ -144,7 +145,7 @@ void sum_rows(const Plan& plan, int64_t r0, int64_t run, RowSums<Acc<X>>* rows) 
     for (int i = 0; i < kCount; ++i) {
         const double rstd = rows[i].rstd;
         rows[i].slope = static_cast<A>(-rstd * rstd * (sum(sum2[i]) / count));
-        // The second pass takes z - mean for what lies offset beside it, and mean1 makes good for that.
+        // The second pass uses z - mean with the stored mean; mean1 corrects for the offset.
         rows[i].mean1 = static_cast<A>(sum(sum1[i]) / count + offset[i] * (rows[i].slope / rstd));
     }
 }
@@ -283,7 +284,7 @@ Status run(Type<X>, Type<Z>, const NormBackward& args, int threads) {
     const Scratch scratch(static_cast<size_t>(2 * padded) * sizeof(A));
     if (!scratch.data()) return Status::launch_failed;
 
-    // Sums of the vectors wanted lie side by side, run after run. Without a gradient to it a norm has none to give.
+    // The wanted sums are adjacent, run after run. A norm without an incoming gradient has none of its own.
     const bool first = args.dy && args.norm != Norm::none, second = args.dy2 && args.norm != Norm::none;
     VectorPlan<A> last{};
     int wanted = 0;

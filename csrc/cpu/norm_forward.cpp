@@ -1,5 +1,5 @@
-// Dropout + residual + norm, forward: three passes over a row, of which only the first touches memory; the other two
-// find z in a scratch row that stays in cache.
+// Dropout + residual + norm, forward: three passes over a row. The first reads memory; the other two read z from a
+// scratch row that stays in cache.
 #include "dropout.h"
 #include "statistics.h"
 #include "stream.h"
@@ -161,7 +161,7 @@ Status run(Type<X>, Type<Z>, const NormForward& args, int threads) {
     plan.past_cache =
         exceeds_cache(args.rows * args.cols *
                       (sizeof(X) * ((args.y != nullptr) + (args.y2 != nullptr)) + sizeof(Z) * (args.z != nullptr)));
-    // Enough tasks to even out the load, but no more than 64 Ki elements in each where rows are many.
+    // Enough tasks to balance the load, and with many rows no more than 64 Ki elements in each.
     plan.rows_per_task = smaller(ceil_div(args.rows, threads), larger<int64_t>(1, 65536 / args.cols));
     parallel(ceil_div(args.rows, plan.rows_per_task), threads, choose<X, Z>(args.norm, args.dropout.seed != nullptr),
              &plan);

@@ -1,5 +1,5 @@
-// The threads that kernels run on: the OpenMP team torch has already started, so that its workers and ours are the same
-// and never compete; plain threads where there is none. Nothing here links OpenMP, the runtime is found by name.
+// The threads of the kernels: the OpenMP team that torch has started, so that the kernels' threads do not compete with
+// torch's; plain threads without OpenMP. Nothing here links OpenMP; the runtime is found by name.
 #include <dlfcn.h>
 #include <pthread.h>
 
@@ -53,7 +53,7 @@ void run_on_plain_threads(Job& job, int threads) {
         team.reserve(static_cast<size_t>(threads) - 1);
         while (static_cast<int>(team.size()) < threads - 1) team.emplace_back(work, &job);
     } catch (const std::exception&) {
-        // No more threads to be had: those that started, and this one, do the work.
+        // No more threads can be started: this thread and those that started do the work.
     }
     work(&job);
     for (std::thread& thread : team) thread.join();

@@ -176,7 +176,7 @@ __attribute__((noinline)) void store(T* p, Pack x, int n) {
     memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
 }
 
-// What dropout.h needs: 32-bit words in the low halves of 64-bit lanes, the high halves being free to hold anything.
+// For dropout.h: 32-bit words in the low halves of 64-bit lanes; the high halves may hold anything.
 using Words = __m256i;
 constexpr int kWordLanes = 4;
 inline Words splat_word(uint32_t w) {

@@ -203,7 +203,7 @@ inline void settle() {
     _mm_sfence();
 }
 
-// What dropout.h needs: 32-bit words in the low halves of 64-bit lanes, the high halves being free to hold anything.
+// For dropout.h: 32-bit words in the low halves of 64-bit lanes; the high halves may hold anything.
 using Words = __m512i;
 constexpr int kWordLanes = 8;
 inline Words splat_word(uint32_t w) {

@@ -1,11 +1,11 @@
-// Mean and spread of a row that lies in scratch.
+// Mean and spread of a row in scratch memory.
 #pragma once
 
 #include "loops.h"
 
 namespace seqpar::cpu::SEQPAR_ISA {
 
-// Of the values themselves, not of their squares. fp64 whatever the row is.
+// Statistics of the values themselves, not of their squares, in fp64 for every dtype.
 struct Statistics {
     double mean, squares;  // squares: the sum of (z - mean)^2
 };
@@ -38,9 +38,9 @@ double spread(const A* row, int64_t cols, A mean) {
     return total;
 }
 
-// Whether the plain sums will not do. A sum is off by a few roundings of the mean: next to nothing where the values
-// spread about zero, all there is where they hardly differ (a constant row, times 1/sqrt(eps)). And the squares of
-// large values are no longer finite.
+// Whether the plain sums are not accurate enough. A sum has an error of a few roundings of the mean. This is negligible
+// where the values spread about zero. It dominates where they hardly differ (a constant row, times 1/sqrt(eps)). And
+// the squares of large values are not finite.
 template <class A>
 bool hides_spread(double mean, double squares, double count) {
     constexpr double kLargest = sizeof(A) == sizeof(float) ? 3.4028234e38 : 1.7976931348623157e308;
@@ -73,8 +73,8 @@ inline double sum_lanes(const double (&sums)[lanes]) {
     return total;
 }
 
-// The statistics in double, the mean twice: the second time about the first, which makes that of a constant row exact.
-// Slower by half a forward; few rows ask for it. About zero for Norm::rms.
+// The statistics in double, with the mean taken twice: the second time about the first, which makes the mean of a
+// constant row exact. It costs half a forward, and few rows need it. About zero for Norm::rms.
 template <Order O, bool kMean, class A>
 __attribute__((noinline)) Statistics careful_statistics(const A* row, int64_t cols) {
     constexpr int lanes = PackFor<A>::Pack::lanes;

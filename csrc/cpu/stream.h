@@ -1,12 +1,12 @@
-// Stores past the cache. An ordinary store first reads the line it changes; where the results of a call would not stay
-// in the cache anyway, that is one more read of every byte written, and pushes out what other rows still need.
+// Stores past the cache. An ordinary store first reads the line that it changes. Where the results of a call do not fit
+// in the cache, this costs one more read of every byte written, and evicts data that other rows still need.
 #pragma once
 
 #include "loops.h"
 
 namespace seqpar::cpu::SEQPAR_ISA {
 
-// Whether this row can be stored past the cache: streaming stores want whole vectors in place.
+// Whether this row can be stored past the cache: streaming stores need whole, aligned vectors.
 inline bool streamable(const void* row) {
     return kStreams && reinterpret_cast<uintptr_t>(row) % kVectorBytes == 0;
 }
@@ -24,7 +24,7 @@ inline void put(T* p, P x, int n, bool) {
     store<O>(p, x, n);
 }
 
-// What loading x would give after put(); without touching memory that has been streamed to.
+// The value that a load of x would give after put(), computed without reading memory that was streamed to.
 template <Order O, class T, class P>
 inline P as_stored(const T* p, P x, Whole whole, bool past_cache) {
     if (kStreams && past_cache) {

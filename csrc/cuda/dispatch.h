@@ -1,4 +1,4 @@
-// What the host code of the kernels shares: which dtypes, which alignment.
+// Shared by the host code of the kernels: dtypes and alignment.
 #pragma once
 
 #include <cstdint>

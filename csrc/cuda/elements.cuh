@@ -125,8 +125,9 @@ SEQPAR_DEVICE double reciprocal_sqrt(double v) {
     return v > 1.0e-300 && v < 1.0e300 ? fma(0.5 * y, error, y) : y;
 }
 
-// Whether a LayerNorm row's mean has to be taken again. Sums are off by a few roundings of the mean: next to nothing
-// where the values spread about zero, all there is where they hardly differ (a constant row, times 1/sqrt(eps)).
+// Whether the mean of a LayerNorm row must be computed again. Sums have an error of a few roundings of the mean. This
+// is negligible where the values spread about zero. It dominates where they hardly differ (a constant row, times
+// 1/sqrt(eps)).
 template <class Acc>
 SEQPAR_DEVICE bool hides_spread(Acc mean, Acc variance) {
     return variance < mean * mean * Acc(0.0625);

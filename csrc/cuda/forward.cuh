@@ -10,7 +10,7 @@ namespace cuda {
 // 64 registers a thread: 16 columns of 16-bit rows or 8 of f32 rows, with the next row behind them.
 constexpr int kForwardThreads = 1024;
 
-// Shards of x that a thread has on their way to it at once: what 64 registers hold beside its columns of z.
+// Shards of x that a thread loads at one time: as many as 64 registers hold beside its columns of z.
 template <int kColumns>
 constexpr int kShardsInFlight = kColumns > 8 ? 2 : 4;
 

@@ -9,9 +9,9 @@ namespace {
 // Threads that keep 64 registers each: what fills a multiprocessor when a kernel is compiled to hold rows.
 constexpr int kThreadsAt64Registers = 1024;
 
-// What a layout is worth beside the share of busy threads. Estimates, to be set by measurement: a multiprocessor with a
-// single row idles while that row is summed; each doubling of a cluster makes the sums slower; the second instance has
-// fewer loads in flight for each thread.
+// Factors on the share of busy threads. They are estimates, to be set by measurement: a multiprocessor with a single
+// row idles while that row is summed; each doubling of a cluster makes the sums slower; the second instance has fewer
+// loads in flight for each thread.
 constexpr double kSingleRow = 0.85, kClusterDoubling = 0.95, kSecondInstance = 0.9;
 
 constexpr int64_t kGenericWorkspace = int64_t{256} << 20;
@@ -70,7 +70,7 @@ bool plan_rows(Geometry& best, const KernelShape& shape, const Device& device, i
             if (shared > device.shared_per_block) continue;
             const int per_multiprocessor = resident(device, threads * side_by_side, max_threads, shared);
 
-            // What part of the threads that could be resident have columns; with few rows, how many threads one gets
+            // The share of resident threads that have columns; with few rows, the number of threads of one row
             const double lanes = static_cast<double>(row_units) / (static_cast<double>(threads) * units * cluster);
             const int at_once = per_multiprocessor * side_by_side;
             const bool few_rows = rows < multiprocessors;

@@ -1,4 +1,4 @@
-// How a kernel is laid over the rows: plain arithmetic, without a device.
+// The launch geometry of a kernel over the rows: plain arithmetic, without a device.
 #pragma once
 
 #include <cstdint>
@@ -19,15 +19,15 @@ struct Geometry {
     int shared;    // bytes of dynamic shared memory
 };
 
-// What the planner has to know of a device.
+// The properties of a device that the planner needs.
 struct Device {
     int multiprocessors;
     int shared_per_block, shared_per_multiprocessor;
     bool clusters;  // the device has them, and the code loaded for it was compiled with them
 };
 
-// What the planner has to know of a kernel. There are instances that hold units[0] (preferred) and, unless that is 0,
-// units[1] vectors a thread.
+// The properties of a kernel that the planner needs. Its instances hold units[0] vectors a thread (preferred) and,
+// unless it is 0, units[1].
 struct KernelShape {
     int width;           // elements of a unit
     int units[2];        // per thread

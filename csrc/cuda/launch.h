@@ -55,7 +55,7 @@ Status launch(const LaunchShape& shape, const Params& params, void* stream) {
     config.attrs = &attribute;
     config.numAttrs = shape.cluster > 1 ? 1 : 0;
     if (cudaLaunchKernelEx(&config, kKernel, params) == cudaSuccess) return Status::ok;
-    cudaGetLastError();  // reported here, and not again by somebody else's next call
+    cudaGetLastError();  // the error is reported here; clear it, so that no later call reports it again
     return Status::launch_failed;
 }
 

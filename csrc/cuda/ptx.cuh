@@ -12,7 +12,7 @@ namespace cuda {
 
 #define SEQPAR_DEVICE __device__ __forceinline__
 
-// What one thread moves at once: 4, 8, 16 or 32 bytes of packed elements.
+// The data that one thread moves in one access: 4, 8, 16 or 32 bytes of packed elements.
 template <int kWords>
 struct Words {
     uint32_t word[kWords];
@@ -91,9 +91,8 @@ SEQPAR_DEVICE void store(void* p, const Words<1>& v) {
 #endif
 }
 
-// The compiler forgets what it knows of `value`. Without this it turns every address that depends on the row or on the
-// thread into a register of its own, kept or advanced from row to row, and spills; recomputing one costs an
-// instruction.
+// Hides the origin of `value` from the compiler. Without this it keeps every address that depends on the row or the
+// thread in a register of its own, from row to row, and spills; computing an address again costs one instruction.
 SEQPAR_DEVICE void forget(int& value) {
 #ifdef __CUDACC__
     asm volatile("" : "+r"(value));
@@ -237,8 +236,8 @@ SEQPAR_DEVICE void cluster_barrier() {
 }
 
 // A barrier in shared memory that counts bytes: it completes a phase when one thread has said how many to expect and as
-// many have arrived from the CTAs of the cluster. Unlike the cluster's own barrier it makes nobody wait for the stores
-// and loads of device memory that are under way.
+// many have arrived from the CTAs of the cluster. Unlike the cluster's own barrier it waits for no pending load or
+// store of device memory.
 SEQPAR_DEVICE void arrivals_init(uint64_t* barrier) {
 #if !defined(__CUDACC__)
     shim::arrivals_init(barrier);

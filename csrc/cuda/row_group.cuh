@@ -17,7 +17,7 @@ class RowGroup {
         thread = rank * geometry.threads + static_cast<int>(threadIdx.x);
         if (clustered()) {
             if (threadIdx.x < 2) arrivals_init(arrivals(static_cast<int>(threadIdx.x)));
-            cluster_barrier();  // nobody sends to a CTA that is not ready
+            cluster_barrier();  // no CTA sends to one that is not ready
         }
     }
 

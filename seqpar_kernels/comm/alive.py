@@ -1,4 +1,4 @@
-"""Whether another process of this machine has ended: a rank that is gone need not be waited for.
+"""Whether another process of this machine has ended, so that its peers stop waiting for it.
 
 A process is known by the boot of its machine, its namespace of process numbers, its number and when it was started.
 Of one on another machine, or on a system without /proc, nothing is known.

@@ -1,9 +1,10 @@
-"""Ranks agree on what they are about to do before they do it, and hear of one another when it goes wrong.
+"""Ranks compare an op's signature before they communicate, and learn of one another's failures.
 
-A shape that differs between ranks makes NCCL hang and gloo abort the process. So the first time a rank meets an op
-signature it says so in the group's store and waits until the others have met it too: all go on, or all raise. Later
-calls cost a look-up. A rank that fails says that too, so that its peers do not wait for it. The rules are those of
-:mod:`.protocol`: what is counted, what is said, and what may be concluded from it.
+A shape that differs between ranks makes NCCL hang and gloo abort the process. So a rank that calls an op with a new
+signature publishes the signature in the group's store and waits until all ranks have published the same one. Then all
+ranks go on, or all raise. Later calls with this signature cost one dict look-up. A rank that fails publishes its
+failure, so that its peers do not wait for it. :mod:`.protocol` has the rules: what ranks count, what they publish, and
+what a rank concludes from it.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from . import alive, protocol
 from .protocol import DONE, HINT, LEFT, MOST_GENERATIONS, MOST_KINDS, RUNNING, STUCK, WAITING, Register, Ticket
 from .steps import Transfer
 
-__all__ = ["PATIENCE_SECONDS", "Agreement", "Ticket", "agreement_of", "checked_together", "failure"]
+__all__ = ["PATIENCE_SECONDS", "Coordination", "Ticket", "checked_together", "coordination_of", "failure"]
 
-# A rank that refused a call which is no step may have caught its error and be on its way: so long its peers wait.
+# How long peers wait for a rank that refused a call which is no step: it may have caught the error and come later.
 _GRACE_SECONDS = 2.0
-#: Who has waited longer than this for a transfer asks the others where they are.
+#: A rank that has waited longer than this for a transfer reads where its peers are.
 PATIENCE_SECONDS = 1.0
 
 
-class Agreement:
-    """What the ranks of one group have agreed on so far, and the step where this rank stands."""
+class Coordination:
+    """The signatures that the ranks of one group have agreed on, and the current step of this rank."""
 
     def __init__(self, group: ProcessGroup):
         store = group.get_group_store() if hasattr(group, "get_group_store") else None
@@ -41,19 +42,19 @@ class Agreement:
             store = dist.PrefixStore(group.group_name, dist.distributed_c10d._get_default_store())
         store = dist.PrefixStore("seqpar", store)
         self._rank, self._ranks = group.rank(), group.size()
-        # A store may outlive a group, and another of the same name find what its ranks have said.
+        # A store may outlive a group. A new prefix keeps a later group of the same name from reading its keys.
         self._store = dist.PrefixStore(str(store.add(f"groups/{self._rank}", 1)), store)
         self.timeout = _timeout_of(group)
         self.conversions = 0  # how often parallelize has been called on this group in this epoch
-        self._step = 0  # the last one that was begun or refused
+        self._step = 0  # the last step that this rank began or refused
         self._epoch, self._met, self._generation, self._since = 1, 0, 0, 0
         self._passed = (0, 0)  # the last epoch that was left after a meeting, and the number of its meetings
-        self._kinds: dict[str, int] = {}  # signatures met in this epoch
+        self._kinds: dict[str, int] = {}  # signature -> number, for those agreed on in this epoch
         self._hinted = self._meeting = False
         self._done = ""  # why no call can succeed any more
-        self._why = ""  # this rank left its last epoch
-        self._told_epoch = 1  # the epoch of this rank that certainly stands in the store
-        self._changing = threading.RLock()  # a watch may leave an epoch on behalf of a thread that waits
+        self._why = ""  # why this rank left its last epoch
+        self._told_epoch = 1  # the epoch of this rank that peers can certainly read in the store
+        self._changing = threading.RLock()  # the watchdog may leave an epoch while another thread waits
         self._calls = threading.Lock()  # held from the begin of a step to its end
         self._caller: tuple[int, str] | None = None  # the thread and the signature of the step that is under way
         self._nested = 0
@@ -65,7 +66,7 @@ class Agreement:
 
         Raises:
             RuntimeError: another rank runs something else, failed its checks, or did not come within the time-out;
-                another thread of this process is amid a step.
+                another thread of this process runs a step on this group.
         """
         if self._calls.acquire(False):
             self._caller = (threading.get_ident(), signature)
@@ -77,7 +78,7 @@ class Agreement:
                 if kind is None or self._hinted or self._done:
                     kind = self._arrive(signature, self._step + 1)
                 with self._changing:
-                    if self._kinds.get(signature) == kind:  # a watch has not ended the epoch meanwhile
+                    if self._kinds.get(signature) == kind:  # else the watchdog has ended the epoch since
                         self._step += 1
                         return Ticket(signature, self._epoch, self._step, self._generation, kind)
         except BaseException:
@@ -85,11 +86,11 @@ class Agreement:
             raise
 
     def end(self) -> None:
-        """The step that was begun last has succeeded."""
+        """Note that the current step has succeeded."""
         self._release()
 
     def give_up(self, ticket: Ticket, error: BaseException) -> None:
-        """The step of ``ticket`` has failed: peers that wait for this rank hear why, and the epoch is over."""
+        """Note that the step of ``ticket`` has failed: publish ``error`` for the peers, and leave the epoch."""
         try:
             reason = f"rank {self._rank} failed in {ticket.signature}: {type(error).__name__}: {error}"
             self.note_break(ticket, reason)
@@ -98,24 +99,24 @@ class Agreement:
             self._release()
 
     def require(self, signature: str) -> None:
-        """Return when every rank is about to do what ``signature`` says; asks once an epoch. No step by itself.
+        """Return when all ranks have published ``signature``; they compare it once an epoch. This is no step.
 
         Raises:
             RuntimeError: as :meth:`begin`.
         """
         if signature not in self._kinds or self._hinted or self._done:
-            amid = self._caller is not None and self._caller[0] == threading.get_ident()
-            self._arrive(signature, self._step + (not amid))
+            inside_step = self._caller is not None and self._caller[0] == threading.get_ident()
+            self._arrive(signature, self._step + (not inside_step))
 
     def fail(self, reason: str, *, step: bool = True) -> None:
-        """This rank will not make the call that its peers make or are about to make.
+        """Publish that this rank refuses the call that its peers make.
 
         Args:
-            reason: for the peers.
-            step: whether the call would have been a step. The peers' raises then, whatever they know. Else only those
-                hear of it that wait for this rank in a meeting.
+            reason: the error text that the peers raise with.
+            step: whether the call is a step. The peers' call of the same step then raises. Else only peers that wait
+                for this rank in a meeting raise.
         """
-        with contextlib.suppress(Exception):  # the original error matters more than the store's
+        with contextlib.suppress(Exception):  # an error of the store must not hide the original one
             if step:
                 self._leave(self._step + 1, f"rank {self._rank} refused its arguments: {reason}")
             else:
@@ -123,7 +124,7 @@ class Agreement:
                 self._say(HINT, self._step + 1, reason)
 
     def stop(self, error: BaseException) -> None:
-        """The code around the calls of this rank has failed with ``error``: the next call of its peers raises too."""
+        """Publish that code of this rank failed outside of any call with ``error``: the peers' next call raises."""
         if not getattr(error, "_seqpar_told", False):
             with contextlib.suppress(Exception):
                 reason = f"rank {self._rank} stopped before its next op: {type(error).__name__}: {error}"
@@ -131,37 +132,37 @@ class Agreement:
                 _mark_told(error)
 
     def go_on(self, steps: int, reason: str) -> None:
-        """All ranks call this after a failure; ``steps``: the most that one of them has begun. They meet again."""
+        """Begin a new epoch after a failure. All ranks call this; ``steps`` is the largest step any rank has begun."""
         self._leave(steps + 1, reason)
 
     def note_break(self, ticket: Ticket, reason: str) -> None:
-        """The step of ``ticket`` cannot succeed because of ``reason``."""
+        """Leave the epoch of ``ticket``, whose step cannot succeed because of ``reason``."""
         with self._changing:
             if ticket.epoch == self._epoch:
                 self._leave(ticket.number, reason)
 
     def suspect(self, ticket: Ticket) -> str | None:
-        """Tell the others that ``ticket`` waits. Why the wait is in vain, if it is."""
+        """Publish that the step of ``ticket`` waits; returns why the wait cannot succeed, or None."""
         with self._changing:
-            if ticket.epoch == self._epoch and not self._meeting:  # on a GPU the host may be further on
+            if ticket.epoch == self._epoch and not self._meeting:  # on a GPU the host may have begun later steps
                 self._say(STUCK, ticket.number, ticket.signature)
         return self.void(ticket)
 
     def void(self, ticket: Ticket) -> str | None:
-        """Why nothing that comes for ``ticket`` may be believed; None where all is well or may only be slow."""
+        """Why data received for ``ticket`` must not be used; None where no fault is known."""
         if ticket.epoch == self._epoch:
             for rank in self._others():
                 theirs = self._where(rank)
                 verdict = protocol.stuck(ticket, self._met, theirs)
                 if verdict.kind != "wait":
                     assert theirs is not None
-                    reason = self._reason(verdict.kind, ticket.signature, rank, theirs, amid=True)
+                    reason = self._reason(verdict.kind, ticket.signature, rank, theirs, in_transfer=True)
                     self.note_break(ticket, reason)
                     break
         return self._why if ticket.epoch != self._epoch else None
 
     def connection_lost(self, reason: str) -> None:
-        """No call on this group can succeed any more: gloo closes all connections of a rank when one is lost."""
+        """Make every later call on this group raise: gloo closes all connections of a rank when one is lost."""
         with contextlib.suppress(Exception), self._changing:
             if not self._done:
                 self._done = reason
@@ -169,12 +170,12 @@ class Agreement:
 
     @property
     def steps(self) -> int:
-        """How many calls that communicate this rank has begun, or was refused."""
+        """How many communicating calls this rank has begun or refused."""
         return self._step
 
     @property
     def epoch(self) -> int:
-        """That of this rank: another after every failure."""
+        """The epoch of this rank; every failure begins another."""
         return self._epoch
 
     @property
@@ -184,15 +185,15 @@ class Agreement:
 
     @property
     def told_epoch(self) -> int:
-        """That of this rank in the eyes of the others."""
+        """The epoch of this rank as its peers read it."""
         return self._told_epoch
 
     def publish(self, key: str, text: str) -> None:
-        """For the eyes of the peers: :meth:`read` it there."""
+        """Put ``text`` in the store, where the peers :meth:`read` it."""
         self._store.set(f"{key}/{self._rank}", text)
 
     def read(self, key: str, rank: int) -> str:
-        """What ``rank`` has published under ``key``; "" for nothing. Keys are never taken away."""
+        """What ``rank`` has published under ``key``, "" where it has not. Keys are never removed."""
         key = f"{key}/{rank}"
         if key not in self._seen:
             if not self._store.check([key]):
@@ -201,7 +202,7 @@ class Agreement:
         return self._store.get(key).decode()
 
     def register(self, rank: int) -> Register | None:
-        """Where ``rank`` says it stands."""
+        """The register of ``rank``; None before its first entry."""
         return Register.of(self.read("status", rank))
 
     def share(self, name: str, text: str | None) -> str:
@@ -227,17 +228,17 @@ class Agreement:
         return shared
 
     def diagnose(self, peer: int) -> str:
-        """After a failed transfer: what ``peer`` was doing, as far as can be heard."""
+        """What ``peer`` last published, for the error of a failed transfer."""
         try:
             if self._gone(peer):
                 return f"the process of rank {peer} has ended"
             said = self.register(peer)
-            return f"the last that rank {peer} said: {said.text}" if said else f"rank {peer} never said anything"
+            return f"rank {peer} last reported: {said.text}" if said else f"rank {peer} never reported anything"
         except Exception:
-            return f"rank {peer} gave no sign of life, nor did the store"
+            return f"neither rank {peer} nor the store answers"
 
     def _arrive(self, signature: str, step: int) -> int:
-        """Meet the others at ``signature``. Its number, alike on all ranks."""
+        """Meet the others at ``signature``; returns the signature's number, the same on all ranks."""
         if self._done:
             raise RuntimeError(f"{signature}: this group cannot be used any more, make a new one: {self._done}")
         if self._hinted:
@@ -249,9 +250,9 @@ class Agreement:
         try:
             generation, epoch = self._meet(signature, step)
             if not self._met and generation >= MOST_GENERATIONS:
-                raise RuntimeError(f"{signature}: this group has failed and gone on {generation} times: make a new one")
+                raise RuntimeError(f"{signature}: this group has had {generation} failures: make a new group")
         except BaseException as error:
-            with contextlib.suppress(Exception):  # where it has not been left for a reason of its own
+            with contextlib.suppress(Exception):  # no effect where this rank has left the epoch already
                 self._leave(self._step + (step > self._step), f"rank {self._rank}: {error}")
                 _mark_told(error)
             raise
@@ -262,13 +263,17 @@ class Agreement:
                 raise RuntimeError(f"{signature}: {self._why}")
             self._generation = generation
             self._met, self._since = self._met + 1, 0
-            if len(self._kinds) >= MOST_KINDS:  # on every rank in the same meeting
+            if len(self._kinds) >= MOST_KINDS:  # happens on every rank in the same meeting
                 self._kinds.clear()
             self._kinds[signature] = number = len(self._kinds)
             return number
 
     def _meet(self, signature: str, step: int) -> tuple[int, int]:
-        """Poll until all peers have come, or what they say shows that they never will. The generation and epoch."""
+        """Poll until all peers have come to this meeting; raise where a register shows that one never will.
+
+        Returns:
+            tuple: generation and epoch.
+        """
         generation = self._generation
         try:
             mine = self._say(WAITING, step, signature)
@@ -279,7 +284,7 @@ class Agreement:
         start = looked = time.monotonic()
         pause = 0.0002
         while missing:
-            if self._epoch != mine.epoch:  # another thread's call was refused
+            if self._epoch != mine.epoch:  # a call of another thread was refused
                 raise RuntimeError(f"{signature}: {self._why}")
             now = time.monotonic()
             for rank in missing[:]:
@@ -292,7 +297,7 @@ class Agreement:
                     hinted_since.pop(rank, None)
                     if verdict.kind == "met" and theirs is not None:
                         missing.remove(rank)
-                        if not mine.met:  # who waits here is still of an earlier one
+                        if not mine.met:  # in an epoch's first meeting registers hold the earlier generation
                             begun = theirs.generation + (not theirs.meetings(mine.epoch))
                             generation = max(generation, begun, mine.generation + 1)
                     continue
@@ -304,7 +309,7 @@ class Agreement:
                 reason = self._reason(verdict.kind, signature, rank, theirs)
                 self._leave(step, reason)
                 if reason.startswith(("the ranks disagree", f"rank {rank} refused")):
-                    raise RuntimeError(f"{reason}; this rank came to {signature}")
+                    raise RuntimeError(f"{reason}; this rank called {signature}")
                 raise RuntimeError(f"{signature}: the ranks will not meet, {reason}")
             if not missing:
                 break
@@ -324,15 +329,15 @@ class Agreement:
         last = self.register(rank)
         text = (
             f"{signature}: rank {rank} did not reach this op within the time-out of {self.timeout}, or is gone; "
-            f"the last that was heard of it: {last.text if last else 'nothing'}"
+            f"it last reported: {last.text if last else 'nothing'}"
         )
-        if not self._met:  # nothing has begun: a rank that comes late may follow to the next epoch
+        if not self._met:  # no step of this epoch has begun, so a late rank may follow to the next epoch
             self._since = self._since or step
             self._leave(step, text, keep_since=True)
         raise RuntimeError(text)
 
     def _leave(self, step: int, reason: str, *, keep_since: bool = False) -> None:
-        """Raise in ``step``: stand before the next, in the epoch that begins with it. Once for each ``step``."""
+        """End the epoch at ``step``: the next step begins a new epoch. A second call for one ``step`` does nothing."""
         with self._changing:
             if step < self._epoch:
                 return  # left already
@@ -347,14 +352,14 @@ class Agreement:
             self._why = reason
             if self._done:
                 return
-            with contextlib.suppress(Exception):  # a store that is gone has nothing to tell
+            with contextlib.suppress(Exception):  # the store may be gone
                 self.publish("why", reason)
                 self._say(LEFT, self._epoch, "")
-                self._store.get(f"status/{self._rank}")  # a set returns before it is done, a get does not
+                self._store.get(f"status/{self._rank}")  # set() returns before the server has the value, get() after
                 self._told_epoch = self._epoch
 
-    def _reason(self, kind: str, signature: str, rank: int, theirs: Register, amid: bool = False) -> str:
-        """In words; ``amid``: this rank is in a transfer."""
+    def _reason(self, kind: str, signature: str, rank: int, theirs: Register, in_transfer: bool = False) -> str:
+        """The text of a verdict; ``in_transfer``: this rank has sent messages of the step."""
         if kind == "done":
             self.connection_lost(theirs.text)
             return theirs.text
@@ -363,14 +368,14 @@ class Agreement:
         if kind == "hint":
             return f"rank {rank} refused its arguments: {theirs.text}"
         both = sorted([(self._rank, signature), (rank, theirs.text)])
-        sent = "" if amid or theirs.letter == STUCK else ", nothing was sent"
+        sent = "" if in_transfer or theirs.letter == STUCK else ", nothing was sent"
         return f"the ranks disagree{sent}: " + "; ".join(f"rank {who}: {what}" for who, what in both)
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self._ranks) if rank != self._rank]
 
     def _where(self, rank: int) -> Register | None:
-        """:meth:`register`; without the store there is no way to go on."""
+        """:meth:`register`; where the store is gone, a register that says so."""
         try:
             return self.register(rank)
         except Exception as error:
@@ -388,16 +393,16 @@ class Agreement:
             return said
 
     def _enter_beside(self, signature: str) -> None:
-        """A step is under way: it may be one of this thread's, around this one."""
+        """Begin a step inside another step of this thread; raise where the other step is another thread's."""
         caller = self._caller
         if caller is not None and caller[0] == threading.get_ident():
             self._nested += 1
             return
-        amid = caller[1] if caller is not None else "another op"
+        running = caller[1] if caller is not None else "another op"
         error = RuntimeError(
-            f"group: two threads use one group at once: {amid} is under way in one while another came to {signature}. "
-            f"Ranks could not tell their messages apart; give each thread a group of its own (dist.new_group), or let "
-            f"one thread wait for the other"
+            f"group: two threads use one group at once: one runs {running}, another called {signature}. Ranks cannot "
+            f"tell their messages apart; give each thread a group of its own (dist.new_group), or let one thread wait "
+            f"for the other"
         )
         self._leave(self._step + 1, f"rank {self._rank}: {error}")
         _mark_told(error)
@@ -413,7 +418,7 @@ class Agreement:
 
 
 def _timeout_of(group: ProcessGroup) -> timedelta:
-    """The group's own time-out; a subgroup may have another than the world."""
+    """The group's own time-out, which may differ from that of the default group."""
     own = getattr(group, "timeout", None)
     if isinstance(own, timedelta):
         return own
@@ -426,9 +431,12 @@ def _timeout_of(group: ProcessGroup) -> timedelta:
 
 
 @per_group
-def agreement_of(group: ProcessGroup) -> Agreement:
-    """The one Agreement of ``group`` in this process."""
-    return Agreement(group)
+def coordination_of(group: ProcessGroup) -> Coordination:
+    """The one Coordination of ``group`` in this process."""
+    return Coordination(group)
+
+
+agreement_of = coordination_of  # the former name, until its last callers in convert, functional and bench have changed
 
 
 def failure(rank: int, ticket: Ticket, doing: str, transfer: Transfer, cause: str) -> RuntimeError:
@@ -441,22 +449,22 @@ def failure(rank: int, ticket: Ticket, doing: str, transfer: Transfer, cause: st
 
 
 def _mark_told(error: BaseException) -> None:
-    """The peers know of it: it is not to be counted again on its way up."""
+    """Mark ``error`` as published, so that an outer block does not publish it again."""
     with contextlib.suppress(AttributeError):
         error._seqpar_told = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def checked_together(group: ProcessGroup | None, *, step: bool = True) -> Iterator[None]:
-    """Around argument checks: an error raised inside reaches the peers that wait for this rank.
+    """A block of argument checks: an error raised inside is published to the peers that wait for this rank.
 
-    ``step``: whether the call that is checked communicates; the peers' call of the same step then raises too.
+    ``step``: whether the checked call communicates; the peers' call of the same step then raises too.
     """
     try:
         yield
     except Exception as error:
         told = getattr(error, "_seqpar_told", False)
         if group is not None and not told and not torch.compiler.is_compiling():
-            agreement_of(group).fail(f"{type(error).__name__}: {error}", step=step)
+            coordination_of(group).fail(f"{type(error).__name__}: {error}", step=step)
             _mark_told(error)
         raise

@@ -1,17 +1,17 @@
 """Virtual ranks: R ranks as R threads of one process on one device, for tests and for timing on a single GPU.
 
-The very same schedules, ops, autograd and modules run as on real ranks: each thread holds a :class:`LoopbackGroup`,
-which is a ``ProcessGroup`` for everybody who asks, and travels through ops by name like one. Transfers are copies on
-the device. On CUDA every virtual rank has a stream to compute on and one of high priority that receives; copies are
-ordered by events. Where a rate is given each receiver's link is paced: bytes / rate pass before a message arrives, on
-CUDA spun away on the receiving stream by one thread of one SM, on CPU slept away by a thread.
+Schedules, ops, autograd and modules are the same as on real ranks. Each thread holds a :class:`LoopbackGroup`, a
+``ProcessGroup`` that ops find by its name. Transfers are copies on the device. On CUDA every virtual rank has a stream
+for computation and one of high priority for receives; events order the copies. With a rate each receiver's link is
+paced: a message arrives after bytes / rate seconds. On CUDA one thread of one SM spins for that time on the receiving
+stream, on CPU a thread sleeps.
 
-Backward passes run in the thread that called them (``torch.autograd.set_multithreading_enabled(False)``): the engine's
-own thread serves all ranks that share a device, so that a backward which waits for another rank would wait for itself.
-For the same reason a message is moved by whichever end comes second: an event can be waited for once it was recorded.
+Backward passes run in the thread that called them (``torch.autograd.set_multithreading_enabled(False)``). Autograd's
+thread would serve all ranks of a device, so that a backward that waits for another rank would block that rank too. The
+end of a transfer that comes second starts the copy, since a stream can only wait for an event that was recorded.
 
-Dropout seeds are drawn from a generator of each rank's own, seeded alike from the process's default generator; whatever
-else draws from the default generators shares them among the virtual ranks, in no fixed order.
+Each rank draws dropout seeds from a generator of its own; all are seeded from the process's default generator. Other
+random numbers come from the default generators, which the virtual ranks share in no fixed order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch._C._distributed_c10d import _register_process_group, _unregister_proc
 from torch.distributed import ProcessGroup
 
 from ..random import own_generator
-from .coordination import PATIENCE_SECONDS, Ticket, agreement_of, failure
+from .coordination import PATIENCE_SECONDS, Ticket, coordination_of, failure
 from .steps import Transfer
 from .transport import Message, Room
 
@@ -59,7 +59,7 @@ class LoopbackGroup(ProcessGroup):
     def allgather(  # type: ignore[override]
         self, outputs: list[list[Tensor]], inputs: list[Tensor], options: object = None
     ) -> dist.Work:
-        """For checks that cost communication; the ops of this package have transports."""
+        """An all-gather for the debug checks; the ops of this package use transports."""
         gathered = self.world.gathered(self.rank(), inputs[0])
         for output, value in zip(outputs[0], gathered, strict=True):
             output.copy_(value)
@@ -73,14 +73,14 @@ class _Done(dist.Work):
 
 @dataclass
 class _Letter:
-    """One transfer: what either end has brought, and how far it has come."""
+    """The state of one transfer: the buffers of both ends, and whether it has arrived."""
 
     source: Tensor | None = None
     target: Tensor | None = None
-    posted: list[torch.cuda.Event] | None = None  # when either end's stream was ready
-    arrived: bool = False  # on CUDA: is on its way, and ``event`` tells when it has arrived
+    posted: list[torch.cuda.Event] | None = None  # recorded when either end's buffer was ready
+    arrived: bool = False  # on CUDA: the copy is on the stream, and ``event`` is recorded behind it
     event: torch.cuda.Event | None = None
-    failed: BaseException | None = None  # on its way
+    failed: BaseException | None = None  # the error of the copy
 
     @property
     def complete(self) -> bool:
@@ -186,7 +186,7 @@ class Loopback:
 
     @contextmanager
     def _place(self, rank: int, seed: int, started: torch.cuda.Event | None) -> Iterator[None]:
-        """What the thread of one virtual rank needs around it."""
+        """The stream, generator and autograd mode of one virtual rank's thread."""
         generator = torch.Generator(self.device).manual_seed(seed)
         stream = torch.cuda.stream(self._computing[rank]) if self._computing else nullcontext()
         with stream, own_generator(generator), torch.autograd.set_multithreading_enabled(False):
@@ -195,7 +195,7 @@ class Loopback:
             yield
 
     def gathered(self, rank: int, value: Tensor) -> list[Tensor]:
-        """Everybody's ``value``; all ranks must come."""
+        """The values of all ranks; all ranks must call."""
         self._gathering[rank] = value.detach().clone()
         self._barrier.wait()
         values = [self._gathering[peer] for peer in range(self.ranks)]
@@ -203,7 +203,7 @@ class Loopback:
         return values
 
     def bring(self, tag: tuple[int, int], transfer: Transfer, source: Tensor | None, target: Tensor | None) -> _Letter:
-        """One end of a transfer; the end that comes second sets it going."""
+        """Add one end of a transfer; the second end starts the copy."""
         with self.changed:
             letter = self._letters.setdefault((*tag, transfer), _Letter())
             letter.source = letter.source if source is None else source
@@ -226,7 +226,7 @@ class Loopback:
         return True
 
     def forget(self, tag: tuple[int, int], transfer: Transfer) -> None:
-        """The receiver has it, or either end has given up."""
+        """Drop a transfer that was received or given up."""
         with self.changed:
             self._letters.pop((*tag, transfer), None)
 
@@ -238,19 +238,19 @@ class _CopyLink:
         self._world, self._rate = world, rate
 
     def bring(self, letter: _Letter) -> None:
-        """An end has come."""
+        """Note that one end's buffer is ready."""
 
     def carry(self, letter: _Letter) -> None:
-        """Both ends are there. The world's lock is held."""
+        """Copy from source to target; both ends are there, and the world's lock is held."""
         assert letter.source is not None and letter.target is not None
         letter.target.copy_(letter.source)
         letter.arrived = True
 
     def await_(self, letter: _Letter) -> None:
-        """The letter has been carried; the current stream may use it after this."""
+        """Make the current stream wait for the copy."""
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Free nothing: there is no thread and no stream."""
 
 
 class _PacedLink(_CopyLink):
@@ -276,7 +276,7 @@ class _PacedLink(_CopyLink):
             assert letter.source is not None
             free = max(free, time.perf_counter()) + letter.source.nbytes / self._rate
             time.sleep(max(0.0, free - time.perf_counter()))
-            with self._world.changed, torch.no_grad():  # of this thread: buffers may belong to an autograd.Function
+            with self._world.changed, torch.no_grad():  # grad mode is per thread, and the buffers may need gradients
                 try:
                     super().carry(letter)
                 except BaseException as error:
@@ -313,11 +313,11 @@ class _CudaLink(_CopyLink):
 
 
 def _cycles_per_second(device: torch.device) -> float:
-    """How fast ``torch.cuda._sleep`` counts, measured."""
+    """The measured rate of ``torch.cuda._sleep``."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     cycles = 20_000_000
     with torch.cuda.device(device):
-        torch.cuda._sleep(cycles)  # wakes the clocks
+        torch.cuda._sleep(cycles)  # brings the clocks to their full rate
         begin.record()
         torch.cuda._sleep(cycles)
         end.record()
@@ -326,17 +326,17 @@ def _cycles_per_second(device: torch.device) -> float:
 
 
 class LoopbackTransport:
-    """Chunks between the virtual ranks of one :class:`Loopback`."""
+    """Moves messages between the virtual ranks of one :class:`Loopback`."""
 
     def __init__(self, group: LoopbackGroup):
         self._group = group
 
     def session(self, signature: str, room: Room) -> LoopbackSession:
-        return LoopbackSession(self._group, agreement_of(self._group).begin(signature))
+        return LoopbackSession(self._group, coordination_of(self._group).begin(signature))
 
 
 class LoopbackSession:
-    """One op's letters. A message finds the other end by the place of its op and its transfer."""
+    """The transfers of one op. Step and transfer together identify a message on both ends."""
 
     def __init__(self, group: LoopbackGroup, ticket: Ticket):
         self._group, self._world, self._ticket = group, group.world, ticket
@@ -359,7 +359,7 @@ class LoopbackSession:
         """Nothing was started."""
 
     def takes_receives_early(self, device_type: str) -> bool:
-        return False  # nothing is asked for first
+        return False  # a send starts as soon as both ends are there, in whatever order they came
 
     def wait(self, transfer: Transfer) -> None:
         self._await(transfer, "receiving")
@@ -370,13 +370,13 @@ class LoopbackSession:
 
     def finish(self) -> None:
         self.drain()
-        agreement_of(self._group).end()
+        coordination_of(self._group).end()
 
     def abort(self, error: BaseException) -> None:
-        agreement_of(self._group).give_up(self._ticket, error)
+        coordination_of(self._group).give_up(self._ticket, error)
         for transfer, letter in self._open.items():
             self._world.forget(self._tag, transfer)
-            if letter.complete and letter.failed is None:  # on its way: then nobody uses our memory any more
+            if letter.complete and letter.failed is None:  # after the copy no thread uses this rank's memory
                 with suppress(RuntimeError):
                     self._world.wait(letter, transfer, self._world.timeout)
 
@@ -384,12 +384,12 @@ class LoopbackSession:
         self._open[transfer] = self._world.bring(self._tag, transfer, source, target)
 
     def _await(self, transfer: Transfer, doing: str) -> None:
-        agreement, waited = agreement_of(self._group), 0.0
+        coordination, waited = coordination_of(self._group), 0.0
         while not self._world.wait(self._open[transfer], transfer, PATIENCE_SECONDS):
             waited += PATIENCE_SECONDS
-            cause = agreement.suspect(self._ticket)
+            cause = coordination.suspect(self._ticket)
             if cause is None and waited > self._world.timeout:
-                cause = f"no sign of the other end within {self._world.timeout} s"
+                cause = f"the other rank did not post this transfer within {self._world.timeout} s"
             if cause is not None:
                 raise failure(self._group.rank(), self._ticket, doing, transfer, cause)
         del self._open[transfer]

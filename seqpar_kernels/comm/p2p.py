@@ -1,7 +1,7 @@
-"""The first transport: torch.distributed point-to-point, on any backend it has (gloo and NCCL at least).
+"""The transport over point-to-point messages of torch.distributed, on any backend that has them (gloo, NCCL).
 
-gloo moves bytes with threads of its own, NCCL with kernels on a stream of its own, so either runs beside the matmul.
-With NCCL the send and the receive of one post are one coalesced group, in the same order on all ranks.
+gloo moves bytes in threads of its own, NCCL in kernels on a stream of its own, so both run beside the matmul. With NCCL
+the sends and receives of one post are one coalesced group, in the same order on all ranks.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..caches import per_group
-from .coordination import Ticket, agreement_of, failure
+from .coordination import Ticket, coordination_of, failure
 from .steps import Transfer
 from .transport import Message, Room
-from .watchdog import Doing, Watch, watch_of
+from .watchdog import Doing, Watchdog, watchdog_of
 
 _SMALL_BYTES = 1 << 16
 
 
 def gathers_itself(group: ProcessGroup, device_type: str) -> bool:
-    """Whether the backend's own all-gather is better than messages: NCCL's uses what joins the devices, gloo's not."""
+    """Whether the backend's own all-gather beats messages: NCCL's is built for the links between the devices."""
     return device_type == "cuda" and _on_nccl(group)
 
 
@@ -40,22 +40,21 @@ class P2PTransport:
         self._group = group
 
     def session(self, signature: str, room: Room) -> P2PSession:
-        return P2PSession(self._group, agreement_of(self._group).begin(signature))
+        return P2PSession(self._group, coordination_of(self._group).begin(signature))
 
 
 class P2PSession:
-    """One op's works, by transfer.
+    """The works of one op, by transfer.
 
-    The tag tells the step and what was agreed on for it: where tags are matched (gloo), messages of ops that do not
-    belong together never meet, so that a mismatch ends in an error on both sides, not in an abort of the process or in
-    a wrong result.
+    The tag of a message encodes step and signature. Where the backend matches tags (gloo), a receive never takes a
+    message of another op: a mismatch is an error on both sides, never an abort of the process or a wrong result.
     """
 
     def __init__(self, group: ProcessGroup, ticket: Ticket):
         self._group = group
         self._ticket = ticket
-        self._watch: Watch | None = None
-        self._doubtful = False  # the peers were told of a wait: a dummy may come
+        self._watchdog: Watchdog | None = None
+        self._doubtful = False  # a wait of this op was published, so that a dummy may come
         self._arrivals: dict[Transfer, tuple[Message, dist.Work]] = {}
         self._departures: list[tuple[Message, dist.Work]] = []  # a buffer must outlive its send
         self._gathering: dist.Work | None = None
@@ -68,12 +67,12 @@ class P2PSession:
             return
         group, tag = self._group, self._ticket.tag
         first = (sends or receives)[0]
-        # Receives first: gloo tells the sender that it is ready, and that message must not queue behind our own data.
-        # Where that is little, sends first: a peer that is told to send while its own thread is about to locks it out.
+        # Receives first: gloo tells the sender that the receiver is ready, and this must not queue behind our own data.
+        # Small messages are sent first: a ready notice that arrives while the peer posts its send would block the post.
         small = first.buffer.nbytes <= _SMALL_BYTES
         try:
-            if first.buffer.is_cpu:  # nothing is coalesced there, and half of the time would go into finding that out
-                self._watch = watch_of(group)
+            if first.buffer.is_cpu:  # batch_isend_irecv coalesces nothing on a CPU and takes twice as long
+                self._watchdog = watchdog_of(group)
                 leaving = [group.send([m.buffer], m.transfer.target, tag) for m in sends] if small else []
                 works = [group.recv([m.buffer], m.transfer.source, tag) for m in receives]
                 works += leaving or [group.send([m.buffer], m.transfer.target, tag) for m in sends]
@@ -110,7 +109,7 @@ class P2PSession:
         return RuntimeError(f"{where} {self._group.rank()}; {type(error).__name__}: {error}")
 
     def takes_receives_early(self, device_type: str) -> bool:
-        # On a CPU works are independent of one another; NCCL's stream would wait in such a receive and send nothing.
+        # Works on a CPU are independent. NCCL runs them on one stream, where an early receive blocks later sends.
         return device_type == "cpu"
 
     def wait(self, transfer: Transfer) -> None:
@@ -123,39 +122,39 @@ class P2PSession:
         self._departures.clear()
 
     def abort(self, error: BaseException) -> None:
-        if self._watch is not None:  # the backend may still read and write what lies in unfinished works
-            self._watch.abandoned += [*self._arrivals.values(), *self._departures]
-        agreement_of(self._group).give_up(self._ticket, error)
+        if self._watchdog is not None:  # the backend may still use the buffers of unfinished works
+            self._watchdog.abandoned += [*self._arrivals.values(), *self._departures]
+        coordination_of(self._group).give_up(self._ticket, error)
 
     def _wait(self, message: Message, work: dist.Work, doing: Doing) -> None:
-        """On CPU until the bytes have moved; on CUDA until the current stream will wait for them."""
-        transfer, watch = message.transfer, self._watch
+        """Block until the bytes have moved (CPU), or until the current stream waits for them (CUDA)."""
+        transfer, watchdog = message.transfer, self._watchdog
         peer = transfer.source if doing == "receiving" else transfer.target
         try:
-            if watch is None:
+            if watchdog is None:
                 work.wait()
                 return
-            watch.begin(self._ticket, doing, peer, message.buffer.nbytes)
+            watchdog.begin(self._ticket, doing, peer, message.buffer.nbytes)
             try:
                 work.wait()
             finally:
-                self._doubtful |= watch.end(agreement_of(self._group))
+                self._doubtful |= watchdog.end(coordination_of(self._group))
         except RuntimeError as error:
             raise self._failure(doing, transfer, error) from error
         if self._doubtful:
-            void = agreement_of(self._group).void(self._ticket)
+            void = coordination_of(self._group).void(self._ticket)
             if void is not None:
                 raise failure(self._group.rank(), self._ticket, doing, transfer, void)
 
     def finish(self) -> None:
         self.drain()
-        agreement_of(self._group).end()
+        coordination_of(self._group).end()
 
     def _failure(self, doing: str, transfer: Transfer, error: RuntimeError) -> RuntimeError:
-        agreement = agreement_of(self._group)
+        coordination = coordination_of(self._group)
         peer = transfer.source if doing == "receiving" else transfer.target
-        cause = f"{agreement.diagnose(peer)}. {type(error).__name__}: {error}"
+        cause = f"{coordination.diagnose(peer)}. {type(error).__name__}: {error}"
         failed = failure(self._group.rank(), self._ticket, doing, transfer, cause)
-        if self._watch is not None:
-            agreement.connection_lost(str(failed))
+        if self._watchdog is not None:
+            coordination.connection_lost(str(failed))
         return failed

@@ -1,71 +1,71 @@
-"""How the ranks of a group keep in step: what a rank says of itself, and what another may conclude from it.
+"""How the ranks of a group keep in step: what a rank publishes, and what its peers conclude.
 
-**Steps.** Every rank numbers its calls that communicate, for the life of the group: steps 1, 2, 3, ... A call that
-raises counts like one that succeeds; one that is refused for its arguments does too. Step s of one rank only ever
-exchanges data with step s of the others. A call that needs no communication (a norm) is no step.
+**Steps.** Every rank numbers its communicating calls, for the life of the group: steps 1, 2, 3, ... Each call counts,
+whether it succeeds, raises, or is refused for its arguments. Step s of one rank exchanges data with step s of the other
+ranks only. A call that needs no communication (a norm) is no step.
 
-**Epochs.** An epoch is a run of steps without a fault; its name is the number of its first step. A rank that raises in
-step s leaves its epoch and stands in epoch s + 1, before its step s + 1. So all that raise in the same step come to the
-same epoch by themselves. A rank never goes back to an epoch.
+**Epochs.** An epoch is a run of steps without a fault. Its name is the number of its first step. A rank that raises in
+step s leaves its epoch; it is then in epoch s + 1, before its step s + 1. So all ranks that raise in one step come to
+the same epoch without communication. A rank never goes back to an earlier epoch.
 
-**Meetings.** In an epoch a rank meets the others each time it comes to a signature (name, shapes, dtype ...) that is
-new in the epoch: it says so and waits until all have said the same at the same meeting, counted within the epoch.
-Ranks that met gave the signature the same short number. So the first call of an epoch always meets, and no rank is in
-an epoch that another has not come to. Calls with a known signature look it up and say nothing.
+**Meetings.** A rank meets the others each time it comes to a signature (name, shapes, dtype ...) that is new in the
+epoch. It publishes the signature, and waits until all ranks have published the same one at the same meeting; meetings
+are counted within the epoch. Ranks that met give the signature the same short number. So the first call of an epoch
+always meets, and no rank is in an epoch that another has not come to. A call with a known signature publishes nothing.
 
-**Registers.** A rank says where it stands in one register of the store, which it alone writes and which has room for
-one saying: ``letter epoch step met generation since left passed text``. Epoch, and within it ``met``, only ever grow,
-so that an older saying that was missed follows from the newer one; ``left`` is the last epoch that it left after a
-meeting, and ``passed`` the number of its meetings there. The letters:
+**Registers.** A rank publishes its state in one register of the store, which it alone writes. A register holds one
+entry: ``letter epoch step met generation since left passed text``. The epoch only grows, and ``met`` only grows within
+an epoch, so that a newer entry implies the older ones that a peer has missed. ``left`` is the last epoch that the rank
+left after a meeting, ``passed`` the number of its meetings there. The letters:
 
-- ``W`` waits in meeting ``met + 1`` of the epoch, before (or in) ``step``, with the signature ``text``;
-- ``S`` is stuck: has waited long in a transfer of ``step`` of the signature ``text``; what would end the wait lies
-  under ``wait`` for as long as it lasts, for the rank may leave the epoch before its wait ends;
-- ``F`` has left an epoch (the reason lies under ``why``) and has not come to the next one's meeting;
-- ``H`` refused the arguments of a call that is no step, ``text`` is the error;
-- ``R`` runs; said only to take back an ``H``;
-- ``X`` is done with this group for ever (a connection was lost), ``text`` says why.
+- ``W``: waits in meeting ``met + 1`` of the epoch, before (or in) ``step``, with the signature ``text``.
+- ``S``: is stuck in a transfer of ``step``, of the signature ``text``. The message that would end the wait is
+  published under ``wait`` as long as the wait lasts, since the rank may leave the epoch before its wait ends.
+- ``F``: has left an epoch (the reason is under ``why``) and has not come to the first meeting of the next one.
+- ``H``: refused the arguments of a call that is no step; ``text`` is the error.
+- ``R``: runs; written only to replace an ``H``.
+- ``X``: can never use this group again (a connection was lost); ``text`` says why.
 
-**Conclusions.** A rank of epoch e that reads of another rank
+**Conclusions.** A rank of epoch e reads in a peer's register
 
-- a later epoch: that rank left e (or came to stand beyond it), so this call cannot be answered: raise. Two exceptions:
-  a rank that has not begun its epoch and reads of one that only gave up waiting there (``since``) follows it; and where
-  that rank left e after this very meeting (``left``, ``passed``), all had said the same: met;
-- an earlier epoch: it has not heard yet, or has still to raise in steps that others raised in: wait for it;
-- ``W`` of the same meeting: met where the signatures and steps are the same, else they disagree: raise;
-- more meetings than its own: that rank passed this one, which takes all ranks' saying the same: met;
-- ``S`` in this or a later step, with fewer meetings: it never comes to this meeting: they disagree;
-- for a rank that is stuck itself: ``S`` in the same step with another signature, or ``W`` in a meeting this rank has
-  not been to, in no later step: they disagree. Everything else may only be slow.
+- a later epoch: the peer has left e, or never was in it, so this call cannot be answered: raise. Two exceptions: a rank
+  that has not begun its epoch follows a peer that only gave up waiting there (``since``); and where the peer left e
+  after this very meeting (``left``, ``passed``), all ranks had published the same signature: met.
+- an earlier epoch: the peer has not learned of the fault, or has still to raise in steps that others raised in: wait.
+- ``W`` of the same meeting: met where signatures and steps are the same, else the ranks disagree: raise.
+- more meetings than its own: the peer has passed this meeting, so all ranks had published the same signature: met.
+- ``S`` in this or a later step, with fewer meetings: the peer never comes to this meeting: the ranks disagree.
+- For a rank that is stuck itself: ``S`` in the same step with another signature, or ``W`` in a meeting that this rank
+  has not been to, in no later step: the ranks disagree. Anything else may only be slow.
 
-Whoever raises leaves its epoch, so that a fault reaches every rank, each in the step in which it cannot go on. A rank
-that had all it needed in step s hears of a fault in s in its step s + 1, in which the faulty rank, reading that s + 1
-was left too, raises as well: all go on together with s + 2.
+A rank that raises leaves its epoch, so that a fault reaches every rank, each in the first step that it cannot complete.
+A rank may complete step s before it learns of a fault in s. It then raises in step s + 1. The faulty rank reads that
+s + 1 was left and raises there too, so that all ranks continue with s + 2.
 
-**Tags.** A message carries generation (how many epochs were begun; agreed on in an epoch's first meeting), step and
-the number of the signature, each modulo a power of two. Ranks in one epoch are at most a step apart where they share
-messages, for gloo's sends end when they are received. So messages of different steps, epochs or signatures never meet.
+**Tags.** A message carries the generation (how many epochs there were; agreed on in an epoch's first meeting), the step
+and the number of the signature, each modulo a power of two. In one epoch ranks that share messages are at most one step
+apart, since a send in gloo ends when it is received. So no receive takes a message of another step, epoch or signature.
 
-**Dummies.** A wait in gloo cannot be called off. A rank that has left an epoch ends the waits that others of that epoch
-have for it by a message of the same tag and size (:mod:`.watchdog`). A dummy is never taken for data:
+**Dummies.** A wait in gloo cannot be cancelled. A rank that has left an epoch ends the waits that peers in that epoch
+have for it, by a message of the same tag and size (:mod:`.watchdog`). A dummy is never taken for data:
 
-1. a dummy for a wait is sent only after the wait was told of (under ``wait``, with a number of its own);
-2. it is sent only by a rank whose later epoch stands in the store already (it reads back what it wrote);
-3. a rank that has told of a wait in a step looks up all registers after that wait, and after every later one of the
-   step (they have the same tag), before it believes what it received; it raises where any epoch is later.
+1. A dummy for a wait is sent only after the wait was published (under ``wait``, with a number of its own).
+2. It is sent only by a rank whose later epoch is in the store already (the rank reads back what it wrote).
+3. A rank that has published a wait of a step reads all registers after that wait, and after every later wait of the
+   step, which has the same tag, before it uses what it received. It raises where any epoch is later.
 
-Telling and the end of the wait exclude one another by a lock, so a rank knows which of its waits it told of. Hence a
-dummy that any wait may have met was preceded by a later epoch in the store, and the look-up finds that.
-Steps that were not told of, nearly all, look up nothing and say nothing.
+A lock keeps a wait from ending while it is being published, so a rank knows which of its waits it has published. A
+later epoch is in the store before any dummy can arrive, and rule 3 finds it. A step without a published wait, which
+nearly every step is, reads nothing and publishes nothing.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-_GENERATIONS, _STEPS, _KINDS = 14, 6, 10  # bits of a tag, below a bit that is always set: small tags are users' own
+_GENERATIONS, _STEPS, _KINDS = 14, 6, 10  # bits of a tag; a higher bit is always set, since users use small tags
 
-#: So many signatures have a number at once, and so many epochs can be told apart.
+#: The most signatures that have a number at one time, and the most epochs that tags can tell apart.
 MOST_KINDS, MOST_GENERATIONS = 1 << _KINDS, 1 << _GENERATIONS
 
 WAITING, STUCK, LEFT, HINT, RUNNING, DONE = "W", "S", "F", "H", "R", "X"
@@ -76,7 +76,7 @@ class Ticket(NamedTuple):
 
     signature: str
     epoch: int
-    number: int  # of the step
+    number: int  # the number of the step
     generation: int = 0
     kind: int = 0  # the number of its signature
 
@@ -86,22 +86,22 @@ class Ticket(NamedTuple):
 
     @property
     def tag(self) -> int:
-        """31 bits that tell this step's messages from all others that may be about."""
+        """31 bits that differ from the tags of all other messages that may be in flight."""
         step = self.number & (1 << _STEPS) - 1
         return ((1 << _GENERATIONS | self.generation) << _STEPS | step) << _KINDS | self.kind
 
 
 class Register(NamedTuple):
-    """What a rank says of itself."""
+    """The published state of one rank."""
 
     letter: str
     epoch: int
-    step: int  # in which, or before which, it stands
-    met: int  # meetings it has passed in the epoch
+    step: int  # the step in which, or before which, the rank is
+    met: int  # meetings that the rank has passed in the epoch
     generation: int
-    since: int  # steps from this one on, up to the epoch, were given up for nobody came; 0: none
-    left: int  # the last epoch that it left after a meeting; 0: none
-    passed: int  # meetings it had passed there
+    since: int  # the rank gave up waiting for peers in the steps from this one up to the epoch; 0: in none
+    left: int  # the last epoch that the rank left after a meeting; 0: none
+    passed: int  # meetings that the rank had passed there
     text: str
 
     def to_text(self) -> str:
@@ -116,12 +116,12 @@ class Register(NamedTuple):
         return Register(letter, epoch, step, met, generation, since, left, passed, rest)
 
     def meetings(self, epoch: int) -> int:
-        """How many meetings of ``epoch`` it has certainly passed."""
+        """How many meetings of ``epoch`` the rank has certainly passed."""
         return self.met if epoch == self.epoch else self.passed if epoch == self.left else 0
 
 
 class Verdict(NamedTuple):
-    """What one register means for a rank that waits."""
+    """What a rank that waits concludes from one register."""
 
     kind: str  # "wait", "met", "follow", "left", "disagree", "hint" or "done"
 
@@ -132,7 +132,7 @@ _WAIT, _MET, _FOLLOW, _LEFT, _DISAGREE, _HINT, _DONE = map(
 
 
 def meeting(mine: Register, theirs: Register | None) -> Verdict:
-    """For a rank that waits in a meeting: ``mine`` is its own ``W``."""
+    """The verdict of a rank that waits in a meeting; ``mine`` is its own register, a ``W``."""
     if theirs is None:
         return _WAIT
     if theirs.letter == DONE:
@@ -154,7 +154,7 @@ def meeting(mine: Register, theirs: Register | None) -> Verdict:
 
 
 def stuck(ticket: Ticket, met: int, theirs: Register | None) -> Verdict:
-    """For a rank that has waited long in the step of ``ticket``, having passed ``met`` meetings."""
+    """The verdict of a rank that has waited long in the step of ``ticket`` and has passed ``met`` meetings."""
     if theirs is None:
         return _WAIT
     if theirs.letter == DONE:

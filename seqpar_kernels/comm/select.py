@@ -1,4 +1,4 @@
-"""Which transport moves the messages of a group: one function for each means there is."""
+"""Selects the transport of a group: one function for each kind of transport."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .transport import Transport
 
 
 def messages(group: ProcessGroup) -> Transport:
-    """Point-to-point messages of torch.distributed; copies between virtual ranks."""
+    """Point-to-point messages of torch.distributed; for virtual ranks, copies between them."""
     return LoopbackTransport(group) if isinstance(group, LoopbackGroup) else P2PTransport(group)
 
 
@@ -19,11 +19,11 @@ def symmetric_memory(group: ProcessGroup) -> Transport:
     """Workspaces that all ranks can read.
 
     Raises:
-        RuntimeError: there can be none (:func:`.symm_mem.why_not`).
+        RuntimeError: the group cannot use symmetric memory (:func:`.symm_mem.why_not`).
     """
     return symm_mem.transport_over(group)
 
 
 def symmetric_memory_or_loopback(group: ProcessGroup) -> Transport:
-    """What a matmul that waits by itself takes: it must not share the device with kernels that move bytes."""
+    """The transport of a matmul kernel that waits for its own input: no other kernel may move its bytes."""
     return LoopbackTransport(group) if isinstance(group, LoopbackGroup) else symm_mem.transport_over(group)

@@ -1,4 +1,4 @@
-"""What a rank of a group does in one op, as data: transfers, waits for them, and computation between."""
+"""The steps of one rank in one op, as data: transfers, waits and computations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Buffer(NamedTuple):
-    """One of the buffers that a rank sends from, alike on every rank: ``slots`` regions of at most ``rows`` rows."""
+    """A buffer that ranks send from, the same on every rank: ``slots`` regions of at most ``rows`` rows each."""
 
     name: str
     rows: int
@@ -15,19 +15,19 @@ class Buffer(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows ``start..stop`` of what the receiver has them in: chunk ``index`` of what belongs to ``owner``."""
+    """Rows ``start..stop`` of the receiver's tensor: chunk ``index`` of the rows that belong to ``owner``."""
 
     owner: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
     start: int
     stop: int
 
 
 class Transfer(NamedTuple):
-    """``rows`` on their way from ``source`` to ``target``.
+    """``rows`` are sent from rank ``source`` to rank ``target``.
 
-    The sender has them in slot ``slot`` of its buffer ``buffer``, from row ``offset`` on; both ends name a transfer
-    alike. Schedules know nothing of ``part``: where rows are several blocks of memory, which one.
+    The sender has them in slot ``slot`` of its buffer ``buffer``, from row ``offset`` on. Sender and receiver use the
+    same transfer for one message. ``part`` is the block of memory, where rows consist of several; schedules leave it 0.
     """
 
     buffer: str
@@ -40,7 +40,7 @@ class Transfer(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many rows travel."""
+        """The number of rows."""
         return self.rows.stop - self.rows.start
 
 
@@ -54,19 +54,19 @@ class Post:
 
 @dataclass(frozen=True)
 class Wait:
-    """Block until this transfer has arrived here."""
+    """Block until this transfer has arrived on this rank."""
 
     transfer: Transfer
 
 
 @dataclass(frozen=True)
 class Drain:
-    """Block until the buffers of all sends posted so far may be used again."""
+    """Block until the buffers of all sends posted so far may be changed."""
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Run ``stage`` over rows ``start..stop``; what that means is the business of who runs the schedule."""
+    """Run ``stage`` over rows ``start..stop``. The code that runs the schedule defines the stages."""
 
     stage: str
     start: int

@@ -1,19 +1,19 @@
 """Transport over symmetric memory: copy engines between GPUs that reach one another's memory (NVLink, PCIe P2P).
 
-Each rank of the group owns a workspace that its peers can read. A sender puts a chunk there (partial results are
-computed right into it: :meth:`SymmMemSession.empty`), then signals; the receiver pulls the chunk to where it belongs
-and signals, once an op, that it has pulled the last. Pulling takes one local copy of an input shard, and none of
-partial results; no kernel runs on an SM but the signals' own, of one warp.
+Each rank of the group owns a workspace that its peers can read. A sender puts a chunk in its workspace and signals the
+receiver. The receiver pulls the chunk into its own buffer, and signals once an op that it has pulled the last chunk.
+An input shard costs one local copy. Partial results cost none: they are computed in the workspace
+(:meth:`SymmMemSession.empty`). The only kernels on SMs are those of the signals, one warp each.
 
-Everything is ordered by streams, and the host never waits. Three streams of high priority work for a group: one sends
-signals behind the computing stream, one waits for signals and pulls, one waits for word that the peers have pulled.
-Each op takes the half of the workspace that the op before it has not, and comes after the last pull from that half: ops
-that run at once on different streams never share bytes. Signals between two ranks are taken in the order in which they
-were sent, like messages of any transport, so a counter on either side finds the channel of each.
+Streams order everything, and the host never waits. A group has three streams of high priority: one sends signals after
+the computing stream, one waits for signals and pulls, one waits for the signals that the peers have pulled. Ops use
+the two halves of the workspace in turn. An op begins after the last pull from its half, so that ops on different
+streams never share bytes. Signals between two ranks are taken in the order in which they were sent, so a counter on
+either side gives the channel of each signal.
 
-A wait on the device cannot be called back. It traps when the group's time-out is over, which ends the process with a
-CUDA error; before that a thread that looks after waits says on the log which rank waits for which peer, op and chunk,
-and breaks the epoch for all others (:mod:`.coordination`).
+A wait on the device cannot be cancelled. It traps when the group's time-out is over, and the process ends with a CUDA
+error. Before that a watchdog thread logs which rank waits for which peer, op and chunk, and ends the epoch for all
+other ranks (:mod:`.coordination`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ..caches import per_group
-from .coordination import PATIENCE_SECONDS, Agreement, Ticket, agreement_of, failure
+from .coordination import PATIENCE_SECONDS, Coordination, Ticket, coordination_of, failure
 from .steps import Transfer
 from .transport import Message, Room
 
@@ -46,23 +46,23 @@ Event = Any
 
 
 class Memory(Protocol):
-    """The workspaces of all ranks: torch's ``_SymmetricMemory``, as far as it is used here."""
+    """The workspaces of all ranks: the methods of torch's ``_SymmetricMemory`` that are used here."""
 
     def get_buffer(self, rank: int, sizes: Sequence[int], dtype: torch.dtype, storage_offset: int) -> Tensor: ...
 
 
 class Device(Protocol):
-    """Streams, events and signals. What is put on a stream happens after all that was put there before."""
+    """Streams, events and signals. Work on one stream runs in the order in which it was put there."""
 
-    channels: int  # signals that may be on their way at once, for each pair of ranks
+    channels: int  # the most signals between two ranks that may be untaken at one time
 
     def allocate(self, nbytes: int) -> Memory:
-        """Workspaces of ``nbytes`` on all ranks, their signals down; all must come."""
+        """Workspaces of ``nbytes`` on all ranks, with all signals low; all ranks must call."""
 
     def new_stream(self) -> Stream: ...
 
     def current(self) -> Stream:
-        """Where the caller computes."""
+        """The stream on which the caller computes."""
 
     def capturing(self) -> bool:
         """Whether a graph is being captured."""
@@ -85,7 +85,7 @@ class Device(Protocol):
 
 
 class _CudaMemory(NamedTuple):
-    """A handle of torch, and the tensor that it is the handle of: who lets go of that may meet others in its memory."""
+    """A handle of torch and its tensor, which must live as long: freed memory would be given to another tensor."""
 
     handle: Any
     workspace: Tensor
@@ -96,18 +96,18 @@ class _CudaMemory(NamedTuple):
 
 
 class CudaDevice:
-    """The real thing."""
+    """Streams, events and signals of CUDA and torch's symmetric memory."""
 
     def __init__(self, group: ProcessGroup):
         self._group_name, self._ranks = group.group_name, group.size()
-        self._timeout_ms = int(agreement_of(group).timeout.total_seconds() * 1000)
+        self._timeout_ms = int(coordination_of(group).timeout.total_seconds() * 1000)
         self._symmetric = _symmetric_memory()
         self._device = torch.device("cuda", torch.cuda.current_device())
         self.channels = self._symmetric.get_signal_pad_size() // 4 // self._ranks
 
     def allocate(self, nbytes: int) -> Memory:
-        # Not symm_mem.empty: since torch 2.11 that takes from a pool, which gives memory that has been freed again with
-        # its signals as they were left, up where an epoch broke.
+        # Not symm_mem.empty: since torch 2.11 it takes memory from a pool. Freed memory comes back from the pool with
+        # its old signals, which are still high where an epoch failed.
         empty = self._symmetric._SymmetricMemory.empty_strided_p2p
         workspace = empty((nbytes,), (1,), torch.uint8, self._device)
         return _CudaMemory(self._symmetric.rendezvous(workspace, self._group_name), workspace)
@@ -150,32 +150,33 @@ class SymmMemTransport:
     """Chunks between the ranks of ``group`` through a workspace that all of them can read."""
 
     def __init__(self, group: ProcessGroup, device: Device):
-        self.agreement, self.rank, self.ranks, self.device = agreement_of(group), group.rank(), group.size(), device
+        self.coordination, self.device = coordination_of(group), device
+        self.rank, self.ranks = group.rank(), group.size()
         self.sending, self.pulling, self.settling = (device.new_stream() for _ in range(3))
-        self.memory: Memory  # once an op has sent something
-        self.watch = _Overdue(self.agreement, self.rank, device)
-        self._in_graphs: list[Memory] = []  # captured ops go on using theirs when it has grown
+        self.memory: Memory  # set by the first op that sends something
+        self.watchdog = _Overdue(self.coordination, self.rank, device)
+        self._in_graphs: list[Memory] = []  # captured graphs keep using their workspace after it was replaced
         self._half_bytes = 0
-        self._free: list[Event | None] = [None, None]  # when the peers have pulled the last of either half
+        self._free: list[Event | None] = [None, None]  # for each half: the peers have pulled everything from it
         self._next = 0
-        self._epoch: int | None = None  # of the last op
+        self._epoch: int | None = None  # the epoch of the last op
         self._counts: Counter[tuple[str, int]] = Counter()
 
     def session(self, signature: str, room: Room) -> SymmMemSession:
-        ticket = self.agreement.begin(signature)
+        ticket = self.coordination.begin(signature)
         nbytes = room.nbytes()
         try:
-            if self._epoch not in (None, ticket.epoch):  # signals of the last one are lost
+            if self._epoch not in (None, ticket.epoch):  # signals of the failed epoch are in an unknown state
                 self._allocate(self._half_bytes, f"workspace of epoch {ticket.epoch}")
             self._epoch = ticket.epoch
             if nbytes > self._half_bytes:
                 self.reserve(nbytes, signature)
         except BaseException as error:
-            self.agreement.give_up(ticket, error)
+            self.coordination.give_up(ticket, error)
             raise
         half, self._next = self._next, 1 - self._next
         free, self._free[half] = self._free[half], None
-        if self.device.capturing():  # which began on a device at rest; what it does not know it does not capture
+        if self.device.capturing():  # a capture begins on an idle device, so there is no earlier op to wait for
             if nbytes and not any(memory is self.memory for memory in self._in_graphs):
                 self._in_graphs.append(self.memory)
             for stream in (self.sending, self.pulling, self.settling):
@@ -185,7 +186,7 @@ class SymmMemTransport:
         return SymmMemSession(self, ticket, room, half, half * self._half_bytes)
 
     def reserve(self, nbytes: int, purpose: str) -> None:
-        """Room for ops that send ``nbytes`` each; all ranks must come.
+        """Make the workspace large enough for ops that send ``nbytes`` each; all ranks must call.
 
         Raises:
             RuntimeError: the workspace would have to grow while a graph is being captured.
@@ -194,8 +195,8 @@ class SymmMemTransport:
             return
         if self.device.capturing():
             raise RuntimeError(
-                f"{purpose} needs a workspace of {nbytes} bytes, and there are {self._half_bytes}: it cannot grow "
-                f"during graph capture; call reserve_workspace(group, {nbytes}) before it, on every rank"
+                f"{purpose} needs a workspace of {nbytes} bytes, the workspace has {self._half_bytes} and cannot grow "
+                f"during graph capture; call reserve_workspace(group, {nbytes}) on every rank before the capture"
             )
         self._allocate(1 << (nbytes - 1).bit_length(), "workspace")
 
@@ -203,16 +204,16 @@ class SymmMemTransport:
         self._free[half] = when
 
     def channel(self, kind: str, peer: int) -> int:
-        """That of the next signal of ``kind`` in one direction between ``peer`` and us."""
+        """The channel of the next signal of ``kind`` in one direction between ``peer`` and this rank."""
         count = self._counts[kind, peer]
         self._counts[kind, peer] += 1
-        # The upper half of the channels says that chunks are there, the lower that they have been pulled.
+        # Channels of the upper half signal that a chunk is there, those of the lower half that it has been pulled.
         lanes = self.device.channels // 2
         return count % lanes + (lanes if kind in ("send", "receive") else 0)
 
     def _allocate(self, half_bytes: int, name: str) -> None:
         self.device.synchronize()
-        self.agreement.require(f"{name}, {half_bytes} bytes an op")  # nobody reads the old one any more
+        self.coordination.require(f"{name}, {half_bytes} bytes an op")  # after this no rank reads the old workspace
         self._half_bytes, self._free, self._next = half_bytes, [None, None], 0
         self._counts.clear()
         if half_bytes:
@@ -228,8 +229,8 @@ class SymmMemSession:
         self._half, self._base = half, base
         self._staged: set[int] = set()
         self._arrivals: dict[Transfer, Event] = {}
-        self._targets: dict[int, Transfer] = {}  # the last transfer to each peer, and from each
-        self._sources: dict[int, Transfer] = {}
+        self._targets: dict[int, Transfer] = {}  # the last transfer to each peer
+        self._sources: dict[int, Transfer] = {}  # the last transfer from each peer
 
     def empty(self, transfer: Transfer, shape: Sequence[int], like: Tensor) -> Tensor:
         return self._slot(self._transport.rank, transfer, shape, like.dtype)
@@ -241,13 +242,13 @@ class SymmMemSession:
             slot = self._slot(transport.rank, transfer, buffer.shape, buffer.dtype)
             offset = self._room.offset(transfer)
             if slot.data_ptr() != buffer.data_ptr() and offset not in self._staged:
-                self._staged.add(offset)  # one copy for all that pull it
+                self._staged.add(offset)  # one copy serves all peers that pull it
                 slot.copy_(buffer)
             device.wait(transport.sending, device.record(device.current()))
             channel = transport.channel("send", transfer.target)
             device.signal(transport.sending, memory, transfer.target, channel)
             self._targets[transfer.target] = transfer
-        if receives:  # their buffers may hold what the computing stream still reads
+        if receives:  # the computing stream may still read the buffers that the pulls overwrite
             device.wait(transport.pulling, device.record(device.current()))
         for transfer, buffer in receives:
             channel = transport.channel("receive", transfer.source)
@@ -255,7 +256,7 @@ class SymmMemSession:
             slot = self._slot(transfer.source, transfer, buffer.shape, buffer.dtype)
             device.copy(transport.pulling, buffer, slot)
             arrival = self._arrivals[transfer] = device.record(transport.pulling)
-            transport.watch.add(arrival, self._ticket, "receiving", transfer)
+            transport.watchdog.add(arrival, self._ticket, "receiving", transfer)
             self._sources[transfer.source] = transfer
 
     def all_gather(self, whole: Tensor, own: Tensor) -> bool:
@@ -274,7 +275,7 @@ class SymmMemSession:
             raise self._failure("receiving", transfer, error) from error
 
     def drain(self) -> None:
-        """What was sent lies in the workspace: the callers' buffers are free, and :meth:`empty` gives new ones."""
+        """Nothing to wait for: sent chunks are in the workspace, so that the caller's buffers are free."""
 
     def finish(self) -> None:
         transport, device = self._transport, self._device
@@ -283,16 +284,16 @@ class SymmMemSession:
         for target, transfer in self._targets.items():
             channel = transport.channel("taken", target)
             device.await_signal(transport.settling, transport.memory, target, channel)
-            transport.watch.add(device.record(transport.settling), self._ticket, "sending", transfer)
+            transport.watchdog.add(device.record(transport.settling), self._ticket, "sending", transfer)
         free = device.record(transport.settling)
         transport.release(self._half, free)
-        if device.capturing():  # the captured streams join the one that captures
+        if device.capturing():  # the captured streams must join the capturing stream
             for stream in (transport.sending, transport.pulling, transport.settling):
                 device.wait(device.current(), device.record(stream))
-        transport.agreement.end()
+        transport.coordination.end()
 
     def abort(self, error: BaseException) -> None:
-        self._transport.agreement.give_up(self._ticket, error)
+        self._transport.coordination.give_up(self._ticket, error)
 
     def _slot(self, rank: int, transfer: Transfer, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Where the workspace of ``rank`` holds the message of ``transfer``."""
@@ -300,7 +301,7 @@ class SymmMemSession:
         return self._transport.memory.get_buffer(rank, list(shape), dtype, offset // dtype.itemsize)
 
     def _failure(self, doing: str, transfer: Transfer, error: RuntimeError) -> RuntimeError:
-        cause = self._transport.agreement.suspect(self._ticket) or f"{type(error).__name__}: {error}"
+        cause = self._transport.coordination.suspect(self._ticket) or f"{type(error).__name__}: {error}"
         return failure(self._transport.rank, self._ticket, doing, transfer, cause)
 
 
@@ -313,54 +314,53 @@ class _Wait(NamedTuple):
 
 
 class _Overdue:
-    """Looks after waits on the device; what lasts is looked into and told, as the device itself cannot tell."""
+    """A watchdog of the waits on the device: logs a long wait and ends its epoch, which the device cannot do."""
 
-    def __init__(self, agreement: Agreement, rank: int, device: Device):
+    def __init__(self, coordination: Coordination, rank: int, device: Device):
         self._rank, self._device = rank, device
         self._waits: deque[_Wait] = deque()
-        thread = threading.Thread(target=self._look, args=(weakref.ref(agreement),), daemon=True, name="seqpar-overdue")
-        thread.start()
+        args = (weakref.ref(coordination),)
+        threading.Thread(target=self._look, args=args, daemon=True, name="seqpar-overdue").start()
 
     def add(self, event: Event, ticket: Ticket, doing: str, transfer: Transfer) -> None:
         if not self._device.capturing():
             self._waits.append(_Wait(event, time.monotonic(), ticket, doing, transfer))
 
     def rest(self) -> None:
-        """All that was to be waited for has come."""
+        """Forget all waits: the device is idle, so each of them has ended."""
         self._waits.clear()
 
-    def _look(self, owner: weakref.ref[Agreement]) -> None:
+    def _look(self, owner: weakref.ref[Coordination]) -> None:
         told: set[Ticket] = set()
         while True:
             time.sleep(PATIENCE_SECONDS / 2)
-            agreement = owner()
-            if agreement is None:
+            coordination = owner()
+            if coordination is None:
                 return
-            with contextlib.suppress(
-                Exception
-            ):  # a device or store that is gone tells nothing; rest() may come between
+            # The device or the store may be gone, and rest() may empty the queue at any time.
+            with contextlib.suppress(Exception):
                 late = self._waits[0] if self._waits else None
                 while late is not None and self._device.done(late.event):
                     self._waits.popleft()
                     late = self._waits[0] if self._waits else None
                 if late is not None and late.ticket not in told:
-                    error = self._judge(agreement, late)
+                    error = self._judge(coordination, late)
                     if error is not None:
                         told.add(late.ticket)
                         _log.error("%s", error)
-            del agreement
+            del coordination
 
-    def _judge(self, agreement: Agreement, late: _Wait) -> RuntimeError | None:
+    def _judge(self, coordination: Coordination, late: _Wait) -> RuntimeError | None:
         waited = time.monotonic() - late.since
         if waited < PATIENCE_SECONDS:
             return None
-        cause = agreement.suspect(late.ticket)
-        if cause is None and waited > 0.75 * agreement.timeout.total_seconds():
+        cause = coordination.suspect(late.ticket)
+        if cause is None and waited > 0.75 * coordination.timeout.total_seconds():
             cause = f"no signal for {waited:.1f} s"
         if cause is None:
             return None
         error = failure(self._rank, late.ticket, late.doing, late.transfer, cause)
-        agreement.note_break(late.ticket, str(error))
+        coordination.note_break(late.ticket, str(error))
         return error
 
 
@@ -385,10 +385,10 @@ def open_device(group: ProcessGroup) -> Device:
 
 
 def reserve_workspace(group: ProcessGroup, nbytes: int) -> None:
-    """Room for peer ops that send ``nbytes`` each, to be called on every rank right before a graph is captured.
+    """Make the workspace large enough for ops that send ``nbytes`` each, before a graph is captured.
 
-    During a capture no workspace can grow. It also brings the device to rest and ends the watch over earlier waits:
-    CUDA forbids a thread to ask after events while another captures.
+    All ranks must call it right before the capture, during which no workspace can grow. It also synchronizes the
+    device and makes the watchdog forget earlier waits: CUDA forbids a thread to query events while another captures.
 
     Raises:
         RuntimeError: no symmetric memory on this group, with the reason.
@@ -396,11 +396,11 @@ def reserve_workspace(group: ProcessGroup, nbytes: int) -> None:
     transport = transport_over(group)
     transport.reserve(nbytes, "reserve_workspace")
     transport.device.synchronize()
-    transport.watch.rest()
+    transport.watchdog.rest()
 
 
 def why_not(group: ProcessGroup) -> str:
-    """Why ``group`` cannot use symmetric memory; "" where it can. The first call is one all ranks must make."""
+    """Why ``group`` cannot use symmetric memory; "" where it can. All ranks must make the first call."""
     if torch.compiler.is_compiling():
         return _why_not_named(group.group_name)
     found = _obstacles.get(group)
@@ -415,13 +415,13 @@ def _why_not_named(name: str) -> str:
 
 
 def _obstacle_among(group: ProcessGroup) -> str:
-    """Every rank's own obstacle and place are heard, so that all come to one answer."""
-    agreement = agreement_of(group)
+    """The first obstacle of any rank, from what all ranks publish, so that all ranks find the same."""
+    coordination = coordination_of(group)
     local = _local_obstacle(group)
     place = "" if local else f"{socket.gethostname()} {torch.cuda.current_device()}"
-    agreement.publish("peer", f"{local}|{place}")
-    agreement.require("which ranks have symmetric memory")
-    heard = [agreement.read("peer", rank).split("|") for rank in range(group.size())]
+    coordination.publish("peer", f"{local}|{place}")
+    coordination.require("which ranks have symmetric memory")
+    heard = [coordination.read("peer", rank).split("|") for rank in range(group.size())]
     for rank, (obstacle, _) in enumerate(heard):
         if obstacle:
             return f"rank {rank}: {obstacle}"

@@ -1,4 +1,4 @@
-"""Whether the ranks of a group share one host, as far as one rank can tell without asking the others."""
+"""Whether the ranks of a group share one host, from what one rank knows without communication."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from torch.distributed import ProcessGroup
 
 
 def on_one_host(group: ProcessGroup, environment: Mapping[str, str] = os.environ) -> bool | None:
-    """True or False where something here tells, None where nothing does.
+    """Whether all ranks of ``group`` are on this host; None where that is not known.
 
-    torchrun tells which ranks this host's agent has started: False stands for ranks of several agents. Ranks that gloo
-    connects over the loopback interface share a host. An address at which they met tells nothing: the host of a store
-    may call itself localhost.
+    Under torchrun each rank knows which ranks the agent of its host has started. Ranks that gloo connects over the
+    loopback interface share a host. The store's address proves nothing: any host may be called localhost.
     """
     try:
         members, me = dist.get_process_group_ranks(group), dist.get_rank()
@@ -27,13 +26,14 @@ def on_one_host(group: ProcessGroup, environment: Mapping[str, str] = os.environ
 
 
 def _started_here(environment: Mapping[str, str]) -> range:
-    """The ranks of the world that torchrun has started on this host; none without it."""
+    """The ranks of the world that torchrun has started on this host; empty without torchrun."""
     try:
         names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
         rank, local, count, world = (int(environment[name]) for name in names)
     except (KeyError, ValueError):
         return range(0)
-    # Other launchers set these too, some with ranks dealt out round-robin; and a rank may have spawned this world.
+    # Other launchers set these variables too, some with ranks assigned round-robin. And a rank may have spawned this
+    # world, whose size then differs.
     if "TORCHELASTIC_RUN_ID" not in environment or world != dist.get_world_size():
         return range(0)
     return range(rank - local, rank - local + count)

@@ -1,4 +1,4 @@
-"""What a schedule needs from whoever moves its bytes."""
+"""The interface of a transport: how the messages of a schedule are moved."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from .steps import Buffer, Transfer
 
 
 class Message(NamedTuple):
-    """A transfer and the contiguous buffer it is read from or written to."""
+    """A transfer, and the contiguous buffer that it is read from or written to."""
 
     transfer: Transfer
     buffer: Tensor
 
 
 class Room(NamedTuple):
-    """The byte layout of one op: where its messages lie among what a rank sends. Alike on every rank.
+    """The byte layout of what one rank sends in one op, the same on every rank.
 
-    Buffers lie one after the other, slots of a buffer too. A message lies where its transfer says, however ranks cut.
+    Buffers lie one after the other, and so do the slots of a buffer. The place of a message follows from its transfer
+    alone, so that sender and receiver compute the same offset.
     """
 
     buffers: tuple[Buffer, ...]
     row_bytes: tuple[int, ...]  # one for each buffer
-    outer: int = 1  # parts of a message that goes in parts
+    outer: int = 1  # the number of parts of a message that is sent in parts
 
     def nbytes(self) -> int:
-        """What a rank sends, a chunk that goes to several peers once."""
+        """Bytes of all that a rank sends; a chunk for several peers counts once."""
         return sum(b.slots * _slot_bytes(b, row_bytes) for b, row_bytes in zip(*self[:2], strict=True))
 
     def offset(self, transfer: Transfer) -> int:
-        """Where in the sender's :meth:`nbytes` the message of ``transfer`` lies.
+        """The byte offset of the message of ``transfer`` in what its sender sends.
 
         Raises:
             KeyError: no such buffer.
@@ -56,9 +57,10 @@ _BLOCK_BYTES = 1 << 16
 
 
 def in_blocks(outer: int, block_bytes: int) -> bool:
-    """Whether a message of ``outer`` blocks of memory goes block by block, from and to where they lie.
+    """Whether a message of ``outer`` blocks of memory is sent block by block, without a copy.
 
-    Small ones are packed into one: a copy costs less than messages do. Both ends ask, and must get the same answer.
+    Small blocks are packed into one message: a copy costs less than a message. Sender and receiver call this with the
+    same arguments.
     """
     return outer > 1 and block_bytes >= _BLOCK_BYTES
 
@@ -67,41 +69,42 @@ class Session(Protocol):
     """The communication of one op, from first post to last wait."""
 
     def empty(self, transfer: Transfer, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Where the message of ``transfer`` is best computed, so that it need not be copied before it is sent."""
+        """A tensor from which ``transfer`` can be sent without a copy."""
 
     def post(self, sends: list[Message], receives: list[Message]) -> None:
-        """Start moving; buffers of sends must stay as they are until :meth:`drain` or :meth:`finish`."""
+        """Start these messages. Buffers of sends must not change until :meth:`drain` or :meth:`finish`."""
 
     def all_gather(self, whole: Tensor, own: Tensor) -> bool:
-        """Start the backend's own all-gather of ``own`` [n], alike in size, into ``whole`` [ranks * n].
+        """Start the backend's own all-gather of ``own`` [n], of one size on all ranks, into ``whole`` [ranks * n].
 
-        False on every rank where there is none that is better than messages: nothing has been done then.
+        Returns:
+            bool: False, on every rank, where the backend has none that is better than messages. Nothing was started.
         """
 
     def all_gathered(self) -> None:
-        """Return when what :meth:`all_gather` has started has come (on CUDA: when the current stream may use it)."""
+        """Return when the all-gather that was started is done (on CUDA: when the current stream may use the result)."""
 
     def takes_receives_early(self, device_type: str) -> bool:
-        """Whether receives may be posted long before the peers' sends, without keeping anything else from moving.
+        """Whether a receive that is posted long before its send delays no other message.
 
-        A send that finds its receive there need not ask for it first.
+        A send whose receive is posted already starts at once.
         """
 
     def wait(self, transfer: Transfer) -> None:
         """Return when ``transfer`` has arrived (on CUDA: when the current stream may use it)."""
 
     def drain(self) -> None:
-        """Return when the buffers of all sends so far may be used again; more posts may follow."""
+        """Return when the buffers of all sends so far may be changed; more posts may follow."""
 
     def finish(self) -> None:
-        """The last :meth:`drain`."""
+        """:meth:`drain`, and end the op."""
 
     def abort(self, error: BaseException) -> None:
-        """The op failed on this rank with ``error``: tell the peers; nothing of this op may reach a later one."""
+        """End the op, which failed on this rank with ``error``: tell the peers, and let no message reach a later op."""
 
 
 def end(session: Session, error: BaseException | None) -> None:
-    """Finish the op; or abort it, where ``error`` broke it off or finishing fails, which then raises."""
+    """Finish the op where ``error`` is None, else abort it; abort and raise where finishing fails."""
     try:
         if error is None:
             session.finish()
@@ -114,7 +117,7 @@ def end(session: Session, error: BaseException | None) -> None:
 
 
 class Transport(Protocol):
-    """Moves chunks between the ranks of one group."""
+    """Moves messages between the ranks of one group."""
 
     def session(self, signature: str, room: Room) -> Session:
         """Begin an op. ``signature`` describes it (name, shapes, dtype) and must be the same on every rank.

@@ -1,11 +1,12 @@
-"""Ranks that block in gloo for nothing are freed, and the group lives on.
+"""A watchdog ends gloo waits whose message will never come, so that the group can still be used.
 
-A wait in gloo ends when its message comes or, after the group's time-out, with the end of all connections. So a thread
-looks after the waits of its rank. One that lasts is told to the peers through the store, with all that is needed to end
-it; a rank that has left the epoch of a wait for it ends that wait with a message of the same tag and size. The waiter
-looks up whether that may have been (:mod:`.protocol`, "Dummies") and raises.
+A wait in gloo ends in one of two ways: its message comes, or the group's time-out closes all connections. So each
+process has a watchdog thread for each group. It publishes every long wait of its rank in the store, with the tag and
+the size of the expected message. A peer that has left the epoch of that wait sends a dummy message of that tag and
+size, which ends the wait. The waiting rank then checks whether it received a dummy (:mod:`.protocol`, "Dummies"), and
+raises.
 
-The thread sleeps through waits that are short, and looks into the store only where something is wrong or slow.
+The thread ignores short waits. It reads the store only when a wait is long or this rank has left an epoch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from ..caches import per_group
-from .coordination import PATIENCE_SECONDS, Agreement, agreement_of
+from .coordination import PATIENCE_SECONDS, Coordination, coordination_of
 from .gloo_threads import calm_gloo
 from .protocol import Ticket
 
@@ -28,50 +29,54 @@ Doing = Literal["receiving", "sending"]
 
 
 class Blocked:
-    """A wait: of which step, for whom, and what would end it."""
+    """One wait: its step, the peer it waits for, and the message that would end it."""
 
     __slots__ = ("doing", "nbytes", "number", "peer", "since", "ticket")
 
     def __init__(self, ticket: Ticket, doing: Doing, peer: int, nbytes: int):
         self.ticket, self.doing, self.peer, self.nbytes = ticket, doing, peer, nbytes
         self.since = time.monotonic()
-        self.number = 0  # among the waits of this rank that were told of; 0: it was not
+        self.number = 0  # counts the published waits of this rank; 0: this wait is not published
 
     def __str__(self) -> str:
         return f"{self.ticket.epoch} {self.number} {self.doing} {self.peer} {self.ticket.tag} {self.nbytes}"
 
 
-class Watch:
-    """The waits of one group in this process, the thread that looks after them, and what lies about after faults."""
+class Watchdog:
+    """The wait of this process on one group, the watchdog thread, and the works that faults left unfinished."""
 
     def __init__(self, group: ProcessGroup, *, thread: bool = True):
-        #: Works that will never be waited for, and their buffers.
+        #: Works that nobody waits for after a fault, and their buffers: the backend may still use these.
         self.abandoned: list[object] = []
         self._blocked: Blocked | None = None
-        self._ending = threading.Lock()  # a wait is told of, or has ended
+        self._ending = threading.Lock()  # held while a wait is published or ends, so that one excludes the other
         self._told = 0
-        self._freed: dict[int, int] = {}  # of each rank, the number of the last wait that was ended
+        self._freed: dict[int, int] = {}  # rank -> number of its last wait that this rank ended by a dummy
         self._rank, self._ranks = group.rank(), group.size()
-        calm_gloo()  # a group has been used first now: its mover is there
+        calm_gloo()  # gloo starts its thread at the group's first use, which is now
         if thread:
-            threading.Thread(target=_watch, args=(weakref.ref(group),), daemon=True, name="seqpar-watch").start()
+            threading.Thread(target=_watchdog, args=(weakref.ref(group),), daemon=True, name="seqpar-watchdog").start()
 
     def begin(self, ticket: Ticket, doing: Doing, peer: int, nbytes: int) -> None:
-        """This rank is about to wait."""
+        """Note that this rank starts to wait."""
         self._blocked = Blocked(ticket, doing, peer, nbytes)
 
-    def end(self, agreement: Agreement) -> bool:
-        """The wait has ended. Whether it was told of, so that a dummy may have ended it or may yet come."""
+    def end(self, coordination: Coordination) -> bool:
+        """Note that the wait has ended.
+
+        Returns:
+            bool: whether the wait was published, so that a dummy may have ended it or may still come.
+        """
         with self._ending:
             blocked, self._blocked = self._blocked, None
         if blocked is None or not blocked.number:
             return False
         with contextlib.suppress(Exception):
-            agreement.publish("wait", " ")
+            coordination.publish("wait", " ")
         return True
 
-    def look(self, group: ProcessGroup, agreement: Agreement) -> bool:
-        """What the thread does each time. Whether there is more to look after soon."""
+    def look(self, group: ProcessGroup, coordination: Coordination) -> bool:
+        """One pass of the watchdog thread; returns whether the next pass should come soon."""
         with self._ending:
             blocked = self._blocked
             late = blocked is not None and time.monotonic() - blocked.since > PATIENCE_SECONDS
@@ -79,20 +84,20 @@ class Watch:
                 if not blocked.number:
                     self._told += 1
                     blocked.number = self._told
-                    agreement.publish("wait", str(blocked))
-                agreement.suspect(blocked.ticket)
-        if agreement.unsettled:
-            self._free_others(group, agreement)
-        return late or agreement.unsettled
+                    coordination.publish("wait", str(blocked))
+                coordination.suspect(blocked.ticket)
+        if coordination.unsettled:
+            self._free_others(group, coordination)
+        return late or coordination.unsettled
 
-    def _free_others(self, group: ProcessGroup, agreement: Agreement) -> None:
-        """End the waits for this rank in epochs that it has left."""
+    def _free_others(self, group: ProcessGroup, coordination: Coordination) -> None:
+        """Send dummies to the peers that wait for this rank in an epoch that this rank has left."""
         for rank in range(self._ranks):
-            wait = agreement.read("wait", rank).split() if rank != self._rank else []
+            wait = coordination.read("wait", rank).split() if rank != self._rank else []
             if not wait:
                 continue
             epoch, number, doing, peer, tag, nbytes = int(wait[0]), int(wait[1]), wait[2], *map(int, wait[3:])
-            if peer != self._rank or epoch >= agreement.told_epoch or number <= self._freed.get(rank, 0):
+            if peer != self._rank or epoch >= coordination.told_epoch or number <= self._freed.get(rank, 0):
                 continue
             self._freed[rank] = number
             move = group.send if doing == "receiving" else group.recv
@@ -100,7 +105,7 @@ class Watch:
             self.abandoned.append((buffer, move([buffer], rank, tag)))
 
 
-def _watch(group_ref: weakref.ref[ProcessGroup]) -> None:
+def _watchdog(group_ref: weakref.ref[ProcessGroup]) -> None:
     busy = False
     while True:
         time.sleep(PATIENCE_SECONDS / (8 if busy else 2))
@@ -108,12 +113,12 @@ def _watch(group_ref: weakref.ref[ProcessGroup]) -> None:
         if group is None:
             return
         busy = False
-        with contextlib.suppress(Exception):  # a store that is gone has nothing to tell
-            busy = watch_of(group).look(group, agreement_of(group))
+        with contextlib.suppress(Exception):  # the store may be gone
+            busy = watchdog_of(group).look(group, coordination_of(group))
         del group
 
 
 @per_group
-def watch_of(group: ProcessGroup) -> Watch:
-    """The one Watch of ``group`` in this process."""
-    return Watch(group)
+def watchdog_of(group: ProcessGroup) -> Watchdog:
+    """The one Watchdog of ``group`` in this process."""
+    return Watchdog(group)

@@ -26,6 +26,13 @@ def explain(model: nn.Module) -> Explanation:
 
     Raises:
         ValueError: the model has not been parallelized.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 32))
+        >>> model = sp.parallelize(model, None, {"0": "scatter_input+norm", "1": "colwise"})
+        >>> [(row.module, row.style) for row in sp.explain(model).rows]
+        [('0', 'norm+scatter_input'), ('1', 'colwise')]
     """
     conversion = conversion_of(model)
     device = next((param.device for param in model.parameters()), torch.device("cpu"))

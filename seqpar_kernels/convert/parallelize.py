@@ -104,6 +104,17 @@ def parallelize(
             of which one place would be cut. The model has not been changed then.
         RuntimeError: the ranks hold different models or weights, torch is older than 2.12 with several ranks, or there
             is no process group though a launcher has started several processes.
+
+    Examples:
+        Under ``torchrun --nproc-per-node 2`` pass ``torch.distributed.group.WORLD`` in place of None.
+
+        >>> import torch, seqpar_kernels as sp
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> model = sp.parallelize(model, None, loss_parallel=True)
+        >>> ids = torch.tensor([[3, 1, 4, 1]])
+        >>> model(ids, labels=ids).loss.backward()
     """
     check_launched(group_or_mesh)
     conversion = Conversion(model, group_or_mesh, plan, seq_dim, engine, loss_parallel)

@@ -73,6 +73,13 @@ class ParallelPlan:
             keeps those of its heads.
         scattered: pattern -> arguments of matching modules that hold a row for every position and meet the shard.
         remarks: pattern -> why a module is handled as it is, for :func:`explain`.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 32))
+        >>> plan = sp.ParallelPlan({"0": "scatter_input+norm", "1": "colwise"}, remarks={"1": "the head"})
+        >>> type(sp.parallelize(model, None, plan)[1]).__name__
+        'ColumnParallelLinear'
     """
 
     styles: Mapping[str, str]

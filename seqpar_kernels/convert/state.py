@@ -44,7 +44,16 @@ def _whole(tensor: Tensor, cut: Cut | None, group: Any) -> Tensor:
 
 @torch.no_grad()
 def gather_full_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """{parameter name: whole gradient} on every rank; parameters without a gradient are left out. A collective call."""
+    """{parameter name: whole gradient} on every rank; parameters without a gradient are left out. A collective call.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(16))
+        >>> model = sp.parallelize(model, None, {"0": "scatter_input+norm+gather_output"})
+        >>> model(torch.randn(2, 8, 16)).sum().backward()
+        >>> {name: tuple(gradient.shape) for name, gradient in sp.gather_full_gradients(model).items()}
+        {'0.weight': (16,), '0.bias': (16,)}
+    """
     conversion = conversion_of(model)
     full = {}
     for name, param in model.named_parameters():
@@ -58,6 +67,13 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict of the model before conversion, on every rank. A collective call.
 
     What ``save_pretrained(..., state_dict=...)`` and ``safetensors.torch.save_file`` take.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(16))
+        >>> model = sp.parallelize(model, None, {"0": "scatter_input+norm+gather_output"})
+        >>> list(sp.full_state_dict(model))
+        ['0.weight', '0.bias']
     """
     conversion = conversion_of(model)
     group, cuts = conversion.region.group, conversion.cuts
@@ -73,7 +89,17 @@ def whole_tensors(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, 
 
 
 def sharded_state_dict(model: nn.Module) -> dict[str, Any]:
-    """``model.state_dict()`` for ``torch.distributed.checkpoint``, to ``save``, or to ``load`` into, in place."""
+    """``model.state_dict()`` for ``torch.distributed.checkpoint``, to ``save``, or to ``load`` into, in place.
+
+    Examples:
+        >>> import tempfile, torch, seqpar_kernels as sp
+        >>> from torch.distributed import checkpoint
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(16))
+        >>> model = sp.parallelize(model, None, {"0": "scatter_input+norm+gather_output"})
+        >>> folder = tempfile.mkdtemp()
+        >>> saved = checkpoint.save(sp.sharded_state_dict(model), checkpoint_id=folder)
+        >>> checkpoint.load(sp.sharded_state_dict(model), checkpoint_id=folder)  # loads into the parameters
+    """
     cuts = conversion_of(model).cuts
     return {
         name: for_checkpoint(tensor, cuts[name]) if name in cuts and isinstance(tensor, DTensor) else tensor
@@ -85,6 +111,14 @@ def sharded_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimi
     """The state of ``optimizer`` by parameter name, for ``torch.distributed.checkpoint``.
 
     If the optimizer has no state yet, a step that changes nothing creates it, to load a checkpoint into.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(16))
+        >>> model = sp.parallelize(model, None, {"0": "scatter_input+norm+gather_output"})
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> sorted(sp.sharded_optimizer_state_dict(model, optimizer)["state"]["0.weight"])
+        ['exp_avg', 'exp_avg_sq', 'step']
     """
     cuts = conversion_of(model).cuts
     found: Any = get_optimizer_state_dict(model, optimizer)
@@ -98,7 +132,16 @@ def sharded_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimi
 def load_sharded_optimizer_state_dict(
     model: nn.Module, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
 ) -> None:
-    """Load a :func:`sharded_optimizer_state_dict`, read by ``torch.distributed.checkpoint``, into ``optimizer``."""
+    """Load a :func:`sharded_optimizer_state_dict`, read by ``torch.distributed.checkpoint``, into ``optimizer``.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(16))
+        >>> model = sp.parallelize(model, None, {"0": "scatter_input+norm+gather_output"})
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> state = sp.sharded_optimizer_state_dict(model, optimizer)  # checkpoint.load(state, ...) fills it
+        >>> sp.load_sharded_optimizer_state_dict(model, optimizer, state)
+    """
     state: Any = {
         name: {
             key: DTensor(value._local_tensor, value._spec, requires_grad=False)
@@ -123,6 +166,17 @@ def unparallelize(model: ModelT) -> ModelT:
 
     Raises:
         ValueError: the model has not been parallelized, or fully_shard has been applied to it since.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> plan = {"0": "scatter_input+norm", "1": "colwise", "3": "rowwise+gather_output"}
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.LayerNorm(16), torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 16)
+        ... )
+        >>> type(sp.parallelize(model, None, plan)[1]).__name__
+        'ColumnParallelLinear'
+        >>> type(sp.unparallelize(model)[1]).__name__
+        'Linear'
     """
     conversion = conversion_of(model)
     if any(hasattr(module, "unshard") for module in model.modules()):

@@ -63,6 +63,16 @@ def verify(
         ValueError: an argument that does not fit, other weights in ``reference``, other batches on other ranks.
         RuntimeError: one of the models raised (the converted one: its refusal), or with ``raise_on_mismatch`` a
             difference. Both are raised on all ranks.
+
+    Examples:
+        >>> import copy, torch, seqpar_kernels as sp
+        >>> plain = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 32))
+        >>> model = sp.parallelize(copy.deepcopy(plain), None, {"0": "scatter_input+norm", "1": "colwise"})
+        >>> found = sp.verify(
+        ...     model, plain, torch.randn(2, 8, 16), loss_fn=lambda out, batch: out.square().mean(), verbose=False
+        ... )
+        >>> found.ok
+        True
     """
     inner = getattr(model, "_orig_mod", model)  # the model that torch.compile has wrapped
     conversion = conversion_of(inner)

@@ -50,6 +50,16 @@ class Verification:
         rows: one for every output, loss and gradient.
         notes: what was not compared, and why.
         shown: how many rows the text shows: all that are wrong first, then those next to their tolerance.
+
+    Examples:
+        >>> import copy, torch, seqpar_kernels as sp
+        >>> plain = torch.nn.Sequential(torch.nn.LayerNorm(16, bias=False))
+        >>> model = sp.parallelize(copy.deepcopy(plain), None, {"0": "scatter_input+norm+gather_output"})
+        >>> loss = lambda out, batch: out.square().mean()
+        >>> found = sp.verify(model, plain, torch.randn(2, 8, 16), loss_fn=loss, verbose=False)
+        >>> sorted(row.what for row in found.rows)
+        ['gradient', 'loss', 'output']
+        >>> found.raise_if_wrong()
     """
 
     title: str

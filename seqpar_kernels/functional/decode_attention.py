@@ -1,4 +1,4 @@
-"""Attention of new rows over keys that the ranks of a group share, and new keys on their way to their owners."""
+"""Attention of new rows over keys that the ranks of a group share, and the sending of new keys to their owners."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def decode_attention(
     attn_bias: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of a sequence's last rows over keys of which the one at position p is on rank p mod t.
+    """Attention of a sequence's last rows over sharded keys: the key at position p is on rank p mod t.
 
-    :class:`SequenceShardedCache` keeps such keys; this function is for a cache of one's own. Every rank attends with
-    the keys that it holds, sends what it has to every peer in one message, and adds up all parts in rank order in fp32
-    (fp64 for fp64). The bits of the result are the same on all ranks. What travels depends on the new rows, not on
-    ``kv_seq_len``. All ranks of the group must make the call. There is no gradient.
+    :class:`SequenceShardedCache` keeps its keys in this way; call this function with a cache of your own. Every rank
+    attends over the keys that it holds, sends its partial result to every peer in one message, and sums all partial
+    results in rank order in fp32 (fp64 for fp64). The result has the same bits on all ranks. The number of bytes sent
+    depends on the new rows, not on ``kv_seq_len``. All ranks of the group must make the call. There is no gradient.
 
     Args:
         q: [B, n, Hq, D], the same on every rank: the last n rows of a sequence of ``kv_seq_len``.
@@ -66,10 +66,10 @@ def decode_attention(
         -inf in such a row unless there are sinks.
 
     Raises:
-        ValueError: an argument that does not fit, or wants a gradient, by name, on every rank, before anything is sent.
+        ValueError: an argument that does not fit or requires a gradient, by name, on every rank, before any is sent.
         RuntimeError: ranks that call with unlike sizes or lengths, or no kernel for the device.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> q = torch.randn(1, 1, 4, 16)
         >>> k, v = torch.randn(2, 1, 8, 2, 16).unbind(0)
@@ -100,14 +100,14 @@ def decode_scalars(
 def check_no_gradient(**tensors: Tensor | None) -> None:
     """
     Raises:
-        ValueError: one of them wants a gradient, which decoding has not.
+        ValueError: a tensor requires a gradient, and decoding has no backward.
     """
     if torch.is_grad_enabled():
         for name, t in tensors.items():
             if getattr(t, "requires_grad", False):
                 raise ValueError(
-                    f"{name}: expected no gradient to be wanted, decoding has none, got requires_grad=True; call under "
-                    f"torch.no_grad(), or use sequence_parallel_attention to train"
+                    f"{name}: expected requires_grad=False, since decoding has no backward, got requires_grad=True; "
+                    f"call under torch.no_grad(), or use sequence_parallel_attention to train"
                 )
 
 
@@ -128,9 +128,9 @@ def _check_length(q: Tensor, k: Tensor, pg: ProcessGroup | None, kv_seq_len: int
 def keys_to_owners(
     pg: ProcessGroup | None, source: Source, k: Tensor, v: Tensor, store: Store, q: Tensor | None = None
 ) -> Tensor | None:
-    """Put new keys and values into the caches of the ranks that hold their positions; arguments are checked already.
+    """Put new keys and values into the caches of the ranks that hold their positions. The arguments are checked.
 
-    ``q``: this rank's heads of the new rows; all heads of them come back.
+    ``q`` [B, n, heads of this rank, D]: the new rows; the result has all their heads.
     """
     rank = group_rank(pg)
     travels = pg is not None and (source.by_heads or any(h.rows != source.held[0].rows for h in source.held))

@@ -1,4 +1,4 @@
-"""The mappings for any dimension of any tensor: integers travel without gradient, parts may be of any sizes."""
+"""The mappings for any dimension and dtype: integers are communicated without gradient, parts may have any sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from .. import ops
 from ..checks import check_tensor
-from ..comm.coordination import agreement_of, checked_together
+from ..comm.coordination import checked_together, coordination_of
 from ..layout import Group, SequenceShard, group_rank, group_size, normalize_dim, resolve_group, shard_of
 from ..ops.registry import group_name
 from .mappings import (
@@ -27,7 +27,7 @@ def _is_integer(x: object) -> bool:
 
 
 def check_divides_by(name: str, x: Tensor, dim: int, parts: int) -> None:
-    """``x`` has a dimension ``dim`` that splits evenly."""
+    """Raise where dimension ``dim`` of ``x`` is no multiple of ``parts``."""
     check_tensor(name, x)
     dim = normalize_dim("dim", dim, x.dim())
     if x.shape[dim] % parts:
@@ -79,7 +79,7 @@ def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
 
 
 def gather_sizes(x: Tensor, group: Group, dim: int, sizes: Sequence[int], *, partial_grad: bool) -> Tensor:
-    """:func:`gather` of parts of ``sizes``. They travel padded to the largest."""
+    """:func:`gather` of parts with ``sizes``, which are sent padded to the largest."""
     pg, dim = _checked(x, group, dim)
     with checked_together(pg):
         sizes = _sizes("output_split_sizes", sizes, group_size(pg))
@@ -98,7 +98,7 @@ def gather_sizes(x: Tensor, group: Group, dim: int, sizes: Sequence[int], *, par
 
 
 def reduce_scatter_sizes(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> Tensor:
-    """:func:`reduce_scatter` into parts of ``sizes``. They travel padded to the largest."""
+    """:func:`reduce_scatter` into parts with ``sizes``, which are sent padded to the largest."""
     pg, dim = _checked(x, group, dim)
     with checked_together(pg):
         sizes = _sizes("input_split_sizes", sizes, group_size(pg))
@@ -118,7 +118,7 @@ def reduce_scatter_sizes(x: Tensor, group: Group, dim: int, sizes: Sequence[int]
 def all_to_all(
     x: Tensor, group: Group, output_sizes: Sequence[int] | None, input_sizes: Sequence[int] | None
 ) -> Tensor:
-    """Rows of dimension 0 to every rank; the backward sends them back. None: equal numbers."""
+    """Send rows of dimension 0 to every rank; the backward sends gradients back. None: equal numbers of rows."""
     pg, _ = _checked(x, group, 0)
     ranks = group_size(pg)
     with checked_together(pg):
@@ -138,7 +138,7 @@ def all_to_all(
         return x
     if not torch.compiler.is_compiling():
         rows = "rows of sizes given" if given else f"{x.shape[0]} rows"
-        agreement_of(pg).require(f"all_to_all of {rows}, each {x.dtype} {tuple(x.shape[1:])}")
+        coordination_of(pg).require(f"all_to_all of {rows}, each {x.dtype} {tuple(x.shape[1:])}")
         if given:
             _check_counts(outputs, inputs, pg)
     if x.dtype == torch.bool:
@@ -147,7 +147,7 @@ def all_to_all(
 
 
 def _check_counts(outputs: list[int], inputs: list[int], pg: ProcessGroup) -> None:
-    """What each rank sends is what the other expects; all ranks see the same numbers, and raise together."""
+    """Raise, on all ranks, where a rank sends another number of rows than the receiver expects."""
     own = torch.tensor([[outputs, inputs]])
     table = _gather_bytes(own, pg, 0, pg.size())  # [receiver or sender, (outputs, inputs), ranks]
     wrong = (table[:, 0] != table[:, 1].t()).nonzero()
@@ -174,9 +174,9 @@ def _sizes(name: str, sizes: Sequence[int], ranks: int) -> list[int]:
 
 
 def _agree(name: str, sizes: Sequence[int], pg: ProcessGroup) -> None:
-    """Sizes must be alike on all ranks; each has checked its own."""
+    """Raise where ``sizes`` differ between ranks; each rank has checked its own size."""
     if not torch.compiler.is_compiling():
-        agreement_of(pg).require(f"{name}={sizes}")
+        coordination_of(pg).require(f"{name}={sizes}")
 
 
 def _padded(x: Tensor, dim: int, size: int) -> Tensor:
@@ -193,7 +193,7 @@ def _own_part(x: Tensor, pg: ProcessGroup, dim: int) -> Tensor:
 
 
 def _gather_bytes(x: Tensor, pg: ProcessGroup, dim: int, length: int) -> Tensor:
-    """Bytes travel, whatever they mean."""
+    """All-gather of a tensor of any dtype, sent as bytes."""
     raw = x.contiguous().unsqueeze(-1).view(torch.uint8)
     found = ops.gather(raw, dim, length, group_name(pg), False)
     return found.view(x.dtype).squeeze(-1)  # type: ignore[no-any-return]

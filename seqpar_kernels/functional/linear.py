@@ -117,6 +117,14 @@ def all_gather_linear(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, by name.
         RuntimeError: ranks that disagree, a peer that failed.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> x, weight, bias = torch.randn(2, 8, 16), torch.randn(32, 16), torch.randn(32)
+        >>> out = sp.all_gather_linear(x, weight, bias, group=None)  # on 4 ranks: [2, 32, 32]
+        >>> torch.allclose(out, torch.nn.functional.linear(x, weight, bias), atol=1e-5)
+        True
+        >>> q, k, v = sp.all_gather_linear(x, torch.randn(3, 16, 16).unbind(0), group=None)
     """
     plan_by = (group, seq_dim, chunks, engine, seq_len)
     return planned_all_gather_linear(x, weight, bias, *plan_by, None, main_grad, save_gathered)[0]
@@ -233,6 +241,14 @@ def linear_reduce_scatter(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, by name.
         RuntimeError: ranks that disagree, a peer that failed.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> up, gate = torch.randn(2, 2, 8, 32).unbind(0)
+        >>> weight = torch.randn(16, 32)
+        >>> out = sp.linear_reduce_scatter(up, weight, group=None, activation="silu", gate=gate)
+        >>> torch.allclose(out, (torch.nn.functional.silu(gate) * up) @ weight.t(), atol=1e-4)
+        True
     """
     plan_by = (group, seq_dim, chunks, engine)
     return planned_linear_reduce_scatter(x, weight, bias, *plan_by, activation, gate, main_grad)[0]

@@ -79,6 +79,15 @@ def linear_reduce_scatter_dropout_add_norm(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, by name.
         RuntimeError: ranks that disagree, a peer that failed.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> x, weight, residual = torch.randn(2, 8, 32), torch.randn(16, 32), torch.randn(2, 8, 16)
+        >>> y, z = sp.linear_reduce_scatter_dropout_add_norm(
+        ...     x, weight, residual=residual, norm="rms", norm_weight=torch.ones(16), group=None
+        ... )
+        >>> torch.allclose(z, x @ weight.t() + residual, atol=1e-4)
+        True
     """
     return planned_linear_reduce_scatter_dropout_add_norm(
         x,

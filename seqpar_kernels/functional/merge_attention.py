@@ -1,4 +1,4 @@
-"""One attention result of several, each over keys of its own."""
+"""Merges attention results over disjoint keys into one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from ..checks import check_float, check_same_device, check_tensor
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over all keys from results over disjoint parts of them.
+    """Attention over all keys, from results over disjoint parts of the keys.
 
-    The sum runs in the order given, in fp32 (fp64 for fp64), rounded once. A part that a row sees no key of has the
-    lse -inf there and counts for nothing, whatever its out holds; where all parts are so, out is 0 and lse -inf.
-
-    A sink must be in none of the parts, or in one only.
+    The sum runs in the order given, in fp32 (fp64 for fp64), and is rounded once. Where a row sees no key of a part,
+    the part has lse -inf and is ignored, whatever its out holds. Where a row sees no key at all, out is 0 and lse -inf.
+    A sink must be in one part at most.
 
     Args:
         outs: one [B, S, H, D] for each part.
@@ -28,7 +27,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     Raises:
         ValueError: an argument that does not fit, by name.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> q, k, v = torch.randn(3, 1, 8, 2, 16).unbind(0)
         >>> halves = [

@@ -84,6 +84,14 @@ def dropout_add_layer_norm(
     Raises:
         ValueError: an argument that does not fit, by name.
         RuntimeError: the forced backend cannot run here, with the reason.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> x, residual = torch.randn(2, 2, 8, 16).unbind(0)
+        >>> weight, bias = torch.ones(16), torch.zeros(16)
+        >>> y, z = sp.dropout_add_layer_norm(x, residual, weight, bias, p=0.1, prenorm=True)
+        >>> torch.allclose(y, torch.nn.functional.layer_norm(z, (16,), weight, bias), atol=1e-5)
+        True
     """
     return run_norm(
         NormTensors(x, residual, weight, bias, weight2, bias2, x_bias, row_scale, y_scale),
@@ -119,6 +127,13 @@ def dropout_add_rms_norm(
     """``z = dropout(x + x_bias) + residual; y = rms_norm(z) * weight``: see :func:`dropout_add_layer_norm`.
 
     RMSNorm (Zhang and Sennrich 2019) subtracts no mean and has no bias.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> x, residual = torch.randn(2, 2, 8, 16).unbind(0)
+        >>> y = sp.dropout_add_rms_norm(x, residual, torch.ones(16), eps=1e-6)
+        >>> torch.allclose(y, torch.nn.functional.rms_norm(x + residual, (16,), eps=1e-6), atol=1e-5)
+        True
     """
     return run_norm(
         NormTensors(x, residual, weight, None, weight2, None, x_bias, row_scale, y_scale),
@@ -145,7 +160,17 @@ def dropout_add(
     seq_len: int | None = None,
     row_scale: Tensor | None = None,
 ) -> Tensor:
-    """``dropout(x + x_bias) + residual`` with the mask of :func:`dropout_add_layer_norm`, and no norm after it."""
+    """``dropout(x + x_bias) + residual`` with the mask of :func:`dropout_add_layer_norm`, and no norm after it.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> x, residual = torch.ones(2, 8, 16), torch.zeros(2, 8, 16)
+        >>> z = sp.dropout_add(x, residual, p=0.5, seed=1)
+        >>> z.unique()
+        tensor([0., 2.])
+        >>> torch.equal(z, sp.dropout_add(x, residual, p=0.5, seed=1))
+        True
+    """
     tensors = NormTensors(x, residual, x_bias=x_bias, row_scale=row_scale)
     options = NormOptions(
         NormKind.NONE,

@@ -15,13 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..caches import per_group
 from ..checks import check_tensor
-from ..comm.coordination import agreement_of
+from ..comm.coordination import coordination_of
 from ..layout import Group, group_rank, group_size, resolve_group
 from ..packer import divisors, pack
 from ..packing import Costs, PackingPlan
 from .sequence_attention import sequence_parallel_attention
 
-#: Multiply-adds of a dense layer for a token, 12 h^2, by those of attention for a pair, 2 h, at h = 4096.
+#: A token costs a dense layer 12 h^2 multiply-adds, a pair of query and key costs 2 h. Their ratio at h = 4096.
 TOKEN_WORK = 6.0 * 4096
 
 
@@ -34,30 +34,30 @@ def pack_documents(
     token_work: float = TOKEN_WORK,
     max_imbalance: float = 1.05,
 ) -> PackingPlan:
-    """Place the documents of a batch on ranks so that all have about the same work, sharing few documents.
+    """Place the documents of a batch on ranks so that all ranks have about the same work and share few documents.
 
-    A document lies whole on one rank, or is shared by 2, 4, ... or all: by d consecutive ranks, where d divides the
-    number of ranks and the first of the d is a multiple of d. Nothing is sent: the same arguments give the same plan
-    on every rank. :func:`packed_attention` runs it.
+    A document is whole on one rank, or d consecutive ranks share it, where d divides the number of ranks and the first
+    of these ranks is a multiple of d. Nothing is sent: the same arguments give the same plan on every rank.
+    :func:`packed_attention` runs the plan.
 
     Args:
         lengths: tokens of each document; those of packed ones are ``cu_seqlens.diff()``.
-        ranks: how many there are.
-        max_tokens: the most that a rank may hold; None: no bound.
-        pair_work: the work of a pair of a query and a key; a document of length L has L (L + 1) / 2 of them under a
+        ranks: the number of ranks.
+        max_tokens: the most tokens that a rank may hold; None: no bound.
+        pair_work: the work of a pair of a query and a key; a document of length L has L (L + 1) / 2 pairs under a
             causal mask.
-        token_work: the work of a token in the rest of a layer, 6 h pairs in a dense one of hidden size h. The default
-            is that of h = 4096. With a sliding window pass ``pair_work=0``: then all work is by the token.
-        max_imbalance: the slowest rank's work by the mean's that is good enough. Sharing more than that takes would
-            only send more. Where no placement is as good the best one found is returned.
+        token_work: the work of a token in the rest of a layer: 6 h pairs in a dense layer of hidden size h. The default
+            is that of h = 4096. With a sliding window pass ``pair_work=0``: the work is then proportional to tokens.
+        max_imbalance: the search ends when the slowest rank's work divided by the mean is no larger, since sharing more
+            documents would only send more. Where no placement reaches it, the best one found is returned.
 
     Returns:
-        PackingPlan: what lies where, and how well that balances.
+        PackingPlan: the place of every document, and how well the ranks balance.
 
     Raises:
         ValueError: an argument that does not fit, by name; no placement found holds ``max_tokens``.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> plan = sp.pack_documents([8, 2, 2], 2, token_work=0)
         >>> for segment in plan.segments:
@@ -97,7 +97,7 @@ def pack_documents(
             f"max_tokens: expected at least {plan}, the best placement found of {sum(lengths)} tokens in "
             f"{len(lengths)} documents on {ranks} ranks, got {max_tokens}"
         )
-    _ = plan.segments  # worked out here: torch.compile does not take a cached property's first use
+    _ = plan.segments  # computed now: torch.compile does not trace the first use of a cached property
     return plan
 
 
@@ -106,24 +106,24 @@ def _is_number(value: Any) -> bool:
 
 
 def degree_groups(group: Group) -> dict[int, ProcessGroup | None]:
-    """The group of each degree that this rank is in: of d consecutive ranks, for every divisor d of their number.
+    """This rank's group of d consecutive ranks, for every divisor d of the number of ranks.
 
-    Made in the first call and remembered as long as ``group``. As for ``torch.distributed.new_group`` every rank of the
-    world must make that call, each with its own group, and a rank that is in none with what ``new_group`` gave it
-    instead. :func:`packed_attention` makes them itself where ``group`` is all ranks.
+    The first call makes the groups; they are kept as long as ``group``. As for ``torch.distributed.new_group`` every
+    rank of the world must make the first call, each with its own group. A rank that is in no group passes the value
+    that ``new_group`` returned there. Where ``group`` has all ranks, :func:`packed_attention` makes the call itself.
 
     Args:
-        group: the ranks that share a batch: a ProcessGroup, a 1-D DeviceMesh or None for this rank alone, which is no
-            such call.
+        group: the ranks that share a batch: a ProcessGroup, a 1-D DeviceMesh or None for this rank alone. None makes
+            no groups and needs no call on other ranks.
 
     Returns:
         dict[int, ProcessGroup | None]: degree -> group; None for degree 1, ``group`` itself for all its ranks. Empty
         on a rank that is in no group.
 
     Raises:
-        ValueError: ``group`` is none, or the ranks of some group are not in ascending order.
+        ValueError: ``group`` is no group, or the ranks of a group are not in ascending order.
 
-    Example:
+    Examples:
         >>> import seqpar_kernels as sp
         >>> sp.degree_groups(None)
         {1: None}
@@ -148,7 +148,7 @@ def _needs_subgroups(group: ProcessGroup) -> bool:
     return len(divisors(group.size())) > 2
 
 
-#: Groups whose subgroups are there: making them is no part of a call, nor of an error's way up.
+#: Groups whose subgroups have been made. A call that fails must not make them, so it looks here.
 _made: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 
 
@@ -160,14 +160,14 @@ def _subgroups(group: ProcessGroup) -> dict[int, ProcessGroup]:
 
 
 def _make_subgroups(group: ProcessGroup | None) -> dict[int, ProcessGroup]:
-    """Those of all groups of the world, on all of its ranks in one order.
+    """Make the subgroups of all groups of the world, on all of its ranks in one order.
 
-    ``use_local_synchronization=True`` would need the members alone, but makes the name of a group from the number of
-    groups that a rank is in (torch 2.13): members for which that differs would wait for each other in vain.
+    ``use_local_synchronization=True`` would need a call of the members only. But it names a group after the number of
+    groups that a rank is in (torch 2.13), and members where these numbers differ would wait until the time-out.
     """
     mine = None
     if group is not None:
-        timeout = agreement_of(group).timeout
+        timeout = coordination_of(group).timeout
         mine = (tuple(dist.get_process_group_ranks(group)), dist.get_backend_config(group), timeout)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
@@ -204,16 +204,16 @@ def packed_attention(
     """Attention of each document of a plan over itself, on the ranks that share it.
 
     One call of :func:`sequence_parallel_attention` for each shared document, and one for all whole documents of a
-    rank. All ranks of ``group`` must make the call, and run its backward. Ranks make their calls in one order, that of
-    ``plan.segments``, and their backwards in the opposite one: of the calls that are not done yet, the first in that
-    order is the next one of all its ranks, so that it is done some time, and so are all. Under torch.compile ranks do
-    not compare their plans, and :func:`degree_groups` must have been called.
+    rank. All ranks of ``group`` must make the call, and run its backward. Ranks make their calls in the order of
+    ``plan.segments``, and their backwards in the opposite order. So of the calls that are not done, the first one is
+    the next call of all its ranks, and no rank waits forever. Under torch.compile ranks do not compare their plans, and
+    :func:`degree_groups` must have been called before.
 
     Args:
-        q: [B, T, Hq, D], this rank's rows, as ``plan.on_rank(rank).take`` gives them. B is 1 as a rule.
+        q: [B, T, Hq, D], this rank's rows, as ``plan.on_rank(rank).take`` returns them. B is usually 1.
         k: [B, T, Hkv, D]
         v: [B, T, Hkv, Dv]
-        plan: alike on all ranks, for as many as ``group`` has.
+        plan: the same on all ranks, made for as many ranks as ``group`` has.
         group: the ranks that share the batch: a ProcessGroup, a 1-D DeviceMesh or None for this rank alone.
         is_causal: as in :func:`sequence_parallel_attention`, and so are those below.
         window_size: as there, within each document.
@@ -230,7 +230,7 @@ def packed_attention(
         ValueError: an argument that does not fit, by name, before anything is sent.
         RuntimeError: ranks that have unlike plans, or one that failed.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> plan = sp.pack_documents([5, 3], 1)
         >>> q, k, v = torch.randn(3, 1, 8, 4, 16).unbind(0)
@@ -252,7 +252,7 @@ def packed_attention(
                 )
         if pg is not None and not torch.compiler.is_compiling():
             waiting.inside = pg.size()
-            agreement_of(pg).require(f"packed_attention of {plan.signature}")
+            coordination_of(pg).require(f"packed_attention of {plan.signature}")
             waiting.inside = 1
         groups = _groups_for(pg)
         options: dict[str, Any] = dict(is_causal=is_causal, window_size=window_size, scale=scale, softcap=softcap)
@@ -277,18 +277,18 @@ def packed_attention(
     except Exception as error:
         waiting.tell(error)
         raise
-    if not outs:  # no row, but a part of the graph like the other ranks' results
+    if not outs:  # no row, but the result is part of the autograd graph as on the other ranks
         return v.new_zeros(*q.shape[:3], v.shape[3]) + 0 * (q.sum() + k.sum() + v.sum())
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
 
 class _Waiting:
-    """Who waits for this rank, and hears of its errors: without that a rank of another degree would wait in vain."""
+    """Publishes an error of this rank in all groups whose ranks wait for it, so that none waits until the time-out."""
 
     def __init__(self, group: ProcessGroup | None):
         self._group = group
-        self.degrees: tuple[int, ...] = ()  # more than 1, of this rank's calls
-        self.inside = 1  # the degree of the call under way, whose ranks it tells itself
+        self.degrees: tuple[int, ...] = ()  # the degrees of this rank's calls, without 1
+        self.inside = 1  # the degree of the current call, which publishes its own errors
 
     def tell(self, error: Exception) -> None:
         if self._group is None or torch.compiler.is_compiling():
@@ -298,7 +298,7 @@ class _Waiting:
         for degree in dict.fromkeys((whole, *self.degrees)):
             group = groups.get(degree)
             if group is not None and degree != self.inside:
-                agreement_of(group).fail(reason, step=degree in self.degrees)
+                coordination_of(group).fail(reason, step=degree in self.degrees)
 
 
 def _groups_for(group: ProcessGroup | None) -> dict[int, ProcessGroup | None]:
@@ -319,7 +319,7 @@ def _check_plan(plan: Any, group: ProcessGroup | None) -> None:
 
 
 def _after(inputs: tuple[Tensor | None, ...], earlier: Tensor) -> tuple[tuple[Any, ...], Tensor]:
-    """All as they are, but the backward of the call that made ``earlier`` comes after that of the call with inputs."""
+    """The same values, but the call that made ``earlier`` runs its backward after the call that takes ``inputs``."""
     at = next((i for i, t in enumerate(inputs) if t is not None and t.requires_grad), None)
     if at is None or not earlier.requires_grad or not torch.is_grad_enabled():
         return inputs, earlier
@@ -328,7 +328,7 @@ def _after(inputs: tuple[Tensor | None, ...], earlier: Tensor) -> tuple[tuple[An
 
 
 class _After(torch.autograd.Function):
-    """Nothing but an edge: autograd comes here once it has the gradient of ``later``."""
+    """An edge in the autograd graph: the gradient of ``earlier`` passes once that of ``later`` is there."""
 
     @staticmethod
     def forward(ctx: Any, later: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,22 +49,22 @@ def sequence_parallel_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of this rank's queries over the keys and values of all ranks.
 
-    Heads stand behind rows, [B, S, H, D], as in flash-attn and Transformer Engine; tensors of SDPA's [B, H, S, D] come
-    as ``x.transpose(1, 2)``, at no cost. All ranks of the group must make the call, and run its backward.
+    Tensors are [B, S, H, D], as in flash-attn and Transformer Engine. Pass SDPA's [B, H, S, D] as
+    ``x.transpose(1, 2)``, which copies nothing. All ranks of the group must make the call, and run its backward.
 
-    No mask is dropped: every engine honours every argument, and one that cannot raises on all ranks.
+    No engine ignores a mask or another argument: an engine that cannot take one raises on all ranks.
 
     Args:
         q: [B, S/t, Hq, D], this rank's rows of the sequence in ``layout``.
         k: [B, S/t, Hkv, D]; Hkv divides Hq, consecutive query heads share a key head (grouped and multi queries).
-        v: [B, S/t, Hkv, Dv]; Dv may be unlike D (latent attention).
+        v: [B, S/t, Hkv, Dv]; Dv may differ from D (latent attention).
         group: the ranks that share the sequence: a ProcessGroup, a 1-D DeviceMesh or None for this rank alone.
-        is_causal: a row sees no key behind its own position. Where there are unlike numbers of queries and keys the
-            last query sees the last key, as in flash-attn; PyTorch's SDPA aligns the first ones instead.
+        is_causal: a row sees no key behind its own position. Where the numbers of queries and keys differ, the last
+            query sees the last key, as in flash-attn; PyTorch's SDPA aligns the first ones instead.
         window_size: (left, right): a row at position p, aligned as for ``is_causal``, sees keys p - left .. p + right;
             -1 is no bound. With ``is_causal`` right is 0.
-        dropout_p: probability that a weight is dropped, by (seed, batch entry, head, positions), so that the result
-            does not depend on how the sequence is sharded. Pass 0 in evaluation, as to SDPA.
+        dropout_p: probability that a weight is dropped. The mask is a function of (seed, batch entry, head, positions),
+            so that the result does not depend on how the sequence is sharded. Pass 0 in evaluation, as to SDPA.
         scale: of the scores; None: 1 / sqrt(D).
         softcap: scores become softcap * tanh(scores / softcap); 0 leaves them alone.
         sinks: [Hq], a logit of each head that takes part in the softmax and has no value. Counted once.
@@ -75,31 +75,31 @@ def sequence_parallel_attention(
         seq_len: rows of the unsharded queries; needed only where that is not a multiple of the number of ranks.
         kv_seq_len: the same of keys; None: ``seq_len`` where this rank has as many keys as queries.
         layout: how queries and keys are sharded, see :func:`sequence_positions`.
-        engine: ``"ulysses"``: heads are exchanged for rows, then each rank attends with its heads; the bits of one
-            rank. ``"ring"``: keys and values that other ranks' masks need are sent to them while each computes with
-            its own. ``"all_gather"``: the same keys and values, computed with when all are there; the bits of one rank
-            but for dk and dv. ``"auto"``: the one that sends the fewest bytes.
-        ulysses_degree: ranks that exchange heads, consecutive ones; with ``ring_degree`` ranks in a ring that is a
-            hybrid of both. Their product is the number of ranks.
+        engine: ``"ulysses"``: heads are exchanged for rows, then each rank attends with its heads; the results have the
+            bits of one rank. ``"ring"``: ranks send each other the keys and values that masks need, while each computes
+            with its own. ``"all_gather"``: the same keys and values, but the computation starts when all are there; the
+            results but dk and dv have the bits of one rank. ``"auto"``: the one that sends the fewest bytes.
+        ulysses_degree: the number of consecutive ranks that exchange heads; with ``ring_degree`` ranks in a ring this
+            is a hybrid of both engines. Their product is the number of ranks.
         ring_degree: see ``ulysses_degree``; one of them is enough.
-        save_kv: whether a ring keeps the other ranks' keys and values for the backward, or fetches them again. None:
-            keeps them where they are no more than this rank's q, k, v and result.
-        chunks: messages for one rank's keys and values; None: by size. Results do not depend on it.
+        save_kv: whether a ring keeps the other ranks' keys and values for the backward, or sends them again. None:
+            keeps them where they take no more memory than this rank's q, k, v and result.
+        chunks: the number of messages for one rank's keys and values; None: by size. Results do not depend on it.
         return_lse: also return the log-sum-exp of the scores, for :func:`merge_attention`; a sink is part of it.
-        seed: as in :func:`dropout_add_layer_norm`, alike on all ranks.
+        seed: as in :func:`dropout_add_layer_norm`, the same on all ranks.
 
     Returns:
         Tensor: [B, S/t, Hq, Dv], 0 in a row that sees no key; with ``return_lse`` also lse [B, Hq, S/t] in fp32
         (fp64), -inf in such a row unless there are sinks.
 
-        Gradients of ``sinks`` and of what is broadcast in ``attn_bias`` are this rank's part, as those of any
-        replicated parameter that each rank uses for rows of its own: their sum over the ranks is the whole.
+        Gradients of ``sinks`` and of broadcast dimensions of ``attn_bias`` are this rank's part: sum them over the
+        ranks, as for any replicated parameter that each rank uses for its own rows.
 
     Raises:
         ValueError: an argument that does not fit, by name, on every rank, before anything is sent.
-        RuntimeError: ranks that call with unlike sizes, or no kernel for the device.
+        RuntimeError: ranks that call with different sizes, or no kernel for the device.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> q = torch.randn(1, 8, 4, 16)
         >>> k, v = torch.randn(2, 1, 8, 2, 16).unbind(0)
@@ -160,7 +160,7 @@ def attention_choice(
     save_kv: bool | None = None,
     chunks: int | None = None,
 ) -> Choice:
-    """How :func:`sequence_parallel_attention` runs with these arguments: engine, grid, bytes, balance, and why."""
+    """How :func:`sequence_parallel_attention` runs with these arguments: engine, grid, bytes, balance and reason."""
     pg = resolve_group(group)
     q_len, k_len = _lengths(q, k, pg, seq_len, kv_seq_len)
     bias, mask = check_attention_bias(attn_bias, q, k_len)
@@ -173,7 +173,7 @@ def attention_choice(
 def cast_as_autocast(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What SDPA does under torch.autocast."""
+    """The tensors cast as SDPA casts them under torch.autocast."""
     if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
         return q, k, v, bias
     dtype = torch.get_autocast_dtype(q.device.type)
@@ -248,7 +248,7 @@ def check_attention_bias(bias: Tensor | None, q: Tensor, k_len: int) -> tuple[Te
 
 
 def mask_bounds(window_size: Sequence[int], is_causal: bool, ahead: int) -> tuple[int | None, int | None]:
-    """A row at P sees keys P - left .. P + right; ``ahead``: how many more keys there are than queries."""
+    """(left, right): a row at P sees keys P - left .. P + right. ``ahead``: the number of keys less that of queries."""
     found = tuple(window_size) if isinstance(window_size, Sequence) else window_size
     if not isinstance(found, tuple) or len(found) != 2 or not all(type(n) is int and n >= -1 for n in found):
         raise ValueError(f"window_size: expected (left, right), ints of -1 or more, got {window_size!r}")

@@ -1,4 +1,4 @@
-"""Sequences in shards, contiguous or zigzag: their rows, their positions, and labels that follow."""
+"""Shards of a sequence, contiguous or zigzag: their rows, their positions and their next-token labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .exchange import gather, split
 def sequence_positions(
     seq_len: int, group: Group = None, layout: str = "contiguous", *, device: torch.device | str | None = None
 ) -> Tensor:
-    """Positions of this rank's rows in the unsharded sequence: what rotary embeddings and position ids take.
+    """Positions of this rank's rows in the unsharded sequence, for rotary embeddings and position ids.
 
     Args:
         seq_len: rows of the unsharded sequence.
@@ -36,7 +36,7 @@ def sequence_positions(
     Raises:
         ValueError: an argument that does not fit, by name.
 
-    Example:
+    Examples:
         >>> import seqpar_kernels as sp
         >>> sp.sequence_positions(6)
         tensor([0, 1, 2, 3, 4, 5])
@@ -65,7 +65,7 @@ def shard_sequence(x: Tensor, group: Group, seq_dim: int = -2, *, layout: str = 
     Raises:
         ValueError: an argument that does not fit, by name.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> sp.shard_sequence(torch.arange(8).view(1, 8), None, -1, layout="zigzag").shape
         torch.Size([1, 8])
@@ -95,9 +95,9 @@ def unshard_sequence(
         seq_dim: the sequence dimension.
         layout: that of ``x``, as in :func:`sequence_positions`.
         seq_len: the unsharded length; needed only where it is not a multiple of the number of ranks.
-        partial_grad: False where every rank goes on with the same computation and so has the whole gradient: the
+        partial_grad: False where every rank computes the same with the result, so that each has the whole gradient: the
             backward takes this rank's rows of it. True where each rank has a part of the gradient: the backward sums
-            them over the ranks, in rank order in fp32.
+            the parts over the ranks, in rank order in fp32.
 
     Returns:
         Tensor: like ``x``, all rows.
@@ -105,7 +105,7 @@ def unshard_sequence(
     Raises:
         ValueError: an argument that does not fit, by name.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> sp.unshard_sequence(torch.ones(1, 4, 2), None, layout="zigzag").shape
         torch.Size([1, 4, 2])
@@ -135,9 +135,10 @@ def next_token_labels(
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Labels of this rank's rows, each the label of the next position, whichever rank holds that one.
+    """Labels of this rank's rows, each the label of the next position, whichever rank holds that position.
 
-    A loss that shifts labels within a shard takes the wrong label at its end, and in zigzag layout in its middle.
+    A loss that shifts labels within a shard takes a wrong label at the end of the shard, and in zigzag layout in the
+    middle too.
 
     Args:
         labels: integers [..., S]: whole, or with ``input_is_sharded`` this rank's rows in ``layout``.
@@ -155,7 +156,7 @@ def next_token_labels(
     Raises:
         ValueError: an argument that does not fit, by name.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> sp.next_token_labels(torch.tensor([[5, 6, 7, 8]]), cu_seqlens=torch.tensor([0, 2, 4]))
         tensor([[   6, -100,    8, -100]])

@@ -1,4 +1,4 @@
-"""Both ends of a language model with the vocabulary cut over the ranks: embedding, and head with loss."""
+"""Embedding, and head with loss, of a language model whose vocabulary is cut over the ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..comm.coordination import checked_together
 from ..layout import Group, group_rank, group_size, resolve_group, shard_of, vocabulary_range
 from ..ops.registry import group_name
 from ..overlap.engines import settle_plan
-from ..overlap.tuning import figures_of
+from ..overlap.tuning import profile_of
 from .linear import autocast
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -28,10 +28,10 @@ def vocab_parallel_embedding(
     padding_idx: int | None = None,
     whole_output: bool = False,
 ) -> Tensor:
-    """``embedding(ids, whole weight)``, of which each rank looks up its rows and keeps its sequence shard.
+    """``embedding(ids, whole weight)`` with the rows of the weight split over ranks; returns a sequence shard.
 
-    What the ranks found is reduce-scattered straight into the shard; the backward gathers the gradient of the shard and
-    adds it up, in fp32 (fp64 for fp64), for the rows held here.
+    Each rank looks up the ids in its rows. The partial results are reduce-scattered into the shard. The backward
+    gathers the gradient of the shard and sums it, in fp32 (fp64 for fp64), for this rank's rows of the weight.
 
     Args:
         ids: [..., S, ...] int64 or int32, the whole sequence, the same on every rank.
@@ -40,8 +40,8 @@ def vocab_parallel_embedding(
         seq_dim: the sequence dimension of the result.
         vocab_size: V; needed only where it is not a multiple of t.
         padding_idx: the entry that gets no gradient.
-        whole_output: sum over the ranks without cutting the sequence, for code in between that needs all of it; the
-            ranks then go on alike and each has the whole gradient.
+        whole_output: return the whole sequence on every rank, for code that needs all rows. All ranks must compute the
+            same with it, so that each has the whole gradient.
 
     Returns:
         [..., S/t, ..., H], this rank's shard of the sequence; [..., S, ..., H] with ``whole_output``.
@@ -49,6 +49,13 @@ def vocab_parallel_embedding(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, by name.
         RuntimeError: an index outside the vocabulary; ranks that disagree, a peer that failed.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> ids, weight = torch.tensor([[3, 1, 4, 1]]), torch.randn(10, 16)
+        >>> rows = sp.vocab_parallel_embedding(ids, weight, group=None)
+        >>> torch.equal(rows, torch.nn.functional.embedding(ids, weight))
+        True
     """
     pg = resolve_group(group)
     with checked_together(pg):
@@ -81,7 +88,7 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """``torch.nn.functional.cross_entropy`` of logits that are cut over the ranks along the vocabulary.
 
-    The ranks exchange four numbers a row. The loss is the same on every rank, down to the bits.
+    The ranks exchange four numbers a row. The loss has the same bits on every rank.
 
     Args:
         logits: [..., V/t], this rank's columns, cut as ``torch.chunk`` cuts.
@@ -99,6 +106,12 @@ def vocab_parallel_cross_entropy(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, by name.
         RuntimeError: a target outside the vocabulary; ranks that disagree, a peer that failed.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> logits, target = torch.zeros(4, 8), torch.tensor([3, 1, 4, -100])
+        >>> sp.vocab_parallel_cross_entropy(logits, target, group=None)  # log(8)
+        tensor(2.0794)
     """
     pg = resolve_group(group)
     with checked_together(pg):
@@ -134,10 +147,10 @@ def vocab_parallel_linear_cross_entropy(
 ) -> Tensor:
     """``cross_entropy(linear(all_gather(x), weight, bias), target)`` that never holds the logits [S, V/t].
 
-    Forward: x is gathered behind the head's matmul, each piece of logits is reduced to its statistics and dropped.
-    Backward: x is gathered again, a piece's logits are computed again and become their own gradient, from which dx,
-    reduce-scattered chunk by chunk as it is ready, and the gradients of weight and bias follow. Kept from forward to
-    backward: the shard of x and one number a row.
+    Forward: x is gathered while the head's matmul runs. Each piece of logits is reduced to its statistics and freed.
+    Backward: x is gathered again, the logits of each piece are computed again, and their gradient is written over them.
+    From it follow dx, which is reduce-scattered chunk by chunk, and the gradients of weight and bias. The backward
+    keeps the shard of x and one number a row.
 
     Args:
         x: [..., S/t, ..., H], this rank's shard of the last hidden state.
@@ -150,14 +163,23 @@ def vocab_parallel_linear_cross_entropy(
         logit_rows: the most rows of logits held at once; None: about 2^25 logits.
 
     Returns:
-        float32 (float64 for float64 x), a scalar, or the shape of ``target`` without reduction; alike on every rank.
+        float32 (float64 for float64 x), a scalar, or the shape of ``target`` without reduction; the same on every rank.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, by name.
         RuntimeError: a target outside the vocabulary; ranks that disagree, a peer that failed.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> x, weight = torch.randn(2, 4, 16), torch.zeros(8, 16, requires_grad=True)
+        >>> target = torch.tensor([[3, 1, 4, 1], [5, 2, 6, 5]])
+        >>> loss = sp.vocab_parallel_linear_cross_entropy(x, weight, target, group=None)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), weight.grad.shape  # log(8)
+        (2.0794, torch.Size([8, 16]))
     """
     pg = resolve_group(group)
-    figures = None if pg is None else figures_of(pg)
+    profile = None if pg is None else profile_of(pg)
     with checked_together(pg):
         check_tensor("x", x)
         seq_dim = check_sequence("x", x, seq_dim)
@@ -175,7 +197,7 @@ def vocab_parallel_linear_cross_entropy(
         if logit_rows is not None and (not isinstance(logit_rows, int) or logit_rows < 1):
             raise ValueError(f"logit_rows: expected a positive int or None, got {logit_rows!r}")
         largest = -(-vocab // shard.ranks) * x.shape[-1]
-        settled = settle_plan(x, seq_dim, shard, x.shape[-1], largest, engine, chunks, figures, pg, fusible=False)
+        settled = settle_plan(x, seq_dim, shard, x.shape[-1], largest, engine, chunks, profile, pg, fusible=False)
     loss = (vocab, ignore_index, label_smoothing, z_loss)
     place = (seq_dim, shard.length, settled.chunks, settled.engine, logit_rows or 0)
     losses, _ = ops.linear_cross_entropy(x, weight, bias, target.long(), group_name(pg), *loss, *place)

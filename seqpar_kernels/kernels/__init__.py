@@ -1,8 +1,8 @@
 """Kernel backends and the choice among them.
 
 Every backend is a module with the functions of :mod:`.reference` and ``unavailable(device) -> str | None``, the reason
-why it cannot run there. One may also have ``NormForward`` and ``NormBackward`` as :mod:`.native` has them: the norm's
-two functions made ready for one kind of call, for calls so small that host time counts.
+why it cannot run there. It may also have ``NormForward`` and ``NormBackward`` as :mod:`.native` does: the norm's two
+functions prepared for one kind of call, for calls so small that host time matters.
 """
 
 import functools
@@ -28,7 +28,7 @@ __all__ = [
     "why_not",
 ]
 
-# name -> (module, the device type it insists on)
+# name -> (module, the device type that it needs)
 BACKENDS: dict[str, tuple[str, str | None]] = {
     "native": ("native", None),
     "cpu": ("native", "cpu"),
@@ -54,7 +54,7 @@ def why_not(backend: str, device: torch.device) -> str | None:
 
 
 def remark(backend: str, device: torch.device) -> str | None:
-    """What there is to say of a ``backend`` that can run on ``device``."""
+    """A remark on a ``backend`` that can run on ``device``."""
     module = importlib.import_module(f".{BACKENDS[backend][0]}", __name__)
     said: str | None = module.remark(device) if hasattr(module, "remark") else None
     return said
@@ -62,7 +62,7 @@ def remark(backend: str, device: torch.device) -> str | None:
 
 @functools.cache
 def choice(device: torch.device) -> tuple[str | None, dict[str, str]]:
-    """The backend that runs on ``device`` when none is forced (None: none can), and why not those preferred to it."""
+    """The backend that runs on ``device`` by default (None: none can), and why each preferred one cannot."""
     passed_over: dict[str, str] = {}
     for candidate in ["native", "triton"] if device.type != "cpu" else ["native"]:
         reason = why_not(candidate, device)
@@ -95,7 +95,7 @@ def _select(backend: str, device: torch.device) -> ModuleType:
 
 
 def select(backend: str | None, device: torch.device) -> ModuleType:
-    """The backend module for tensors on ``device``: ``backend`` if given, else the compiled kernels, else Triton.
+    """The backend module for tensors on ``device``: ``backend`` if given, else the compiled kernels, else Triton's.
 
     Raises:
         ValueError: an unknown name.

@@ -1,5 +1,4 @@
-"""The attention kernels of a device, and what every caller of them needs: bounds of either sign, no heads, and the
-gradient of an additive bias."""
+"""Calls the attention kernels of a device, and adds negative bounds, calls without heads, and the bias gradient."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from .attention_reference import Scores
 from .attention_spec import AttentionGrads, AttentionMasks, AttentionSpec, AttentionState, empty_like_heads
 from .spec import accumulation_dtype
 
-_BLOCK_ELEMENTS = 1 << 22  # of the scores that exist at one time where a bias wants its gradient
+_BLOCK_ELEMENTS = 1 << 22  # the most scores at one time for the gradient of a bias
 
 
 @functools.cache
@@ -23,7 +22,7 @@ def select_attention(device: torch.device) -> ModuleType:
     """The module with :mod:`.attention_reference`'s functions for tensors on ``device``.
 
     Raises:
-        RuntimeError: none can run there, with the reason.
+        RuntimeError: no attention kernel can run there, with the reason.
     """
     reason = attention_native.unavailable(device)
     if reason is None:
@@ -34,7 +33,7 @@ def select_attention(device: torch.device) -> ModuleType:
 def with_bounds(
     spec: AttentionSpec, masks: AttentionMasks, q: Tensor, k: Tensor
 ) -> tuple[AttentionSpec, AttentionMasks]:
-    """``masks`` with positions where a bound is negative: kernels take that by positions alone."""
+    """``masks`` with positions where a bound is negative: kernels take negative bounds with positions only."""
     negative = any(bound is not None and bound < 0 for bound in (spec.left, spec.right))
     if not negative or masks.q_positions is not None or masks.k_positions is not None:
         return spec, masks
@@ -127,7 +126,7 @@ def bias_gradient(
 ) -> Tensor:
     """Gradient of an additive bias that was broadcast from ``shape``, 4-D, in the accumulation dtype.
 
-    No kernel makes it: the scores are made again in plain torch, some rows at a time. ``delta`` as in
+    There is no kernel for it: plain torch computes the scores again, some rows at a time. ``delta`` as in
     :func:`backward`.
     """
     wide = accumulation_dtype(q.dtype)
@@ -158,7 +157,7 @@ def bias_gradient(
 def _part(
     masks: AttentionMasks, spec: AttentionSpec, full: tuple[int, int, int, int], b: int, rows: slice
 ) -> AttentionMasks:
-    """What concerns some rows of one batch entry."""
+    """The part of a tensor for some rows of one batch entry."""
 
     def documents(t: Tensor | None, some: slice) -> Tensor | None:
         return None if t is None else (t[b : b + 1, some] if t.dim() == 2 else t[some])

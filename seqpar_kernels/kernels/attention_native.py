@@ -20,7 +20,7 @@ from .attention_spec import (
 from .native import DTYPE_CODE
 from .spec import accumulation_dtype, dropout_scale, dropout_threshold
 
-_FAR = 1 << 40  # farther than any key
+_FAR = 1 << 40  # larger than any distance of two keys
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -31,7 +31,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _readable(t: Tensor) -> Tensor:
-    """Columns side by side; copies only where they are not."""
+    """A tensor with contiguous columns; a copy only where they are not."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
@@ -41,7 +41,7 @@ def _rows(t: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def _extras(q: Tensor, k: Tensor, spec: AttentionSpec, masks: AttentionMasks) -> tuple[Any, object]:
-    """What kernels take beside q, k and v, and the tensors that must live as long."""
+    """The kernels' arguments beside q, k and v, and the tensors that must live as long as the call."""
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     see = visible(spec, masks, q.shape[1], k.shape[1])
     first, last = (None if t is None else t.expand(q.shape[0], -1) for t in (see.first, see.last))
@@ -82,7 +82,7 @@ def _extras(q: Tensor, k: Tensor, spec: AttentionSpec, masks: AttentionMasks) ->
 
 
 def new_state(q: Tensor, value_dim: int) -> AttentionState:
-    """Memory for a state, its contents free."""
+    """An uninitialised state."""
     acc = empty_like_heads(q, value_dim, accumulation_dtype(q.dtype))
     maxima, sums = torch.empty(2, q.shape[0], q.shape[2], q.shape[1], dtype=torch.float64, device=q.device)
     return AttentionState(acc, maxima, sums)
@@ -99,7 +99,7 @@ def attention_forward(
     keep_state: bool = False,
     finish: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, AttentionState | None]:
-    """See :func:`.attention_reference.attention_forward`; a state given is written over and comes back."""
+    """See :func:`.attention_reference.attention_forward`; a given state is overwritten and returned."""
     q, k, v = _readable(q), _readable(k), _readable(v)
     extras, _alive = _extras(q, k, spec, masks)
     resume = state is not None

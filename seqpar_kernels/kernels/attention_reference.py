@@ -1,8 +1,8 @@
 """The specification of the attention kernels, in plain torch: slow, on any device, exact in fp64.
 
-A sink, a logit that takes part in a row's softmax and has no value, is no matter of a block: it enters once, after all
-blocks are merged, as out * sigmoid(lse - sink) and logaddexp(lse, sink). The backward then takes that out and that lse
-and needs no other change; d(sink) = -sum over rows of exp(sink - lse) * delta.
+A sink is a logit that takes part in a row's softmax and has no value. It is not part of a block: it is added once,
+after all blocks are merged, as out * sigmoid(lse - sink) and logaddexp(lse, sink). The backward takes this out and this
+lse, without another change; d(sink) = -sum over rows of exp(sink - lse) * delta.
 """
 
 import math
@@ -17,7 +17,7 @@ from .spec import accumulation_dtype, dropout_scale, dropout_threshold
 
 
 def unavailable(device: torch.device) -> str | None:
-    """It runs anywhere."""
+    """None: the reference runs on every device."""
     return None
 
 
@@ -55,7 +55,7 @@ def kept(spec: AttentionSpec, masks: AttentionMasks, shape: tuple[int, ...], dev
 
 
 class Scores:
-    """Scores [B, Hq, Sq, Sk] in the accumulation dtype, -inf where a row sees no key, and what leads to gradients."""
+    """Scores [B, Hq, Sq, Sk] in the accumulation dtype, -inf where a row sees no key, and factors for the gradients."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, masks: AttentionMasks):
         self.wide = accumulation_dtype(q.dtype)
@@ -91,7 +91,7 @@ def attention_forward(
     keep_state: bool = False,
     finish: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, AttentionState | None]:
-    """softmax(scale * q k^T, ...) v over the keys of this block, and of those that ``state`` has seen already.
+    """softmax(scale * q k^T, ...) v over the keys of this block, and over those in ``state``.
 
     Returns:
         out, lse and the new state: the first two unless ``finish=False``, the state where ``state`` or ``keep_state``
@@ -169,10 +169,10 @@ def attention_backward(
 def merge_attention(
     outs: Sequence[Tensor], lses: Sequence[Tensor], dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One result of several, each over keys of its own: outs [B, S, H, Dv], lses [B, H, S]; ``dtype``: of the out."""
+    """Merge results over disjoint keys: outs [B, S, H, Dv], lses [B, H, S]; ``dtype``: that of the merged out."""
     wide = accumulation_dtype(outs[0].dtype)
     stacked = torch.stack([lse.to(torch.float64) for lse in lses])
-    lse = torch.logsumexp(stacked, 0)  # of -inf alone: -inf
+    lse = torch.logsumexp(stacked, 0)  # -inf where all lses are -inf
     total = torch.zeros_like(outs[0], dtype=wide)
     for out, part in zip(outs, stacked, strict=True):
         weight = torch.where(part == -math.inf, 0.0, torch.exp(part - lse)).to(wide).transpose(1, 2)[..., None]

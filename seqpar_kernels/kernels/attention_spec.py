@@ -1,4 +1,4 @@
-"""What a block of attention is asked to do, in values that every backend takes, and which keys a row sees.
+"""The arguments of a block of attention, the same for every backend, and the keys that a row sees.
 
 Tensors: q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv], out [B, Sq, Hq, Dv], lse [B, Hq, Sq] in the
 accumulation dtype. Hq is a multiple of Hkv; query head h reads key head h // (Hq // Hkv). Any strides, the last one 1:
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class AttentionSpec(NamedTuple):
-    """The scalars of a block of attention; tensors travel beside it.
+    """The scalars of a block of attention.
 
     Row ``i`` of the block stands at position ``q_offset + i`` of the sequence, or at ``q_positions[i]`` where that
     tensor is given; keys likewise. A row at position P sees keys at positions P - ``left`` .. P + ``right``; None is no
@@ -20,7 +20,7 @@ class AttentionSpec(NamedTuple):
 
     A weight is dropped by (seed, row, column) as :func:`.reference.dropout_mask` says, with
     row = ((first_batch + b) * all_heads + first_head + h) * all_rows + position of the row, column = position of the
-    key: ``all_heads`` and ``all_rows`` are those of the unsharded attention, so that a shard drops what the whole does.
+    key. ``all_heads`` and ``all_rows`` are those of the unsharded attention, so that a shard has the mask of the whole.
     """
 
     scale: float
@@ -29,7 +29,7 @@ class AttentionSpec(NamedTuple):
     right: int | None = None
     q_offset: int = 0
     k_offset: int = 0
-    p: float = 0.0  # dropout, where a seed is given
+    p: float = 0.0  # dropout probability, used with a seed
     first_batch: int = 0
     all_heads: int = 0
     first_head: int = 0
@@ -37,7 +37,7 @@ class AttentionSpec(NamedTuple):
 
 
 class AttentionMasks(NamedTuple):
-    """What decides beside the spec which keys a row sees, what is added to its scores, and what is dropped."""
+    """Tensors that, with the spec, give the keys that a row sees, the additive bias and the dropout mask."""
 
     q_positions: Tensor | None = None  # [Sq] int64
     k_positions: Tensor | None = None  # [Sk] int64
@@ -54,8 +54,8 @@ NO_MASKS = AttentionMasks()
 class AttentionState(NamedTuple):
     """A row's softmax so far: p = 2 ** (s * log2(e) - maxima) with integer maxima, sums of p, and acc = sum of p v.
 
-    Rescaling by powers of two is exact and sums run key by key, so a call that resumes goes on with the very bits:
-    keys given in several calls, cut at multiples of :data:`CANONICAL_KEYS`, come to what a single call gives.
+    Rescaling by powers of two is exact and sums run key by key. So calls over several blocks of keys, each resumed from
+    the last, give the bits of a single call, where the keys are cut at multiples of :data:`CANONICAL_KEYS`.
     """
 
     acc: Tensor  # [B, Sq, Hq, Dv] accumulation dtype
@@ -63,7 +63,7 @@ class AttentionState(NamedTuple):
     sums: Tensor  # [B, Hq, Sq] fp64
 
 
-#: Blocks of keys whose sizes are multiples of this, the last one excepted, leave no trace in the bits of a result.
+#: Where the sizes of all blocks of keys but the last are multiples of this, the bits do not depend on the blocks.
 CANONICAL_KEYS = 8
 
 
@@ -76,7 +76,7 @@ class AttentionGrads(NamedTuple):
 
 
 class Visible(NamedTuple):
-    """:class:`AttentionMasks` boiled down: row i sees key j where ``first[i] <= j < last[i]`` and ``mask`` has True.
+    """The masks of a kernel call: row i sees key j where ``first[i] <= j < last[i]`` and ``mask`` has True.
 
     ``first`` and ``last`` are int32 [B or 1, Sq]; the bounds of the spec hold beside them where ``by_offsets`` is True.
     """
@@ -138,7 +138,7 @@ def visible(spec: AttentionSpec, masks: AttentionMasks, q_rows: int, k_rows: int
 
 
 def empty_like_heads(like: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """[B, S, H, columns] that lies in memory as ``like`` does: by rows, or by heads where ``like`` is a transpose."""
+    """[B, S, H, columns] with the memory layout of ``like``: by rows, or by heads where ``like`` is a transpose."""
     batch, rows, heads, _ = like.shape
     if not like.is_contiguous() and like.transpose(1, 2).is_contiguous():
         return torch.empty(batch, heads, rows, columns, dtype=dtype, device=like.device).transpose(1, 2)

@@ -1,9 +1,8 @@
 """How the Triton kernels cut a [rows, cols] problem: a fixed table, so that nothing is tuned on a first call.
 
-A thread gets 8 or 16 elements of a row, 32 in the longest, which leaves every value in registers (but for some of the
-forward at 32768 columns, the more the more terms it has); where a row has too many for one thread block, the chunked
-kernels take over.
-``tests/kernels/test_norm_triton.py`` holds the table to that.
+A thread gets 8 or 16 elements of a row, 32 of the longest rows, so that all values stay in registers. (The forward
+spills some at 32768 columns, more with more terms.) Rows that are too long for one thread block use the chunked
+kernels. ``tests/kernels/test_norm_triton.py`` holds the table to that.
 """
 
 from functools import cache
@@ -11,13 +10,13 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """``rows`` x ``block`` elements in the hands of ``warps`` warps; ``held`` where ``block`` spans the whole row."""
+    """``warps`` warps work on ``rows`` x ``block`` elements; ``held`` where ``block`` spans the whole row."""
 
     rows: int
     block: int
     warps: int
     held: bool = True
-    early: bool = False  # fetch weights before they are needed, since there are registers for them to wait in
+    early: bool = False  # load weights early, where enough registers are free
     programs: int = 1  # backward: programs per multiprocessor
     stages: int = 1  # backward: tiles in flight
 
@@ -50,7 +49,7 @@ _FORWARD_CHUNKED = {
     4: Tile(1, 4096, 8, held=False),
     8: Tile(1, 2048, 8, held=False),
 }
-# More rows a tile mean fewer visits to the partial sums, until the second walk no longer finds them in the L2 cache.
+# More rows a tile mean fewer visits to the partial sums, until the second pass over them misses the L2 cache.
 _BACKWARD_CHUNKED = {
     2: Tile(4, 2048, 8, held=False),
     4: Tile(4, 1024, 8, held=False),
@@ -61,10 +60,10 @@ _LARGEST_STAGES = 3
 #: Shared memory for the backward's tiles in flight on one multiprocessor; the smallest supported has 99 KiB.
 _SHARED_BYTES = 80 * 1024
 
-#: What every launch asks of the compiler: multiply-add in one instruction, which Triton 3.10 stops doing unasked.
+#: Compiler options of every launch: multiply-add in one instruction, which Triton 3.10 no longer does by default.
 LAUNCH = {"enable_fp_fusion": True}
 
-#: The sum over partial sums: few columns a program, since there are only ``cols`` of them to share out.
+#: The sum over partial sums: few columns a program, since there are only ``cols`` columns for all programs.
 PARTIALS = Tile(128, 32, 8, held=False)
 #: The sum over shards streams: a program takes 16 elements a thread.
 _SHARDS_ELEMENTS, _SHARDS_WARPS = 2048, 4

@@ -1,17 +1,18 @@
-"""A matmul that waits by itself for the rows it multiplies, and one that tells when rows are done: each one launch.
+"""A matmul kernel that waits for its rows, and one that signals finished rows: each is one launch.
 
-``gather_matmul`` is an all-gather -> matmul: the rows of ``x`` arrive while it runs, and each chunk of rows has a flag
-that is raised behind it. ``matmul_scatter`` is the first half of a matmul -> reduce-scatter: it raises the flag of each
-chunk of ``out`` that is finished, so that it can leave. Chunks are visited in the order given, that of a schedule in
-:mod:`seqpar_kernels.overlap.fused_gemm`, which joins either to a transport. Several weights are several launches, the
-first of which waits; weights that share rows are better one weight, so that all of its columns fill the time until a
+``gather_matmul`` is an all-gather -> matmul: the rows of ``x`` arrive while the kernel runs, and each chunk of rows has
+a flag that is raised after it. ``matmul_scatter`` is the first half of a matmul -> reduce-scatter: it raises the flag
+of each finished chunk of ``out``, so that the chunk can be sent. Chunks are visited in the given order, that of a
+schedule;
+:mod:`seqpar_kernels.overlap.fused_gemm` connects both to a transport. Several weights are several launches, and only
+the first waits. It is better to pass weights that share rows as one weight: all its columns then fill the time until a
 chunk arrives.
 
 **Flags** are int32 and never reset: a flag is up when it has reached the call's *epoch*, a number that grows by one
 from call to call. It may be a tensor, for CUDA graphs: the graph then begins with ``epoch.add_(1)`` and raises flags by
 copying that tensor into them. Comparisons wrap around, as those of ``cuStreamWaitValue32(..., GEQ)`` do.
 
-**Who raises a flag must not need what the waiting kernel occupies**, or neither ends before the time-out:
+**Raising a flag must not need resources that the waiting kernel occupies**, or neither ends before the time-out:
 
 - Copy engines and stream memory operations (``cuStreamWriteValue32``, ``symm_mem``'s ``stream_write_value32``) need no
   multiprocessor. The write goes behind the copy in the same stream, which orders them for a reader on any device.
@@ -20,9 +21,9 @@ copying that tensor into them. Comparisons wrap around, as those of ``cuStreamWa
 - Either is enqueued before this kernel, on another stream. Behind it in the same stream it never begins; where
   ``CUDA_DEVICE_MAX_CONNECTIONS=1`` makes streams share one queue, neither does it behind it in another.
 
-Waiting blocks of this kernel never keep its others from running: each block works through its own tiles in order and
-depends on no other. When a flag is not up in time, a status word says which, and the rows that depend on it stay
-unwritten.
+A waiting block of this kernel never keeps another from running: each block works through its own tiles in order and
+depends on no other block. When a flag is not raised in time, a status word names it, and the rows that depend on it are
+not written.
 
 Sources: Wang et al. 2023 (ASPLOS) for the decomposition; Chang et al. 2024 (arXiv 2406.06858, Flux) and Zheng et al.
 2025 (arXiv 2504.19442, Triton-distributed) for tiles that wait and signal inside one kernel.
@@ -48,12 +49,12 @@ _INTERPRETED = interpreted(triton_gemm_kernel.gemm_kernel)
 gemm_kernel = as_on_a_gpu(triton_gemm_kernel.gemm_kernel)
 _INTERPRETED_MULTIPROCESSORS = 2
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-#: A poll takes about a microsecond, the way to the L2 cache and back.
+#: A poll takes about a microsecond, a round trip to the L2 cache.
 _POLLS_PER_SECOND = 1_000_000
 
 
 class Chunk(NamedTuple):
-    """Rows ``start..stop`` and the index of their flag; -1 where nobody has to wait or to be told."""
+    """Rows ``start..stop`` and the index of their flag; -1 for rows without a flag."""
 
     start: int
     stop: int
@@ -97,7 +98,7 @@ def unavailable(device: torch.device) -> str | None:
 def matmul(
     x: Tensor, weight: Tensor, out: Tensor | None = None, *, bias: Tensor | None = None, sm_margin: int = 0
 ) -> Tensor:
-    """``x @ weight.T + bias``, waiting for nobody. Arguments as in :func:`gather_matmul`."""
+    """``x @ weight.T + bias`` without waiting. Arguments as in :func:`gather_matmul`."""
     if out is None:
         out = x.new_empty((x.shape[0], weight.shape[0]))
     return _launch("matmul", x, weight, out, (Chunk(0, x.shape[0]),), None, 0, bias, sm_margin)
@@ -123,10 +124,10 @@ def gather_matmul(
             its flag has reached ``epoch``, not before.
         weight: ``[N, K]`` in the dtype of ``x``, one of its dimensions contiguous: a ``[K, N]`` is passed as ``.t()``.
         out: ``[M, N]``, rows contiguous; any of the dtypes.
-        flags: int32, one element a flag, in memory of this device; raised by whoever fills ``x``. What insists on
-            uint32, as ``stream_write_value32`` does, gets ``flags.view(torch.uint32)``.
+        flags: int32, one element a flag, in memory of this device; raised by the code that fills ``x``. Pass
+            ``flags.view(torch.uint32)`` to functions that need uint32, as ``stream_write_value32`` does.
         chunks: every row once, in the order of the visit.
-        epoch: what a raised flag has reached. A number, or an int32 tensor of one element that is read by the kernel.
+        epoch: the value of a raised flag. A number, or an int32 tensor of one element that the kernel reads.
         status: int32, one element, zero: becomes the number of the flag that was not raised in time plus 1. See
             :func:`check_status`.
         bias: ``[N]``, contiguous, any of the dtypes.
@@ -136,7 +137,7 @@ def gather_matmul(
     float32 is multiplied in fp32, or as TF32 where ``torch.backends.cuda.matmul`` allows it.
 
     Raises:
-        ValueError: an argument that is not as described here.
+        ValueError: an argument that does not fit this description.
         RuntimeError: the kernel cannot run on the device of ``x``, with the reason.
     """
     _check_words("gather_matmul", x, flags=flags, status=status)
@@ -175,7 +176,7 @@ def matmul_scatter(
 
 
 def await_flag(flags: Tensor, flag: int, epoch: int, status: Tensor, *, timeout: float = 60.0) -> None:
-    """The current stream goes on when ``flags[flag]`` has reached ``epoch``: one warp that polls.
+    """Make the current stream wait until ``flags[flag]`` has reached ``epoch``: one warp polls.
 
     ``status`` and ``timeout`` as in :func:`gather_matmul`.
     """
@@ -185,7 +186,7 @@ def await_flag(flags: Tensor, flag: int, epoch: int, status: Tensor, *, timeout:
 
 
 def check_status(status: Tensor, op: str = "gather_matmul") -> None:
-    """Waits for the device.
+    """Synchronize with the device, and check ``status``.
 
     Raises:
         RuntimeError: a flag was not raised in time.
@@ -213,7 +214,7 @@ def _device(device: torch.device) -> tuple[tuple[int, int], int]:
 def _visits(chunks: tuple[Chunk, ...], rows: int, height: int, device: torch.device) -> tuple[Tensor, int]:
     """``p_chunks`` of the kernel, for the chunks that have rows, and the strips of all.
 
-    Kept, so that a call made before may be captured in a graph.
+    Cached, so that a call that was made before may be captured in a graph.
     """
     strips_of: dict[int, int] = {}
     for start, stop, flag in chunks:
@@ -234,7 +235,7 @@ def _tf32(dtype: torch.dtype) -> bool:
 
 
 def _aligned(t: Tensor) -> bool:
-    """Whether every row of a matrix begins at a multiple of 16 bytes, after the row before it: what TMA asks for."""
+    """Whether every row of a matrix begins at a multiple of 16 bytes, after the row before it, as TMA needs."""
     return t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(0) >= t.shape[1]
 
 

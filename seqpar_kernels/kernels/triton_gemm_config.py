@@ -7,7 +7,7 @@ import torch
 
 
 class GemmTile(NamedTuple):
-    """``rows`` x ``cols`` of the result in the hands of ``warps`` warps, ``depth`` of K at a time."""
+    """``warps`` warps compute ``rows`` x ``cols`` of the result, ``depth`` of K at a time."""
 
     rows: int
     cols: int
@@ -24,7 +24,7 @@ class _Line(NamedTuple):
 
     oldest: tuple[int, int]
     large: GemmTile
-    small: GemmTile  # where the large one would leave multiprocessors idle
+    small: GemmTile  # for results where the large tile would leave multiprocessors idle
 
 
 # Newest first. Those from (9, 0) on are read by TMA.
@@ -37,7 +37,7 @@ _TF32 = (
     _Line((9, 0), GemmTile(128, 128, 32, 8, 3), GemmTile(64, 128, 32, 4, 3)),
     _Line((8, 0), GemmTile(128, 128, 16, 8, 4), GemmTile(64, 64, 32, 4, 3)),
 )
-# Every product in fp32, without tensor cores: bound by arithmetic whatever the tile.
+# All products in fp32, without tensor cores: arithmetic is the bound for every tile.
 _IEEE = (_Line((8, 0), GemmTile(64, 64, 16, 8, 3, programs=2), GemmTile(64, 64, 16, 8, 3, programs=2)),)
 
 
@@ -45,10 +45,10 @@ _IEEE = (_Line((8, 0), GemmTile(64, 64, 16, 8, 3, programs=2), GemmTile(64, 64, 
 def gemm_tile(
     rows: int, cols: int, dtype: torch.dtype, tf32: bool, aligned: bool, capability: tuple[int, int], processors: int
 ) -> GemmTile:
-    """The tile for a result of ``rows`` x ``cols`` on so many multiprocessors.
+    """The tile for a result of ``rows`` x ``cols`` on this many multiprocessors.
 
-    ``aligned``: rows of the operands begin at multiples of 16 bytes. Others are beyond TMA and read element by element,
-    for which large tiles have no registers.
+    ``aligned``: rows of the operands begin at multiples of 16 bytes. TMA cannot read other rows; they are read element
+    by element, for which large tiles have too few registers.
     """
     lines = _HALF if dtype.itemsize == 2 else _TF32 if tf32 else _IEEE
     line = next(line for line in lines if line.oldest <= (capability if aligned else (8, 0)))

@@ -1,11 +1,11 @@
-"""The matmul kernel that waits for its rows, or tells of them: device code of :mod:`.triton_gemm`."""
+"""The matmul kernel that waits for its rows or signals them: device code of :mod:`.triton_gemm`."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
 
 import triton
 import triton.language as tl
 
-# Whatever varies from call to call is left out of Triton's specialisation, so that nothing is compiled twice for it.
+# Arguments that vary from call to call are not specialised, so that Triton does not compile again for them.
 _VARYING = ("epoch", "polls", "chunks", "flag")
 
 
@@ -13,8 +13,8 @@ _VARYING = ("epoch", "polls", "chunks", "flag")
 def _reached(p_flag, epoch, polls):
     """Polls until the flag has reached ``epoch``; False when the polls ran out.
 
-    One thread polls and tells the block, so that all its warps leave the loop together; what was written before the
-    flag was raised is visible to them. Epochs are compared by their difference, which may wrap around.
+    One thread polls and broadcasts to the block, so that all warps leave the loop together and see all writes before
+    the flag was raised. Epochs are compared by their difference, which may wrap around.
     """
     missing = epoch - tl.atomic_add(p_flag, 0, sem="acquire", scope="sys")
     while (missing > 0) & (polls > 0):
@@ -25,12 +25,12 @@ def _reached(p_flag, epoch, polls):
 
 @triton.jit
 def _raise(p_flag, p_count, epoch, done, tiles):
-    """Adds the block's tiles to those done; whoever adds the last raises the flag and leaves zero for the next call.
+    """Adds the block's tiles to the finished ones; the block that adds the last raises the flag and resets the count.
 
-    The tiles of the others are visible to it by their release and its acquire, and by its own release to whoever sees
-    the flag, on this device or another.
+    Release and acquire make the tiles of other blocks visible to this block, and its own release makes all tiles
+    visible to any reader of the flag, on this device or another.
     """
-    tl.debug_barrier()  # every warp has stored its part
+    tl.debug_barrier()  # all warps have stored their parts
     if tl.atomic_add(p_count, done, sem="acq_rel", scope="gpu") + done == tiles:
         tl.atomic_xchg(p_count, 0, sem="relaxed", scope="gpu")
         tl.atomic_xchg(p_flag, epoch, sem="release", scope="sys")
@@ -48,7 +48,7 @@ def _place(i_tile, strips, blocks, GROUP: tl.constexpr):
 @triton.jit
 def _load_x(x, i_row, i_k, stop, k, x_stride, TMA: tl.constexpr, EVEN: tl.constexpr,
             BM: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """[BM, BK]. Rows from ``stop`` on are another chunk's: TMA may bring what is not there yet, which nobody stores."""
+    """[BM, BK]. Rows from ``stop`` on belong to another chunk: TMA may load them too early, and they are not stored."""
     if TMA:
         return x.load([i_row, i_k])
     else:
@@ -91,7 +91,7 @@ def _store(p_out, p_bias, b_out, i_row, i_n, stop, n, out_stride, BM: tl.constex
 
 @triton.jit(do_not_specialize=_VARYING)
 def await_kernel(p_flags, p_status, flag, epoch, polls):
-    """Ends when the flag has reached ``epoch``; what the stream does next sees what it guards."""
+    """Ends when the flag has reached ``epoch``; later work of the stream sees the data that the flag guards."""
     if not _reached(p_flags + flag, epoch, polls):
         tl.atomic_cas(p_status, 0, flag + 1, sem="relaxed", scope="gpu")
 
@@ -116,7 +116,7 @@ def gemm_kernel(
     in_time = True
     i_first = tl.program_id(0)  # of this program's tiles, counted from the first tile of the chunk
     i_chunk = 0
-    while i_chunk < chunks:  # not a `for`: Triton would take it for the loop to flatten
+    while i_chunk < chunks:  # a while loop, since Triton would flatten a for loop
         start, stop = tl.load(p_chunks + 4 * i_chunk), tl.load(p_chunks + 4 * i_chunk + 1)
         flag = tl.load(p_chunks + 4 * i_chunk + 2)
         strips = tl.cdiv(stop - start, BM)
@@ -127,11 +127,11 @@ def gemm_kernel(
                 in_time = _reached(p_flags + flag, epoch, polls)
                 if not in_time:
                     tl.atomic_cas(p_status, 0, flag + 1, sem="relaxed", scope="gpu")
-                if FENCE:  # what this thread has acquired holds for its loads by TMA, too
+                if FENCE:  # orders later TMA loads after this thread's acquire
                     tl.inline_asm_elementwise(
                         "fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], tl.int32, is_pure=False, pack=1
                     )
-        last = tiles if in_time else 0  # nothing is computed from rows that never came
+        last = tiles if in_time else 0  # rows that did not arrive are not multiplied
         for i_tile in tl.range(i_first, last, programs, flatten=FLATTEN):
             i_m, i_b = _place(i_tile, strips, blocks, GROUP)
             i_row, i_n = start + i_m * BM, i_b * BN
@@ -140,7 +140,7 @@ def gemm_kernel(
                 b_x = _load_x(x, i_row, i_k, stop, k, x_stride, TMA, EVEN, BM, BK)
                 b_weight = _load_weight(weight, i_n, i_k, n, k, n_stride, k_stride, TMA, EVEN, TRANSPOSED, BN, BK)
                 b_out = tl.dot(b_x, b_weight, b_out, input_precision=PRECISION)
-            # In halves, which need less shared memory to be rearranged in.
+            # In halves, which need less shared memory for the layout conversion.
             b_halves = tl.permute(tl.reshape(b_out, [BM, 2, BN // 2]), [0, 2, 1])
             b_left, b_right = tl.split(b_halves)
             _store(p_out, p_bias, b_left, i_row, i_n, stop, n, out_stride, BM, BN // 2)

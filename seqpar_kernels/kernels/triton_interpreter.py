@@ -1,7 +1,7 @@
-"""Triton's interpreter (``TRITON_INTERPRET=1``), made to round as a GPU does while our kernels run in it.
+"""Makes Triton's interpreter (``TRITON_INTERPRET=1``) round as a GPU does while kernels of this package run in it.
 
-As it comes, it truncates float32 to bfloat16 and loses the carry into the exponent of float8_e4m3; hardware rounds to
-the nearest. Other kernels of the same process, and Triton where nothing is interpreted, are left as they are.
+Without this it truncates float32 to bfloat16 and loses the carry into the exponent of float8_e4m3; hardware rounds to
+the nearest. Other kernels of the process, and Triton outside of the interpreter, are not changed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def rounding() -> Iterator[None]:
 
 
 class _Rounding:
-    """An interpreted kernel, launched as kernels are."""
+    """An interpreted kernel with the launch syntax of kernels."""
 
     def __init__(self, kernel: Any):
         self._kernel = kernel

@@ -1,4 +1,4 @@
-"""Dropout masks in Triton: the bits of ``csrc/philox.h``, made inside whichever kernel needs them."""
+"""Dropout masks in Triton: the bits of ``csrc/philox.h``, computed inside the kernel that uses them."""
 
 import triton
 import triton.language as tl
@@ -35,7 +35,7 @@ def philox(i_seed, b_row, o_block):
 
 @triton.jit
 def keep_mask(i_seed, b_row, i_column, threshold, R: tl.constexpr, BLOCK: tl.constexpr):
-    """Which elements dropout keeps: bool [R, BLOCK] for columns ``i_column`` (a multiple of 8) onwards.
+    """The elements that dropout keeps: bool [R, BLOCK] for columns ``i_column`` (a multiple of 8) onwards.
 
     A Philox block covers eight columns, so the rounds run on [R, BLOCK / 8] and leave one byte of verdicts each, which
     is then spread over the columns. Where a thread has eight columns, as with 16-bit tensors, spreading moves nothing;

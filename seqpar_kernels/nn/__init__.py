@@ -1,4 +1,4 @@
-"""Modules. Where torch.nn has a twin: its constructor arguments, parameter names and state_dict."""
+"""Modules, with the constructor arguments, parameter names and state_dict of their counterparts in torch.nn."""
 
 from .embedding import VocabParallelEmbedding, VocabParallelHead
 from .linear import ColumnParallelLinear, RowParallelLinear, SharedGather, SharedHeadsLinear

@@ -1,8 +1,8 @@
-"""A row-parallel output that waits for the norm behind it.
+"""A row-parallel output whose sum over ranks is deferred to the norm that follows.
 
-A block writes ``residual + dropout(linear(x))`` and hands it to a norm, in statements of its own. Where the linear, a
-row-parallel one, returns a :class:`DeferredSum`, dropout and addition only note what they would do, and the norm does
-all of it in the kernel that sums over the ranks. Whatever else touches the tensor gets it computed.
+A model computes ``norm(residual + dropout(linear(x)))`` in separate statements. Its row-parallel linear returns a
+:class:`DeferredSum`. Dropout and addition record their arguments in it, and the norm does all three in the kernel that
+sums over the ranks. Any other function that takes the tensor makes it compute its value first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DESCRIPTIONS = frozenset(
 
 
 class SummingLinear(Protocol):
-    """What a :class:`DeferredSum` needs of the row-parallel linear that makes it."""
+    """The row-parallel linear that makes a :class:`DeferredSum`, as far as the sum uses it."""
 
     region: Region
     out_features: int
@@ -47,7 +47,7 @@ class SummingLinear(Protocol):
 
 
 class Dropping(Protocol):
-    """A dropout on the way to the norm."""
+    """A dropout between the linear and the norm."""
 
     p: float
     training: bool
@@ -57,7 +57,7 @@ class Dropping(Protocol):
 
 
 class Normalizing(Protocol):
-    """The norm that may do what waits."""
+    """The norm whose kernel may compute a deferred sum."""
 
     region: Region
     weight: Any
@@ -70,8 +70,8 @@ class Normalizing(Protocol):
 class DeferredSum(Tensor):
     """``dropout(reduce_scatter(linear(x)) + bias) + residual``, [..., S/t, ..., N], not computed yet.
 
-    Has shape, dtype and device; addition of a tensor of the same kind gives another deferred sum; every other function
-    gets the value. The value is computed once, in the grad mode in which the sum was made.
+    It has shape, dtype and device. Adding a tensor of the same shape and dtype gives another deferred sum. Every other
+    function gets the value, which is computed once, in the grad mode in which the sum was made.
 
     Raises:
         RuntimeError: when it is computed, where ``x`` or the residual has been changed in place since (not under
@@ -112,7 +112,7 @@ class DeferredSum(Tensor):
         return new  # type: ignore[no-any-return]
 
     def value(self) -> Tensor:
-        """The sum, as the model's own statements would compute it."""
+        """The value, computed by the model's own statements."""
         if self.computed is None:
             x = self._input()
             with torch.set_grad_enabled(self.grad_mode), trusted():
@@ -124,7 +124,7 @@ class DeferredSum(Tensor):
         return self.computed
 
     def dropped(self, dropout: Dropping) -> Tensor | None:
-        """The deferred sum behind ``dropout``; None where its value is needed."""
+        """A deferred sum with ``dropout`` recorded; None where the value must be computed now."""
         if self.computed is not None or self.residual is not None or self.dropout is not None:
             return None
         if not dropout.training or dropout.p == 0:
@@ -133,7 +133,7 @@ class DeferredSum(Tensor):
         return DeferredSum(self.linear, x, None, dropout, draw_seed(x.device))
 
     def plus(self, other: Any) -> DeferredSum | None:
-        """The deferred sum with a residual; None where it cannot wait."""
+        """A deferred sum with a residual recorded; None where the value must be computed now."""
         if self.computed is not None or self.residual is not None or not isinstance(other, Tensor):
             return None
         if (other.shape, other.dtype, other.device) != (self.shape, self.dtype, self.device):
@@ -141,7 +141,7 @@ class DeferredSum(Tensor):
         return DeferredSum(self.linear, self._input(), settled(other), self.dropout, self.seed)
 
     def normalized(self, norm: Normalizing) -> Tensor | None:
-        """``norm`` of the sum, both in one kernel; the sum is its value from then on. None where it has one already."""
+        """``norm`` of the sum in one kernel, which also computes the sum's value; None where it is computed already."""
         linear, region = self.linear, self.linear.region
         if self.computed is not None or norm.region is not region:
             return None
@@ -180,18 +180,18 @@ class DeferredSum(Tensor):
         return y
 
     def _input(self) -> Tensor:
-        """``x``, where what the sum is made of is as it was."""
+        """``x``; an error where ``x`` or the residual was changed in place since the sum was made."""
         assert self.x is not None
         if self._versions != [version_of(t) for t in (self.x, self.residual) if t is not None]:
             raise RuntimeError(
                 f"{self.linear!r}: its input, or the residual added to its output, was changed in place before the "
-                f"norm that the output waits for; write x = x + y, not x += y, in between"
+                f"norm that sums the output over the ranks; write x = x + y, not x += y, in between"
             )
         return self.x
 
     def _settle(self, value: Tensor) -> None:
         for name, note in vars(self).items():
-            if name.startswith("_seqpar"):  # what the check of a first forward says of the sum holds for its value
+            if name.startswith("_seqpar"):  # marks of the check of a first forward hold for the value too
                 setattr(value, name, note)
         self.computed = value
         self.x = self.residual = self.seed = None
@@ -219,12 +219,12 @@ class DeferredSum(Tensor):
 
 
 def version_of(t: Tensor) -> int:
-    """How often ``t`` has been changed in place; always the same of an inference tensor, which does not count."""
+    """How often ``t`` has been changed in place; a constant for inference tensors, which do not count it."""
     return 0 if not torch.compiler.is_compiling() and t.is_inference() else t._version
 
 
 def _lost(grad: Tensor) -> None:
-    """A torch.autograd.Function asks no tensor subclass: it takes the sum for a leaf, where gradients end."""
+    """Raise in the backward: a torch.autograd.Function ignores tensor subclasses and would take the sum for a leaf."""
     raise RuntimeError(
         "a custom autograd function was given a row-parallel output that is still to be summed over the ranks, and its "
         "gradient would be lost: give it x.clone()"

@@ -21,27 +21,35 @@ from .sharding import ShardSpec, local_part
 
 
 def _vocabulary_part(full: Tensor | None, size: int, region: Region) -> Any:
-    """This rank's rows of a parameter (or None); on one rank the very same parameter."""
+    """This rank's rows of a parameter (or None); on one rank the parameter itself."""
     if full is None or region.ranks == 1:
         return full
     return nn.Parameter(local_part(full, ShardSpec(0, size=size), region.group), requires_grad=full.requires_grad)
 
 
 class VocabParallelEmbedding(nn.Module):
-    """``torch.nn.Embedding`` of which each rank holds some rows; gives a sequence shard.
+    """``torch.nn.Embedding`` with its rows split over the ranks; returns a sequence shard.
 
     Args:
-        num_embeddings: V, need not be a multiple of t: rank r holds rows r * ceil(V/t) and on.
+        num_embeddings: V, not necessarily a multiple of t: rank r holds rows r * ceil(V/t) to (r + 1) * ceil(V/t).
         embedding_dim: H.
         padding_idx: the entry that starts as zeros and gets no gradient.
         group, seq_dim: where the sequence of the result is sharded.
-        whole_output: give the whole sequence on every rank instead of a shard.
+        whole_output: return the whole sequence on every rank instead of a shard.
 
     Attributes:
-        whole_needed: set in converted models, with ``whole_output``: asked in each forward why the result has to be
-            whole at once. Where it gives None the result is an :class:`.sequence_view.EmbeddedRows`.
-        scattered: whether the last forward gave a shard and nothing else; None: there was none.
-        taken_whole_by: what took the whole tensor in the last forward that did not.
+        whole_needed: set in converted models with ``whole_output``: called in each forward, returns the reason why the
+            whole result is needed at once. Where it returns None the result is an :class:`.sequence_view.EmbeddedRows`.
+        scattered: whether the last forward computed this rank's shard only; None before the first forward.
+        taken_whole_by: the name of the code that needed the whole tensor in the last forward; "" for none.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> plain = torch.nn.Embedding(10, 16)
+        >>> embedding = sp.VocabParallelEmbedding.from_torch(plain, group=None)
+        >>> ids = torch.tensor([[3, 1, 4, 1]])
+        >>> torch.equal(embedding(ids), plain(ids))
+        True
     """
 
     weight: nn.Parameter
@@ -60,7 +68,7 @@ class VocabParallelEmbedding(nn.Module):
         whole_output: bool = False,
     ):
         super().__init__()
-        # torch.nn.Embedding's initialisation of the whole table, then cut: t ranks start as one does.
+        # Initialise the whole table as torch.nn.Embedding does, then cut it: t ranks start with the weights of one.
         full = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
         self._take(full, Region(group, seq_dim), whole_output)
 
@@ -119,10 +127,10 @@ class VocabParallelEmbedding(nn.Module):
         return EmbeddedRows(out, ids.shape[seq_dim + 1 if seq_dim < 0 else seq_dim], self)
 
     def _taken_by(self) -> str | None:
-        """What is known to need the whole tensor."""
+        """The name of the code that needs the whole tensor; None where none is known."""
         if self.region.group is None or self.whole_needed is None:
             return "the model"
-        if torch.compiler.is_compiling():  # a tensor that only looks whole would break the graph
+        if torch.compiler.is_compiling():  # EmbeddedRows would break the graph
             return "torch.compile"
         return self.whole_needed()
 
@@ -132,7 +140,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def check_embedding(module: nn.Module) -> None:
-    """Raises ValueError for what :class:`VocabParallelEmbedding` cannot stand for."""
+    """Raise ValueError for a module that :class:`VocabParallelEmbedding` cannot replace."""
     if not isinstance(module, nn.Embedding):
         raise ValueError(f"module: expected torch.nn.Embedding, got {type(module).__name__}")
     if type(module).forward is not nn.Embedding.forward and not _only_scales(module):
@@ -146,13 +154,13 @@ def check_embedding(module: nn.Module) -> None:
 
 
 def _scale_of(module: nn.Embedding) -> Tensor | float | None:
-    """What a subclass multiplies by."""
+    """The factor by which a subclass of nn.Embedding multiplies its rows; None for nn.Embedding itself."""
     return None if type(module).forward is nn.Embedding.forward else module.embed_scale  # type: ignore[return-value]
 
 
 @torch.no_grad()
 def _only_scales(module: nn.Embedding) -> bool:
-    """Whether an overridden forward gives what the lookup times ``embed_scale`` is, by trying it."""
+    """Whether an overridden forward returns the rows times ``embed_scale``, found by calling it."""
     scale = getattr(module, "embed_scale", None)
     if not (isinstance(scale, float) or (isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad)):
         return False
@@ -165,14 +173,22 @@ def _only_scales(module: nn.Embedding) -> bool:
 class VocabParallelHead(nn.Module):
     """The linear layer from the last hidden state to logits; each rank holds some rows of the weight.
 
-    Called, it gives whole logits on every rank; :meth:`loss` gives the loss without them.
+    A call returns whole logits on every rank; :meth:`loss` returns the loss and never holds the logits.
 
     Args:
         in_features: H.
-        out_features: V, need not be a multiple of t.
-        bias: whether there is one; it is cut like the weight.
+        out_features: V, not necessarily a multiple of t.
+        bias: whether the layer has a bias; it is cut like the weight.
         group, seq_dim: the ranks, and where the sequence of what :meth:`loss` takes is sharded.
         chunks, engine: see :func:`seqpar_kernels.vocab_parallel_linear_cross_entropy`.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> head = sp.VocabParallelHead(16, 10, bias=False)
+        >>> x, target = torch.randn(1, 4, 16), torch.tensor([[3, 1, 4, 1]])
+        >>> loss = head.loss(x, target)
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(head(x)[0], target[0]), atol=1e-5)
+        True
     """
 
     weight: nn.Parameter
@@ -224,7 +240,7 @@ class VocabParallelHead(nn.Module):
         return new.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The whole hidden state [..., H], alike on every rank -> whole logits [..., V], alike on every rank."""
+        """The whole hidden state [..., H] -> whole logits [..., V], both the same on every rank."""
         region = self.region
         if region.group is None:
             return nn.functional.linear(x, self.weight, self.bias)
@@ -260,6 +276,6 @@ class VocabParallelHead(nn.Module):
 
 
 def check_head(module: nn.Module) -> None:
-    """Raises ValueError for what :class:`VocabParallelHead` cannot stand for."""
+    """Raise ValueError for a module that :class:`VocabParallelHead` cannot replace."""
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         raise ValueError(f"module: expected torch.nn.Linear with its own forward, got {type(module).__name__}")

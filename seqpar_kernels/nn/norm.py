@@ -102,6 +102,14 @@ class LayerNorm(nn.LayerNorm, _Norm):
     """``torch.nn.LayerNorm`` over the last dimension of a sequence shard [..., S/t, ..., H], in one kernel.
 
     Weight and bias are replicated; their gradients are summed over ``group``.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> plain = torch.nn.LayerNorm(16)
+        >>> norm = sp.LayerNorm.from_torch(plain, group=None)
+        >>> x = torch.randn(2, 8, 16)
+        >>> torch.allclose(norm(x), plain(x), atol=1e-5)
+        True
     """
 
     kind = NormKind.LAYER
@@ -159,7 +167,15 @@ class LayerNorm(nn.LayerNorm, _Norm):
 
 
 class RMSNorm(nn.RMSNorm, _Norm):
-    """``torch.nn.RMSNorm`` over the last dimension of a sequence shard, in one kernel; statistics in fp32."""
+    """``torch.nn.RMSNorm`` over the last dimension of a sequence shard, in one kernel; statistics in fp32.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> norm = sp.RMSNorm(16, eps=1e-6, group=None)
+        >>> x = torch.randn(2, 8, 16)
+        >>> torch.allclose(norm(x), torch.nn.functional.rms_norm(x, (16,), eps=1e-6), atol=1e-5)
+        True
+    """
 
     kind = NormKind.RMS
 
@@ -221,6 +237,14 @@ class DropoutAddNorm(_Norm):
         prenorm: return ``(y, z)``; else ``y``.
         residual_dtype: dtype in which the residual stream is kept.
         group, seq_dim: where the sequence is sharded.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> block = sp.DropoutAddNorm(16, p=0.1, norm="rms")
+        >>> x, residual = torch.randn(2, 2, 8, 16).unbind(0)
+        >>> y, z = block(x, residual)  # z is the residual of the next block
+        >>> y.shape, z.shape
+        (torch.Size([2, 8, 16]), torch.Size([2, 8, 16]))
     """
 
     def __init__(
@@ -285,7 +309,16 @@ class DropoutAddNorm(_Norm):
 
 
 class Dropout(nn.Dropout):
-    """``torch.nn.Dropout`` whose mask depends on (seed, global row, column) only: the same for every sharding."""
+    """``torch.nn.Dropout`` whose mask depends on (seed, global row, column) only: the same for every sharding.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> dropout = sp.Dropout(0.5, group=None)
+        >>> dropout(torch.ones(2, 8, 16)).unique()
+        tensor([0., 2.])
+        >>> dropout.eval()(torch.ones(2, 8, 16)).unique()
+        tensor([1.])
+    """
 
     def __init__(self, p: float = 0.5, inplace: bool = False, *, group: Group = None, seq_dim: int = -2):
         super().__init__(p, False)

@@ -1,4 +1,4 @@
-"""What a foreign norm computes, found by trying it: model code names its norms freely, so names say little."""
+"""Detects what a norm of unknown class computes, by calling a copy of it: class names do not tell."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NormForm(NamedTuple):
 
 @torch.no_grad()
 def norm_form(module: nn.Module, size: int | None = None) -> NormForm:
-    """The form of a norm over the last dimension, told from what a copy of ``module`` answers to random rows.
+    """The form of a norm over the last dimension, detected from the output of a copy of ``module`` for random rows.
 
     Args:
         module: any module with at most the parameters ``weight`` and ``bias`` of one dimension.
@@ -47,7 +47,7 @@ def norm_form(module: nn.Module, size: int | None = None) -> NormForm:
     generator = torch.Generator().manual_seed(0)
     for param in probe.parameters():  # a weight of all ones or zeros would not tell the kinds apart
         param.copy_(torch.rand(param.shape, generator=generator) + 0.5)
-    # Rows of different scale, where the epsilons differ, and a mean far from zero, which a LayerNorm subtracts.
+    # Rows of different scale tell epsilons apart. A mean far from zero tells LayerNorm, which subtracts it.
     scales = torch.tensor([1e-4, 0.01, 1.0, 1.0, 100.0])[:, None]
     x = (torch.randn(5, size, generator=generator) + 3) * scales
     try:

@@ -1,7 +1,7 @@
-"""Tells the check of a converted model's first forward where a module's own statements begin and end.
+"""Tells the check of a converted model's first forward where this package's own statements begin and end.
 
-What a parallel module does in its own ``forward`` is right by construction. What hooks, wrappers and patched forwards
-add around it is not, and is followed like any other statement of the model.
+The ``forward`` of a parallel module is correct by construction, so that the check skips its statements. It checks the
+statements that hooks, wrappers and patched forwards add around it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ForwardT = TypeVar("ForwardT", bound=Callable[..., Any])
 
 
 class Follower(Protocol):
-    """Who follows a forward."""
+    """A check that follows a forward."""
 
     def own(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run ``forward(module, ...)``, the module's own."""
@@ -29,7 +29,7 @@ class Follower(Protocol):
         """Run ``forward(...)`` of a module whose parameters are ``tensors``, gradients summed over the ranks."""
 
     def trusted(self) -> AbstractContextManager[None]:
-        """What runs inside is this package's own."""
+        """A block of statements of this package, which the check skips."""
 
 
 class _State:
@@ -37,17 +37,17 @@ class _State:
 
 
 def follow(follower: Follower | None) -> None:
-    """From here on ``follower`` runs the forwards; None: nobody."""
+    """Make ``follower`` run the forwards from now on; None: no follower."""
     _State.follower = follower
 
 
 def follower() -> Follower | None:
-    """Who follows the forward under way; nobody while torch.compile traces."""
+    """The follower of the current forward; None while torch.compile traces."""
     return None if torch.compiler.is_compiling() else _State.follower
 
 
 def trusted() -> AbstractContextManager[None]:
-    """Around statements of this package's own that are right by construction."""
+    """A block of statements of this package, which are correct by construction."""
     following = follower()
     return nullcontext() if following is None else following.trusted()
 

@@ -1,4 +1,4 @@
-"""The sequence-parallel region a module works in: its group, its layout, and what a whole model shares."""
+"""The sequence-parallel region of a module: its group, its layout, and the state that modules of a model share."""
 
 from __future__ import annotations
 
@@ -17,14 +17,21 @@ from ..layout import Group, group_rank, group_size, resolve_group
 class Region:
     """Group and sequence dimension of one module, or of all modules of a converted model.
 
-    ``seq_len`` is the unsharded length of the pass under way, set where the sequence is scattered; modules on their own
-    take it as an argument where it is not a multiple of the number of ranks.
+    ``seq_len`` is the unsharded length in the current forward, set where the sequence is scattered. Modules outside of
+    a converted model take the length as an argument where it is not a multiple of the number of ranks.
 
-    ``summed`` maps replicated parameters to the tensors that stand for them during one forward of a converted model:
-    their gradients leave through one node and are summed over the ranks in one exchange (:meth:`parameter`).
+    ``summed`` maps replicated parameters to the tensors that replace them in one forward of a converted model. The
+    gradients of these tensors pass one autograd node, which sums them over the ranks in one exchange
+    (:meth:`parameters`).
 
-    ``deferring`` is the grad mode of a forward in which row-parallel outputs wait for the norm behind them
-    (:class:`.deferred_sum.DeferredSum`); None: they do not wait.
+    ``deferring`` is the grad mode of a forward in which row-parallel outputs are deferred to the norm that follows
+    (:class:`.deferred_sum.DeferredSum`); None: they are not deferred.
+
+    Examples:
+        >>> from seqpar_kernels.nn import Region
+        >>> region = Region(group=None, seq_dim=1)
+        >>> region
+        Region(rank 0 of 1, seq_dim=1)
     """
 
     def __init__(self, group: Group = None, seq_dim: int = -2):
@@ -32,7 +39,7 @@ class Region:
         self.seq_dim = seq_dim
         self.seq_len: int | None = None
         self.summed: dict[Parameter, Tensor] = {}
-        self.kept: dict[Parameter, Tensor] = {}  # those of the last forward, for its recomputation
+        self.kept: dict[Parameter, Tensor] = {}  # ``summed`` of the last forward, for its recomputation
         self.deferring: bool | None = None
 
     @property
@@ -44,7 +51,7 @@ class Region:
         return group_rank(self.group)
 
     def sum_together(self, params: Sequence[Parameter]) -> None:
-        """From here on ``summed`` stands for ``params``; nothing where no gradients are wanted."""
+        """Fill ``summed`` with tensors for ``params``; does nothing without grad mode."""
         if not torch.is_grad_enabled():
             return
         trained = [param for param in params if param.requires_grad]
@@ -56,27 +63,29 @@ class Region:
         """The tensors to compute with, and whether their gradients are summed over the ranks already."""
         summed = self.summed
         if not summed and self.kept and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            summed = self.kept  # recomputed in the backward: the very operations of the forward
+            summed = self.kept  # a recomputation in the backward repeats the operations of the forward
         if summed and all(p is None or p in summed for p in params):
             return [None if p is None else summed[p] for p in params], True
         return list(params), False
 
     def summing(self, *params: Parameter | None) -> list[Tensor | None]:
-        """The same for code that sums no gradients itself: in the parameters' own dtypes, gradients always summed."""
+        """Tensors for ``params`` in their own dtypes whose gradients are always summed over the ranks."""
         tensors, summed = self.parameters(*params)
         if not summed and self.group is not None:
             tensors = replicated(params, self.group)
         return [None if p is None else t.to(p.dtype) for p, t in zip(params, tensors, strict=True)]  # type: ignore[union-attr]
 
     def defers(self, x: Tensor) -> bool:
-        """Whether the row-parallel output of ``x`` may wait. Not inside a part that runs without gradients: they differ
-        from its recomputation."""
+        """Whether the row-parallel output of ``x`` may be deferred.
+
+        It may not in a block that a checkpoint runs without gradients: its recomputation would differ.
+        """
         if torch.compiler.is_compiling() or self.deferring is None or torch.is_autocast_enabled(x.device.type):
             return False
         return torch.is_grad_enabled() == self.deferring
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
-        """A copied model lives on the same ranks: process groups cannot be copied."""
+        """A copy with the same group: process groups cannot be copied."""
         copy = Region.__new__(Region)
         copy.group, copy.seq_dim, copy.seq_len, copy.summed, copy.kept = self.group, self.seq_dim, None, {}, {}
         copy.deferring = None
@@ -91,10 +100,10 @@ _SHARD = "_seqpar_shard_behind"
 
 
 def show_whole(shard: Tensor, region: Region) -> Tensor:
-    """A tensor of the unsharded shape that stands for ``shard``: for code that reads a shape before it computes.
+    """A tensor of the unsharded shape in place of ``shard``, for code that reads shapes before a column-parallel layer.
 
-    It takes no memory and holds NaN, so that a use of its values cannot pass unnoticed. Column-parallel layers look
-    behind it (:func:`shard_behind`).
+    It takes no memory and holds NaN, so that code that uses its values gives NaN. Column-parallel layers take the shard
+    from it (:func:`shard_behind`).
     """
     shape = list(shard.shape)
     shape[region.seq_dim] = shape[region.seq_dim] * region.ranks if region.seq_len is None else region.seq_len
@@ -104,7 +113,7 @@ def show_whole(shard: Tensor, region: Region) -> Tensor:
 
 
 def shard_behind(x: Tensor) -> Tensor:
-    """The shard that ``x`` stands for; ``x`` itself where it stands for nothing else."""
+    """The shard that ``x`` replaces (:func:`show_whole`); ``x`` itself for any other tensor."""
     found: Tensor = getattr(x, _SHARD, x)
     return found
 
@@ -113,7 +122,7 @@ _ENTRANCE = "_seqpar_entrance"
 
 
 def mark_entrance(shard: Tensor) -> None:
-    """Say that the sharded region begins with this tensor."""
+    """Mark ``shard`` as the first tensor of the sharded region."""
     setattr(shard, _ENTRANCE, True)
 
 

@@ -37,7 +37,7 @@ class SequenceParallelAttention(nn.Module):
     Raises:
         ValueError: an argument that does not fit, by name.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> attention = sp.SequenceParallelAttention(None, is_causal=True, sinks=4)
         >>> q, k, v = torch.randn(3, 1, 8, 4, 16).unbind(0)

@@ -22,25 +22,27 @@ from .cache_layer import CacheLayer
 class SequenceShardedCache:
     """Keys and values of earlier tokens for decoding, each position on one rank only: p on rank p mod t.
 
-    A rank holds 1/t of them, also where there are fewer key heads than ranks. In a step each rank attends with its own
-    keys, and what it has goes to every peer in one message; parts are added in rank order in fp32 (fp64 for fp64), so
-    that all ranks get the same bits. What travels depends on the new tokens, not on how many are cached.
+    A rank holds 1/t of them, even where there are fewer key heads than ranks. In a step each rank attends over its own
+    keys and sends its partial result to every peer in one message. All ranks sum the partial results in rank order in
+    fp32 (fp64 for fp64), so that all get the same bits. The bytes sent depend on the new tokens, not on the cached
+    ones.
 
-    All ranks make the same calls. There is no gradient. It is not a ``transformers.Cache``: that one returns all keys
-    to the model, which no rank has here; :meth:`decode` takes the place of ``update`` and the attention behind it.
+    All ranks must make the same calls. There is no gradient. This is no ``transformers.Cache``, which returns all keys
+    to the model: here no rank has all of them. :meth:`decode` replaces ``update`` and the attention after it.
 
     Args:
         group: the ranks that share the cache: a ProcessGroup, a 1-D DeviceMesh or None for this rank alone.
         num_heads: query heads of the model, a multiple of the ranks, where q, k and v come as this rank's heads
-            (tensor parallelism over ``group``). None: all ranks have all heads and tokens alike.
+            (tensor parallelism over ``group``). None: every rank passes all heads of all tokens.
         num_kv_heads: key heads of the model, beside ``num_heads``; a multiple or a divisor of the ranks. With a divisor
-            each key head comes from ranks / num_kv_heads neighbours.
-        capacity: positions of the whole sequence to make room for at once. Beyond, buffers grow by a quarter at a time.
+            ranks / num_kv_heads neighbours have each key head.
+        capacity: positions of the whole sequence for which memory is allocated at once. Beyond it buffers grow by a
+            quarter at a time.
 
     Raises:
         ValueError: an argument that does not fit, by name, on every rank.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> cache = sp.SequenceShardedCache(None)
         >>> k, v = torch.randn(2, 1, 8, 2, 16).unbind(0)
@@ -81,9 +83,9 @@ class SequenceShardedCache:
             k: [B, S, Hkv, D], the same on every rank; with ``layout`` [B, S/t, Hkv, D], this rank's rows of them; with
                 ``num_heads`` [B, S, heads, D], this rank's heads.
             v: the same with Dv.
-            layer_idx: of the model.
-            layout: ``"contiguous"`` or ``"zigzag"``: rows at :func:`sequence_positions`. One
-                exchange brings them to the ranks that hold them here. None: every row is there.
+            layer_idx: the index of the layer in the model.
+            layout: ``"contiguous"`` or ``"zigzag"``: k and v have the rows at :func:`sequence_positions`, and one
+                exchange sends them to the ranks that cache them. None: k and v have all rows.
             seq_len: the unsharded length, for a layout where it is not a multiple of the number of ranks.
 
         Raises:
@@ -119,16 +121,16 @@ class SequenceShardedCache:
         sinks: Tensor | None = None,
         attn_bias: Tensor | None = None,
     ) -> Tensor:
-        """Append the keys and values of new tokens, and attend from these over all that are cached, causally.
+        """Append the keys and values of new tokens, and attend from the new tokens over all cached keys, causally.
 
         Args:
             q: [B, n, Hq, D], n new tokens, the same on every rank; with ``num_heads`` this rank's heads of them. Rotary
                 embeddings are in q and k already; the first new token has the position :meth:`get_seq_length`.
             k: [B, n, Hkv, D].
             v: [B, n, Hkv, Dv].
-            layer_idx: of the model.
-            window_size: as in :func:`decode_attention`; no key behind a token is seen. Keys that no window reaches any
-                more stay cached.
+            layer_idx: the index of the layer in the model.
+            window_size: as in :func:`decode_attention`; a token sees no later key. Keys outside of all later windows
+                stay cached.
             scale: as there.
             softcap: as there.
             sinks: a logit of each head of q.
@@ -138,8 +140,8 @@ class SequenceShardedCache:
             Tensor: [B, n, Hq, Dv], with ``num_heads`` this rank's heads.
 
         Raises:
-            ValueError: an argument that does not fit, or wants a gradient, by name, on every rank, before anything is
-                sent. The cache is as it was then.
+            ValueError: an argument that does not fit or requires a gradient, by name, on every rank, before anything is
+                sent. The cache is unchanged then.
             RuntimeError: ranks that call with unlike sizes or lengths, or no kernel for the device.
         """
         with checked_together(self.group):
@@ -167,7 +169,7 @@ class SequenceShardedCache:
     # --- what is there -----------------------------------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many positions are cached, on all ranks together."""
+        """The number of cached positions of all ranks together."""
         return self._layers[layer_idx].length if layer_idx in self._layers else 0
 
     def shard(self, layer_idx: int = 0) -> tuple[Tensor, Tensor]:
@@ -183,11 +185,11 @@ class SequenceShardedCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this rank's buffers, room that is not used yet included."""
+        """Bytes of this rank's buffers, with their unused part."""
         return sum(t.nbytes for layer in self._layers.values() for t in (layer.k, layer.v))
 
     def crop(self, max_length: int) -> None:
-        """Forget what is behind the first ``max_length`` positions; a negative number forgets so many.
+        """Forget all positions after the first ``max_length``; a negative number forgets that many.
 
         Raises:
             ValueError: not an int.
@@ -200,11 +202,11 @@ class SequenceShardedCache:
             layer.length = min(layer.length, kept)
 
     def reset(self) -> None:
-        """Forget all. The buffers stay for the next sequence of as many batch entries."""
+        """Forget all positions. The buffers are kept for the next sequence with as many batch entries."""
         self.crop(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Batch entry i becomes what ``beam_idx[i]`` was, as beam search asks for; the same on every rank.
+        """Replace batch entry i by entry ``beam_idx[i]``, for beam search; the same on every rank.
 
         Raises:
             ValueError: not integers [B].
@@ -234,12 +236,12 @@ class SequenceShardedCache:
         return self._layers.setdefault(layer_idx, CacheLayer())
 
     def _make_room(self, layer: CacheLayer, added: int, k: Tensor, v: Tensor) -> None:
-        rows = keys_of(max(layer.length + added, self.capacity), self.ranks, 0)  # alike on all ranks
+        rows = keys_of(max(layer.length + added, self.capacity), self.ranks, 0)  # the same on all ranks
         heads = self.num_kv_heads if self._by_heads and self.num_kv_heads else k.shape[2]
         layer.make_room(rows, keys_of(layer.length, self.ranks, self.rank), heads, k, v)
 
     def _source(self, k: Tensor, first: int, layout: str | None, seq_len: int | None) -> Source:
-        """What the ranks hold of new keys."""
+        """The parts of the new keys that the ranks have."""
         if layout is None:
             if seq_len is not None:
                 raise ValueError(f"seq_len: expected None without a layout, got {seq_len!r}")
@@ -258,7 +260,7 @@ class SequenceShardedCache:
         return Source(tuple(map(Held, rows, heads)), self._by_heads, first)
 
     def _check_new(self, q: Tensor, k: Tensor, v: Tensor, layer: CacheLayer, sinks: Tensor | None = None) -> None:
-        """Keys and values that fit what is cached; with ``num_heads`` this rank's heads."""
+        """Check that keys and values fit the cached ones; with ``num_heads`` they have this rank's heads."""
         check_attention_tensors(q, k, v, sinks)
         if self.num_heads is not None and self.num_kv_heads is not None:
             for name, t, heads in (("q", q, self.num_heads), ("k", k, self.num_kv_heads)):

@@ -1,9 +1,9 @@
-"""The output of a vocabulary-parallel embedding, cut along the sequence before the model cuts it.
+"""The output of a vocabulary-parallel embedding, sharded along the sequence before the model shards it.
 
-A model embeds tokens, may scale them and add positions, and hands the sum to its first block, where the sequence is
-cut. :class:`EmbeddedRows` lets the ranks' partial embeddings be reduce-scattered straight into that shard: it looks
-like the whole tensor, is this rank's rows of it, and what treats rows one by one is done to those. Anything else gets
-the whole tensor, gathered: no more on the wire than the sum over the ranks it stands for.
+A model embeds tokens, may scale them and add positions, and passes the sum to its first block, where the sequence is
+sharded. With :class:`EmbeddedRows` the ranks' partial embeddings are reduce-scattered straight into that shard. It has
+the shape of the whole tensor and holds this rank's rows. Functions that treat rows one by one run on these rows. Any
+other function gets the whole tensor, by an all-gather: together as many bytes as the all-reduce that they replace.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ROW_BY_ROW = frozenset(
 
 
 class SequenceEmbedding(Protocol):
-    """What :class:`EmbeddedRows` needs of the embedding that makes it."""
+    """The embedding that makes :class:`EmbeddedRows`, as far as they use it."""
 
     region: Region
     scattered: bool | None
@@ -45,10 +45,10 @@ class SequenceEmbedding(Protocol):
 
 
 class EmbeddedRows(Tensor):
-    """Looks like [..., S, ..., H], is ``shard`` [..., S/t, ..., H].
+    """A tensor of shape [..., S, ..., H] that holds ``shard`` [..., S/t, ..., H].
 
-    Addition, multiplication and the like with numbers, and with tensors that are whole on every rank, give the same
-    again; every other function gets the whole tensor, and ``embedding.taken_whole_by`` its name.
+    Element-wise functions of it and numbers, or tensors that are whole on every rank, return another EmbeddedRows.
+    Every other function gets the whole tensor, and ``embedding.taken_whole_by`` is set to its name.
     """
 
     shard: Tensor
@@ -76,14 +76,14 @@ class EmbeddedRows(Tensor):
         return int(self.shape[self.embedding.region.seq_dim])
 
     def rows(self) -> Tensor:
-        """This rank's shard, with what has been done to the whole tensor in place."""
+        """This rank's shard, with the in-place changes of the whole tensor."""
         if self.whole is not None and version_of(self.whole) != self.whole_version:
             region = self.embedding.region
             return scatter_sequence(self.whole, region.group, region.seq_dim)
         return self.shard
 
     def value(self, taker: str) -> Tensor:
-        """The whole tensor, for ``taker``; the ranks go on alike, so that each has the whole gradient."""
+        """The whole tensor, for ``taker``. All ranks compute the same with it, so that each has the whole gradient."""
         if self.whole is None:
             region = self.embedding.region
             with torch.set_grad_enabled(self.grad_mode):
@@ -95,7 +95,7 @@ class EmbeddedRows(Tensor):
         return self.whole
 
     def _operand(self, other: Any) -> Any:
-        """What stands for ``other`` where a function is done to this rank's rows; None: there is nothing."""
+        """This rank's rows of the operand ``other``; None where it has no such rows."""
         if isinstance(other, EmbeddedRows):
             return other.rows() if other.shape == self.shape else None
         if not isinstance(other, Tensor):
@@ -109,7 +109,7 @@ class EmbeddedRows(Tensor):
         if other.dim() >= -from_end and other.shape[from_end] == self.length:
             fits = all(a in (1, b) for a, b in zip(reversed(other.shape), reversed(self.shape), strict=False))
             return scatter_sequence(other, self.embedding.region.group, from_end) if fits else None
-        # The same for all rows: its gradient would be that of this rank's rows alone.
+        # An operand that all rows share would get the gradient of this rank's rows only.
         return other if other.numel() == 1 and not other.requires_grad else None
 
     @classmethod
@@ -121,7 +121,7 @@ class EmbeddedRows(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func is Tensor.requires_grad_ and args[1:] in ((), (True,)) and not kwargs and args[0].shard.requires_grad:
-            return args[0]  # Transformers asks it of embeddings in front of checkpointed blocks
+            return args[0]  # Transformers calls requires_grad_ on embeddings before checkpointed blocks
         if func in _ROW_BY_ROW and (done := _row_by_row(func, args, kwargs)) is not None:
             return done
         name = getattr(func, "__name__", str(func))
@@ -134,10 +134,10 @@ class EmbeddedRows(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
-        raise RuntimeError(f"{func}: takes an embedding of which this rank holds its rows of the sequence only")
+        raise RuntimeError(f"{func}: expected a whole embedding, got one with only this rank's rows of the sequence")
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"EmbeddedRows({tuple(self.shape)}, of which here {tuple(self.shard.shape)})"
+        return f"EmbeddedRows({tuple(self.shape)}, this rank's rows {tuple(self.shard.shape)})"
 
 
 def _row_by_row(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> EmbeddedRows | None:
@@ -158,7 +158,7 @@ def _row_by_row(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> 
 
 
 def _lost(grad: Tensor) -> None:
-    """A torch.autograd.Function asks no tensor subclass: it takes this for a leaf, where gradients end."""
+    """Raise in the backward: a torch.autograd.Function ignores tensor subclasses and would take this for a leaf."""
     raise RuntimeError(
         "a custom autograd function was given an embedding of which each rank holds its rows of the sequence only, and "
         "its gradient would be lost: give it x.clone()"

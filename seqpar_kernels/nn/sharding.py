@@ -1,4 +1,4 @@
-"""How a parameter is cut over ranks, and putting it together again."""
+"""Cuts parameters over ranks, and gathers them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ from ..ops.registry import group_name
 class ShardSpec(NamedTuple):
     """Dimension ``dim`` is cut into sections (q|k|v of a packed projection), each of them over all ranks.
 
-    ``sections`` is their number where they are equal, else their sizes. ``size`` is that of the whole dimension where
-    it need not be a multiple of the ranks (a vocabulary): the last ranks then hold less, as ``torch.chunk`` cuts.
+    ``sections`` is the number of equal sections, or their sizes. ``size`` is set for a dimension that need not be a
+    multiple of the ranks (a vocabulary): it is the whole size, cut as ``torch.chunk`` cuts, with less on the last
+    ranks.
+
+    Examples:
+        >>> from seqpar_kernels.nn import ShardSpec
+        >>> ShardSpec(0, sections=3).sizes(12)  # q, k and v packed in dimension 0
+        [4, 4, 4]
     """
 
     dim: int
@@ -26,14 +32,14 @@ class ShardSpec(NamedTuple):
     size: int | None = None
 
     def sizes(self, size: int) -> list[int]:
-        """Of the sections of a dimension of ``size``."""
+        """The sizes of the sections of a dimension of ``size``."""
         if isinstance(self.sections, tuple):
             return list(self.sections)
         return [size // self.sections] * self.sections
 
 
 def check_shardable(name: str, size: int, spec: ShardSpec, ranks: int) -> None:
-    """Raises ValueError where ``size`` cannot be cut as ``spec`` says."""
+    """Raise ValueError where ``size`` cannot be cut as ``spec`` says."""
     sizes = spec.sizes(size)
     if sum(sizes) != size:
         if isinstance(spec.sections, tuple):
@@ -45,7 +51,14 @@ def check_shardable(name: str, size: int, spec: ShardSpec, ranks: int) -> None:
 
 
 def local_part(full: Tensor, spec: ShardSpec, group: ProcessGroup | None) -> Tensor:
-    """This rank's part of ``full``, a contiguous copy."""
+    """This rank's part of ``full``, a contiguous copy.
+
+    Examples:
+        >>> import torch
+        >>> from seqpar_kernels.nn import ShardSpec, local_part
+        >>> local_part(torch.randn(8, 16), ShardSpec(0), group=None).shape  # on 4 ranks: [2, 16]
+        torch.Size([8, 16])
+    """
     ranks, rank = group_size(group), group_rank(group)
     if ranks == 1:
         return full.detach().clone(memory_format=torch.contiguous_format)
@@ -57,7 +70,15 @@ def local_part(full: Tensor, spec: ShardSpec, group: ProcessGroup | None) -> Ten
 
 
 def full_tensor(local: Tensor, spec: ShardSpec, group: ProcessGroup | None) -> Tensor:
-    """The inverse of :func:`local_part`: the whole tensor on every rank (a collective call)."""
+    """The inverse of :func:`local_part`: the whole tensor on every rank (a collective call).
+
+    Examples:
+        >>> import torch
+        >>> from seqpar_kernels.nn import ShardSpec, full_tensor, local_part
+        >>> weight, spec = torch.randn(8, 16), ShardSpec(0)
+        >>> torch.equal(full_tensor(local_part(weight, spec, group=None), spec, group=None), weight)
+        True
+    """
     ranks = group_size(group)
     if ranks == 1:
         return local.detach().clone()

@@ -20,6 +20,15 @@ class SplitRMSNorm(nn.Module):
 
     For query and key norms that span all heads: each rank normalizes its own heads with the mean square over all of
     them, one fp32 number a row summed over the ranks. The weight is cut like the features.
+
+    Examples:
+        >>> import torch
+        >>> from seqpar_kernels.nn import SplitRMSNorm
+        >>> plain = torch.nn.RMSNorm(16, eps=1e-6)
+        >>> norm = SplitRMSNorm.from_torch(plain, group=None)
+        >>> x = torch.randn(2, 8, 16)
+        >>> torch.allclose(norm(x), plain(x), atol=1e-5)
+        True
     """
 
     weight: nn.Parameter | None
@@ -47,7 +56,7 @@ class SplitRMSNorm(nn.Module):
         """[..., S, N/t] -> the same shape."""
         group = self.region.group
         rows = x.to(accumulation_dtype(x.dtype))
-        # Every rank's loss hangs on the sum through its own features: its gradient is summed as well.
+        # The loss of every rank depends on the sum, so that the gradient of the sum is summed over the ranks too.
         total = reduce_from_tensor_parallel(rows.square().sum(-1, keepdim=True), group)  # [..., S, 1]
         total = copy_to_tensor_parallel(total, group)
         eps = self.eps if self.eps is not None else torch.finfo(rows.dtype).eps

@@ -1,4 +1,4 @@
-"""A transformer layer whose backward keeps little: attention and MLP on a sequence shard, every fusion an argument."""
+"""A transformer layer on a sequence shard that keeps little for its backward. Every fusion is an argument."""
 
 from __future__ import annotations
 
@@ -48,23 +48,29 @@ class TransformerLayer(nn.Module):
         activation: "gelu", "gelu_tanh", "relu" or "silu".
         gated: the MLP is ``down(activation(gate(y)) * up(y))``.
         bias: biases of the linears and of LayerNorm.
-        rotary_base: rotary position embedding with this base; None for none.
-        dropout: on what attention and MLP add to the stream.
-        attention_dropout: on the attention weights; its mask does not depend on the number of ranks either.
-        eps: of the norms.
-        group, seq_dim: where the sequence is sharded, and the heads and the MLP's features divided.
+        rope_theta: rotary position embedding with this base; None for none.
+        dropout: dropout probability of the results of attention and MLP.
+        attention_dropout: dropout probability of the attention weights. Neither mask depends on the number of ranks.
+        eps: epsilon of the norms.
+        group, seq_dim: the ranks over which the sequence, the heads and the MLP's features are split.
         chunks, engine: of the matmuls with their collectives, see :func:`seqpar_kernels.all_gather_linear`.
         share_gather: one all-gather feeds q, k and v, another the gate and up projections.
         fuse_dropout_add_norm: dropout, residual add and the second norm are one kernel.
-        fuse_reduce_norm: that kernel also sums what the ranks have to say, and so does the one behind the MLP
+        fuse_reduce_norm: that kernel also sums the ranks' partial results, and so does the kernel after the MLP
             (:func:`seqpar_kernels.linear_reduce_scatter_dropout_add_norm`); includes the fusion above.
-        recompute_norm: norm results are made again from the stream where the backward needs them.
-        recompute_activation: so is the activation's.
+        recompute_norm: the backward recomputes norm results from the residual stream.
+        recompute_activation: the backward recomputes the activation.
 
-    The fusions change what is kept and how fast it is, not the numbers.
+    The fusions change memory and time, not the numbers.
 
     Raises:
         ValueError: an argument that does not fit, by name.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> layer = sp.TransformerLayer.llama(16, num_heads=4, num_kv_heads=2, intermediate_size=32)
+        >>> layer(torch.randn(2, 8, 16)).shape
+        torch.Size([2, 8, 16])
     """
 
     def __init__(
@@ -78,7 +84,7 @@ class TransformerLayer(nn.Module):
         activation: str = "gelu",
         gated: bool = False,
         bias: bool = True,
-        rotary_base: float | None = None,
+        rope_theta: float | None = None,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         eps: float = 1e-5,
@@ -122,20 +128,20 @@ class TransformerLayer(nn.Module):
         ranks = self.region.ranks
         check_divides("num_heads", num_heads, ranks, "the number of heads")
         check_divides("num_kv_heads", num_kv_heads, ranks, "the number of key and value heads")
-        self.head_size = hidden_size // num_heads
-        if rotary_base is not None:
-            if not isinstance(rotary_base, (int, float)) or rotary_base <= 0:
-                raise ValueError(f"rotary_base: expected a positive number or None, got {rotary_base!r}")
-            if self.head_size % 2:
-                raise ValueError(f"rotary_base: expected None with heads of an odd size, {self.head_size}")
-        # What from_torch builds the same layer from on other ranks.
+        self.head_dim = hidden_size // num_heads
+        if rope_theta is not None:
+            if not isinstance(rope_theta, (int, float)) or rope_theta <= 0:
+                raise ValueError(f"rope_theta: expected a positive number or None, got {rope_theta!r}")
+            if self.head_dim % 2:
+                raise ValueError(f"rope_theta: expected None with heads of an odd size, {self.head_dim}")
+        # from_torch builds the same layer on other ranks from these arguments.
         self.config: dict[str, Any] = {
             **sizes,
             "norm": norm,
             "activation": activation,
             "gated": gated,
             "bias": bias,
-            "rotary_base": rotary_base,
+            "rope_theta": rope_theta,
             "dropout": dropout,
             "attention_dropout": attention_dropout,
             "eps": eps,
@@ -147,14 +153,14 @@ class TransformerLayer(nn.Module):
             "recompute_norm": recompute_norm,
             "recompute_activation": recompute_activation,
         }
-        self.activation, self.rotary_base = activation, rotary_base
+        self.activation, self.rope_theta = activation, rope_theta
         self.dropout, self.attention_dropout = dropout, attention_dropout
         self.chunks, self.engine = chunks, engine
         self.share_gather, self.fuse_reduce_norm = share_gather, fuse_reduce_norm
         self.fuse_dropout_add_norm = fuse_dropout_add_norm
         self.recompute_norm, self.recompute_activation = recompute_norm, recompute_activation
         place: dict[str, Any] = {"device": device, "dtype": dtype, "group": group, "seq_dim": seq_dim}
-        kv_size = self.head_size * num_kv_heads
+        kv_size = self.head_dim * num_kv_heads
         self.norm1 = _make_norm(norm, hidden_size, eps, bias, place)
         self.q_proj = ColumnParallelLinear(hidden_size, hidden_size, bias, **place)
         self.k_proj = ColumnParallelLinear(hidden_size, kv_size, bias, **place)
@@ -174,16 +180,16 @@ class TransformerLayer(nn.Module):
             "activation": "silu",
             "gated": True,
             "bias": False,
-            "rotary_base": 10000.0,
+            "rope_theta": 10000.0,
         }
         return cls(hidden_size, num_heads, **{**llama, **options})
 
     @classmethod
     def from_torch(cls, module: TransformerLayer, group: Group = None, *, seq_dim: int = -2) -> TransformerLayer:
-        """This rank's part of a layer that stands on one rank; there it keeps the very same parameters.
+        """This rank's part of a layer that was made for one rank; with one rank it keeps the same parameters.
 
         Raises:
-            ValueError: no such layer, or one that is divided already.
+            ValueError: no TransformerLayer, or one that is split over ranks already.
         """
         if not isinstance(module, TransformerLayer):
             raise ValueError(f"module: expected a seqpar_kernels.nn.TransformerLayer, got {type(module).__name__}")
@@ -195,7 +201,7 @@ class TransformerLayer(nn.Module):
         return new.train(module.training)
 
     def forward(self, x: Tensor, *, seq_len: int | None = None) -> Tensor:
-        """The stream through the layer.
+        """Run the layer on the residual stream.
 
         Args:
             x: [..., S/t, ..., H].
@@ -212,10 +218,10 @@ class TransformerLayer(nn.Module):
             q,
             k,
             v,
-            head_size=self.head_size,
+            head_dim=self.head_dim,
             p=self.attention_dropout,
             training=self.training,
-            rotary_base=self.rotary_base,
+            rope_theta=self.rope_theta,
             group=self.region.group,
             seq_dim=self.region.seq_dim,
         )

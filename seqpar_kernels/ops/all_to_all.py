@@ -1,4 +1,10 @@
-"""``seqpar::all_to_all``: rows of every rank to every rank."""
+"""``seqpar::all_to_all``: rows of every rank to every rank.
+
+| op | result | shape | communication |
+|---|---|---|---|
+| all_to_all | out | [sum(output_sizes), ...] | all-to-all of x [sum(input_sizes), ...] |
+| | dx | [sum(input_sizes), ...] | all-to-all of dy, with the sizes exchanged |
+"""
 
 from __future__ import annotations
 
@@ -32,7 +38,7 @@ class _AllToAll(torch.autograd.Function):
         return all_to_all(dy, *ctx.back), None, None, None
 
 
-#: Dimension 0 of x holds ``input_sizes[r]`` rows for rank r, that of the result ``output_sizes[r]`` from rank r.
+#: Dimension 0 of x has ``input_sizes[r]`` rows for rank r, dimension 0 of the result ``output_sizes[r]`` from rank r.
 all_to_all = register(
     "all_to_all(Tensor x, SymInt[] output_sizes, SymInt[] input_sizes, str group) -> Tensor",
     _kernel,

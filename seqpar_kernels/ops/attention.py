@@ -1,7 +1,14 @@
-"""``seqpar::rotary`` and ``seqpar::dropout_attention``: what a tensor-parallel attention needs beside PyTorch's own.
+"""``seqpar::rotary`` and ``seqpar::dropout_attention``: rotary embedding, and attention with dropout on some heads.
 
-Both work on heads that a rank holds of the whole sequence, and keep no more than their inputs: rotation tables, scores
-and dropout masks are made again in the backward.
+Both take the whole sequence with this rank's heads, and save only their inputs: the backward computes rotation tables,
+scores and dropout masks again. h heads are on this rank; k and v may have fewer, h_kv.
+
+| op | result | shape | communication |
+|---|---|---|---|
+| rotary | out | [..., S, ..., d] | none |
+| | dx | [..., S, ..., d], the inverse rotation of dy | none |
+| dropout_attention | out | [B, h, S, d] | none |
+| | dq; dk, dv | [B, h, S, d]; [B, h_kv, S, d] | none |
 """
 
 from __future__ import annotations
@@ -50,7 +57,7 @@ def _rotary_fake(x: Tensor, seq_dim: int, base: float, inverse: bool) -> Tensor:
 
 
 class _Rotary(torch.autograd.Function):
-    """A rotation: its transpose is its inverse, and nothing needs to be kept."""
+    """A rotation: its transpose is its inverse, so that the backward saves nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, seq_dim: int, base: float, inverse: bool) -> Tensor:
@@ -64,7 +71,7 @@ class _Rotary(torch.autograd.Function):
 
 # --- dropout_attention -----------------------------------------------------------------------------------------------
 
-_BLOCK_ELEMENTS = 1 << 23  # of the scores that exist at one time, all heads of a batch entry together
+_BLOCK_ELEMENTS = 1 << 23  # the most scores at one time, of all heads of one batch entry
 
 
 class _Block:
@@ -148,7 +155,7 @@ def _attention_fake(
 
 
 class _DropoutAttention(torch.autograd.Function):
-    """Keeps q, k, v and the seed; scores and mask are made again block by block."""
+    """Saves q, k, v and the seed; the backward computes scores and mask again, block by block."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, *scalars: Any) -> Tensor:
@@ -208,8 +215,8 @@ rotary = register(
 
 _SCALARS = "float p, float scale, bool causal, int heads, int first_head"
 
-#: softmax(q k^T) with dropout, times v. q [B, heads here, S, d]; k and v may have fewer heads. ``heads`` counts those
-#: of all ranks, ``first_head`` is the place of ours among them: the mask is that of the unsharded attention.
+#: softmax(q k^T) with dropout, times v. q [B, h, S, d]; k and v may have fewer heads. The mask is that of the unsharded
+#: attention: ``heads`` is the number of heads of all ranks, ``first_head`` the index of this rank's first head.
 dropout_attention = register(
     f"dropout_attention(Tensor q, Tensor k, Tensor v, Tensor seed, {_SCALARS}) -> Tensor",
     _attention_kernel,

@@ -1,8 +1,15 @@
-"""``seqpar::block_attention`` and ``seqpar::merge_attention``: attention over some of the keys a row sees, with the
-log-sum-exp of its scores, and one result of several such.
+"""``seqpar::block_attention``, attention over a block of keys, and ``seqpar::merge_attention``, which merges blocks.
 
-Both take gradients into out and lse. A row that sees no key of a block has out 0 and lse -inf, and counts for nothing
-in a merge.
+A row that sees no key of a block has out 0 and lse -inf, and a merge ignores it. Both ops take gradients of out and
+lse. Inputs are q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv]; a merge has n outs and lses.
+
+| op | result | shape | communication |
+|---|---|---|---|
+| block_attention | out, lse | [B, Sq, Hq, Dv], [B, Hq, Sq] | none |
+| | dq, dk, dv | those of q, k, v | none |
+| | dbias | that of the bias | none |
+| merge_attention | out, lse | [B, S, H, D], [B, H, S] | none |
+| | douts, dlses | n of [B, S, H, D], n of [B, H, S] | none |
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ _MASKS = len(AttentionMasks._fields)
 
 
 def _taken(rest: tuple[Any, ...]) -> tuple[AttentionSpec, AttentionMasks]:
-    """What stands behind q, k and v in the schema: the fields of AttentionMasks, then those of AttentionSpec."""
+    """The arguments after q, k and v in the schema: the fields of AttentionMasks, then those of AttentionSpec."""
     return AttentionSpec(*rest[_MASKS:]), AttentionMasks(*rest[:_MASKS])
 
 

@@ -1,8 +1,10 @@
-"""``seqpar::decode_attention``: new rows attend over keys that the ranks of a group share, p mod t. No gradient.
+"""``seqpar::decode_attention``: new rows attend over sharded keys, position p on rank p mod t. It has no gradient.
 
-| | computed | what travels |
-|---|---|---|
-| forward | out and lse of all heads, or of this rank's | a rank's softmax state of the new rows, one message a peer |
+h is Hq, or with ``own_heads`` the number of this rank's heads.
+
+| op | result | shape | communication |
+|---|---|---|---|
+| decode_attention | out, lse | [B, n, h, Dv], [B, h, n] | the softmax state of the n new rows, one message a peer |
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The fused norm in PyTorch's own operations, for compilers that fuse it with what stands around it.
+"""The fused norm as operations of PyTorch, so that a compiler can fuse it with its neighbours.
 
-``seqpar::dropout_add_norm`` is opaque to torch.compile: it stays the one kernel it is. With :data:`decompositions`, or
-with ``torch.compile(model, backend=inductor_fusion)``, a compiler sees through it instead. The random bits of dropout
-stay an op of their own, ``seqpar::dropout_kept``: as operations on integers they would be some hundred for each
-element, which inductor repeats wherever it reads them. So the mask is the same, bit for bit.
+``seqpar::dropout_add_norm`` is opaque to torch.compile, which calls its kernel. With :data:`decompositions`, or with
+``torch.compile(model, backend=inductor_fusion)``, a compiler gets PyTorch operations in its place. The random bits of
+dropout stay one op, ``seqpar::dropout_kept``, with the bits of the fused op: written as integer operations they would
+be some hundred for each element, and inductor would repeat them wherever it reads the mask.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def _kept_fake(seed: Tensor, rows: int, cols: int, *_: Any) -> Tensor:
     return seed.new_empty((rows, cols), dtype=torch.bfloat16)
 
 
-#: bfloat16 [rows, cols], not zero where dropout keeps an element. ``again`` tells the backward's call from the
-#: forward's: a compiler that took them for one would store the mask between them.
+#: bfloat16 [rows, cols], not zero where dropout keeps an element. ``again`` is True in the backward's call: a compiler
+#: that merged it with the forward's call would store the mask between them.
 dropout_kept = register(
     "dropout_kept(Tensor seed, SymInt rows, SymInt cols, float p, SymInt block, SymInt stride, SymInt offset, "
     "str backend, bool again) -> Tensor",
@@ -129,17 +129,25 @@ def inductor_fusion(
     """For ``torch.compile(model, backend=inductor_fusion)``: inductor, which fuses the norm with its neighbours.
 
     Bias, residual add, row scale, norm and casts become inductor's own; an activation before them or a cast after them
-    joins their kernels, forward and backward. What is dropped is what the fused op drops. Roundings between the steps
-    are inductor's: z may enter the norm before it is rounded, and sums are in its order, not the one that makes two
-    devices or shardings agree. The dropout bits, 2 bytes an element, are written and read in between. The fused kernel,
-    which torch.compile keeps by default, does neither: measure which of the two is faster.
+    joins their kernels, forward and backward. The dropout mask is that of the fused op. Roundings between the steps are
+    inductor's: z may enter the norm before it is rounded, and sums run in inductor's order, so that two devices or
+    shardings may differ in bits. The dropout bits, 2 bytes an element, are written to memory and read again. The fused
+    kernel, which torch.compile uses by default, does neither: measure which of the two takes less time.
 
     Args:
-        graph, inputs: what torch.compile hands to a backend.
+        graph, inputs: the arguments that torch.compile passes to a backend.
         options: inductor's, as in ``torch.compile(options=...)``.
 
     Raises:
         RuntimeError: an option that inductor does not know.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> norm = sp.LayerNorm(16)
+        >>> compiled = torch.compile(norm, backend=sp.inductor_fusion)
+        >>> x = torch.randn(2, 8, 16)
+        >>> torch.allclose(compiled(x), norm(x), atol=1e-5)
+        True
     """
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table

@@ -1,7 +1,7 @@
-"""Weight gradients that go straight into a float32 buffer: Megatron's ``main_grad`` convention.
+"""Weight gradients that are added to a float32 buffer: Megatron's ``main_grad`` convention.
 
-Summing the 16-bit gradients of many micro-batches loses what each of them adds; here the matmul accumulates in float32
-and adds to what is there, and no gradient of the weight's own dtype exists.
+A sum of 16-bit gradients of many micro-batches loses low bits. Here the matmul accumulates in float32 and adds to the
+buffer, and no gradient of the weight's own dtype exists.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Where there is no matmul of 16-bit factors with a float32 result, so many rows at a time are widened first.
+# The number of rows widened at a time on devices without a matmul from 16-bit factors to float32.
 _ROWS_WIDENED = 1024
 _FLAG = "grad_added_to_main_grad"
 
@@ -29,7 +29,7 @@ def add_weight_gradient(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
 
 
 def weight_gradient(main_grad: Tensor | None, dy: Tensor, x: Tensor) -> Tensor | None:
-    """dy.T @ x [N, K] for dy [rows, N], x [rows, K]; added to ``main_grad``, and not returned, where there is one."""
+    """dy.T @ x [N, K] for dy [rows, N], x [rows, K]; with ``main_grad`` added to it and not returned."""
     if main_grad is None:
         return dy.t().mm(x)
     add_weight_gradient(main_grad, dy, x)
@@ -44,10 +44,10 @@ def weight_gradients(
 
 
 class _Announce(torch.autograd.Function):
-    """Stands before a weight whose gradient went elsewhere.
+    """Gives a weight whose gradient was added to ``main_grad`` a placeholder gradient.
 
-    Megatron's hooks sit where a weight's gradient arrives, want to find one there, and add it to ``main_grad`` unless
-    the weight's ``grad_added_to_main_grad`` says that this has been done: they get a placeholder and the flag.
+    Megatron's hooks run when a weight's gradient is accumulated. They read ``weight.grad`` and add it to ``main_grad``,
+    unless the weight's ``grad_added_to_main_grad`` is set. This node sets both.
     """
 
     @staticmethod
@@ -65,7 +65,7 @@ class _Announce(torch.autograd.Function):
 
 
 def announced(weight: Tensor) -> Tensor:
-    """``weight``, such that hooks of its gradient run; itself where nobody has set it up for them."""
+    """``weight`` behind an autograd node that runs the hooks of its gradient; itself where it has no such flag."""
     if not hasattr(weight, _FLAG) or not weight.requires_grad:
         return weight
     out: Tensor = _Announce.apply(weight)

@@ -1,7 +1,22 @@
-"""``seqpar::gather``, ``reduce_scatter``, ``split``, ``all_reduce``: moving a tensor between regions, any dimension.
+"""``seqpar::gather``, ``reduce_scatter``, ``split``, ``all_reduce``: mappings between regions, of any dimension.
 
-Their backwards are one another's: the conjugate of a gather is a reduce-scatter where the gathered tensor's gradients
-are partial sums over ranks, and a split where every rank already has the whole gradient.
+n is the size of dimension ``dim`` of the whole tensor, over t ranks. Sums run in rank order, in fp32 (fp64 for fp64).
+
+| op | result | shape | communication |
+|---|---|---|---|
+| gather | out | [..., n, ...] | all-gather of x [..., n/t, ...] |
+| | dx, partial_grad | [..., n/t, ...] | reduce-scatter of dy: each rank has a part of the gradient |
+| | dx, else | [..., n/t, ...] | none, a slice of dy: each rank has the whole gradient |
+| reduce_scatter | out | [..., n/t, ...] | reduce-scatter of x [..., n, ...] |
+| | dx | [..., n, ...] | all-gather of dy |
+| split | out | [..., n/t, ...] | none, a slice of x [..., n, ...] |
+| | dx | [..., n, ...] | all-gather of dy |
+| all_reduce | out | that of x | all-reduce of x |
+| | dx | that of x | none, dy itself |
+| CopyToRegion | out | that of x | none, x itself |
+| | dx | that of x | all-reduce of dy |
+| SumGradients | outs | those of params | none, the params (16-bit ones in fp32) |
+| | dparams | those of params | one all-reduce of all gradients together |
 """
 
 from __future__ import annotations
@@ -29,7 +44,7 @@ def _resized(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def _with_features(x: Tensor) -> Tensor:
-    """The pipeline's tensors end in a feature dimension; any other dimension can be cut into shards."""
+    """A view with a last dimension of size 1: the pipeline cuts any dimension but the last."""
     return x.unsqueeze(-1)
 
 
@@ -96,7 +111,7 @@ class _Split(torch.autograd.Function):
 
 
 def _all_reduce_kernel(x: Tensor, group: str) -> Tensor:
-    """Reduce-scatter + all-gather of the flat tensor: every rank gets the same bits, summed in rank order in fp32."""
+    """Reduce-scatter and all-gather of the flat tensor, so that every rank gets the same bits."""
     pg = group_named(group)
     flat = x.reshape(-1, 1)
     if pg is None or x.numel() == 0:
@@ -110,7 +125,7 @@ def _all_reduce_kernel(x: Tensor, group: str) -> Tensor:
     return pipeline.reshaped(total, x.shape)
 
 
-_SMALL = 1 << 16  # elements: below it one round of messages beats two
+_SMALL = 1 << 16  # elements; below it one all-gather takes less time than a reduce-scatter and an all-gather
 
 
 def _all_reduce_fake(x: Tensor, group: str) -> Tensor:
@@ -128,7 +143,7 @@ class _ReduceFromRegion(torch.autograd.Function):
 
 
 class CopyToRegion(torch.autograd.Function):
-    """Identity forward, all-reduce backward: a replicated tensor that each rank uses for a part of the result."""
+    """Identity forward, all-reduce backward, for a replicated tensor from which each rank computes another result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
@@ -141,9 +156,9 @@ class CopyToRegion(torch.autograd.Function):
 
 
 class SumGradients(torch.autograd.Function):
-    """Identity forward for replicated parameters; their gradients are summed over ranks, all in one exchange.
+    """Identity forward for replicated parameters; the backward sums all their gradients in one exchange.
 
-    16-bit parameters come out in fp32, so that what the ranks add is not rounded before the sum.
+    16-bit parameters are returned in fp32, so that gradients are not rounded before the sum over ranks.
     """
 
     @staticmethod

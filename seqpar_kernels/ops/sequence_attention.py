@@ -1,10 +1,14 @@
-"""``seqpar::sequence_attention``: attention over a sequence that the ranks of a group share, one op forward and one
-backward.
+"""``seqpar::sequence_attention``: attention over a sequence that the ranks of a group share.
 
-| | computed | what travels |
-|---|---|---|
-| forward | out, lse of our rows | q, k, v to heads and out back (ulysses); keys and values that masks need (ring) |
-| backward | dq, dk, dv of our rows; our part of dsinks and of a broadcast dbias | the gradients of all that, back |
+u ranks exchange heads ("ulysses", where u > 1), r ranks form a ring ("ring", where r > 1), and t = u r. Gradients of
+sinks and of broadcast dimensions of the bias are this rank's part of a sum over ranks.
+
+| result | shape | ulysses sends | ring sends |
+|---|---|---|---|
+| out, lse | [B, S/t, Hq, Dv], [B, Hq, S/t] | all-to-all of q, k, v and of out, lse | k and v that masks need |
+| dq, dk, dv | those of q, k, v | all-to-all of dout and of dq, dk, dv | k and v again, unless kept; dk and dv |
+| dsinks | [Hq] | nothing more | nothing more |
+| dbias | that of the bias | all-to-all of dbias, where the bias has rows | nothing more |
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from .registry import group_named, register, without_autocast
 
 
 class Scalars(NamedTuple):
-    """What the op takes behind its tensors, in the order of its schema."""
+    """The scalars of the op, in the order of its schema."""
 
     q_len: int
     k_len: int
@@ -68,7 +72,7 @@ class Scalars(NamedTuple):
 
 
 class Given(NamedTuple):
-    """The tensors that a call need not have, in the order of the schemas."""
+    """The optional tensors of a call, in the order of the schemas."""
 
     sinks: Tensor | None
     bias: Tensor | None
@@ -78,15 +82,15 @@ class Given(NamedTuple):
 
 
 def _split(rest: tuple[Any, ...]) -> tuple[Given, Scalars]:
-    """What follows the first tensors of every schema here."""
+    """Split the arguments after the first tensors of a schema into optional tensors and scalars."""
     tensors = len(Given._fields)
     return Given(*rest[:tensors]), Scalars(*rest[tensors:])
 
 
 def has_rows(t: Tensor, q_len: int, ranks: int) -> bool:
-    """Whether a bias or a mask is treated as if it had rows of its own for each query.
+    """Whether a bias or a mask is treated as having a row for each query.
 
-    Where shards have one row or two a rank cannot tell by its own; then all do.
+    With one or two rows a shard, a rank cannot tell from its own shape; all ranks then treat it so.
     """
     return q_len <= 2 * ranks or t.shape[2] != 1
 
@@ -120,7 +124,7 @@ class Call:
         scores = (("bias", given.bias), ("mask", given.mask))
         shapes = [(name, tuple(t.shape[:2])) for name, t in scores if t is not None]
         if documents is not None and self.group is not None:
-            # Which keys travel depends on them: ranks that have different ones hear so before anything does.
+            # The keys that are sent depend on cu_seqlens. Ranks with different ones raise before anything is sent.
             agree(
                 self.group, f"cu_seqlens of {len(documents) - 1} documents {zlib.crc32(repr(documents).encode()):08x}"
             )
@@ -140,7 +144,7 @@ class Call:
 
     @property
     def shares_keys(self) -> bool:
-        """Whether several columns have one key head."""
+        """Whether several columns have the same key head."""
         return self.sizes.kv_heads < self.sizes.ulysses
 
     def part(self, tensor: Tensor | None, length: int, which: int, **like: Any) -> Part:
@@ -151,12 +155,12 @@ class Call:
         return Part(rows, heads, self.sizes.rows(length, self.row), all_heads, tensor, **like)
 
     def score_part(self, t: Tensor, rows_first: Tensor | None = None) -> Part:
-        """A bias or a mask [B, H or 1, Sq, Sk], as rows; those of one head go to all columns."""
+        """A bias or a mask [B, H or 1, Sq, Sk] as a part; one with a single head is sent to all columns."""
         part = self.part(t.transpose(1, 2) if rows_first is None else rows_first, self.sizes.q_len, 0)
         return part if t.shape[1] > 1 else part._replace(heads=(range(1),) * len(self.ranks), all_heads=1)
 
     def own_heads(self, t: Tensor) -> Tensor:
-        """Of a bias or mask that has no rows of its own."""
+        """This column's heads of a bias or mask that has no row for each query."""
         heads = self.heads[self.me][0]
         return t if t.shape[1] == 1 else t[:, heads.start : heads.stop]
 
@@ -164,7 +168,7 @@ class Call:
         return has_rows(t, self.sizes.q_len, self.sizes.ranks)
 
     def extras(self) -> Extras:
-        """Of our column's heads and rows. Where heads are exchanged one message of its own carries what has rows."""
+        """The extra tensors for this column's heads and rows. With ulysses one exchange sends those that have rows."""
         heads = self.heads[self.me][0]
         sinks, bias, mask, _, seed = self.given
         sinks = None if sinks is None else sinks[heads.start : heads.stop]
@@ -188,9 +192,9 @@ class Call:
 
 
 def _key_of_each(choice: Choice, column: int) -> list[int] | None:
-    """Which of its key heads each query head of a column reads, where they do not share them evenly.
+    """The key head that each query head of a column reads; None where all key heads have as many query heads.
 
-    Kernels take even groups: then each query head gets a key head of its own.
+    Kernels need equal groups. Where groups differ, each query head gets a copy of its key head.
     """
     queries, keys = choice.sizes.heads(column)
     group = choice.sizes.q_heads // max(1, choice.sizes.kv_heads)
@@ -333,13 +337,13 @@ def _backward_kernel(
 
 
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """-sum over rows of exp(sink - lse) * delta, for our rows. [Hq]"""
+    """-sum over this rank's rows of exp(sink - lse) * delta. [Hq]"""
     weights = torch.exp(sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf))
     return -(weights.double() * delta.double()).sum((0, 2)).to(sinks.dtype)
 
 
 def _bias_rows(call: Call, bias: Tensor, dbias: Tensor, rows: int) -> Tensor:
-    """The gradient of a column's bias at its rows' owners; without rows of its own, in the place of our heads."""
+    """The bias gradient of this rank's rows, from that of its column's rows and heads."""
     if not call.has_rows(bias):
         if bias.shape[1] == 1:
             return dbias

@@ -1,17 +1,27 @@
-"""``seqpar::vocab_embedding``, ``vocab_cross_entropy`` and ``linear_cross_entropy``: both ends of a language model.
+"""``seqpar::vocab_embedding``, ``vocab_cross_entropy`` and ``linear_cross_entropy``: a vocabulary cut over t ranks.
 
-The vocabulary is cut over the ranks, :func:`seqpar_kernels.layout.vocabulary_range`. Each rank reduces its own logits
-to four numbers a row (maximum, sum of exponentials, the target's logit, sum); one exchange of these, combined in rank
-order, gives the loss on every rank (Shoeybi et al. 2019, section 3, with one exchange in place of three). Fused with
-the head's matmul, logits exist for a few rows at a time only: the forward keeps the log-sum-exp of each row, the
-backward computes the logits again beside their gradient (Wijmans et al. 2024, "Cut Your Losses").
+The cut is that of :func:`seqpar_kernels.layout.vocabulary_range`. Each rank reduces its own logits to four numbers a
+row (maximum, sum of exponentials, the target's logit, sum). One all-gather of these, combined in rank order, gives the
+loss on every rank (Shoeybi et al. 2019, section 3, with one exchange in place of three). In ``linear_cross_entropy``
+logits exist for a few rows at a time only: the forward keeps the log-sum-exp of each row, and the backward computes the
+logits again together with their gradient (Wijmans et al. 2024, "Cut Your Losses").
+
+| op | result | shape | communication |
+|---|---|---|---|
+| vocab_embedding | out | [..., S/t, ..., H] | reduce-scatter of [..., S, ..., H] |
+| | dweight | [V/t, H] | all-gather of dy [..., S/t, ..., H] |
+| vocab_embedding, whole | out | [..., S, ..., H] | all-reduce |
+| | dweight | [V/t, H] | none |
+| vocab_cross_entropy | loss, lse | [...] | all-gather of 4 numbers a row |
+| | dlogits | [..., V/t] | none |
+| linear_cross_entropy | loss, lse | [..., S, ...] | all-gather of x [..., S/t, ..., H], and of 4 numbers a row |
+| | dx | [..., S/t, ..., H] | all-gather of x, reduce-scatter of dx |
+| | dweight, dbias | [V/t, H], [V/t] | that of dx; without dx the all-gather of x |
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,115 +32,15 @@ from ..overlap import engines, pipeline
 from ..overlap import schedule as schedules
 from ..overlap.pipeline import Call, Partials, Sequence3D, run
 from ..tensors import reshaped
+from .cross_entropy import Loss, all_statistics, pieces, wide_dtype
 from .mappings import all_reduce
 from .registry import group_named, register, without_autocast
-
-#: Logits held at once where the caller does not say how many rows: 64 MiB at 16 bit, 128 MiB while they are fp32.
-_LOGITS = 1 << 25
-_MIN_ROWS = 128
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class Loss(NamedTuple):
-    """What is asked of one row: with q = (1 - s) * onehot + s / V, loss = cross_entropy(q, softmax) + z * lse^2."""
-
-    start: int  # of this rank's part of the vocabulary
-    stop: int
-    vocab: int
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-
-    @staticmethod
-    def on(group: str, vocab: int, ignore_index: int, label_smoothing: float, z_loss: float) -> Loss:
-        pg = group_named(group)
-        start, stop = vocabulary_range(vocab, group_size(pg), group_rank(pg))
-        return Loss(start, stop, vocab, ignore_index, label_smoothing, z_loss)
-
-    def local(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(column here, whether it is here) of each row's target. [rows, 1] each"""
-        column = (target - self.start).unsqueeze(-1)
-        owned = (column >= 0) & (column < self.stop - self.start)
-        return column.where(owned, 0), owned
-
-    def check(self, target: Tensor) -> None:
-        """Raises where a target is outside the vocabulary (on CUDA: when the device comes to it)."""
-        fine = ((target >= 0) & (target < self.vocab)) | (target == self.ignore_index)
-        torch._assert_async(fine.all(), f"target: expected class indices in 0..{self.vocab - 1} or ignore_index")
-
-    def statistics(self, logits: Tensor, target: Tensor, out: Tensor) -> None:
-        """Maximum, sum of exponentials, the target's logit and the sum of logits [rows, V/t]. out [4, rows]"""
-        if logits.shape[-1] == 0:
-            out.zero_()
-            out[0] = -math.inf
-            return
-        x = logits.to(out.dtype)
-        torch.amax(x, -1, out=out[0])
-        column, owned = self.local(target)
-        out[2] = x.gather(-1, column).masked_fill_(~owned, 0).squeeze(-1)
-        out[3] = x.sum(-1) if self.label_smoothing else 0
-        # A row of -inf has no maximum to subtract: exp(-inf - 0) is 0, exp(-inf + inf) would be NaN.
-        peak = out[0].masked_fill(out[0] == -math.inf, 0).unsqueeze(-1)
-        out[1] = (x - peak).exp_().sum(-1)
-
-    def combine(self, statistics: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and log-sum-exp of each row from the statistics of all ranks [ranks, 4, rows]. [rows] each"""
-        peaks = statistics[:, 0]
-        peak = peaks.amax(0)
-        finite = peak.masked_fill(peak == -math.inf, 0)
-        total, picked, summed = (torch.zeros_like(peak) for _ in range(3))
-        for part in statistics:  # in rank order
-            total += part[1] * (part[0] - finite).exp_()
-            picked += part[2]
-            summed += part[3]
-        lse = total.log_() + finite
-        losses = lse - (1 - self.label_smoothing) * picked
-        if self.label_smoothing:
-            losses -= self.label_smoothing / self.vocab * summed
-        if self.z_loss:
-            losses += self.z_loss * lse.square()
-        return losses.masked_fill_(target == self.ignore_index, 0), lse
-
-    def gradient(self, logits: Tensor, target: Tensor, lse: Tensor, dloss: Tensor) -> Tensor:
-        """Of the logits [rows, V/t], in their dtype. [rows, V/t]"""
-        dloss = dloss.masked_fill(target == self.ignore_index, 0).unsqueeze(-1)
-        lse = lse.unsqueeze(-1)
-        d = (logits.to(lse.dtype) - lse).exp_()
-        if self.z_loss:
-            d *= 1 + 2 * self.z_loss * lse
-        if self.label_smoothing:
-            d -= self.label_smoothing / self.vocab
-        if d.shape[-1]:
-            column, owned = self.local(target)
-            d.scatter_add_(-1, column, owned.to(d.dtype).mul_(self.label_smoothing - 1))
-        # An ignored row may hold infinities; zero times infinity is not zero.
-        return d.mul_(dloss).masked_fill_(dloss == 0, 0).to(logits.dtype)
-
-
-def _all_statistics(statistics: Tensor, group: str) -> Tensor:
-    """[4, rows] of this rank -> [ranks, 4, rows]"""
-    pg = group_named(group)
-    if pg is None:
-        return statistics.unsqueeze(0)
-    ranks = group_size(pg)
-    parts = pipeline.gather(statistics.view(1, -1), 0, ranks, pg, "cross_entropy")
-    return parts.view(ranks, *statistics.shape)
-
-
-def _pieces(rows: int, most: int, columns: int) -> Iterator[slice]:
-    """Slices of at most ``most`` rows; 0: as many as make a good matmul and not too many logits."""
-    step = most or max(_MIN_ROWS, _LOGITS // max(1, columns))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
 
 # --- embedding -------------------------------------------------------------------------------------------------------
 
 
 def _local_rows(ids: Tensor, group: str, vocab: int) -> tuple[Tensor, Tensor, int]:
-    """(row here, whether it is here, how many are)."""
+    """(the row of each id in this rank's weight, whether this rank has it, the number of its rows)."""
     pg = group_named(group)
     start, stop = vocabulary_range(vocab, group_size(pg), group_rank(pg))
     fine = (ids >= 0) & (ids < vocab)
@@ -185,9 +95,9 @@ def _embedding_backward_kernel(
     if pg is not None and not whole:
         dy = pipeline.gather(dy, seq_dim, ids.shape[seq_dim], pg, "vocab_embedding backward")
     rows, owned, count = _local_rows(ids, group, vocab)
-    # Rows of others, and the padding entry, go to a row of no use behind the last.
+    # Gradients of other ranks' rows, and of the padding entry, go to an extra row that is dropped.
     rows = rows.where(owned & (ids != padding_idx), count)
-    wide = dy.to(_wide(dy.dtype)).contiguous()
+    wide = dy.to(wide_dtype(dy.dtype)).contiguous()
     dw = torch.ops.aten.embedding_dense_backward(wide, rows, count + 1, count, False)
     return dw[:count].to(dy.dtype, copy=True)
 
@@ -211,15 +121,15 @@ def _logits_kernel(
     loss = Loss.on(group, vocab, ignore_index, label_smoothing, z_loss)
     matrix, classes = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1)
     loss.check(classes)
-    statistics = matrix.new_empty(4, matrix.shape[0], dtype=_wide(logits.dtype))
-    for rows in _pieces(matrix.shape[0], 0, matrix.shape[1]):
+    statistics = matrix.new_empty(4, matrix.shape[0], dtype=wide_dtype(logits.dtype))
+    for rows in pieces(matrix.shape[0], 0, matrix.shape[1]):
         loss.statistics(matrix[rows], classes[rows], statistics[:, rows])
-    losses, lse = loss.combine(_all_statistics(statistics, group), classes)
+    losses, lse = loss.combine(all_statistics(statistics, group), classes)
     return reshaped(losses, target.shape), reshaped(lse, target.shape)
 
 
 def _logits_fake(logits: Tensor, target: Tensor, *place: Any) -> tuple[Tensor, Tensor]:
-    losses = logits.new_empty(target.shape, dtype=_wide(logits.dtype))
+    losses = logits.new_empty(target.shape, dtype=wide_dtype(logits.dtype))
     return losses, torch.empty_like(losses)
 
 
@@ -254,7 +164,7 @@ def _logits_backward_kernel(
     matrix = logits.reshape(target.numel(), logits.shape[-1])
     classes, lses, dlosses = target.reshape(-1), lse.reshape(-1), dloss.reshape(-1)
     d = torch.empty_like(matrix, memory_format=torch.contiguous_format)
-    for rows in _pieces(matrix.shape[0], 0, matrix.shape[1]):
+    for rows in pieces(matrix.shape[0], 0, matrix.shape[1]):
         d[rows] = loss.gradient(matrix[rows], classes[rows], lses[rows], dlosses[rows])
     return reshaped(d, logits.shape)
 
@@ -300,10 +210,10 @@ def _head_kernel(
     mine = call.mine(x)
     way = engines.named(engine)
     window = call.window(chunks, x.shape[-1], x) if way.chunked else None
-    arrived: dict[int, Sequence3D] = {}  # within a window a chunk lives until it has been multiplied
+    arrived: dict[int, Sequence3D] = {}  # with a window a chunk is freed once it has been multiplied
     whole = mine if call.group is None or window is not None else call.around(mine)
     classes = call.whole(target.unsqueeze(-1))
-    wide = _wide(x.dtype)
+    wide = wide_dtype(x.dtype)
     statistics = x.new_empty(4, call.layout.outer, seq_len * call.layout.inner, dtype=wide)
 
     def compute(step: Compute) -> None:
@@ -312,7 +222,7 @@ def _head_kernel(
         y = classes.matrices(step.start, step.stop).squeeze(-1)
         out = statistics[:, :, step.start * inner : step.stop * inner]
         for o in range(call.layout.outer):
-            for piece in _pieces(h.shape[1], rows, weight.shape[0]):
+            for piece in pieces(h.shape[1], rows, weight.shape[0]):
                 loss.statistics(_logits(h[o, piece], weight, bias), y[o, piece], out[:, o, piece])
 
     def target_of(transfer: Transfer) -> Tensor:
@@ -329,7 +239,7 @@ def _head_kernel(
         target=target_of,
         compute=compute,
     )
-    losses, lse = loss.combine(_all_statistics(statistics.view(4, -1), group), target.reshape(-1))
+    losses, lse = loss.combine(all_statistics(statistics.view(4, -1), group), target.reshape(-1))
     return reshaped(losses, target.shape), reshaped(lse, target.shape)
 
 
@@ -387,7 +297,7 @@ def _head_backward_kernel(
     window = call.window(chunks, features, x)
     whole = mine if call.group is None else call.around(mine)
     classes, lses, dlosses = (call.whole(t.reshape(target.shape).unsqueeze(-1)) for t in (target, lse, dloss))
-    wide = _wide(x.dtype)
+    wide = wide_dtype(x.dtype)
     partials = Partials(call, features, x) if want_dx else None
     exchange = call.exchange(features, x, way.transport)
     outgoing: dict[int, Sequence3D] = {}
@@ -406,7 +316,7 @@ def _head_backward_kernel(
         h = whole.matrices(step.start, step.stop)
         y, z, g = (t.matrices(step.start, step.stop).squeeze(-1) for t in (classes, lses, dlosses))
         for o in range(call.layout.outer):
-            for piece in _pieces(h.shape[1], rows, weight.shape[0]):
+            for piece in pieces(h.shape[1], rows, weight.shape[0]):
                 logits = _logits(h[o, piece], weight, bias)
                 d = loss.gradient(logits, y[o, piece], z[o, piece], g[o, piece])
                 if out is not None:

@@ -1,10 +1,10 @@
-"""Which engine attends over a sharded sequence, by the bytes that each would send.
+"""Chooses the engine of attention over a sharded sequence, by the bytes that each engine would send.
 
-Every engine here honours every mask; what differs is who sends what:
+All engines support all masks. They differ in what ranks send:
 
-- ``ulysses``: q, k, v and out change hands, (2 Hq + 2 Hkv)/t numbers a row and head dimension, whatever the mask.
-- ``ring``: keys and values that other ranks' masks need, behind the computation of a rank's own.
-- ``all_gather``: the same keys and values, but nothing is computed before they are all there.
+- ``ulysses``: q, k, v and out, (2 Hq + 2 Hkv)/t numbers a row and head dimension, whatever the mask.
+- ``ring``: the keys and values that other ranks' masks need, while each rank computes with its own.
+- ``all_gather``: the same keys and values, but the computation starts when all of them are there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..sequence_layout import Interval, count
 from . import planner
 from .attention_plan import KEYS, Sizes, arriving, leaving, remote_rows
 
-_UNDER_WAY = 3  # messages at one time where workspace is bounded: computed with, arriving, and leaving
+_UNDER_WAY = 3  # messages alive at one time with a workspace bound: one computed with, one arriving, one leaving
 
 ENGINES = ("auto", "ulysses", "ring", "all_gather")
 
@@ -35,7 +35,7 @@ class Wire(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What is known of a call before anything is chosen, alike on all ranks."""
+    """The description of a call from which the engine is chosen, the same on all ranks."""
 
     q_len: int
     k_len: int
@@ -59,13 +59,13 @@ class Choice(NamedTuple):
     sizes: Sizes
     save_kv: bool
     wire: Wire
-    imbalance: float  # the work of the busiest rank by the mean's, documents not looked at
+    imbalance: float  # the work of the busiest rank divided by the mean, without regard to documents
     reason: str
 
 
 @functools.lru_cache(MOST)
 def work(sizes: Sizes, row: int) -> float:
-    """About how many pairs of a query and a key each head of a row of the grid has, documents not looked at."""
+    """Pairs of a query and a key of each row of the grid, a head, estimated without regard to documents."""
     mask, total = sizes.mask(), 0.0
     for rows in sizes.rows(sizes.q_len, row):
         step = max(1, rows.size // 256)
@@ -76,14 +76,14 @@ def work(sizes: Sizes, row: int) -> float:
 
 
 def imbalance(sizes: Sizes) -> float:
-    """The work of the busiest rank by the mean's."""
+    """The work of the busiest rank divided by the mean."""
     heads = [len(sizes.heads(column)[0]) for column in range(sizes.ulysses)]
     done = [work(sizes, row) * h for row in range(sizes.ring) for h in heads]
     return max(done) * len(done) / sum(done) if sum(done) else 1.0
 
 
 def wire(sizes: Sizes, problem: Problem, save_kv: bool) -> Wire:
-    """What a rank sends, without the log-sum-exp that a caller may ask for."""
+    """Bytes that a rank sends, without the log-sum-exp of ``return_lse``."""
     p, worst = problem, Wire(0, 0)
     wide = 8 if p.itemsize == 8 else 4
     shared = wide if p.kv_heads < sizes.ulysses else p.itemsize  # of gradients that are sums over ranks
@@ -91,7 +91,7 @@ def wire(sizes: Sizes, problem: Problem, save_kv: bool) -> Wire:
         row, column = divmod(rank, sizes.ulysses)
         heads, others = sizes.heads(column), [sizes.heads(c) for c in range(sizes.ulysses) if c != column]
         q_rows, k_rows = (count(sizes.held(n, rank)) for n in (p.q_len, p.k_len))
-        # What leaves a rank: its rows of other ranks' heads, and other ranks' rows of its heads.
+        # A rank sends its rows of other ranks' heads, and later other ranks' rows of its own heads.
         q_there, kv_there = q_rows * sum(len(h[0]) for h in others), k_rows * sum(len(h[1]) for h in others)
         q_back = (count(sizes.rows(p.q_len, row)) - q_rows) * len(heads[0])
         kv_back = (count(sizes.rows(p.k_len, row)) - k_rows) * len(heads[1])
@@ -109,7 +109,7 @@ def wire(sizes: Sizes, problem: Problem, save_kv: bool) -> Wire:
 
 
 def _keeps(sizes: Sizes, problem: Problem) -> bool:
-    """Whether keys and values of other ranks are kept for the backward: where they are no more than q, k, v and out."""
+    """Whether the backward keeps keys and values of other ranks: where they are no larger than q, k, v and out."""
     p = problem
     kept = max(remote_rows(sizes, row) for row in range(sizes.ring)) * max(
         len(sizes.heads(c)[1]) for c in range(sizes.ulysses)
@@ -146,10 +146,10 @@ def choose(
     save_kv: bool | None = None,
     chunks: int | None = None,
 ) -> Choice:
-    """How the call runs.
+    """The engine, the grid and the message size of a call.
 
     Raises:
-        ValueError: an engine, degrees or sizes that do not go together, by name.
+        ValueError: an engine, degrees or sizes that do not fit together, by name.
     """
     return _choose(problem, engine, ulysses_degree, ring_degree, save_kv, chunks, planner.max_workspace_bytes())
 
@@ -176,7 +176,7 @@ def _choose(
 def _columns(
     problem: Problem, engine: str, ulysses_degree: int | None, ring_degree: int | None
 ) -> tuple[list[int], str]:
-    """Numbers of columns that may be, and why only one where that is so."""
+    """The possible numbers of columns, and the reason where there is only one."""
     ranks, heads = problem.ranks, problem.q_heads
     for name, degree in (("ulysses_degree", ulysses_degree), ("ring_degree", ring_degree)):
         if degree is not None and ranks % degree:

@@ -1,4 +1,4 @@
-"""What one rank of a column holds and sees, and the keys and values on their way to it."""
+"""One rank of a column of the grid: its queries, its keys, and the keys and values that it receives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .attention_plan import Piece, Sizes, arriving, pieces, remote_rows
 
 
 class Extras(NamedTuple):
-    """Tensors beside q, k and v. All but the seed concern the query rows and heads that a rank computes."""
+    """Tensors beside q, k and v. All but the seed are those of the query rows and heads that a rank computes."""
 
     sinks: Tensor | None = None  # [Hq]
     bias: Tensor | None = None  # [B or 1, Hq or 1, Sq or 1, Sk or 1]
@@ -28,7 +28,7 @@ class Extras(NamedTuple):
 
 
 class Column(NamedTuple):
-    """One rank's part once heads have been exchanged for rows."""
+    """One rank's part of a call, after heads have been exchanged for rows."""
 
     choice: Choice
     group: ProcessGroup | None
@@ -69,7 +69,7 @@ class Column(NamedTuple):
     def block(
         self, extras: Extras, keys: Interval | Intervals, device: torch.device
     ) -> tuple[AttentionSpec, AttentionMasks]:
-        """All our rows against the keys at ``keys``: one interval where a bias or a mask has a column for each key."""
+        """The kernel call of this rank's rows with ``keys``: one interval where a bias or a mask has a column a key."""
         rows, keys = self.q_rows, (keys,) if isinstance(keys, Interval) else keys
         queries, apart = _positions(rows, device), len(keys) > 1
         first = keys[0] if keys else Interval(0, 0)
@@ -95,7 +95,7 @@ def columns_of(t: Tensor | None, keys: Interval) -> Tensor | None:
 
 
 def kept_elements(choice: Choice, rank: int, k: Tensor, v: Tensor) -> int:
-    """How many numbers of other ranks' keys and values ``choice`` keeps; k and v as a column has them."""
+    """The number of elements of other ranks' keys and values that ``choice`` keeps; k and v are those of a column."""
     sizes = choice.sizes
     rows = remote_rows(sizes, rank // sizes.ulysses)
     if choice.engine == "all_gather":
@@ -104,13 +104,13 @@ def kept_elements(choice: Choice, rank: int, k: Tensor, v: Tensor) -> int:
 
 
 def own_blocks(column: Column, k: Tensor, v: Tensor) -> Iterator[tuple[Interval, Tensor, Tensor]]:
-    """Our own keys and values, an interval of positions at a time."""
+    """This rank's own keys and values, one interval of positions at a time."""
     for keys, at in zip(column.k_rows, places(column.k_rows, column.k_rows), strict=True):
         yield keys, k[:, at.start : at.stop], v[:, at.start : at.stop]
 
 
 def place_of(column: Column, keys: Interval) -> Interval:
-    """Where ``keys`` lie among our own."""
+    """The rows of this rank's keys at the positions ``keys``."""
     return places(column.k_rows, (keys,))[0]
 
 
@@ -126,9 +126,9 @@ def numbers_of(rows: int, k: Tensor, v: Tensor) -> int:
 
 
 class Incoming:
-    """Keys and values of other ranks in the order of :func:`.attention_plan.arriving`, while ours go to them.
+    """Receives keys and values of other ranks in the order of :func:`.attention_plan.arriving`, and sends this rank's.
 
-    Without a workspace bound all of them are posted at once. With one, two messages are under way at a time.
+    Without a workspace bound all messages are posted at once. With a bound two messages are in flight at a time.
     """
 
     def __init__(self, column: Column, messages: Messages, k: Tensor, v: Tensor, kept: Tensor | None):
@@ -143,7 +143,7 @@ class Incoming:
                 [(me, (me + step) % ring) for step in range(1, ring)],
             )
         )
-        # Step by step and message by message, alike on all ranks: each of these is one post.
+        # Each of these is one post. All ranks list them in the same order, by step and message.
         self._posts: list[tuple[Piece | None, Piece | None]] = []
         for step in range(ring - 1):
             most = max(len(pieces(column.sizes, column.documents, r, (r + step + 1) % ring)) for r in range(ring))
@@ -162,7 +162,7 @@ class Incoming:
             if piece is not None:
                 buffer = self._buffers.pop(piece)
                 self._messages.wait(self._column.peer(piece.owner), piece.index, buffer)
-            if self._bounded:  # what the peers post next they post after this message, so it can leave
+            if self._bounded:  # the peers post their next message after this one, so that this one must leave first
                 self._messages.drain()
                 self._packed.clear()
                 self._post(*self._posts[i + 1 : i + 2])
@@ -186,7 +186,7 @@ class Incoming:
         return self._kept[self._filled - numbers : self._filled]
 
     def _pack(self, keys: Interval) -> Tensor:
-        """Our keys and values at ``keys`` as one message; what several peers need is packed once."""
+        """This rank's keys and values at ``keys`` as one message; a message for several peers is packed once."""
         if keys not in self._packed:
             at = place_of(self._column, keys)
             flat = self._k.new_empty(numbers_of(keys.size, self._k, self._v))
@@ -211,7 +211,7 @@ def kept_pieces(column: Column, k: Tensor, v: Tensor, kept: Tensor) -> Iterator[
 def gathered(
     column: Column, messages: Messages, k: Tensor, v: Tensor, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All keys and values in order, zeros where we need none: flat, and as [B, Sk, Hkv, D]."""
+    """All keys and values in order, zeros where this rank needs none: flat, and as [B, Sk, Hkv, D]."""
     length = column.sizes.k_len
     flat = k.new_zeros(numbers_of(length, k, v)) if kept is None else kept
     keys, values = views_of(flat, length, k, v)

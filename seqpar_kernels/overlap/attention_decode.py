@@ -1,7 +1,8 @@
 """Decoding over keys that the ranks of a group share: the key at position p is on rank p mod t, in slot p // t.
 
-Every rank attends with its own keys. What each has, a softmax not yet divided by its sum, goes to every peer in one
-message, and is added there in rank order. Bytes on the wire depend on the new rows, never on the length.
+Every rank attends over its own keys. It sends its partial result, a softmax that is not yet divided by its sum, to
+every peer in one message. All ranks sum the partial results in rank order. The number of bytes sent depends on the new
+rows, never on the length.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from .key_owners import check_lengths, heads_of, keys_of
 
 
 class Masking(NamedTuple):
-    """What a call says beside its tensors, alike on all ranks."""
+    """The scalars of a call, the same on all ranks."""
 
-    kv_seq_len: int  # the queries are the last rows of so many
+    kv_seq_len: int  # the queries are the last rows of a sequence of this length
     scale: float
     softcap: float
     left: int | None
@@ -86,7 +87,7 @@ def _own_part(
         shape = (batch, heads, rows)
         acc = torch.zeros(batch, rows, heads, v.shape[3], dtype=wide, device=q.device)
         return AttentionState(acc, *torch.zeros(2, *shape, dtype=torch.float64, device=q.device))
-    # Query heads that share a key head become rows of it: each key is then read once for all of them.
+    # Query heads that share a key head become rows of one head, so that each key is read once for all of them.
     by_head = any(t is not None and t.shape[1] > 1 for t in (bias, mask))
     share = 1 if by_head else heads // k.shape[2]
     if share > 1:
@@ -111,7 +112,7 @@ def _own_part(
 def _exchanged(
     group: ProcessGroup, signature: str, state: AttentionState, kv_seq_len: int, own_heads: bool
 ) -> list[AttentionState]:
-    """The states of all ranks, in their order."""
+    """The partial results of all ranks, in rank order."""
     rank, ranks = group.rank(), group.size()
     heads = state.acc.shape[2]
 
@@ -126,7 +127,7 @@ def _exchanged(
     with Messages(group, signature) as messages:
         sends, receives, arriving = [], [], {}
         for peer in (other for other in range(ranks) if other != rank):
-            if own_heads or packed is None:  # else all peers get the same
+            if own_heads or packed is None:  # else all peers get the same message
                 packed, (header, *views) = message_buffer(shapes, state.acc.device)
                 header.fill_(kv_seq_len)
                 for view, t in zip(views, part(peer), strict=True):
@@ -144,11 +145,11 @@ def _exchanged(
 
 
 def _merged(parts: Sequence[AttentionState], sinks: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """out and lse of the sum of ``parts``, in their order. Maxima are integers, so that rescaling is exact."""
+    """out and lse of the sum of ``parts`` in this order. Maxima are integers, so that rescaling is exact."""
     highest, sink = parts[0].maxima, None
     for part in parts[1:]:
         highest = torch.maximum(highest, part.maxima)
-    if sinks is not None:  # a key without a value
+    if sinks is not None:  # a sink is a key without a value
         sink = (sinks.to(torch.float64) * math.log2(math.e))[None, :, None]
         highest = torch.maximum(highest, sink.round().clamp(min=-1e30))
     sums = torch.zeros_like(highest) if sink is None else torch.exp2(sink - highest)

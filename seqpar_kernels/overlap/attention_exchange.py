@@ -1,4 +1,4 @@
-"""Messages of attention over a sharded sequence: any tensors to any peer, and heads exchanged for rows."""
+"""The messages of attention over a sharded sequence: tensors for any peer, and heads exchanged for rows."""
 
 from __future__ import annotations
 
@@ -12,41 +12,40 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..comm import select
-from ..comm.coordination import agreement_of
+from ..comm.coordination import coordination_of
 from ..comm.steps import Buffer, Rows, Transfer
 from ..comm.transport import Message, Room, Session, end
 from ..kernels.spec import accumulation_dtype
 from ..sequence_layout import Intervals, common, count, places
 
-_ALIGNMENT = 16  # of each tensor in a message
+_ALIGNMENT = 16  # bytes, of each tensor in a message
 
 
 class Messages:
-    """The communication of one step of an op, from its agreement to its end.
+    """The communication of one step of an op, as a context manager: an error inside the block reaches the peers.
 
-    A context manager: an error inside reaches the peers. Messages between two ranks must be sent in the order in which
-    they are expected there; ``index`` tells them apart.
+    A rank must send its messages to a peer in the order in which the peer receives them; ``index`` tells them apart.
     """
 
     def __init__(self, group: ProcessGroup, signature: str, kind: str = "gather"):
-        room = Room((Buffer(kind, 0),), (1,))  # messages between pairs of ranks lie wherever they were made
+        room = Room((Buffer(kind, 0),), (1,))  # messages need no place in a workspace
         self._session: Session = select.messages(group).session(signature, room)
         self._rank, self._kind = group.rank(), kind
 
     def post(self, sends: Sequence[tuple[int, int, Tensor]], receives: Sequence[tuple[int, int, Tensor]]) -> None:
-        """Start (peer, index, contiguous buffer) on their way; empty ones do not travel. No buffer is copied."""
+        """Start messages (peer, index, contiguous buffer); empty ones are not sent. No buffer is copied."""
         out = [Message(self._transfer(index, self._rank, peer), b) for peer, index, b in sends if b.numel()]
         into = [Message(self._transfer(index, peer, self._rank), b) for peer, index, b in receives if b.numel()]
         if out or into:
             self._session.post(out, into)
 
     def wait(self, peer: int, index: int, buffer: Tensor) -> None:
-        """Return when what was to be received in ``buffer`` is there."""
+        """Return when ``buffer`` has been received."""
         if buffer.numel():
             self._session.wait(self._transfer(index, peer, self._rank))
 
     def drain(self) -> None:
-        """Return when all that was sent has left."""
+        """Return when the buffers of all sends may be changed."""
         self._session.drain()
 
     def _transfer(self, index: int, source: int, target: int) -> Transfer:
@@ -62,19 +61,18 @@ class Messages:
 
 
 def agree(group: ProcessGroup, text: str) -> None:
-    """Return when all ranks have said ``text``, which they do once.
+    """Return when all ranks have published ``text``; they compare it once an epoch.
 
     Raises:
-        RuntimeError: on every rank, where they have not.
+        RuntimeError: on every rank, where the texts differ.
     """
-    agreement_of(group).require(text)
+    coordination_of(group).require(text)
 
 
 class Part(NamedTuple):
-    """A tensor [B, rows, heads, columns] of which each rank of a row of the grid has rows, or heads.
+    """A tensor [B, rows, heads, columns] that is sharded over a row of the grid: by rows, or by heads.
 
-    ``rows``: positions that each rank holds before; ``heads``: those that each has afterwards. Several may have the
-    same head.
+    ``rows``: the positions of each rank's rows; ``heads``: the heads of each rank. Several ranks may have one head.
     """
 
     rows: tuple[Intervals, ...]
@@ -82,7 +80,7 @@ class Part(NamedTuple):
     whole: Intervals  # all rows, in ascending order
     all_heads: int
     tensor: Tensor | None = None
-    like: tuple[int, int, torch.dtype] | None = None  # batch, columns and dtype where there is no tensor
+    like: tuple[int, int, torch.dtype] | None = None  # batch, columns and dtype where this rank has no tensor
 
     def shape(self, rows: int, heads: int) -> tuple[int, int, int, int]:
         batch, columns, _ = self._like()
@@ -117,7 +115,7 @@ def message_buffer(
 
 
 def rows_to_heads(messages: Messages, ranks: range, me: int, parts: Sequence[Part]) -> list[Tensor]:
-    """Each rank's rows of all heads become all rows of its heads, contiguous. ``me``: our place among ``ranks``."""
+    """From each rank's rows of all heads to all rows of its heads, contiguous; ``me``: this rank's index."""
     assert parts[0].tensor is not None
     device = parts[0].tensor.device
     outs = [torch.empty(p.shape(count(p.whole), len(p.heads[me])), dtype=p.dtype, device=device) for p in parts]
@@ -150,7 +148,7 @@ def rows_to_heads(messages: Messages, ranks: range, me: int, parts: Sequence[Par
 def heads_to_rows(
     messages: Messages, ranks: range, me: int, parts: Sequence[Part], outs: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """The way back, into ``outs``. What several ranks have of one head is summed in rank order in fp32 (fp64)."""
+    """The inverse, into ``outs``. A head that several ranks have is summed in rank order in fp32 (fp64)."""
     assert parts[0].tensor is not None
     device = parts[0].tensor.device
     sends, receives, arrived = [], [], dict[int, list[Tensor]]()
@@ -199,7 +197,7 @@ def _put_rows(out: Tensor, part: Part, rank: int, rows: Tensor) -> None:
 
 
 def _rows_of(part: Part, rank: int) -> Tensor:
-    """A view where they lie side by side."""
+    """The rows of ``rank``, a view where they are adjacent."""
     assert part.tensor is not None
     found = [part.tensor[:, at.start : at.stop] for at in _places(part, rank)]
     return found[0] if len(found) == 1 else torch.cat(found, 1) if found else part.tensor[:, :0]

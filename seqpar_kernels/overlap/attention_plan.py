@@ -1,9 +1,9 @@
-"""Attention over a sharded sequence, what goes where: pure data, no tensors, no transport.
+"""The plan of attention over a sharded sequence: which rank computes and sends what. No tensors, no transport.
 
 Ranks form a grid of ``ring`` rows and ``ulysses`` columns, rank = row * ulysses + column, as in USP (Fang and Zhao
 2024, arXiv 2405.07719). The ranks of a row exchange heads for rows of the sequence (Jacobs et al. 2023, DeepSpeed
-Ulysses); the ranks of a column, which then hold the same heads, send each other keys and values: each the ones that
-the other's mask needs and no others, in rotated order.
+Ulysses). The ranks of a column then hold the same heads, and send each other keys and values: only those that the
+other rank's mask needs, in rotated order.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..caches import MOST
 from ..layout import split_point
 from ..sequence_layout import Interval, Intervals, common, joined, rows_of
 
-#: Messages are cut at multiples of so many keys, so that the kernels' sums do not depend on where.
+#: Messages are cut at multiples of this many keys, so that the kernels' sums do not depend on the cuts.
 KEYS = 8
 
 
 class Mask(NamedTuple):
-    """What a mask says by positions alone: a row at P sees keys at P - left .. P + right, of its own document.
+    """The mask by positions: a row at P sees keys at P - left .. P + right, of its own document.
 
     ``documents`` are the values of cu_seqlens.
     """
@@ -32,7 +32,7 @@ class Mask(NamedTuple):
     documents: tuple[int, ...] | None = None
 
     def hull(self, rows: Interval, k_len: int) -> Interval:
-        """Keys that some of ``rows`` sees lie in it."""
+        """An interval that contains all keys that ``rows`` see."""
         low = 0 if self.left is None else max(0, rows.start - self.left)
         high = k_len if self.right is None else min(k_len, rows.stop + self.right)
         if self.documents is not None:
@@ -41,12 +41,12 @@ class Mask(NamedTuple):
         return Interval(low, max(low, high))
 
     def needs(self, q_rows: Intervals, k_rows: Intervals, k_len: int) -> Intervals:
-        """Those of ``k_rows`` that some of ``q_rows`` may see."""
+        """The keys of ``k_rows`` that any of ``q_rows`` may see."""
         return joined(common(k_rows, joined(self.hull(rows, k_len) for rows in q_rows)))
 
 
 class Sizes(NamedTuple):
-    """What is asked of all ranks together, apart from documents."""
+    """The sizes of a call on all ranks, apart from documents."""
 
     q_len: int
     k_len: int
@@ -57,7 +57,7 @@ class Sizes(NamedTuple):
     ulysses: int  # columns of the grid
     left: int | None  # as in Mask
     right: int | None
-    chunk_rows: int  # of a message, a multiple of KEYS
+    chunk_rows: int  # the keys of a message, a multiple of KEYS
 
     @property
     def ring(self) -> int:
@@ -73,18 +73,18 @@ class Sizes(NamedTuple):
         return range(row * self.ulysses, (row + 1) * self.ulysses)
 
     def held(self, length: int, rank: int) -> Intervals:
-        """What ``rank`` holds before heads are exchanged, of a sequence of ``length``."""
+        """The positions that ``rank`` holds, before heads are exchanged, of a sequence of ``length``."""
         return rows_of(self.layout, length, self.ranks, rank)
 
     def rows(self, length: int, row: int) -> Intervals:
-        """What each rank of a row of the grid holds when heads have been exchanged."""
+        """The positions that each rank of a row of the grid holds after heads have been exchanged."""
         return joined(i for rank in self.row_of_ranks(row) for i in self.held(length, rank))
 
     def heads(self, column: int) -> tuple[range, range]:
         """The query heads and the key heads of a column.
 
-        Whole groups of query heads that share a key head, where there are as many key heads as columns; else query
-        heads by tensor_split, and the key heads that they read, which then several columns have.
+        With at least as many key heads as columns, a column has whole groups of query heads that share a key head. Else
+        the query heads are cut by tensor_split, and several columns have the same key head.
         """
         group = self.q_heads // max(1, self.kv_heads)
         if self.kv_heads >= self.ulysses:
@@ -97,17 +97,17 @@ class Sizes(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Keys ``keys`` of a row of the grid, which the same column of row ``reader`` computes with."""
+    """The keys ``keys`` of a row of the grid that row ``reader`` computes with, in the same column."""
 
     owner: int
     reader: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
     keys: Interval
 
 
 @functools.lru_cache(MOST)
 def pieces(sizes: Sizes, documents: tuple[int, ...] | None, owner: int, reader: int) -> tuple[Piece, ...]:
-    """What ``owner`` sends to ``reader``, in ascending order."""
+    """The pieces that ``owner`` sends to ``reader``, in ascending order."""
     q_rows, k_rows = sizes.rows(sizes.q_len, reader), sizes.rows(sizes.k_len, owner)
     needed = sizes.mask(documents).needs(q_rows, k_rows, sizes.k_len)
     cuts = [
@@ -119,19 +119,19 @@ def pieces(sizes: Sizes, documents: tuple[int, ...] | None, owner: int, reader: 
 
 
 def arriving(sizes: Sizes, documents: tuple[int, ...] | None, reader: int) -> Iterator[Piece]:
-    """All that ``reader`` waits for, in the order in which it computes with it."""
+    """The pieces that ``reader`` receives, in the order in which it computes with them."""
     for step in range(1, sizes.ring):
         yield from pieces(sizes, documents, (reader - step) % sizes.ring, reader)
 
 
 def leaving(sizes: Sizes, documents: tuple[int, ...] | None, owner: int) -> Iterator[Piece]:
-    """All that ``owner`` sends, in the order in which it is waited for."""
+    """The pieces that ``owner`` sends, in the order in which their readers wait for them."""
     for step in range(1, sizes.ring):
         yield from pieces(sizes, documents, owner, (owner + step) % sizes.ring)
 
 
 def remote_rows(sizes: Sizes, row: int) -> int:
-    """The most keys of other rows of the grid that ``row`` computes with, whatever the documents."""
+    """The number of keys of other rows of the grid that ``row`` computes with, without regard to documents."""
     return sum(p.keys.size for p in arriving(sizes, None, row))
 
 

@@ -1,9 +1,11 @@
 """Attention over a sharded sequence on one rank: heads exchanged for rows, then blocks of keys as they arrive.
 
-Forward, a column of the grid: keys and values that other rows need are posted, a rank's own are computed with, then
-the others' in rotated order. One softmax state goes through all of them, so that the bits depend on that order alone.
-Backward: half of a rank's own keys, then the other ranks', whose gradients are posted to their owner as each is done,
-then the rest of its own; owners sum in rank order in fp32 (fp64).
+Forward, in a column of the grid: a rank posts the keys and values that other rows need, computes with its own keys,
+then with the other rows' keys in rotated order. One softmax state goes through all of them, so that the bits depend on
+this order only.
+
+Backward: a rank computes with half of its own keys, then with the other ranks' keys, and posts the gradients of each
+piece to its owner when they are done, then with the rest of its own keys. Owners sum in rank order in fp32 (fp64).
 """
 
 from __future__ import annotations
@@ -42,8 +44,7 @@ from .attention_plan import Piece, arriving, leaving
 def forward(
     column: Column, q: Tensor, k: Tensor, v: Tensor, extras: Extras, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, Sq, Hq, Dv], lse [B, Hq, Sq] and what is kept of other ranks' keys and values, flat; nothing unless
-    ``save``."""
+    """out [B, Sq, Hq, Dv], lse [B, Hq, Sq] and the kept keys and values of other ranks, flat, empty unless ``save``."""
     save = save and column.choice.save_kv
     state = _state(q, v.shape[3], extras.sinks)
     if column.sizes.ring == 1:
@@ -64,7 +65,7 @@ def forward(
 
 
 def _state(q: Tensor, value_dim: int, sinks: Tensor | None) -> AttentionState | None:
-    """A sink is a key without a value: the state from which all rows of its head begin."""
+    """The state in which all rows begin; a sink, a key without a value, is in it."""
     if sinks is None or q.shape[0] == 0 or q.shape[2] == 0:
         return None
     acc = empty_like_heads(q, value_dim, accumulation_dtype(q.dtype)).zero_()
@@ -96,7 +97,7 @@ def _in_turn(
 def _own_together(
     column: Column, k: Tensor, v: Tensor, extras: Extras
 ) -> list[tuple[Interval | Intervals, Tensor, Tensor]]:
-    """Our own keys and values as one block; a bias or a mask with columns of its own takes an interval at a time."""
+    """This rank's own keys and values as one block; one block an interval where a bias or a mask has a column a key."""
     by_column = any(t is not None and t.shape[-1] > 1 for t in (extras.bias, extras.mask))
     if by_column and len(column.k_rows) > 1:
         return list(own_blocks(column, k, v))
@@ -165,7 +166,7 @@ class _Backward:
             self.dbias = torch.zeros(extras.bias.shape, dtype=self._wide, device=q.device)
 
     def whole(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> AttentionGrads:
-        """Gradients over all keys in one go."""
+        """The gradients over all keys in one kernel call."""
         return self._block(k, v, Interval(0, k.shape[1]), None, dtype)
 
     def _block(
@@ -180,7 +181,7 @@ class _Backward:
         return attention.backward(*given, into=into, grad_dtype=dtype)
 
     def over_ranks(self, kept: Tensor) -> Grads:
-        """With keys and values of other ranks, kept or fetched again. Either kind of message is a step of its own."""
+        """The gradients with keys and values of other ranks, kept or sent again. Keys and gradients are a step each."""
         column = self._column
         if column.choice.save_kv:
             with column.messages("gradients of keys and values", "scatter") as back:
@@ -233,7 +234,7 @@ class _Backward:
 
 
 def _own_halves(column: Column) -> Iterator[Interval]:
-    """Our own keys in an even number of blocks: each interval in two where there is one, which the masks allow."""
+    """This rank's own keys in two halves, each a list of blocks."""
     rows = column.k_rows
     if len(rows) % 2 == 0:
         yield from rows
@@ -245,7 +246,7 @@ def _own_halves(column: Column) -> Iterator[Interval]:
 
 
 class _Returned:
-    """Gradients of keys and values on their way to the owner of these, rounded to their dtype."""
+    """Sends gradients of keys and values to the owners of the keys, rounded to their dtype."""
 
     def __init__(self, column: Column, messages: Messages, k: Tensor, v: Tensor):
         self._column, self._messages, self._k, self._v = column, messages, k, v
@@ -261,7 +262,7 @@ class _Returned:
         self._messages.post([(self._column.peer(piece.owner), piece.index, flat)], [])
 
     def summed(self, own_dk: Tensor, own_dv: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What all rows of the grid have computed of our keys, added in their order."""
+        """The gradients of this rank's keys: the sum over all rows of the grid, in their order."""
         dk, dv = torch.zeros_like(own_dk), torch.zeros_like(own_dv)
         for row in range(self._column.sizes.ring):
             if row == self._column.row:

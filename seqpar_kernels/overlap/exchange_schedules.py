@@ -1,7 +1,8 @@
-"""Schedules that bring rows from rank to rank: all-to-all, ring, chain. Numbers of rows may differ from rank to rank.
+"""Schedules that send rows from rank to rank: all-to-all, ring, chain. Numbers of rows may differ from rank to rank.
 
-Each names one buffer, SENT: what a rank sends, laid out as the function says. ``stage``, where given, is computed on
-the rows as they arrive, and on the own ones while the others travel. All ranks call a function with the same numbers.
+Each schedule uses one buffer, SENT: the rows that a rank sends, laid out as the function says. ``stage``, where given,
+is computed on rows as they arrive, and on a rank's own rows while the others are sent. All ranks must call a function
+with the same numbers.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ def all_to_all(
 ) -> Schedule:
     """``counts[s][r]`` rows from rank s to rank r.
 
-    SENT of rank s holds the rows for rank 0, rank 1, ... in turn; ``rows`` of a transfer count among all that its
-    target gets, in the order of their sources. A message goes in ``chunks`` pieces. Own rows are no transfer.
+    SENT of rank s holds the rows for rank 0, rank 1, ... in turn. ``rows`` of a transfer count among all rows that its
+    target gets, in the order of their sources. A message is sent in ``chunks`` pieces. Own rows are no transfer.
 
     Args:
-        counts: [t][t], alike on every rank.
+        counts: [t][t], the same on every rank.
         rank: this one.
         chunks: pieces of a message; empty ones are left out.
         stage: for each piece that arrives, and first for the own rows.
@@ -61,15 +62,15 @@ def all_to_all(
 
 @remembered
 def ring(sizes: tuple[int, ...], rank: int, *, hops: int | None = None, stage: str | None = None) -> Schedule:
-    """The rows of every rank to its right neighbour, and on from there, ``hops`` times; one hop is a shift.
+    """Pass the rows of every rank to the right neighbour, ``hops`` times; one hop is a shift.
 
-    Slot h of SENT holds what leaves in hop h: own rows in hop 0, then what came in hop h - 1. ``rows`` are those of
-    their owner, counted over all ranks.
+    Slot h of SENT holds the rows sent in hop h: own rows in hop 0, then those received in hop h - 1. ``rows`` are
+    counted over all ranks.
 
     Args:
         sizes: rows of each rank.
         rank: this one.
-        hops: None: until every rank has had the rows of all.
+        hops: None: until every rank has received the rows of all.
         stage: for what has arrived, while it is passed on.
     """
     ranks = len(sizes)
@@ -97,9 +98,9 @@ def ring(sizes: tuple[int, ...], rank: int, *, hops: int | None = None, stage: s
 
 @remembered
 def chain(size: int, ranks: int, rank: int, *, stage: str) -> Schedule:
-    """A state of ``size`` rows passed on from rank 0 to the last: wait for it, compute, send it on.
+    """Pass a state of ``size`` rows from rank 0 to the last: each rank receives it, computes, and sends it.
 
-    SENT is what leaves; the first rank gets nothing, the last sends nothing.
+    SENT holds the state that is sent. The first rank receives nothing, the last sends nothing.
     """
 
     def passed(source: int) -> tuple[Transfer, ...]:

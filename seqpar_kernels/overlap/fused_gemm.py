@@ -1,13 +1,13 @@
-"""All-gather -> matmul and matmul -> reduce-scatter around one launch: a matmul that waits, or tells, by itself.
+"""All-gather -> matmul and matmul -> reduce-scatter in one launch: the kernel itself waits for chunks or signals them.
 
-The program is that of :mod:`.schedule` and the bytes take the same transport; what changes is who waits. In place of
-one matmul for each ``Compute`` there is one for all of them, whose tiles poll a flag for each chunk
-(:mod:`seqpar_kernels.kernels.triton_gemm`). Posts and waits go to a stream beside the computing one: there a flag is
-raised behind each arrival, or a chunk is posted behind its flag. The backward runs the ordinary schedules.
+Schedule (:mod:`.schedule`) and transport are those of the pipelined engines. One kernel replaces the matmuls of all
+``Compute`` steps, and its tiles poll one flag for each chunk (:mod:`seqpar_kernels.kernels.triton_gemm`). Posts and
+waits go to a second stream. There a flag is raised after each arrival, or a chunk is posted after its flag. The
+backward runs the ordinary schedules.
 
-The multiprocessors are shared out so that nothing can wait for what never gets to run: the matmuls of all virtual ranks
-of a device find room at once, and some are left for copies, packing and polls. On the CPU, under Triton's interpreter,
-every call returns when it is done, so that the order of the calls is the order of things.
+No kernel may wait for one that cannot start. So the matmuls of all virtual ranks of a device share its multiprocessors,
+and leave some for copies, packing and polls. On the CPU, under Triton's interpreter, every call returns when it is
+done, so that the order of the calls is the order of execution.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..comm import select, symm_mem
-from ..comm.coordination import agreement_of
+from ..comm.coordination import coordination_of
 from ..comm.loopback import LoopbackGroup
 from ..comm.steps import Compute, Post, Step, Transfer, Wait
 from ..tensors import reshaped
@@ -33,23 +33,23 @@ from .profiling import span
 if TYPE_CHECKING:
     from ..kernels.triton_gemm import Chunk
 
-# Left free of the matmul. Not measured: a copy within a device takes a few, polls and packing one each.
+# Multiprocessors that the matmul leaves free. Not measured: a copy within a device needs a few, poll and packing one.
 _FREE_MULTIPROCESSORS = 8
 
 
-#: Who moves the chunks: no transport whose kernels would wait for the multiprocessors that the matmul holds.
+#: The transport of the chunks: its kernels must not need the multiprocessors that the matmul holds.
 transport_of = select.symmetric_memory_or_loopback
 
 
 class Visits(NamedTuple):
-    """The rows of a matmul in the order of a schedule; the flag of a chunk is the place of its transfer."""
+    """The rows of a matmul in the order of a schedule; the flag of a chunk is the index of its transfer."""
 
     transfers: tuple[Transfer, ...]
     chunks: tuple[Chunk, ...]
 
 
 def visits(steps: Sequence[Step], outer: int, length: int, inner: int) -> Visits:
-    """For a matrix of ``outer * length * inner`` rows: a chunk is a stretch of rows for each of ``outer``, one flag."""
+    """The visits of ``outer * length * inner`` rows: a chunk has rows in each of ``outer`` blocks, and one flag."""
     from ..kernels.triton_gemm import Chunk
 
     arrivals = [step.transfer for step in steps if isinstance(step, Wait) and step.transfer.buffer == schedules.SHARD]
@@ -78,9 +78,9 @@ def gather_matmul(
     chunks: int,
     keep: bool,
 ) -> list[Tensor]:
-    """linear(all_gather(x)) for each weight, and last all rows of x, whether to ``keep`` or not.
+    """linear(all_gather(x)) for each weight, and last all rows of x, whether ``keep`` is set or not.
 
-    The matmul with the first weight waits; the others find everything there.
+    The matmul with the first weight waits for the chunks; the others start when all of them are there.
     """
     from ..kernels import triton_gemm
 
@@ -121,7 +121,7 @@ def gather_matmul(
 def matmul_scatter(
     engine: str, name: str, group: ProcessGroup, x: Tensor, weight: Tensor, seq_dim: int, chunks: int
 ) -> Partials:
-    """The partial results of every rank's linear(x, weight) for our rows."""
+    """The partial results of all ranks' linear(x, weight) for this rank's rows."""
     from ..kernels import triton_gemm
 
     details = weights_signature([weight], f"chunks={chunks}", f"engine={engine}")
@@ -159,7 +159,7 @@ def matmul_scatter(
 
 
 def why_not(group: ProcessGroup, x: Tensor, elements: int) -> str:
-    """Why the waiting matmul cannot serve ``x`` and weights of ``elements`` in ``group``; "" where it can."""
+    """Why this engine cannot run for ``x`` and weights of ``elements`` in ``group``; "" where it can."""
     if planner.max_workspace_bytes() is not None:
         return "it holds all rows at once, and max_workspace_bytes is set"
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -179,17 +179,17 @@ def _why_not_on(device: torch.device) -> str:
 
 
 class _Flags:
-    """The words of one launch, all of them down: a call's epoch is 1."""
+    """The flags of one launch, all low; the epoch of a call is 1."""
 
     def __init__(self, call: Call, count: int, like: Tensor):
         assert call.group is not None
         words = torch.zeros(3, -(-max(count, 1) // 4) * 4, dtype=torch.int32, device=like.device)
         self.words, self.counts, self.status = words[0], words[1], words[2, :1]
-        self.timeout = agreement_of(call.group).timeout.total_seconds()
+        self.timeout = coordination_of(call.group).timeout.total_seconds()
         self._name = call.name
 
     def up(self, flag: int) -> None:
-        """In the order of the current stream, by no kernel."""
+        """Raise a flag in the order of the current stream, without a kernel."""
         if self.words.is_cuda:
             from torch._C._distributed_c10d import _SymmetricMemory
 
@@ -202,12 +202,12 @@ class _Flags:
             self.words[flag] = 1
 
     def check(self) -> None:
-        """Raises where a flag was not raised in time (on CUDA: when the device comes to it)."""
+        """Raise where a flag was not raised in time (on CUDA: when the device runs the check)."""
         torch._assert_async(self.status == 0, f"{self._name}: a chunk did not come in time; its result is incomplete")
 
 
 class _Beside:
-    """``with``: on the stream beside the computing one, behind all that was put there before this was made."""
+    """A block whose work goes to a second stream, after all earlier work of the computing stream."""
 
     def __init__(self, call: Call, like: Tensor):
         assert call.group is not None
@@ -223,7 +223,7 @@ class _Beside:
         self._within.__exit__(*error)
 
     def join(self) -> None:
-        """The computing stream goes on behind this one."""
+        """Make the computing stream wait for this one."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
@@ -234,7 +234,7 @@ def _stream(group_name: str, device: torch.device) -> torch.cuda.Stream:
 
 
 def _margin(call: Call, like: Tensor) -> int:
-    """Multiprocessors this rank's matmul leaves: those of others on the device, and some for whoever brings rows."""
+    """Multiprocessors that this rank's matmul leaves free: for other ranks on the device, and for moving rows."""
     if not like.is_cuda:
         return 0
     total = torch.cuda.get_device_properties(like.device).multi_processor_count
@@ -243,7 +243,7 @@ def _margin(call: Call, like: Tensor) -> int:
 
 
 def _matrix(sequence: Sequence3D) -> Tensor:
-    """[outer * S * inner, features]; of what this package has made, a view."""
+    """[outer * S * inner, features]; a view for tensors that this package has made."""
     rows = sequence.data.reshape(-1, sequence.features)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 

@@ -1,5 +1,6 @@
-"""Which rank holds a key of a cache that ranks share, and new keys and values on their way there: position p is on rank
-p mod t, in slot p // t."""
+"""Owners of the keys of a cache that ranks share, and the sending of new keys and values to them.
+
+Position p is on rank p mod t, in slot p // t."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from .attention_exchange import Messages, message_buffer
 
 
 def keys_of(kv_seq_len: int, ranks: int, rank: int) -> int:
-    """How many of ``kv_seq_len`` keys ``rank`` holds."""
+    """The number of keys that ``rank`` holds of ``kv_seq_len``."""
     return (kv_seq_len - rank + ranks - 1) // ranks
 
 
 class Taken(NamedTuple):
-    """Rows of a shard that one rank holds in the cache: every t-th; they lie one behind the other there."""
+    """The rows of a shard that one rank holds in the cache: every t-th row, in consecutive slots."""
 
     rows: slice  # of the shard
     slot: int  # of the first one
@@ -28,7 +29,7 @@ class Taken(NamedTuple):
 
 
 def taken(rows: Intervals, first: int, ranks: int, owner: int) -> list[Taken]:
-    """What ``owner`` takes of a shard that holds ``rows``; these count from the position ``first``."""
+    """The rows that ``owner`` takes of a shard that holds ``rows``; these count from the position ``first``."""
     found, before = [], 0
     for interval in rows:
         skipped = (owner - first - interval.start) % ranks
@@ -41,14 +42,14 @@ def taken(rows: Intervals, first: int, ranks: int, owner: int) -> list[Taken]:
 
 
 class Held(NamedTuple):
-    """What one rank holds of new keys and values before they are at their owners."""
+    """The part of new keys and values that one rank has, before they are sent to their owners."""
 
     rows: Intervals
     heads: range
 
 
 class Source(NamedTuple):
-    """What all ranks hold of new keys and values: some rows of all heads each, or all rows of some heads each.
+    """The parts of new keys and values that all ranks have: each some rows of all heads, or all rows of some heads.
 
     Several ranks may hold the same head.
     """
@@ -62,7 +63,7 @@ class Source(NamedTuple):
         return taken(self.held[source].rows, self.first, len(self.held), owner)
 
     def heads(self, source: int, owner: int) -> range:
-        """Heads of ``source`` for ``owner``: those that several have come from one of them."""
+        """Heads of ``source`` for ``owner``: one rank sends a head that several ranks have."""
         heads = self.held[source].heads
         if not self.by_heads:
             return heads
@@ -75,7 +76,7 @@ class Source(NamedTuple):
 
 
 def heads_of(heads: int, ranks: int, rank: int) -> range:
-    """A rank's heads: a multiple of the ranks is cut, of a divisor each goes to ranks / heads neighbours."""
+    """A rank's heads. ``heads`` is a multiple or a divisor of the ranks; with a divisor ranks share each head."""
     each = max(1, heads // ranks)
     start = rank * heads // ranks
     return range(start, start + each)
@@ -88,7 +89,7 @@ Store = Callable[[range, int, Tensor, Tensor], None]
 
 
 def store_own(source: Source, rank: int, k: Tensor, v: Tensor, store: Store) -> None:
-    """Put what ``rank`` holds itself of its keys into its cache."""
+    """Put the new keys that ``rank`` has and owns into its cache."""
     heads, held = source.heads(rank, rank), source.held[rank].heads
     if len(heads):
         some = slice(heads.start - held.start, heads.stop - held.start)
@@ -99,8 +100,9 @@ def store_own(source: Source, rank: int, k: Tensor, v: Tensor, store: Store) -> 
 def to_owners(
     group: ProcessGroup, signature: str, source: Source, k: Tensor, v: Tensor, store: Store, q: Tensor | None = None
 ) -> Tensor | None:
-    """New keys and values to the ranks that hold their positions, one message a peer; with ``q``, this rank's heads of
-    the new rows, all heads of it come back, [B, n, Hq, D]."""
+    """Send new keys and values to the ranks that hold their positions, one message a peer.
+
+    ``q`` [B, n, this rank's heads, D]: the new rows; returned with all heads, [B, n, Hq, D]."""
     rank, ranks = group.rank(), group.size()
     held = source.held[rank].heads
 
@@ -148,7 +150,7 @@ def to_owners(
 def check_lengths(what: str, lengths: dict[int, int]) -> None:
     """
     Raises:
-        RuntimeError: on every rank, where they do not hold as many keys.
+        RuntimeError: on every rank, where ranks have different lengths.
     """
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"rank {rank}: {lengths[rank]}" for rank in sorted(lengths))

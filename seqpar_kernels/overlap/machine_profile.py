@@ -1,4 +1,4 @@
-"""What the planner knows of machine and links: rates, overheads, and where they come from."""
+"""The machine profile that the planner works with: rates and overheads of machine and links, and their source."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import NamedTuple
 import torch
 
 
-class Figures(NamedTuple):
+class MachineProfile(NamedTuple):
     """Rates and overheads of one rank of a group, and their source."""
 
-    flops_64: float  # FLOP/s of a large matmul, by the width of its dtype
+    flops_64: float  # FLOP/s of a large matmul of 64-bit numbers; the same below for 32 and 16 bit
     flops_32: float
     flops_16: float
     memory_bytes: float  # bytes/s at which a matmul reads its weight again for every chunk
-    call_seconds: float  # what one more matmul call costs beside that
-    link_bytes: float  # bytes/s each way, both ways at once
-    message_seconds: float  # what one more message costs
-    busy_seconds: float  # seconds that moving one byte takes from the matmul's own processor
+    call_seconds: float  # overhead of one more matmul call, without reading the weight
+    link_bytes: float  # bytes/s in each direction, with both directions busy
+    message_seconds: float  # overhead of one more message
+    busy_seconds: float  # processor time that moving one byte takes from the matmul
     source: str
 
     def flops(self, dtype: torch.dtype) -> float:
@@ -31,32 +31,32 @@ class Figures(NamedTuple):
         return json.dumps(self._asdict())
 
     @staticmethod
-    def from_json(text: str) -> Figures:
+    def from_json(text: str) -> MachineProfile:
         """
         Raises:
-            ValueError: not what :meth:`to_json` writes, or numbers that no machine has.
+            ValueError: ``text`` is not from :meth:`to_json`, or has numbers that no machine has.
         """
         found = json.loads(text)
-        names = list(Figures._fields)
+        names = list(MachineProfile._fields)
         if not isinstance(found, dict) or sorted(found) != sorted(names):
-            raise ValueError(f"expected the figures {', '.join(names)}")
+            raise ValueError(f"expected an object with {', '.join(names)}")
         for name in names[:-1]:
             value, least = found[name], 0.0 if name.endswith("_seconds") else 1.0
-            # An int may be larger than any float; compared with floats, ints need not fit into one.
+            # An int may be too large for a float; a comparison with a float works all the same.
             if type(value) not in (int, float) or not least <= value <= sys.float_info.max:
                 shown = f"an int of {value.bit_length()} bits" if isinstance(value, int) and value > 10**40 else value
                 raise ValueError(f"{name}: expected a finite number from {least:g} up, got {shown!r}")
             found[name] = float(value)
         if not isinstance(found["source"], str):
             raise ValueError(f"source: expected a text, got {found['source']!r}")
-        return Figures(**found)
+        return MachineProfile(**found)
 
 
-def default_figures(device_type: str, one_host: bool | None = None) -> Figures:
-    """What is taken where nothing has been measured. ``one_host``: whether the ranks share one; None: not known."""
+def default_profile(device_type: str, one_host: bool | None = None) -> MachineProfile:
+    """The profile of a machine that has not been measured. ``one_host``: whether the ranks share one; None: unknown."""
     if device_type != "cpu":
         link, rate = ("InfiniBand, 400 Gbit/s a GPU", 50e9) if one_host is False else ("NVLink", 200e9)
-        return Figures(
+        return MachineProfile(
             flops_64=30e12,
             flops_32=50e12,
             flops_16=600e12,
@@ -68,10 +68,10 @@ def default_figures(device_type: str, one_host: bool | None = None) -> Figures:
             source=f"defaults for {device_type}: assumed, a GPU of the H100's class on {link}, unmeasured",
         )
     threads = torch.get_num_threads()
-    # Where the link is faster than assumed, a needless cut costs a few percent; where it is slower, a missing cut would
-    # cost the whole wire time.
+    # If the link is faster than assumed, a needless cut costs a few percent. If it is slower, a missing cut costs the
+    # whole wire time. So a slow link is assumed.
     link, rate = ("between processes of one host, measured", 2e9) if one_host else ("assumed, 1 Gbit/s", 125e6)
-    return Figures(
+    return MachineProfile(
         flops_64=100e9 * threads,
         flops_32=200e9 * threads,
         flops_16=800e9 * threads,
@@ -82,3 +82,8 @@ def default_figures(device_type: str, one_host: bool | None = None) -> Figures:
         busy_seconds=0.3e-9 / threads,
         source=f"defaults for cpu: {threads} threads of a 2026 Xeon with gloo, measured; its link {link}",
     )
+
+
+# The former names, until their last callers have changed.
+Figures = MachineProfile
+default_figures = default_profile

@@ -1,6 +1,6 @@
-"""Measured figures on disk, one file for each machine, device, backend, kind of group and version.
+"""Measured profiles on disk: one file for each machine, device, backend, kind of group and version.
 
-Whatever is wrong with a file, it is passed over and the reason is told: a cache never stops a program.
+A file that cannot be read is ignored and the reason is returned: a cache never stops a program.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 import torch
 
-from .machine_profile import Figures
+from .machine_profile import MachineProfile
 
-_FORMAT = 3  # raised when figures change their meaning
+_FORMAT = 3  # raised when the meaning of a profile changes
 
 
 class Place(NamedTuple):
-    """What figures are valid for."""
+    """The machine and the group that a profile is valid for."""
 
     machine: str
     processor: str
@@ -30,7 +30,7 @@ class Place(NamedTuple):
     threads: int
     backend: str
     ranks: int
-    one_host: bool | None  # whether they share one; None: not known
+    one_host: bool | None  # whether the ranks share a host; None: unknown
     torch: str
     format: int
 
@@ -51,22 +51,22 @@ class Place(NamedTuple):
 
     @property
     def file(self) -> Path:
-        """In $XDG_CACHE_HOME/seqpar_kernels, ~/.cache without it."""
+        """The file, in $XDG_CACHE_HOME/seqpar_kernels, or in ~/.cache/seqpar_kernels without that variable."""
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqpar_kernels"
         digest = zlib.crc32(json.dumps(self).encode())
-        return folder / f"figures-{self.device}-{self.backend}-{self.ranks}ranks-{digest:08x}.json"
+        return folder / f"profile-{self.device}-{self.backend}-{self.ranks}ranks-{digest:08x}.json"
 
 
-def load(place: Place) -> tuple[Figures | None, str]:
-    """The figures kept for ``place``, or None and the reason."""
+def load(place: Place) -> tuple[MachineProfile | None, str]:
+    """The saved profile of ``place``, or None and the reason."""
     try:
         file = place.file
         found = json.loads(file.read_text())
-        if not isinstance(found, dict) or sorted(found) != ["figures", "place"]:
-            return None, f"{file} is damaged: expected an object with figures and place"
+        if not isinstance(found, dict) or sorted(found) != ["place", "profile"]:
+            return None, f"{file} is damaged: expected an object with profile and place"
         if found["place"] != place._asdict():
             return None, f"{file} belongs to another machine or version: {found['place']}"
-        return Figures.from_json(json.dumps(found["figures"])), ""
+        return MachineProfile.from_json(json.dumps(found["profile"])), ""
     except FileNotFoundError:
         return None, "never tuned here"
     except (
@@ -79,15 +79,15 @@ def load(place: Place) -> tuple[Figures | None, str]:
         return None, f"{file if 'file' in locals() else 'the cache'} is damaged or unreadable: {error}"
 
 
-def save(place: Place, figures: Figures) -> str:
-    """Keep them; returns the file, or why there is none. Readers see the old file or the new, never half of one."""
+def save(place: Place, profile: MachineProfile) -> str:
+    """Save ``profile``; returns the file, or why it was not written. Readers see the old file or the new one."""
     try:
         file = place.file
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
         try:
             with os.fdopen(handle, "w") as out:
-                json.dump({"place": place._asdict(), "figures": json.loads(figures.to_json())}, out, indent=1)
+                json.dump({"place": place._asdict(), "profile": json.loads(profile.to_json())}, out, indent=1)
             os.replace(name, file)
         except BaseException:
             with contextlib.suppress(OSError):

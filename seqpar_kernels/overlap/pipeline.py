@@ -267,7 +267,7 @@ class Call(Kind):
 
 
 class Partials:
-    """What the ranks have to say about our rows: [ranks, outer, S/t, inner * features], summed in rank order."""
+    """All ranks' partial results for this rank's rows, [ranks, outer, S/t, inner * features], and their sum."""
 
     def __init__(self, call: Kind, features: int, like: Tensor):
         self._call = call

@@ -1,7 +1,7 @@
 """Names for the steps of an op in traces: torch.profiler, and NVTX for Nsight Systems.
 
-``seqpar::all_gather_linear: wait for chunk 1 of rank 3`` says what a gap in a timeline waits for. Where nobody traces,
-a call pays one look at a flag.
+A label such as ``seqpar::all_gather_linear: wait for chunk 1 of rank 3`` explains a gap in a timeline. Without a tracer
+a call only reads a flag.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch.autograd import profiler
 from ..comm.steps import Compute, Drain, Post, Step, Transfer, Wait
 from ..environment import flag
 
-# Nsight Systems says so in the environment of what it starts; SEQPAR_NVTX=1 is for tools that attach otherwise.
+# Nsight Systems sets NVTX_INJECTION64_PATH in the processes that it starts. SEQPAR_NVTX=1 is for other tools.
 _nvtx = torch.version.cuda is not None and (flag("SEQPAR_NVTX") or "NVTX_INJECTION64_PATH" in os.environ)
 
 
 def listening() -> bool:
-    """Whether somebody traces."""
+    """Whether a tracer is active."""
     return profiler._is_profiler_enabled or _nvtx
 
 
 def traced(name: str, steps: Iterable[Step]) -> Iterable[Step]:
-    """``steps``; while somebody traces, whatever is done between one and the next carries the label of the first."""
+    """``steps``; with a tracer the work between a step and the next one has the label of the step."""
     return _labelled(name, steps) if listening() else steps
 
 
@@ -41,7 +41,7 @@ def _span(text: str) -> Iterator[None]:
     if _nvtx:
         torch.cuda.nvtx.range_push(text)
     try:
-        # Without a profiler this costs microseconds, under torch.autograd.profiler.emit_nvtx it is an NVTX range.
+        # record_function costs microseconds even without a profiler; under emit_nvtx it is an NVTX range.
         with profiler.record_function(text) if profiler._is_profiler_enabled else contextlib.nullcontext():
             yield
     finally:
@@ -50,12 +50,12 @@ def _span(text: str) -> Iterator[None]:
 
 
 def span(name: str, what: str) -> contextlib.AbstractContextManager[None]:
-    """The label of one piece of work of op ``name``."""
+    """A block with a label for one piece of work of op ``name``."""
     return _span(f"seqpar::{name}: {what}") if listening() else contextlib.nullcontext()
 
 
 def describe(step: Step) -> str:
-    """One line a step."""
+    """The label of a step."""
     match step:
         case Post(sends, receives):
             parts = [f"send {_message(t)} to rank {t.target}" for t in sends]
@@ -64,7 +64,7 @@ def describe(step: Step) -> str:
         case Wait(transfer):
             return f"wait for {_message(transfer)} from rank {transfer.source}"
         case Drain():
-            return "wait until sent messages have left"
+            return "wait for sends"
         case Compute(stage, start, stop):
             return f"{stage} rows {start}..{stop}"
 

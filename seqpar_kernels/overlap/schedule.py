@@ -1,17 +1,17 @@
-"""Which chunk is computed and which is sent, when: pure data, no tensors, no transport.
+"""Schedules: the order in which chunks are computed and sent. Pure data, no tensors, no transport.
 
 A schedule is the program of one rank: a list of steps that :mod:`.pipeline` runs from first to last. ``Post`` starts
-transfers and returns at once; ``Wait`` blocks on one arrival; ``Compute`` works on rows of the unsharded sequence. What
-is posted before a ``Compute`` travels while it runs: that is all there is to overlap.
+transfers and returns at once; ``Wait`` blocks on one arrival; ``Compute`` works on rows of the unsharded sequence.
+Transfers that are posted before a ``Compute`` run beside it: this is the overlap.
 
-With a ``window`` no more than so many posts are under way at once: a schedule then waits for earlier messages before it
-posts, so that their buffers serve again.
+With a ``window`` at most that many posts are in flight: a schedule then waits for earlier messages before it posts, so
+that it can use their buffers again.
 
 Ranks are visited in rotated order, so that at any moment each link carries one chunk each way. All ranks run the same
-program shifted by their rank: in step k a rank gathers from ``rank + k`` while it sends to ``rank - k`` (scatters to
-``rank + k``, receives from ``rank - k``), hence every send meets its receive in the same step and nothing can deadlock.
+program shifted by their rank: in step k a rank gathers from ``rank + k`` and sends to ``rank - k`` (it scatters to
+``rank + k`` and receives from ``rank - k``). So a send and its receive are in the same step, and nothing can deadlock.
 
-Sources: Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2, for where the collectives stand; Wang et al. 2023
+Sources: Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2, for the places of the collectives; Wang et al. 2023
 (ASPLOS, "Overlap communication with dependent computation via decomposition") for the decomposition.
 """
 
@@ -28,32 +28,32 @@ from ..layout import SequenceShard, split_point
 
 Stage = Literal["matmul", "dgrad", "wgrad", "reduce"]
 
-#: The buffers of a sharded sequence. The rows of a rank's own shard, for somebody who computes with them:
+#: The buffers of a sharded sequence. SHARD has the rows of a rank's own shard, which the peers compute with.
 SHARD = "shard"
-#: Somebody's partial results for the rows of another rank, which sums them: a slot for each rank in rotated order.
+#: A rank's partial results for the rows of its peers, which sum them: one slot for each peer, in rotated order.
 PARTIAL_SUMS = "partial sums"
 
 
 def sequence_buffers(shard: SequenceShard, *names: str) -> tuple[Buffer, ...]:
-    """Those of ``names``, or both; alike on every rank: the largest shard counts."""
+    """The buffers ``names``, or both, with the size of the largest shard, so that they are the same on every rank."""
     rows = -(-shard.length // shard.ranks)
     both = (Buffer(SHARD, rows), Buffer(PARTIAL_SUMS, rows, shard.ranks - 1))
     return tuple(buffer for buffer in both if not names or buffer.name in names)
 
 
 def shard_rows(owner: SequenceShard, rows: Rows, target: int) -> Transfer:
-    """``rows`` of the shard of ``owner`` on their way from there."""
+    """The transfer of ``rows`` of the shard of ``owner`` to a peer."""
     return Transfer(SHARD, rows, owner.rank, target, 0, rows.start - owner.start)
 
 
 def partial_sums(owner: SequenceShard, rows: Rows, source: int) -> Transfer:
-    """What ``source`` has for ``rows`` of the shard of ``owner``, on its way there."""
+    """The transfer of the partial results of ``source`` for ``rows`` of the shard of ``owner``, to that rank."""
     slot = (owner.rank - source) % owner.ranks - 1
     return Transfer(PARTIAL_SUMS, rows, source, owner.rank, slot, rows.start - owner.start)
 
 
 class Schedule(list[Step]):
-    """The steps of one rank, from first to last, and the buffers that the transfers of all ranks are read from."""
+    """The steps of one rank in order, and the buffers from which all ranks send."""
 
     def __init__(self, steps: Iterable[Step], buffers: tuple[Buffer, ...]):
         super().__init__(steps)
@@ -61,20 +61,20 @@ class Schedule(list[Step]):
 
     @functools.cached_property
     def outgoing(self) -> dict[int, Transfer]:
-        """The partial results that leave, by their first row."""
+        """The transfers of partial results that this rank sends, by their first row."""
         sends = [t for step in self if isinstance(step, Post) for t in step.sends]
         return {t.rows.start: t for t in sends if t.buffer == PARTIAL_SUMS}
 
     @functools.cached_property
     def receives_first(self) -> Schedule:
-        """The same steps, but all that is yet to arrive is posted before the first computation.
+        """The same steps, with all receives posted before the first computation.
 
-        For transports where a send that finds its receive there sets off at once. Where what is gathered is worked on
-        as it arrives, sends then go out peer by peer, each only when as much has arrived: connections may share the
-        link evenly (TCP does), and were all sends posted at once, the last chunks of all peers would arrive together,
-        with nothing left to hide their matmuls.
+        This is for transports where a send whose receive is posted starts at once. Where a schedule computes on chunks
+        as they arrive, its sends are then posted peer by peer, each after as many arrivals. If all sends were posted at
+        once, connections would share the link evenly (TCP does), and the last chunks of all peers would arrive
+        together, with nothing left to hide their matmuls.
 
-        Where a window makes steps wait for buffers nothing changes.
+        A schedule with a window is unchanged.
         """
         if any(isinstance(step, Drain) for step in self):
             return self
@@ -88,16 +88,16 @@ class Schedule(list[Step]):
 
     @property
     def _works_on_arrivals(self) -> bool:
-        """Whether all that leaves is there from the start, and each arrival computed on before the next is awaited."""
+        """Whether all sends are ready from the start, and each arrival is computed on before the next wait."""
         order = [type(step) for step in self if isinstance(step, (Post, Compute))]
         after_waits = [then for step, then in itertools.pairwise([*self, None]) if isinstance(step, Wait)]
         return Compute not in order[: order.count(Post)] and all(isinstance(then, Compute) for then in after_waits)
 
     def _sends_in_turn(self, posts: list[Post], ahead: int) -> Schedule:
-        """Sends stay ``ahead`` posts before the arrivals.
+        """Each send is posted ``ahead`` posts before the arrival of the same index.
 
-        Nothing can deadlock: a send waits only for messages before it in the order of peers and chunks, which all ranks
-        share, and arrivals are waited for in that order; so the earliest one that has not arrived has left.
+        Nothing can deadlock. A send waits only for messages before it in the order of peers and chunks, which is the
+        same on all ranks, and ranks wait for arrivals in that order. So the first missing message has been sent.
         """
         leaving: dict[Transfer | None, list[Step]] = {None: []}
         arrival: Transfer | None = None
@@ -126,7 +126,7 @@ _Arguments = ParamSpec("_Arguments")
 
 
 def remembered(build: Callable[_Arguments, Schedule]) -> Callable[_Arguments, Schedule]:
-    """Building one takes longer than a small matmul, and layers ask for the same few. Nobody changes one."""
+    """Cache schedules: building one takes longer than a small matmul. Callers must not change a schedule."""
     return functools.lru_cache(MOST)(build)  # type: ignore[return-value]  # mypy sees a cache of anything hashable
 
 
@@ -135,11 +135,11 @@ _TAPER_DEPTH = 3
 
 
 def chunk_weights(chunks: int, taper: Taper) -> list[int]:
-    """How the rows of a shard are shared out among its chunks.
+    """The relative sizes of the chunks of a shard.
 
-    Nothing hides the matmul of the first chunk that leaves, nor of the last one to arrive, so these are small: 1, 2, 4,
-    8, 8, ... rising, or falling the same way. On two ranks with matmul and wire in balance each chunk then takes as
-    long to multiply as the next one to travel.
+    Nothing hides the matmul of the first chunk that is sent, nor of the last that arrives. So these are small: sizes
+    rise as 1, 2, 4, 8, 8, ... or fall in the same way. On two ranks with matmul and wire in balance, the matmul of each
+    chunk then takes as long as the transfer of the next.
     """
     if taper == "none":
         return [1] * chunks
@@ -148,7 +148,7 @@ def chunk_weights(chunks: int, taper: Taper) -> list[int]:
 
 
 def chunks_of(shard: SequenceShard, chunks: int, taper: Taper = "none") -> list[Rows]:
-    """The shard in ``chunks`` pieces; empty ones are left out."""
+    """The chunks of a shard, without empty ones."""
     weights = chunk_weights(chunks, taper)
     if taper == "none":
         sizes = [split_point(shard.size, chunks, i) for i in range(chunks + 1)]
@@ -159,7 +159,7 @@ def chunks_of(shard: SequenceShard, chunks: int, taper: Taper = "none") -> list[
 
 
 def _gather_from(shard: SequenceShard, k: int, chunks: int, tapered: bool) -> list[Post]:
-    """The chunks of ``rank + k`` here, own ones to ``rank - k``."""
+    """Receive the chunks of ``rank + k``, send own chunks to ``rank - k``."""
     source, target = (shard.rank + k) % shard.ranks, (shard.rank - k) % shard.ranks
     taper: Taper = "falling" if tapered and shard.ranks == 2 else "none"
     theirs = shard.of(source)
@@ -169,12 +169,12 @@ def _gather_from(shard: SequenceShard, k: int, chunks: int, tapered: bool) -> li
 
 
 def _gather(shard: SequenceShard, chunks: int, tapered: bool = False) -> list[Post]:
-    """Own chunks to every peer, every peer's chunks here."""
+    """Send own chunks to every peer, receive every peer's chunks."""
     return [post for k in range(1, shard.ranks) for post in _gather_from(shard, k, chunks, tapered)]
 
 
 def _scatter_to(shard: SequenceShard, k: int, chunks: int, tapered: bool = False) -> list[Post]:
-    """Partial results for the chunks of ``rank + k``; what ``rank - k`` has for ours."""
+    """Send partial results for the chunks of ``rank + k``, receive those of ``rank - k`` for own chunks."""
     source, target = (shard.rank - k) % shard.ranks, (shard.rank + k) % shard.ranks
     taper: Taper = "rising" if tapered and k == 1 else "none"
     theirs = shard.of(target)
@@ -184,7 +184,7 @@ def _scatter_to(shard: SequenceShard, k: int, chunks: int, tapered: bool = False
 
 
 def _paired(sends: list[Transfer], receives: list[Transfer], chunks: int) -> list[Post]:
-    """One post per chunk index. Shards differ by a row at most, so one side may have no such chunk."""
+    """One post per chunk index. Shards may differ by a row, so that one side may lack the last chunk."""
     posts = []
     for i in range(chunks):
         pair = tuple(tuple(t for t in side if t.rows.index == i) for side in (sends, receives))
@@ -211,7 +211,7 @@ def _arrivals(posts: list[Post]) -> list[Transfer]:
 
 
 def _gather_phase(shard: SequenceShard, chunks: int, window: int | None, *stages: Stage) -> list[Step]:
-    """Compute on the own shard while the first chunks travel, then on each peer's chunk as it arrives."""
+    """Compute on the own shard during the first transfers, then on each peer's chunk as it arrives."""
     posts = _gather(shard, chunks, tapered=window is None)
     ahead = len(posts) if window is None else window
     steps: list[Step] = [*posts[:ahead]]
@@ -228,10 +228,10 @@ def _gather_phase(shard: SequenceShard, chunks: int, window: int | None, *stages
 def _scatter_phase(
     shard: SequenceShard, chunks: int, stage: Stage, window: int | None, *, gather: bool = False
 ) -> tuple[list[Step], list[Transfer]]:
-    """Compute for the others and send as each chunk is ready, then for ourselves; and what has yet to arrive then.
+    """Compute the peers' rows and send each chunk when it is ready, then compute own rows; also the missing arrivals.
 
-    With ``gather`` an all-gather travels beside: posted first, so that it never waits behind partial sums; or, with a
-    window, a chunk of it with each chunk that leaves.
+    With ``gather`` an all-gather runs beside. It is posted first, so that it never waits behind partial sums; with a
+    window one of its chunks is posted with each chunk of partial sums.
     """
     steps: list[Step] = list(_gather(shard, chunks)) if gather and window is None else []
     under_way = [step for step in steps if isinstance(step, Post)]
@@ -253,14 +253,14 @@ def _scatter_phase(
 
 @remembered
 def gather_only(shard: SequenceShard) -> Schedule:
-    """All-gather, nothing to compute."""
+    """All-gather without computation."""
     posts = _gather(shard, 1)
     return Schedule([*posts, *(Wait(t) for t in _arrivals(posts))], sequence_buffers(shard, SHARD))
 
 
 @remembered
 def scatter_only(shard: SequenceShard) -> Schedule:
-    """Reduce-scatter of something that exists already."""
+    """Reduce-scatter of a tensor that is computed already."""
     posts = [post for k in range(1, shard.ranks) for post in _scatter_to(shard, k, 1)]
     steps: list[Step] = [*posts, *(Wait(t) for t in _arrivals(posts)), Compute("reduce", shard.start, shard.stop)]
     return Schedule(steps, sequence_buffers(shard, PARTIAL_SUMS))
@@ -268,9 +268,9 @@ def scatter_only(shard: SequenceShard) -> Schedule:
 
 @remembered
 def gather_matmul(shard: SequenceShard, chunks: int, *, pipelined: bool = True, window: int | None = None) -> Schedule:
-    """All-gather -> matmul: own shard while the first chunks travel, then each peer's chunk as it arrives.
+    """All-gather -> matmul: the own shard during the first transfers, then each peer's chunk as it arrives.
 
-    ``pipelined=False`` waits for everything and runs one matmul: the plan for sizes too small to cut.
+    ``pipelined=False`` waits for all chunks and runs one matmul: the plan for sizes that are too small to cut.
     """
     if pipelined:
         steps = _gather_phase(shard, chunks, window, "matmul")
@@ -282,9 +282,9 @@ def gather_matmul(shard: SequenceShard, chunks: int, *, pipelined: bool = True, 
 
 @remembered
 def matmul_scatter(shard: SequenceShard, chunks: int, *, window: int | None = None) -> Schedule:
-    """Matmul -> reduce-scatter: the peers' rows first, each chunk sent as it is ready; own rows last; then the sum."""
-    steps, pending = _scatter_phase(shard, chunks, "matmul", window)
-    steps += [*(Wait(t) for t in pending), Compute("reduce", shard.start, shard.stop)]
+    """Matmul -> reduce-scatter: the peers' rows first, each chunk sent when ready; own rows last; then the sum."""
+    steps, missing = _scatter_phase(shard, chunks, "matmul", window)
+    steps += [*(Wait(t) for t in missing), Compute("reduce", shard.start, shard.stop)]
     return Schedule(steps, sequence_buffers(shard, PARTIAL_SUMS))
 
 
@@ -292,22 +292,22 @@ def matmul_scatter(shard: SequenceShard, chunks: int, *, window: int | None = No
 def gather_matmul_scatter(
     shard: SequenceShard, chunks: int, *, scatter: bool = True, window: int | None = None
 ) -> Schedule:
-    """Rows come from their owner, are worked on here, and the partial result goes back to them, chunk by chunk.
+    """Receive rows from their owner, compute on them, and send the partial result back, chunk by chunk.
 
-    Own rows first, while the peers' travel here; their results travel back under the next chunk's work. With a window
-    one chunk is ahead of the one that is worked on, and travels here beside a result.
-    ``scatter=False``: nothing goes back.
+    Own rows are computed during the first transfers. Results are sent back during the next chunk's computation. With a
+    window the next chunk is received while one is computed, beside a result that is sent.
+    ``scatter=False``: no result is sent back.
     """
     if not scatter:
         return Schedule(_gather_phase(shard, chunks, window, "dgrad"), sequence_buffers(shard, SHARD))
-    # Counted alike on all ranks, also where a shard has no such chunk, so that messages are posted in one order.
+    # All ranks count all chunks, even those that a shard does not have, so that all post messages in one order.
     turns = list(itertools.product(range(1, shard.ranks), range(chunks)))
     gathers = {(k, _index(p)): p for k in range(1, shard.ranks) for p in _gather_from(shard, k, chunks, tapered=False)}
     scatters = {(k, _index(p)): p for k in range(1, shard.ranks) for p in _scatter_to(shard, k, chunks)}
     arriving = {transfer.rows: transfer for transfer in _arrivals(list(gathers.values()))}
     first = _gather(shard, chunks) if window is None else [gathers[turn] for turn in turns[:1] if turn in gathers]
     steps: list[Step] = [*first, Compute("dgrad", shard.start, shard.stop)]
-    under_way = [Post(post.sends, ()) for post in first]  # what they bring is waited for where it is needed
+    under_way = [Post(post.sends, ()) for post in first]  # the steps below wait for the arrivals of these posts
     for turn, next_turn in itertools.zip_longest(turns, turns[1:]):
         post = scatters.get(turn, _NOTHING)
         ahead = _NOTHING if window is None else gathers.get(next_turn, _NOTHING)
@@ -329,20 +329,20 @@ def gather_matmul_scatter(
 def column_backward(
     shard: SequenceShard, chunks: int, *, dgrad: bool, wgrad: bool, gather: bool = True, window: int | None = None
 ) -> Schedule:
-    """Backward of gather_matmul: x is gathered again under dgrad, dx is scattered under wgrad.
+    """Backward of gather_matmul: x is gathered again during dgrad, dx is scattered during wgrad.
 
-    ``gather=False``: all of x is here already.
+    ``gather=False``: this rank has all rows of x already.
     """
     steps: list[Step] = []
-    pending: list[Transfer] = []
+    missing: list[Transfer] = []
     if dgrad:
-        steps, pending = _scatter_phase(shard, chunks, "dgrad", window, gather=wgrad and gather)
+        steps, missing = _scatter_phase(shard, chunks, "dgrad", window, gather=wgrad and gather)
     elif wgrad and gather:
         steps = _gather_phase(shard, chunks, window)
     if wgrad:
-        steps += [Wait(t) for t in pending if t.buffer == SHARD]
+        steps += [Wait(t) for t in missing if t.buffer == SHARD]
         steps.append(Compute("wgrad", 0, shard.length))
-    steps += [Wait(t) for t in pending if t.buffer == PARTIAL_SUMS]
+    steps += [Wait(t) for t in missing if t.buffer == PARTIAL_SUMS]
     if dgrad:
         steps.append(Compute("reduce", shard.start, shard.stop))
     gathers, scatters = [SHARD] * (wgrad and gather), [PARTIAL_SUMS] * dgrad
@@ -353,9 +353,9 @@ def column_backward(
 def row_backward(
     shard: SequenceShard, chunks: int, *, dgrad: bool, wgrad: bool, spread: bool = False, window: int | None = None
 ) -> Schedule:
-    """Backward of matmul_scatter: dy is gathered under dgrad; wgrad runs once, when the last chunk is in.
+    """Backward of matmul_scatter: dy is gathered during dgrad; wgrad runs once, after the last chunk.
 
-    ``spread``: where the wire takes longer than dgrad, wgrad too runs chunk by chunk, as they arrive.
+    ``spread``: wgrad runs chunk by chunk too, for a wire that takes longer than dgrad.
     """
     wanted: list[Stage] = ["dgrad"] if dgrad else []
     if wgrad and spread:

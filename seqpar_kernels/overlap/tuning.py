@@ -1,7 +1,7 @@
-"""A group's figures: measured by :func:`tune`, kept on disk, else the defaults; those of rank 0 on every rank.
+"""The machine profile of a group: measured by :func:`tune` and saved on disk, or else the default.
 
-Ranks that planned from different figures would cut differently. So the first op on a group takes rank 0's, through the
-group's store; after that they are a look-up.
+All ranks use the profile of rank 0, since ranks with different profiles would cut a call differently. The first op on a
+group reads it from the group's store; later ops look it up in this process.
 """
 
 from __future__ import annotations
@@ -19,60 +19,63 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from ..comm.coordination import agreement_of
+from ..comm.coordination import coordination_of
 from ..comm.topology import on_one_host
 from ..layout import Group, resolve_group
-from .machine_profile import Figures, default_figures
+from .machine_profile import MachineProfile, default_profile
 from .machine_profile_cache import Place, load, save
 
-_known: weakref.WeakKeyDictionary[ProcessGroup, dict[str, Figures]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[ProcessGroup, dict[str, MachineProfile]] = weakref.WeakKeyDictionary()
 
 _ROUNDS = 9
-# One matmul and the same in pieces, one message and the same in pieces: the whole tells the rate, what is more the
-# overhead. Weights of the size that layers have, which few caches hold from one piece to the next.
+# A matmul and a message are measured whole and in pieces: the whole gives the rate, the difference the overhead of a
+# piece. Weights have the size of a layer's, so that few caches hold them from one piece to the next.
 _MESSAGE_BYTES = 2**18
 _PIECES = 16
 _ROWS_AND_WIDTH = {"cpu": (512, 2048), "cuda": (1024, 8192)}
 _PIECE_ROWS = 64
 
 
-def figures_of(group: ProcessGroup) -> Mapping[str, Figures]:
-    """What the ranks of ``group`` plan with, by device type.
+def profile_of(group: ProcessGroup) -> Mapping[str, MachineProfile]:
+    """The profile that the ranks of ``group`` plan with, by device type.
 
     Raises:
-        RuntimeError: rank 0 did not come to share them.
+        RuntimeError: rank 0 has not published its profile within the time-out.
     """
     if torch.compiler.is_compiling():
-        cpu, cuda = _figures_named(group.group_name)
-        return {"cpu": Figures(*cpu), "cuda": Figures(*cuda)}
+        cpu, cuda = _profile_named(group.group_name)
+        return {"cpu": MachineProfile(*cpu), "cuda": MachineProfile(*cuda)}
     found = _known.get(group)
     return _agree(group) if found is None else found
 
 
+figures_of = profile_of  # the former name, until its last callers have changed
+
+
 @torch.compiler.assume_constant_result
-def _figures_named(name: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _profile_named(name: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     group: ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
-    figures = _known.get(group) or _agree(group)
-    return tuple(figures["cpu"]), tuple(figures["cuda"])
+    profile = _known.get(group) or _agree(group)
+    return tuple(profile["cpu"]), tuple(profile["cuda"])
 
 
-def _agree(group: ProcessGroup) -> dict[str, Figures]:
+def _agree(group: ProcessGroup) -> dict[str, MachineProfile]:
     own = None
     if group.rank() == 0:
         own = json.dumps({device: _local(group, device).to_json() for device in ("cpu", "cuda")})
-    shared = json.loads(agreement_of(group).share("figures", own))
-    found = _known[group] = {device: Figures.from_json(text) for device, text in shared.items()}
+    shared = json.loads(coordination_of(group).share("profile", own))
+    found = _known[group] = {device: MachineProfile.from_json(text) for device, text in shared.items()}
     return found
 
 
-def _local(group: ProcessGroup, device_type: str) -> Figures:
-    """The tuned figures of this machine, or the defaults with the reason why."""
+def _local(group: ProcessGroup, device_type: str) -> MachineProfile:
+    """The tuned profile of this machine, or the defaults with the reason why."""
     place = _place(group, device_type)
-    figures, reason = load(place)
-    if figures is not None:
-        return figures
-    defaults = default_figures(device_type, place.one_host)
-    where = {True: "on one host", False: "on several hosts", None: "who may be on several hosts"}[place.one_host]
+    profile, reason = load(place)
+    if profile is not None:
+        return profile
+    defaults = default_profile(device_type, place.one_host)
+    where = {True: "on one host", False: "on several hosts", None: "maybe on several hosts"}[place.one_host]
     return defaults._replace(source=f"{defaults.source} ({reason}; ranks {where})")
 
 
@@ -85,23 +88,32 @@ def _backend(group: ProcessGroup, device_type: str) -> str:
     return group._get_backend(torch.device(device_type)).name() if device_type in types else "none"
 
 
-def tune(group: Group = None, *, device: str | torch.device | None = None) -> Figures:
-    """Measure matmul and links of ``group``, plan with the result from now on, and keep it on disk for later runs.
+def tune(group: Group = None, *, device: str | torch.device | None = None) -> MachineProfile:
+    """Measure matmul and links of ``group``, plan with the result from now on, and save it on disk for later runs.
 
-    To be called on every rank, with nothing else running on the machine; takes some seconds. The slowest rank counts.
-    The file is one of ``$XDG_CACHE_HOME/seqpar_kernels`` (``~/.cache`` without it) and holds for this machine, device,
-    backend, number of ranks and of threads, whether the ranks are known to share a host, and torch version.
+    All ranks must call it, with nothing else running on the machine; it takes some seconds. The slowest rank counts.
+    The file is in ``$XDG_CACHE_HOME/seqpar_kernels`` (without the variable in ``~/.cache/seqpar_kernels``). It is valid
+    for this machine, device, backend, number of ranks, number of threads and torch version, and for groups whose ranks
+    are as well known to share a host.
 
     Args:
         group: ProcessGroup or 1-D DeviceMesh; None: all ranks.
         device: "cpu" or "cuda"; None: "cuda" for an NCCL group, else "cpu".
 
     Returns:
-        Figures: alike on every rank; ``source`` says where they lie.
+        MachineProfile: the same on every rank; ``source`` names the file.
 
     Raises:
         RuntimeError: torch.distributed has not been initialised.
         ValueError: a group of one rank, or a device that the group cannot reach.
+
+    Examples:
+        On every rank, under ``torchrun --nproc-per-node 2``:
+
+        >>> import seqpar_kernels as sp
+        >>> profile = sp.tune(device="cpu")
+        >>> profile.link_bytes > 0 and profile.source.startswith("measured on")
+        True
     """
     if group is None and not dist.is_initialized():
         raise RuntimeError("tune: torch.distributed has not been initialised; start it under torchrun")
@@ -114,7 +126,7 @@ def tune(group: Group = None, *, device: str | torch.device | None = None) -> Fi
     kind = usual if device is None else torch.device(device).type
     if kind not in types:
         raise ValueError(f"device: expected one of {types}, which the group's backends move, got {kind!r}")
-    figures_of(pg)
+    profile_of(pg)
     measured = _measure(pg, kind)
     place = _place(pg, kind)
     answer: list[str | None] = [None]
@@ -124,11 +136,11 @@ def tune(group: Group = None, *, device: str | torch.device | None = None) -> Fi
         answer[0] = measured._replace(source=f"{measured.source}; {kept}").to_json()
     dist.broadcast_object_list(answer, group_src=0, group=pg)
     assert answer[0] is not None
-    figures = _known[pg][kind] = Figures.from_json(answer[0])
-    return figures
+    profile = _known[pg][kind] = MachineProfile.from_json(answer[0])
+    return profile
 
 
-def _measure(group: ProcessGroup, kind: str) -> Figures:
+def _measure(group: ProcessGroup, kind: str) -> MachineProfile:
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
     clock = _Clock(group, device)
     tiny = torch.zeros(16, 16, device=device)
@@ -136,7 +148,7 @@ def _measure(group: ProcessGroup, kind: str) -> Figures:
     rows, width = _ROWS_AND_WIDTH[kind]
     rates: dict[torch.dtype, float] = {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        # Not zeros, which GPUs multiply faster than anything else.
+        # Random numbers: GPUs multiply zeros faster.
         own = torch.Generator(device).manual_seed(0)
         x, weight, out = (
             torch.randn(length, width, device=device, generator=own).to(dtype) for length in (rows, width, rows)
@@ -156,7 +168,7 @@ def _measure(group: ProcessGroup, kind: str) -> Figures:
     busy = large.processor_seconds() if kind == "cpu" else 0.0
     message = max(clock(lambda: small.move(_PIECES)) / _PIECES, 1e-7)
     link = large.nbytes / max(whole - message, 1e-7)
-    return Figures(
+    return MachineProfile(
         flops_64=rates[torch.float64],
         flops_32=rates[torch.float32],
         flops_16=rates[torch.bfloat16],
@@ -170,7 +182,7 @@ def _measure(group: ProcessGroup, kind: str) -> Figures:
 
 
 class _Clock:
-    """Seconds of a call: the median of some rounds that all ranks start together, and of these the slowest rank's."""
+    """Seconds of a call on the slowest rank: the largest median of rounds that all ranks start together."""
 
     def __init__(self, group: ProcessGroup, device: torch.device):
         self._group, self._device = group, device
@@ -195,7 +207,7 @@ class _Clock:
 
 
 class _Ring:
-    """Every rank sends ``nbytes`` to the next one, both directions of every link busy."""
+    """Every rank sends ``nbytes`` to the next rank; both directions of every link are busy."""
 
     def __init__(self, group: ProcessGroup, device: torch.device, nbytes: int):
         self.nbytes = nbytes
@@ -213,7 +225,7 @@ class _Ring:
             work.wait()
 
     def processor_seconds(self) -> float:
-        """CPU time of this process, all its threads, for one move: what a matmul beside it loses."""
+        """CPU time of all threads of this process for one move: the time that a matmul beside it loses."""
         start = time.process_time()
         for _ in range(_ROUNDS):
             self.move(1)

@@ -1,8 +1,8 @@
-"""The agreement, the watch and the transport, in every order of events that one delay makes, and in many of several.
+"""Coordination, watchdog and transport in every order of events that one delay makes, and in many orders of several.
 
 Each rank goes through a program of calls, some of which fail on it alone, catches what they raise and goes on. Whatever
 the order: a call that returns has received what its peers sent in the very same step, no call takes longer than a
-watch needs, no message meets one of another size, and in the end the group works.
+watchdog needs, no message meets one of another size, and in the end the group works.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from seqpar_kernels.comm import coordination, p2p, watchdog
-from seqpar_kernels.comm.coordination import agreement_of, checked_together
+from seqpar_kernels.comm.coordination import checked_together, coordination_of
 from seqpar_kernels.comm.steps import Buffer, Rows, Transfer
 from seqpar_kernels.comm.transport import Message, Room, end
-from seqpar_kernels.comm.watchdog import watch_of
+from seqpar_kernels.comm.watchdog import watchdog_of
 
 from . import turns as made_up
 
@@ -65,7 +65,7 @@ class Rank:
         self.finished = True
 
     def step(self) -> int:
-        return agreement_of(self.group)._step  # type: ignore[arg-type]
+        return coordination_of(self.group)._step  # type: ignore[arg-type]
 
     def act(self, name: str) -> None:
         start = self.turns.now
@@ -123,9 +123,9 @@ def run(program: tuple[str, ...], delays: Mapping[int, float], late: Callable[[]
         groups: list[Any] = [made_up.Group(r, len(program), made_up.Client(server), wire) for r in range(len(program))]
         ranks = [Rank(turns, group, text) for group, text in zip(groups, program, strict=True)]
         for rank, group in zip(ranks, groups, strict=True):
-            agreement_of(group)
+            coordination_of(group)
             turns.spawn(f"rank {group.rank()}", rank.body)
-            watch_of(group)  # its thread comes after
+            watchdog_of(group)  # its thread comes after
         turns.run(lambda: all(rank.finished for rank in ranks) or turns.now > 600)
     finally:
         patched.undo()

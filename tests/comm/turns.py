@@ -1,6 +1,6 @@
 """Ranks as threads that take turns, on a clock, a store and a network that are made up: one order of events a run.
 
-The real agreement, watch and transport run on it. A thread goes on until it sleeps, waits or has used up its turn;
+The real coordination, watch and transport run on it. A thread goes on until it sleeps, waits or has used up its turn;
 ``delays`` say at which turn whoever runs is held up, and for how long. So each run can be had again, and all runs with
 one delay can be tried one after the other.
 """
@@ -270,7 +270,7 @@ class Wire:
 
 
 class Group:
-    """As much of a ProcessGroup as the agreement, the watch and the transport use."""
+    """As much of a ProcessGroup as the coordination, the watch and the transport use."""
 
     group_name = "made up"
     timeout = timedelta(seconds=TIMEOUT)

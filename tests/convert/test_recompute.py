@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import seqpar_kernels as sp
-from seqpar_kernels.comm.coordination import Agreement
+from seqpar_kernels.comm.coordination import Coordination
 
 from ..world import World
 from .models import MODELS, VOCAB, assert_same_gradients, group
@@ -34,19 +34,19 @@ def checkpointed(model: Any, **options: Any) -> None:
 
 def run(model: nn.Module, ids: Tensor) -> tuple[dict[str, Tensor], int]:
     """Gradients, and how many exchanges forward and backward took."""
-    original, exchanges = Agreement.begin, 0
+    original, exchanges = Coordination.begin, 0
 
     def counted(*args: Any) -> Any:
         nonlocal exchanges
         exchanges += 1
         return original(*args)
 
-    Agreement.begin = counted  # type: ignore[method-assign]
+    Coordination.begin = counted  # type: ignore[method-assign]
     try:
         torch.manual_seed(5)
         model(ids, labels=ids, use_cache=False).loss.backward()
     finally:
-        Agreement.begin = original  # type: ignore[method-assign]
+        Coordination.begin = original  # type: ignore[method-assign]
     return sp.gather_full_gradients(model), exchanges
 
 

@@ -397,8 +397,8 @@ def errors_case(group: dist.ProcessGroup) -> None:
         (r"window_size: expected \(left, right\)", (q, k, k), dict(window_size=4)),
         ("softcap: expected", (q, k, k), dict(softcap=-1.0)),
         (r"attn_bias: expected what can be broadcast to \(2, 4, 1, 7\)", (q, k, k), dict(attn_bias=torch.ones(6))),
-        ("q: expected no gradient to be wanted", (q.clone().requires_grad_(), k, k), {}),
-        ("sinks: expected no gradient to be wanted", (q, k, k), dict(sinks=torch.ones(4, requires_grad=True))),
+        ("q: expected requires_grad=False", (q.clone().requires_grad_(), k, k), {}),
+        ("sinks: expected requires_grad=False", (q, k, k), dict(sinks=torch.ones(4, requires_grad=True))),
         ("layer_idx: expected an int", (q, k, k), dict(layer_idx=-1)),
     ]
     for message, tensors, options in wrong:
@@ -414,7 +414,7 @@ def errors_case(group: dist.ProcessGroup) -> None:
         cache.prefill(k, k[:, :0])
     with pytest.raises(ValueError, match=r"beam_idx: expected integers \[B\]"):
         cache.reorder_cache(torch.ones(2))
-    with pytest.raises(ValueError, match="k: expected no gradient to be wanted"):
+    with pytest.raises(ValueError, match="k: expected requires_grad=False"):
         cache.prefill(k.clone().requires_grad_(), k)
     with pytest.raises(ValueError, match="max_length: expected an int"):
         cache.crop(1.5)  # type: ignore[arg-type]

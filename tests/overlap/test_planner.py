@@ -18,12 +18,12 @@ import seqpar_kernels as sp
 from seqpar_kernels.functional import planned_all_gather_linear, planned_linear_reduce_scatter
 from seqpar_kernels.overlap import planner
 from seqpar_kernels.overlap.engines import plan
-from seqpar_kernels.overlap.machine_profile import Figures, default_figures
+from seqpar_kernels.overlap.machine_profile import MachineProfile, default_profile
 from seqpar_kernels.overlap.planner import Work, estimate, spreads_weight_gradient
 
 from ..world import RankError, World
 
-FIGURES = Figures(
+PROFILE = MachineProfile(
     flops_64=1e11,
     flops_32=2e11,
     flops_16=4e11,
@@ -55,7 +55,7 @@ def no_bound() -> Any:
 
 
 def test_small_calls_are_not_cut_and_large_ones_are() -> None:
-    small, large = plan("auto", None, work(4), FIGURES), plan("auto", None, work(2048), FIGURES)
+    small, large = plan("auto", None, work(4), PROFILE), plan("auto", None, work(2048), PROFILE)
     assert (small.engine, small.chunks) == ("single", 1) and "size floor" in small.reason
     assert large.engine == "p2p" and large.chunks > 2
     assert large.wire_bytes == 2048 * 1024 * 4
@@ -63,19 +63,19 @@ def test_small_calls_are_not_cut_and_large_ones_are() -> None:
 
 def test_cutting_does_not_pay_where_the_processor_that_multiplies_moves_the_bytes() -> None:
     """Ranks of one machine: what the wire saves the matmul loses."""
-    fast = FIGURES._replace(link_bytes=3e9)
+    fast = PROFILE._replace(link_bytes=3e9)
     assert plan("auto", None, work(2048), fast._replace(busy_seconds=1 / 3e9)).engine == "single"
     assert plan("auto", None, work(2048, n=64), fast).engine == "p2p"
 
 
 def test_expensive_messages_mean_fewer_chunks() -> None:
-    cheap = plan("auto", None, work(2048), FIGURES._replace(message_seconds=1e-6)).chunks
-    dear = plan("auto", None, work(2048), FIGURES._replace(message_seconds=1e-2)).chunks
+    cheap = plan("auto", None, work(2048), PROFILE._replace(message_seconds=1e-6)).chunks
+    dear = plan("auto", None, work(2048), PROFILE._replace(message_seconds=1e-2)).chunks
     assert dear < cheap
 
 
 def test_pieces_stay_large_enough_for_a_matmul() -> None:
-    free = FIGURES._replace(message_seconds=0.0, call_seconds=0.0, memory_bytes=1e15)
+    free = PROFILE._replace(message_seconds=0.0, call_seconds=0.0, memory_bytes=1e15)
     assert plan("p2p", None, work(2048), free).chunks == 16
     assert plan("p2p", None, work(300), free).chunks == 4
     assert plan("p2p", None, work(60), free).chunks == 1
@@ -83,7 +83,7 @@ def test_pieces_stay_large_enough_for_a_matmul() -> None:
 
 
 def test_a_faster_dtype_shifts_the_balance() -> None:
-    matmuls = [estimate(4, work(512, dtype=d), FIGURES).matmul for d in (torch.float64, torch.float32, torch.float16)]
+    matmuls = [estimate(4, work(512, dtype=d), PROFILE).matmul for d in (torch.float64, torch.float32, torch.float16)]
     assert matmuls[0] > matmuls[1] > matmuls[2]
 
 
@@ -96,9 +96,9 @@ def test_a_faster_dtype_shifts_the_balance() -> None:
 )
 def test_a_plan_is_never_worse_than_no_plan(rows: int, k: int, n: int, ranks: int, device: str) -> None:
     """By the model's own measure; and there is always at least one row a chunk."""
-    figures, job = default_figures(device), work(rows, k, n, ranks)
-    settled = plan("auto", None, job, figures)
-    assert settled.estimate is not None and settled.estimate.total <= estimate(None, job, figures).total
+    profile, job = default_profile(device), work(rows, k, n, ranks)
+    settled = plan("auto", None, job, profile)
+    assert settled.estimate is not None and settled.estimate.total <= estimate(None, job, profile).total
     assert 1 <= settled.chunks <= max(1, rows)
     assert 0 <= settled.estimate.hidden <= 1
     assert (settled.engine == "single") <= (settled.estimate.hidden == 0)
@@ -108,9 +108,9 @@ def test_the_model_by_hand() -> None:
     job = work(1000, k=100, n=200, ranks=2)
     matmul = 2 * 2000 * 100 * 200 / 2e11 + 1e-6
     wire = 1000 * 100 * 4 / 1e8 + 5e-5
-    assert estimate(None, job, FIGURES) == pytest.approx((matmul, wire, matmul + wire))
+    assert estimate(None, job, PROFILE) == pytest.approx((matmul, wire, matmul + wire))
     call = 1e-6 + 100 * 200 * 4 / 1e10
-    pieces = estimate(4, job, FIGURES)
+    pieces = estimate(4, job, PROFILE)
     assert pieces.total == pytest.approx(4e-3 + 4 * 5e-5 + matmul / 2 / 15 + call)  # chunks of 1, 2, 4 and 8 parts
     assert pieces.hidden == pytest.approx((matmul + wire - pieces.total) / matmul)
 
@@ -119,7 +119,7 @@ def test_the_model_by_hand() -> None:
 def test_the_model_where_the_matmul_takes_longer(ranks: int, largest: float, smallest: float) -> None:
     """What the own rows leave of the largest piece's travel is waited for; a slower link then decides alone."""
     job = work(1000, k=1000, n=1000, ranks=ranks)
-    free = FIGURES._replace(memory_bytes=1e15, call_seconds=0.0, message_seconds=0.0)
+    free = PROFILE._replace(memory_bytes=1e15, call_seconds=0.0, message_seconds=0.0)
     own = 2 * 1000 * 1000 * 1000 / 2e11  # 10 ms a shard
     for shard_wire in (5e-3, 15e-3, 25e-3, 200e-3):
         wire = (ranks - 1) * shard_wire
@@ -132,17 +132,17 @@ def test_the_model_where_the_matmul_takes_longer(ranks: int, largest: float, sma
 def test_the_best_of_all_counts_is_chosen_or_nearly(
     rows: int, ranks: int, link: float, memory: float, busy: float
 ) -> None:
-    figures = FIGURES._replace(link_bytes=link, memory_bytes=memory, busy_seconds=busy)
+    profile = PROFILE._replace(link_bytes=link, memory_bytes=memory, busy_seconds=busy)
     job = work(rows, ranks=ranks)
     counts = [count for count in (1, 2, 4, 8, 16) if count <= max(1, rows // 64)]
-    best = min(estimate(count, job, figures).total for count in counts)
-    chosen = estimate(plan("p2p", None, job, figures).chunks, job, figures).total
+    best = min(estimate(count, job, profile).total for count in counts)
+    chosen = estimate(plan("p2p", None, job, profile).chunks, job, profile).total
     assert chosen <= best * (1.15 if ranks == 2 else 1 + 1e-9)
 
 
 def test_a_weight_gradient_is_spread_where_the_wire_is_waited_for() -> None:
     """Matmul 43 ms, wire 8 MiB: 84 ms at this rate, 4 ms at the other."""
-    slow, fast = FIGURES, FIGURES._replace(link_bytes=2e9)
+    slow, fast = PROFILE, PROFILE._replace(link_bytes=2e9)
     assert spreads_weight_gradient(4, work(2048), slow, dgrad=True)
     assert spreads_weight_gradient(4, work(2048), slow, dgrad=False)
     assert not spreads_weight_gradient(4, work(2048), fast, dgrad=True)
@@ -151,10 +151,10 @@ def test_a_weight_gradient_is_spread_where_the_wire_is_waited_for() -> None:
 
 
 def test_what_was_asked_for_is_done() -> None:
-    assert plan("single", None, work(2048), FIGURES)[:3] == ("single", 1, "asked for")
-    assert plan("single", 4, work(2048), FIGURES).reason == "asked for; chunks=4 has no effect"
-    assert plan("auto", 3, work(4), FIGURES)[:3] == ("p2p", 3, "chunks=3 given")
-    assert plan("p2p", None, work(4), FIGURES).engine == "p2p"
+    assert plan("single", None, work(2048), PROFILE)[:3] == ("single", 1, "asked for")
+    assert plan("single", 4, work(2048), PROFILE).reason == "asked for; chunks=4 has no effect"
+    assert plan("auto", 3, work(4), PROFILE)[:3] == ("p2p", 3, "chunks=3 given")
+    assert plan("p2p", None, work(4), PROFILE).engine == "p2p"
 
 
 @given(st.integers(1, 3000), st.integers(0, 24), st.integers(1, 2), st.sampled_from([None, 1, 2, 8]))
@@ -164,7 +164,7 @@ def test_the_bound_lowers_the_chunk_size(rows: int, log_rows: int, outer: int, c
     bound = (5 if outer > 1 else 2) * row + 2**log_rows
     sp.set_max_workspace_bytes(bound)
     try:
-        settled = plan("p2p", chunks, job, FIGURES)
+        settled = plan("p2p", chunks, job, PROFILE)
         message = -(-rows // settled.chunks) * row
         assert settled.chunks <= rows or chunks is not None
         packed = job.packed(settled.chunks)
@@ -187,11 +187,11 @@ def test_only_small_blocks_are_packed() -> None:
 def test_a_bound_that_cannot_be_kept_is_an_error() -> None:
     sp.set_max_workspace_bytes(8191)
     with pytest.raises(ValueError, match=r"max_workspace_bytes: expected at least 8192, .* got 8191"):
-        plan("auto", None, work(16), FIGURES)
+        plan("auto", None, work(16), PROFILE)
     sp.set_max_workspace_bytes(8192)
-    assert plan("auto", None, work(16), FIGURES)[:2] == ("p2p", 16)
+    assert plan("auto", None, work(16), PROFILE)[:2] == ("p2p", 16)
     with pytest.raises(ValueError, match="engine: 'single' moves everything at once"):
-        plan("single", None, work(16), FIGURES)
+        plan("single", None, work(16), PROFILE)
 
 
 @pytest.mark.parametrize("limit", [0, -1, True, 1.5, "1"])
@@ -317,20 +317,20 @@ def test_a_bound_saves_memory_in_a_loss(world4: World) -> None:
 
 
 def plans_case(rank_with_other_figures: int) -> tuple[Any, ...]:
-    """A new group; one rank has other figures of its own."""
+    """A new group; one rank has a profile of its own."""
     from seqpar_kernels.overlap import tuning
 
     g = dist.new_group(list(range(group().size())))
-    own = tuning.default_figures
+    own = tuning.default_profile
     if group().rank() == rank_with_other_figures:
-        tuning.default_figures = lambda *of: own(*of)._replace(message_seconds=1.0)
+        tuning.default_profile = lambda *of: own(*of)._replace(message_seconds=1.0)
     try:
         x, w = torch.randn(1, 512, 1024), torch.randn(1024, 1024)
         a = planned_all_gather_linear(x, w, None, g, -2, None, "auto", None)[1]
         b = planned_linear_reduce_scatter(x, w, None, g, -2, None, "auto")[1]
         return a, b
     finally:
-        tuning.default_figures = own
+        tuning.default_profile = own
 
 
 def test_ranks_with_other_figures_plan_alike(world2: World) -> None:

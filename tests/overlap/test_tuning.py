@@ -1,4 +1,4 @@
-"""Figures: measured on real ranks, kept on disk, and whatever is wrong with a file told instead of raised."""
+"""MachineProfile: measured on real ranks, kept on disk, and whatever is wrong with a file told instead of raised."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import torch.distributed as dist
 import seqpar_kernels as sp
 from seqpar_kernels.overlap import tuning
 from seqpar_kernels.overlap.engines import plan
-from seqpar_kernels.overlap.machine_profile import Figures, default_figures
+from seqpar_kernels.overlap.machine_profile import MachineProfile, default_profile
 from seqpar_kernels.overlap.machine_profile_cache import Place, load, save
 from seqpar_kernels.overlap.planner import Work
-from seqpar_kernels.overlap.tuning import figures_of, tune
+from seqpar_kernels.overlap.tuning import profile_of, tune
 
 from ..world import World
 
 HERE = Place.here("cpu", "gloo", 2)
-FIGURES = default_figures("cpu")._replace(link_bytes=1e9, source="a test")
+PROFILE = default_profile("cpu")._replace(link_bytes=1e9, source="a test")
 
 
 @pytest.fixture
@@ -36,10 +36,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_is_saved_is_loaded(cache: Path) -> None:
     assert load(HERE) == (None, "never tuned here")
-    assert save(HERE, FIGURES) == str(HERE.file)
+    assert save(HERE, PROFILE) == str(HERE.file)
     assert HERE.file.parent == cache
-    assert load(HERE) == (FIGURES, "")
-    save(HERE, FIGURES._replace(link_bytes=2e9))
+    assert load(HERE) == (PROFILE, "")
+    save(HERE, PROFILE._replace(link_bytes=2e9))
     found, _ = load(HERE)
     assert found is not None and found.link_bytes == 2e9
     assert os.listdir(cache) == [HERE.file.name]  # nothing half-written is left
@@ -49,27 +49,27 @@ def test_what_is_saved_is_loaded(cache: Path) -> None:
     "change", [{"ranks": 4}, {"one_host": True}, {"backend": "nccl"}, {"torch": "1.0"}, {"threads": 99}]
 )
 def test_another_place_has_other_figures(cache: Path, change: dict[str, Any]) -> None:
-    save(HERE, FIGURES)
+    save(HERE, PROFILE)
     assert load(HERE._replace(**change)) == (None, "never tuned here")
 
 
 def damaged() -> dict[str, tuple[str, str]]:
-    good = {"place": HERE._asdict(), "figures": FIGURES._asdict()}
+    good = {"place": HERE._asdict(), "profile": PROFILE._asdict()}
     return {
         "empty": ("", "damaged or unreadable"),
         "half": (json.dumps(good)[:80], "damaged or unreadable"),
         "binary": ("\udcff\udcfe", "damaged or unreadable"),
-        "list": ("[1]", "expected an object with figures and place"),
-        "no figures": (json.dumps({"place": good["place"]}), "expected an object with figures and place"),
+        "list": ("[1]", "expected an object with profile and place"),
+        "no profile": (json.dumps({"place": good["place"]}), "expected an object with profile and place"),
         "other machine": (
             json.dumps({**good, "place": {**HERE._asdict(), "machine": "elsewhere"}}),
             "another machine or version",
         ),
-        "missing": (json.dumps({**good, "figures": {"link_bytes": 1}}), "expected the figures"),
-        "zero": (json.dumps({**good, "figures": {**FIGURES._asdict(), "link_bytes": 0}}), "link_bytes: expected"),
-        "nan": (json.dumps({**good, "figures": {**FIGURES._asdict(), "flops_16": float("nan")}}), "flops_16: expected"),
-        "text": (json.dumps({**good, "figures": {**FIGURES._asdict(), "flops_32": "fast"}}), "flops_32: expected"),
-        "source": (json.dumps({**good, "figures": {**FIGURES._asdict(), "source": 1}}), "source: expected a text"),
+        "missing": (json.dumps({**good, "profile": {"link_bytes": 1}}), "expected an object with"),
+        "zero": (json.dumps({**good, "profile": {**PROFILE._asdict(), "link_bytes": 0}}), "link_bytes: expected"),
+        "nan": (json.dumps({**good, "profile": {**PROFILE._asdict(), "flops_16": float("nan")}}), "flops_16: expected"),
+        "text": (json.dumps({**good, "profile": {**PROFILE._asdict(), "flops_32": "fast"}}), "flops_32: expected"),
+        "source": (json.dumps({**good, "profile": {**PROFILE._asdict(), "source": 1}}), "source: expected a text"),
     }
 
 
@@ -85,7 +85,7 @@ def test_a_bad_file_is_passed_over_with_the_reason(cache: Path, what: str) -> No
 def test_a_folder_that_cannot_be_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert save(HERE, FIGURES).startswith("not kept: ")
+    assert save(HERE, PROFILE).startswith("not kept: ")
     assert load(HERE)[0] is None
 
 
@@ -108,14 +108,14 @@ def tuned_case(folder: str) -> dict[str, Any]:
     in_cache_of(rank, folder)
     try:
         first = dist.new_group(list(range(ranks)))
-        figures = tune(first)
-        assert figures_of(first)["cpu"] == figures
+        profile = tune(first)
+        assert profile_of(first)["cpu"] == profile
         _, ran = sp.functional.planned_all_gather_linear(
             torch.randn(1, 8, 8), torch.randn(8, 8), None, first, -2, None, "auto", None
         )
-        again = figures_of(dist.new_group(list(range(ranks))))  # loaded from rank 0's file
+        again = profile_of(dist.new_group(list(range(ranks))))  # loaded from rank 0's file
         return {
-            "figures": figures,
+            "profile": profile,
             "later": again["cpu"],
             "cuda": again["cuda"].source,
             "files": [str(p) for p in Path(folder, str(rank)).rglob("*.json")],
@@ -128,23 +128,23 @@ def tuned_case(folder: str) -> dict[str, Any]:
 def test_tuning_measures_keeps_and_agrees(world2: World) -> None:
     with tempfile.TemporaryDirectory() as folder:
         first, second = world2.run(tuned_case, folder)
-    figures = first["figures"]
-    assert figures == second["figures"] and first["ran"] == second["ran"]
+    profile = first["profile"]
+    assert profile == second["profile"] and first["ran"] == second["ran"]
     assert len(first["files"]) == 1 and not second["files"]
-    assert "measured on" in figures.source and first["files"][0] in figures.source
+    assert "measured on" in profile.source and first["files"][0] in profile.source
     assert first["later"] == second["later"]
-    assert first["later"][:-1] == figures[:-1]
+    assert first["later"][:-1] == profile[:-1]
     assert "unmeasured" in first["cuda"] and "never tuned here" in first["cuda"]
-    assert all(value > 0 for value in figures[:-1])
-    assert figures.flops_32 > figures.flops_64 / 4 and figures.link_bytes > 1e5
+    assert all(value > 0 for value in profile[:-1])
+    assert profile.flops_32 > profile.flops_64 / 4 and profile.link_bytes > 1e5
 
 
-def one_host_case(interface: str) -> tuple[Figures, Figures]:
+def one_host_case(interface: str) -> tuple[MachineProfile, MachineProfile]:
     """Before and after something has proved that the ranks share a host."""
     try:
-        unknown = figures_of(dist.new_group(list(range(group().size()))))["cpu"]
+        unknown = profile_of(dist.new_group(list(range(group().size()))))["cpu"]
         os.environ["GLOO_SOCKET_IFNAME"] = interface
-        return unknown, figures_of(dist.new_group(list(range(group().size()))))["cpu"]
+        return unknown, profile_of(dist.new_group(list(range(group().size()))))["cpu"]
     finally:
         del os.environ["GLOO_SOCKET_IFNAME"]
 
@@ -159,7 +159,7 @@ def test_ranks_of_one_host_plan_with_its_link(world2: World) -> None:
     assert plan("auto", None, job, here).reason.startswith("below the size floor")
 
 
-def foreign_case(folder: str) -> tuple[Figures, bool]:
+def foreign_case(folder: str) -> tuple[MachineProfile, bool]:
     """Only this rank's cache is good: rank 0 has a damaged one."""
     rank = group().rank()
     in_cache_of(rank, folder)
@@ -169,10 +169,10 @@ def foreign_case(folder: str) -> tuple[Figures, bool]:
             place.file.parent.mkdir(parents=True)
             place.file.write_text("{")
         else:
-            save(place, FIGURES)
+            save(place, PROFILE)
         g = dist.new_group(list(range(group().size())))
         y = sp.all_gather_linear(torch.ones(1, 2, 3), torch.ones(4, 3), group=g)
-        return figures_of(g)["cpu"], bool((y == 3).all())
+        return profile_of(g)["cpu"], bool((y == 3).all())
     finally:
         del os.environ["XDG_CACHE_HOME"]
 
@@ -210,7 +210,7 @@ def late_case() -> str:
     if group().rank() == 0:
         return ""
     with pytest.raises(RuntimeError, match="rank 0 did not reach its first op on this group within the time-out") as e:
-        tuning.figures_of(g)
+        tuning.profile_of(g)
     return str(e.value)
 
 

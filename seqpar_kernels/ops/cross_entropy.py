@@ -1,0 +1,114 @@
+"""The loss of rows of logits whose vocabulary is cut over ranks: statistics, their combination, the gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import group_rank, group_size, vocabulary_range
+from ..overlap import pipeline
+from .registry import group_named
+
+#: The most logits held at one time where the caller sets no number of rows: 64 MiB at 16 bit, 128 MiB in fp32.
+_LOGITS = 1 << 25
+_MIN_ROWS = 128
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Loss(NamedTuple):
+    """The loss of one row: cross_entropy(q, softmax) + z * lse^2, with q = (1 - s) * onehot + s / V."""
+
+    start: int  # this rank has the entries start .. stop of the vocabulary
+    stop: int
+    vocab: int
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+
+    @staticmethod
+    def on(group: str, vocab: int, ignore_index: int, label_smoothing: float, z_loss: float) -> Loss:
+        pg = group_named(group)
+        start, stop = vocabulary_range(vocab, group_size(pg), group_rank(pg))
+        return Loss(start, stop, vocab, ignore_index, label_smoothing, z_loss)
+
+    def local(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's target as a column of this rank, and whether this rank has it. [rows, 1] each"""
+        column = (target - self.start).unsqueeze(-1)
+        owned = (column >= 0) & (column < self.stop - self.start)
+        return column.where(owned, 0), owned
+
+    def check(self, target: Tensor) -> None:
+        """Raise where a target is outside the vocabulary (on CUDA: when the device runs the check)."""
+        fine = ((target >= 0) & (target < self.vocab)) | (target == self.ignore_index)
+        torch._assert_async(fine.all(), f"target: expected class indices in 0..{self.vocab - 1} or ignore_index")
+
+    def statistics(self, logits: Tensor, target: Tensor, out: Tensor) -> None:
+        """Write maximum, sum of exponentials, the target's logit and the sum of logits [rows, V/t] to out [4, rows]."""
+        if logits.shape[-1] == 0:
+            out.zero_()
+            out[0] = -math.inf
+            return
+        x = logits.to(out.dtype)
+        torch.amax(x, -1, out=out[0])
+        column, owned = self.local(target)
+        out[2] = x.gather(-1, column).masked_fill_(~owned, 0).squeeze(-1)
+        out[3] = x.sum(-1) if self.label_smoothing else 0
+        # For a row of -inf subtract 0, not the maximum: exp(-inf - 0) is 0, exp(-inf + inf) would be NaN.
+        peak = out[0].masked_fill(out[0] == -math.inf, 0).unsqueeze(-1)
+        out[1] = (x - peak).exp_().sum(-1)
+
+    def combine(self, statistics: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and log-sum-exp of each row from the statistics of all ranks [ranks, 4, rows]. [rows] each"""
+        peaks = statistics[:, 0]
+        peak = peaks.amax(0)
+        finite = peak.masked_fill(peak == -math.inf, 0)
+        total, picked, summed = (torch.zeros_like(peak) for _ in range(3))
+        for part in statistics:  # in rank order
+            total += part[1] * (part[0] - finite).exp_()
+            picked += part[2]
+            summed += part[3]
+        lse = total.log_() + finite
+        losses = lse - (1 - self.label_smoothing) * picked
+        if self.label_smoothing:
+            losses -= self.label_smoothing / self.vocab * summed
+        if self.z_loss:
+            losses += self.z_loss * lse.square()
+        return losses.masked_fill_(target == self.ignore_index, 0), lse
+
+    def gradient(self, logits: Tensor, target: Tensor, lse: Tensor, dloss: Tensor) -> Tensor:
+        """The gradient of the logits [rows, V/t], in their shape and dtype."""
+        dloss = dloss.masked_fill(target == self.ignore_index, 0).unsqueeze(-1)
+        lse = lse.unsqueeze(-1)
+        d = (logits.to(lse.dtype) - lse).exp_()
+        if self.z_loss:
+            d *= 1 + 2 * self.z_loss * lse
+        if self.label_smoothing:
+            d -= self.label_smoothing / self.vocab
+        if d.shape[-1]:
+            column, owned = self.local(target)
+            d.scatter_add_(-1, column, owned.to(d.dtype).mul_(self.label_smoothing - 1))
+        # An ignored row may hold infinities, and zero times infinity is NaN.
+        return d.mul_(dloss).masked_fill_(dloss == 0, 0).to(logits.dtype)
+
+
+def all_statistics(statistics: Tensor, group: str) -> Tensor:
+    """[4, rows] of this rank -> [ranks, 4, rows]"""
+    pg = group_named(group)
+    if pg is None:
+        return statistics.unsqueeze(0)
+    ranks = group_size(pg)
+    parts = pipeline.gather(statistics.view(1, -1), 0, ranks, pg, "cross_entropy")
+    return parts.view(ranks, *statistics.shape)
+
+
+def pieces(rows: int, most: int, columns: int) -> Iterator[slice]:
+    """Slices of at most ``most`` rows; 0: about 2^25 logits a slice, and no fewer rows than a matmul needs."""
+    step = most or max(_MIN_ROWS, _LOGITS // max(1, columns))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
