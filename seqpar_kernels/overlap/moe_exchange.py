@@ -26,7 +26,7 @@ from ..kernels.grouped_matmul import grouped_matmul, grouped_row_sums, grouped_w
 from ..kernels.spec import accumulation_dtype
 from ..layout import group_rank, group_size, split_point
 from . import planner
-from .attention_exchange import Messages
+from .messages import Messages
 from .moe_routes import ExpertPlacement, Pairs, pairs_of, sum_of_experts
 from .profiling import span
 
