@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from seqpar_kernels import parallelize
-from seqpar_kernels.convert.accelerate import parallelism_config
+from seqpar_kernels.convert.hf.accelerate import parallelism_config
 
 CONFIG = Qwen3Config(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainingArguments, set_seed
 
 from seqpar_kernels import parallelize
-from seqpar_kernels.convert.trainer import SaveOptimizer, parallelism_config
+from seqpar_kernels.convert.hf.trainer import SaveOptimizer, parallelism_config
 
 ROWS = 4  # of one batch of all data-parallel ranks
 

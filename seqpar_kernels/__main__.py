@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from . import __version__
-from .convert.checks import why_not_convert
+from .convert.resolve import why_not_convert
 from .kernels import BACKENDS, native, remark, why_not
 from .overlap.tuning import tune
 

@@ -1,11 +1,12 @@
 """Existing models made sequence-parallel, and what became of them."""
 
 from .conversion import conversion_of
-from .derive import derive_plan
 from .explain import explain
 from .explanation import Explanation, Row
+from .hf.built_in_plans import BUILT_IN
+from .hf.plan_from_config import derive_plan
 from .parallelize import parallelize
-from .plans import BUILT_IN, STYLES, ParallelPlan
+from .plans import STYLES, ParallelPlan
 from .state import (
     full_state_dict,
     gather_full_gradients,

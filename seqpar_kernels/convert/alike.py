@@ -44,7 +44,7 @@ RANDOM = "the random generator"
 
 REMEDY = (
     "All ranks of a tensor-parallel group take the same batch and the same seeds: give a sampler or loader the number "
-    "of data-parallel ranks (Accelerate: parallelism_config(model) of seqpar_kernels.convert.accelerate), and call "
+    "of data-parallel ranks (Accelerate: parallelism_config(model) of seqpar_kernels.convert.hf.accelerate), and call "
     f"torch.manual_seed with one value on all ranks of the group. {_VARIABLE}=0 switches this comparison off"
 )
 

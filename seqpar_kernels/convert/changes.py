@@ -85,7 +85,7 @@ def report_access(module: nn.Module, accessed: Callable[[str, Any], Any]) -> Non
     """Let ``module`` be given ``accessed(name, parameter)`` whenever it takes a parameter of its own."""
     if not isinstance(module._parameters, Parameters):
         module.__dict__["_parameters"] = _Accessed(module._parameters)
-    module._parameters.accessed = accessed  # type: ignore[attr-defined]
+    vars(module)["_parameters"].accessed = accessed
 
 
 class Watch:

@@ -161,7 +161,7 @@ class _Place(NamedTuple):
         held = self.held()
         if held is None:
             return torch.empty(0)
-        return held._local_tensor if isinstance(held, DTensor) else held.detach()  # type: ignore[no-any-return]
+        return held._local_tensor if isinstance(held, DTensor) else held.detach()
 
     @property
     def cut(self) -> bool:

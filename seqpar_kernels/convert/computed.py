@@ -114,7 +114,7 @@ class ComputedTensor(DTensor):
 
     def whole(self) -> Tensor:
         """The whole tensor on every rank (a collective call where it is cut)."""
-        return self.local if self.place.cut is None else Whole.apply(self.local, self.place.cut, self.place.group)  # type: ignore[no-any-return, no-untyped-call]
+        return self.local if self.place.cut is None else Whole.apply(self.local, self.place.cut, self.place.group)
 
     def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
         if grad_placements is not None and not all(isinstance(p, Replicate) for p in grad_placements):
@@ -262,7 +262,7 @@ def _fits(value: Any, cut: Cut) -> bool:
 
 def _part(value: Any, layout: Layout) -> Any:
     if isinstance(value, ComputedTensor):
-        return _Everywhere.apply(value.local, layout.group) if value.place.cut is None else value.local  # type: ignore[no-untyped-call]
+        return _Everywhere.apply(value.local, layout.group) if value.place.cut is None else value.local
     return value
 
 
@@ -271,7 +271,8 @@ def _over_all(name: str, values: list[Any], args: Any, kwargs: dict[str, Any], l
     tensors = [value for value in values if isinstance(value, Tensor)]
     if len(tensors) != 1 or isinstance(tensors[0], _Other) or not tensors[0].is_floating_point():
         return None
-    x, cut = tensors[0].local, layout.cut  # type: ignore[attr-defined]
+    assert isinstance(tensors[0], ComputedTensor)
+    x, cut = tensors[0].local, layout.cut
     assert cut is not None
     rest = dict(kwargs)
     for key in ("dim", "axis", "keepdim"):
@@ -282,12 +283,12 @@ def _over_all(name: str, values: list[Any], args: Any, kwargs: dict[str, Any], l
     rest.pop("x", None)
     more = [arg for arg in args if not isinstance(arg, Tensor)]
     if name in ("sum", "mean") and not more and set(rest) <= {"dtype"}:
-        total = _Sum.apply(x.sum(**rest), layout.group)  # type: ignore[no-untyped-call]
-        return total if name == "sum" else total / cut.shape.numel()  # type: ignore[no-any-return]
+        total = _Sum.apply(x.sum(**rest), layout.group)
+        return total if name == "sum" else total / cut.shape.numel()
     if name in _NORMS and len(more) <= 1 and set(rest) <= {"p", "ord", "dtype"}:
         order = more[0] if more else rest.get("p", rest.get("ord"))
         if order in (None, 2, "fro") and not (name == "linalg_norm" and order == 2) and "dtype" not in rest:
-            return _Norm.apply(x, layout.group)  # type: ignore[no-any-return, no-untyped-call]
+            return _Norm.apply(x, layout.group)
     return None
 
 
@@ -298,7 +299,7 @@ def _in_place(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Co
     twin = getattr(Tensor, f"__{name[3:]}" if name.startswith("__i") else name[:-1])
     result = compute(twin, args, kwargs)
     target.local, target.place = result.local, result.place
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 class Whole(torch.autograd.Function):
@@ -338,7 +339,7 @@ class _Everywhere(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Sum.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
+        return _Sum.apply(grad, ctx.group), None
 
 
 class _Norm(torch.autograd.Function):
@@ -353,7 +354,7 @@ class _Norm(torch.autograd.Function):
         return norm
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         part, norm = ctx.saved_tensors
         return part * torch.where(norm == 0, torch.zeros_like(norm), grad / norm), None

@@ -2,38 +2,70 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..nn import Region, SharedGather
 from .alike import Alike
+from .changes import Watch
 from .compiled import Seen
 from .cut import Cut
-from .loss import LossParallel
 from .plans import ParallelPlan
 from .shard_check import ShardCheck
 from .undo import Snapshot
 
-if TYPE_CHECKING:
-    from .changes import Watch
+
+class LossWithoutLogits(Protocol):
+    """Computes the loss from a hidden state that stays a shard."""
+
+    active: bool  # in the forward under way
+
+    def hide(self, shard: Tensor) -> Tensor:
+        """Keep ``shard`` and return a stand-in of the whole shape."""
 
 
 class Conversion:
-    """What :func:`parallelize` did to a model; ``model._seqpar``."""
+    """What :func:`parallelize` is asked to do with a model, and what it has done; ``model._seqpar``.
 
-    def __init__(self, region: Region, plan: ParallelPlan):
-        self.region = region
-        self.plan = plan
+    The passes of :mod:`seqpar_kernels.convert.parallelize` each take a conversion and add to it.
+    """
+
+    plan: ParallelPlan
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group_or_mesh: ProcessGroup | DeviceMesh | None,
+        plan: ParallelPlan | Mapping[str, str] | None,
+        seq_dim: int | None,
+        engine: str,
+        loss_parallel: bool,
+    ):
+        # The call.
+        self.model = model
+        self.group_or_mesh = group_or_mesh
+        self.given_plan, self.given_seq_dim = plan, seq_dim
+        self.engine = engine
+        self.loss_parallel = loss_parallel
+        self.region = Region(group_or_mesh, -2 if seq_dim is None else seq_dim)
+        # What the passes found and did.
         self.styles: dict[str, str] = {}  # module name -> handling style
         self.owned: dict[nn.Module, tuple[str, str]] = {}  # the module itself -> (name, what the check expects there)
         self.sections: dict[str, int | tuple[int, ...]] = {}
         self.edges: dict[str, set[str]] = {}  # module name -> subset of the styles that are no handling
         self.shared: list[list[str]] = []
         self.gathers: list[SharedGather] = []
-        self.loss: LossParallel | None = None
+        self.vocabulary_ends: tuple[str, str] | None = None  # embedding and head that are cut by vocabulary
+        self.loss: LossWithoutLogits | None = None
+        self.mesh: DeviceMesh | None = None  # of the listed parameters
+        self.originals: dict[str, nn.Module] = {}  # name -> the module before the conversion
         self.cuts: dict[str, Cut] = {}  # by name in the state_dict
         self.snapshot: Snapshot | None = None
+        self.before_check: list[Callable[[Conversion], None]] = []  # may refuse a forward that is to be checked
         self.trusted = False  # no plan of the user's: known to miss nothing
         self.running = False  # a forward of the whole model is under way
         self.compiled = False  # by torch.compile as a whole; modules inside may be compiled by themselves

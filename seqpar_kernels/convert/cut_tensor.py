@@ -41,7 +41,7 @@ def _never_empty(tensor: Any, value: float) -> Any:
         return tensor
     part = tensor._local_tensor
     part = part if part.numel() else part.new_full((1,) * part.dim(), value)
-    return DTensor(part, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
+    return DTensor(part, tensor._spec, requires_grad=False)
 
 
 class CutTensor(DTensor):
@@ -76,7 +76,7 @@ class CutTensor(DTensor):
         if func in _NORMS and len(args) > 1 and args[1] in (math.inf, -math.inf):
             args = tree_map(functools.partial(_never_empty, value=0.0 if args[1] > 0 else math.inf), args)
             return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self._local_tensor)
@@ -114,7 +114,7 @@ class CutTensor(DTensor):
         """As a DTensor, which ``torch.load`` takes by default, where one says all that there is to say."""
         if self.cut.unequal:
             return super().__reduce_ex__(protocol)
-        return DTensor(self._local_tensor.detach(), self._spec, requires_grad=False).__reduce_ex__(protocol)  # type: ignore[call-arg]
+        return DTensor(self._local_tensor.detach(), self._spec, requires_grad=False).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CutTensor:
         memo[id(self)] = copy = for_checkpoint(self, self.cut, self._local_tensor.detach().clone())
@@ -127,7 +127,7 @@ torch.serialization.add_safe_globals([CutTensor, Cut, ShardSpec, ChunkStorageMet
 
 def cut_tensor(part: Tensor, cut: Cut, mesh: DeviceMesh, first_row: int = 0) -> CutTensor:
     """``part`` as the piece of a whole tensor that it is, for checkpoints."""
-    out: CutTensor = CutTensor(part.detach(), dtensor_spec(part, cut, mesh), requires_grad=False)  # type: ignore[call-arg]
+    out: CutTensor = CutTensor(part.detach(), dtensor_spec(part, cut, mesh), requires_grad=False)
     out.cut, out._chunks = cut, cut.chunks(part.detach(), first_row)
     return out
 
@@ -174,6 +174,6 @@ def for_checkpoint(tensor: DTensor, cut: Cut, part: Tensor | None = None) -> Cut
     """
     part = tensor._local_tensor.detach() if part is None else part
     rows = cut.part_shape()[0] if cut.shape else 0
-    out: CutTensor = CutTensor(part, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
+    out: CutTensor = CutTensor(part, tensor._spec, requires_grad=False)
     out.cut, out._chunks = cut, cut.chunks(part, first_row_of(tensor, rows))
     return out

@@ -8,12 +8,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _DRAWS = frozenset(
     {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "geometric_", "log_normal_", "cauchy_"}
 )
+_DATA_OF = vars(torch._C.TensorBase)["data"].__get__  # made anew at each look: compare with ==
 _DRAWS_LIKE = frozenset({torch.rand_like, torch.randn_like, torch.randint_like})
 #: By these a function of torch.nn.init makes the tensors in which it tries numbers out: DTensors, that draw apart.
 _MADE = frozenset({"empty_like", "new_empty", "zeros_like", "rand_like", "randn_like"})
@@ -69,7 +69,7 @@ class DrawsWhole(TorchFunctionMode):
         listed = cut_behind(drawn)
         if listed is None:
             out = func(*args, **kwargs)
-            if func is Tensor.data.__get__ and cut_behind(args[0]) is not None:  # type: ignore[attr-defined]
+            if func == _DATA_OF and cut_behind(args[0]) is not None:
                 out._seqpar_presented = args[0]._seqpar_presented
             return out
         if getattr(func, "__module__", "") != "torch.nn.init":  # it has looked at the shape of the part by now

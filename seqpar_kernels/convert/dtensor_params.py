@@ -45,8 +45,8 @@ class PresentedParameter(CutTensor):
     def of(part: nn.Parameter, cut: Cut, mesh: DeviceMesh) -> PresentedParameter:
         data = part.detach()
         spec = dtensor_spec(data, cut, mesh)
-        new: PresentedParameter = PresentedParameter(data, spec, requires_grad=False)  # type: ignore[call-arg]
-        new._is_param = True  # type: ignore[attr-defined]
+        new: PresentedParameter = PresentedParameter(data, spec, requires_grad=False)
+        new._is_param = True
         new.part, new.cut, new._group, new._shown = part, cut, mesh.get_group(), None
         new._chunks = cut.chunks(data)
         new.requires_grad = part.requires_grad
@@ -62,7 +62,7 @@ class PresentedParameter(CutTensor):
         return DTensor.from_local(self.part, spec.mesh, spec.placements, **place)
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.detach()
 
     @data.setter
@@ -80,7 +80,7 @@ class PresentedParameter(CutTensor):
         self._chunks = self.cut.chunks(self._local_tensor)
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
+    def grad(self) -> Tensor | None:
         if self.part._seqpar_presented is not self:  # type: ignore[attr-defined]
             raise RuntimeError(
                 "this parameter has been moved or cast since it was listed (model.to); build the optimizer afterwards"
@@ -92,7 +92,7 @@ class PresentedParameter(CutTensor):
             if self.cut.unequal or self.cut.empty_somewhere:
                 self._shown = cut_tensor(grad, self.cut, self.device_mesh)
             else:
-                self._shown = DTensor(grad, self._spec, requires_grad=False)  # type: ignore[call-arg]
+                self._shown = DTensor(grad, self._spec, requires_grad=False)
         return self._shown
 
     @grad.setter
@@ -113,7 +113,7 @@ class PresentedParameter(CutTensor):
         return whole.detach() if self.cut.spec is None else self.cut.part(whole.detach())
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return self.part.requires_grad
 
     @requires_grad.setter
@@ -125,11 +125,11 @@ class PresentedParameter(CutTensor):
                 Tensor.register_hook(self, _lost)
                 self._guarded = True
 
-    def requires_grad_(self, requires_grad: bool = True) -> PresentedParameter:  # type: ignore[override]
+    def requires_grad_(self, requires_grad: bool = True) -> PresentedParameter:
         self.requires_grad = requires_grad
         return self
 
-    def detach(self) -> CutTensor:  # type: ignore[override]
+    def detach(self) -> CutTensor:
         """What ``state_dict()`` holds."""
         return cut_tensor(self.part, self.cut, self.device_mesh)
 
@@ -142,7 +142,7 @@ class PresentedParameter(CutTensor):
         derived = self._derived()
         if derived is not None and grad_placements is not None and not self.cut.unequal:
             return derived.full_tensor(grad_placements=grad_placements)
-        return Whole.apply(self.part, self.cut, self._group)  # type: ignore[no-any-return, no-untyped-call]
+        return Whole.apply(self.part, self.cut, self._group)
 
     def to_local(self, *, grad_placements: Any = None) -> Tensor:
         """This rank's part."""
@@ -340,5 +340,5 @@ def cut_whole_tensors(model: nn.Module, state_dict: dict[str, Any], prefix: str,
             if param.device_mesh.ndim == 2:
                 start = first_row_of(param, part.shape[0])
                 part = part[start : start + param._local_tensor.shape[0]]
-            part = DTensor(part.to(param.device), param._spec, requires_grad=False)  # type: ignore[call-arg]
+            part = DTensor(part.to(param.device), param._spec, requires_grad=False)
         state_dict[prefix + name] = part

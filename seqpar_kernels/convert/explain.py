@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,6 +11,7 @@ from ..kernels import choice
 from ..nn import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
 from ..overlap import engines
 from ..overlap.tuning import figures_of
+from ..strict import refuse, strict_enabled
 from .conversion import Conversion, conversion_of
 from .explanation import Explanation, Row
 from .plans import matches
@@ -41,6 +44,24 @@ def explain(model: nn.Module) -> Explanation:
     if region.group is not None:
         title += f"\nplanned with {figures_of(region.group)['cpu' if device.type == 'cpu' else 'cuda'].source}"
     return Explanation(title, rows)
+
+
+def refuse_unfused(conversion: Conversion) -> None:
+    """With SEQPAR_STRICT: let the first forward in each mode raise a RuntimeError where a module runs unfused."""
+    if not strict_enabled():
+        return
+    seen: set[bool] = set()
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if module.training in seen:
+            return
+        seen.add(module.training)
+        slower = [row for row in explain(module).rows if row.slower]
+        if slower:
+            listing = "".join(f"\n  {row.module} ({row.style}): {row.why}" for row in slower)
+            refuse(f"{type(module).__name__} has {len(slower)} modules that run unfused", listing)
+
+    conversion.model.register_forward_hook(after)
 
 
 def _row(name: str, module: nn.Module, conversion: Conversion, device: torch.device) -> Row:

@@ -17,7 +17,9 @@ _factors: dict[torch.device, Tensor] = {}
 
 def is_plain(x: object) -> bool:
     """Whether ``x`` is a tensor with values of its own: no subclass, not on the meta device."""
-    return type(x) in (Tensor, nn.Parameter) and x.layout is torch.strided and not x.is_meta  # type: ignore[attr-defined]
+    if not isinstance(x, Tensor) or type(x) not in (Tensor, nn.Parameter):
+        return False
+    return x.layout is torch.strided and not x.is_meta
 
 
 def fingerprint(x: Tensor) -> Tensor:

@@ -52,10 +52,9 @@ def leaf_behind(tensor: Tensor, known: Container[int]) -> Tensor | None:
 
 #: Upstream of these a tensor is whole again on every rank, and so is its gradient: cut, or summed over the ranks.
 _INTO_REGION = frozenset(
-    function._backward_cls  # type: ignore[attr-defined]
-    for function in (mappings._Split, mappings.CopyToRegion, mappings.SumGradients)
+    function._backward_cls for function in (mappings._Split, mappings.CopyToRegion, mappings.SumGradients)
 )
-_OUT_OF_REGION = mappings._Gather._backward_cls  # type: ignore[attr-defined]
+_OUT_OF_REGION = mappings._Gather._backward_cls
 
 
 def leaves_within(tensor: Tensor, entrances: Sequence[Any]) -> Iterator[tuple[Tensor, str]]:

@@ -15,15 +15,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from .conversion import Conversion
+
 _CHECK = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
 
 
-def agree_on_overflow() -> None:
+def agree_on_overflow(conversion: Conversion) -> None:
     """Make all ranks find what one of them found, from here on; may be called often.
 
     Raises:
         RuntimeError: this torch keeps the handler elsewhere.
     """
+    if conversion.region.ranks == 1:
+        return
     handlers = getattr(getattr(DTensor, "_op_dispatcher", None), "_custom_op_handlers", None)
     if not isinstance(handlers, dict) or _CHECK not in handlers:
         raise RuntimeError(

@@ -25,8 +25,10 @@ from .marks import (
     Rows,
     features_of,
     heads_of,
+    is_finite,
     mark,
     mark_of,
+    note_finite,
     place_features,
     place_heads,
 )
@@ -125,12 +127,12 @@ class HeadRules:
         except row_mixing.Undecided:
             _place_alike(leaves, by_heads)
             return out
-        finite = name in FINITE or (name in LOGIC and all(getattr(t, "_seqpar_finite", False) for t in tensors))
+        finite = name in FINITE or (name in LOGIC and all(map(is_finite, tensors)))
         if len(found) == len(leaves):
             for leaf, is_ in zip(leaves, found, strict=True):
                 self._placed_parts(leaf, is_, tracked, local)
                 if finite:
-                    leaf._seqpar_finite = True  # type: ignore[attr-defined]
+                    note_finite(leaf)
         return out
 
     def _placed_parts(

@@ -19,12 +19,10 @@ from ..nn.region import mark_entrance, show_whole
 from ..nn.sequence_view import EmbeddedRows
 from .attention_dropout import head_dropouts
 from .changes import Watch
-from .checks import counted
 from .compiled import Seen
 from .conversion import Conversion
 from .foreign import trained_arguments
-from .plans import STREAM_NAMES, matches
-from .pretrained import refuse_adapters
+from .plans import STREAM_NAMES, counted, matches
 from .rules import Rules
 from .shard_check import Kind, ShardCheck, is_shard, mark
 from .verify_offer import offer_verify
@@ -36,8 +34,8 @@ _BY_PRODUCTS = {
 }
 
 
-def install_hooks(model: nn.Module, conversion: Conversion) -> None:
-    region = conversion.region
+def install_hooks(conversion: Conversion) -> None:
+    model, region = conversion.model, conversion.region
     unique = {id(param): param for param in conversion.replicated if param is not None}
     conversion.replicated = list(unique.values())
     for name, style in conversion.styles.items():
@@ -111,8 +109,8 @@ def install_hooks(model: nn.Module, conversion: Conversion) -> None:
         watch.begin(model.training)
         state["key"] = key = id(module), model.training, *trained_arguments(args, kwargs)
         if watch.unchecked(key):
-            if "peft_config" in vars(model):  # peft has been here since
-                refuse_adapters(model, conversion.styles)
+            for refuse in conversion.before_check:
+                refuse(conversion)
             planned = conversion.planned_parameters(model)
             rules = Rules(model, region, conversion.styles, counted(model, conversion.plan))
             conversion.check = ShardCheck(
@@ -388,8 +386,8 @@ def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]
     region = conversion.region
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        losing = conversion.loss is not None and conversion.loss.active
-        if region.group is None and not losing:
+        loss = conversion.loss if conversion.loss is not None and conversion.loss.active else None
+        if region.group is None and loss is None:
             return None
         if conversion.watch is not None and not torch.compiler.is_compiling():
             conversion.watch.gather(name)
@@ -398,8 +396,8 @@ def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]
             conversion.watch.judge_leaves(name, first)
         if conversion.check is not None:
             conversion.check.rules.leaves_region(name, first)
-        if losing:
-            whole = conversion.loss.hide(first)  # type: ignore[union-attr]
+        if loss is not None:
+            whole = loss.hide(first)
         else:
             # What follows runs alike on every rank, so each has the whole gradient: the backward splits.
             whole = gather_sequence(

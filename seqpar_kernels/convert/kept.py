@@ -62,7 +62,7 @@ class Kept(Tensor):
             out = func(*args, **kwargs)
         finally:
             for leaf in kept:
-                leaf.__class__ = Kept  # type: ignore[assignment]
+                leaf.__class__ = Kept
         if not _ours(sys._getframe(1)):
             for leaf in tree_leaves(out):
                 if type(leaf) is Tensor and leaf.grad_fn is not None:
@@ -106,7 +106,7 @@ def _apart(tensor: Tensor) -> str | None:
 
 
 def _keep(tensor: Tensor, note: str) -> None:
-    tensor.__class__ = Kept  # type: ignore[assignment]
+    tensor.__class__ = Kept
     setattr(tensor, _NOTE, note)
 
 

@@ -18,6 +18,7 @@ collectors: list[Callable[[Tensor], None]] = []
 _ROWS = "_seqpar_rows"
 _FEATURES = "_seqpar_features"
 _HEADS = "_seqpar_heads"
+_FINITE = "_seqpar_finite"
 
 
 class Kind(Enum):
@@ -143,6 +144,16 @@ def kind_of(value: Any) -> Kind | None:
 
 def is_shard(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) and kind_of(leaf) is Kind.SHARD for leaf in tree_leaves(value))
+
+
+def note_finite(value: Tensor) -> None:
+    """Say that ``value`` tells whether numbers are finite, which may be read: an overflow stops every rank."""
+    setattr(value, _FINITE, True)
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether :func:`note_finite` was called."""
+    return getattr(value, _FINITE, False) is True
 
 
 def place_rows(shard: Tensor, rows: Rows) -> None:

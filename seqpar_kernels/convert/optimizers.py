@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .conversion import Conversion
 from .dtensor_params import PresentedParameter
 
 _checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -20,10 +21,10 @@ def steps_taken() -> int:
     return _steps
 
 
-def refuse_unfit_optimizers() -> None:
+def refuse_unfit_optimizers(conversion: Conversion) -> None:
     """Check every optimizer of listed parameters before its first step from here on; may be called often."""
     global _installed
-    if not _installed:
+    if conversion.region.ranks > 1 and not _installed:
         _installed = True
         register_optimizer_step_pre_hook(_check)
 

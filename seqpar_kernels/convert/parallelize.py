@@ -2,52 +2,68 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm.coordination import agreement_of, checked_together
 from ..layout import Group, check_launched
-from ..nn import ColumnParallelLinear, Region, SharedGather
-from ..overlap.engines import check_engine
-from ..strict import strict_enabled
-from .alike import comparison_enabled
-from .checks import (
-    check_arguments,
-    check_fields,
-    check_sizes,
-    check_ties,
-    check_torch,
-    count_of,
-    digest,
-    divided,
-    matching,
-    short_hash,
-)
-from .comparison import compare_ranks
-from .conversion import Conversion, conversion_of
-from .derive import PROVEN, derive_plan
-from .dtensor_params import cut_whole_tensors, cuts_of, present_parameters, shard_specs
-from .generation import generate_alike
-from .grad_scaler import agree_on_overflow
-from .hf_storage import refuse_lost_shards
-from .hooks import install_hooks
-from .initialising import initialise_whole
-from .loss_ends import ends_of, install
-from .optimizers import refuse_unfit_optimizers
-from .plans import HANDLING, ParallelPlan, built_in_plan, checked_plan, matches, parse_style
-from .pretrained import answer_for_ranks, refuse_adapters
-from .refusal import refuse_unfused
-from .replacements import converted, cut_parameters
-from .undo import Snapshot
+from . import grad_scaler, hooks, optimizers, register, replacements, resolve, validate
+from .conversion import Conversion
+from .explain import refuse_unfused
+from .hf import adapters, generation, plan_from_config, pretrained, storage_writer, vocabulary_ends
+from .plans import ParallelPlan
 from .verify_offer import offering_verify
 
-__all__ = ["Conversion", "conversion_of", "parallelize"]
-
 ModelT = TypeVar("ModelT", bound=nn.Module)
+Step = Callable[[Conversion], None]
+
+#: What a conversion consists of, in this order. Each pass is a tuple of steps; a step reads the conversion and adds to
+#: it. The passes of CHECKS change nothing, and end on all ranks before one rank goes on with those of CHANGES.
+CHECKS: dict[str, tuple[Step, ...]] = {
+    "resolve": (
+        resolve.check_call,
+        adapters.refuse_adapters,
+        resolve.take_given_plan,
+        plan_from_config.plan_from_model,
+        resolve.find_modules,
+    ),
+    "validate": (
+        validate.check_fields,
+        validate.check_sizes,
+        validate.check_ties,
+        vocabulary_ends.find_ends,
+        grad_scaler.agree_on_overflow,
+        storage_writer.refuse_lost_shards,
+        optimizers.refuse_unfit_optimizers,
+        validate.compare_calls,
+    ),
+}
+CHANGES: dict[str, tuple[Step, ...]] = {
+    "replace": (
+        replacements.take_snapshot,
+        replacements.set_counts,
+        replacements.cut_parameters,
+        replacements.replace_modules,
+        replacements.share_gathers,
+    ),
+    "attach": (
+        hooks.install_hooks,
+        vocabulary_ends.cut_ends,
+    ),
+    "register": (
+        register.record,
+        register.list_parameters,
+        register.compare_forwards,
+        register.initialise_whole_tensors,
+        register.take_whole_checkpoints,
+        pretrained.answer_for_ranks,
+        generation.generate_alike,
+        register.remember_structure,
+        refuse_unfused,
+    ),
+}
 
 
 def parallelize(
@@ -88,146 +104,17 @@ def parallelize(
             process group where a launcher has started several.
     """
     check_launched(group_or_mesh)
-    region = Region(group_or_mesh, -2 if seq_dim is None else seq_dim)
-    agreement = None if region.group is None else agreement_of(region.group)
-    if agreement is not None:
-        agreement.conversions += 1
-    with offering_verify(), checked_together(region.group):
-        check_torch(region.ranks)
-        if region.ranks > 1:
-            agree_on_overflow()
-            refuse_lost_shards()
-            refuse_unfit_optimizers()
-        check_engine(engine)
-        check_arguments(model, seq_dim, loss_parallel)
-        if getattr(model, "_seqpar", None) is not None:
-            raise ValueError(f"model: {type(model).__name__} has been parallelized already")
-        refuse_adapters(model)
-        settled = checked_plan(plan) if plan is not None else _own_plan(model, region.ranks)
-        conversion = _resolve(model, settled, region)
-        check_fields(model, settled, region.ranks)
-        check_sizes(model, settled, conversion)
-        check_ties(model, conversion)
-        ends = ends_of(model, conversion) if loss_parallel else None
-        if agreement is not None:
-            how = f"seq_dim={region.seq_dim}, engine={engine!r}, loss_parallel={loss_parallel}"
-            how += "" if comparison_enabled() else ", SEQPAR_COMPARE_RANKS=0"
-            call = f"parallelize number {agreement.conversions} of {type(model).__name__}"
-            agreement.require(f"{call}, {how}, plan {short_hash(repr(settled))}, with {digest(model)}")
-    conversion.trusted = plan is None and getattr(getattr(model, "config", None), "model_type", None) in PROVEN
-    conversion.snapshot = Snapshot(model)
-    for _, module, attribute in divided(model, settled):
-        _set_count(module, attribute, count_of(module, attribute) // region.ranks)
-    for pattern, values in settled.assigned.items():
-        for _, module in matching(model, pattern):
-            for attribute, value in values.items():
-                _set_count(module, attribute, value)
-    for pattern, names in settled.cut.items():
-        for _, module in matching(model, pattern):
-            cut_parameters(module, names, region)
-    originals, places = dict(model.named_modules()), _places(model)
-    for name, style in conversion.styles.items():
-        old = model.get_submodule(name)
-        new = converted(old, name, style, conversion, engine)
-        for parent, child in places[old] if new is not old else ():
-            setattr(parent, child, new)
-    conversion.own_modules(model)
-    _share_gathers(model, settled, conversion)
-    install_hooks(model, conversion)
-    if ends is not None:
-        install(model, conversion, ends, engine)
-    model._seqpar = conversion  # type: ignore[assignment]
-    conversion.snapshot.release(model)
-    if region.group is not None:
-        device = next((param.device.type for param in model.parameters()), "cpu")
-        mesh = group_or_mesh if isinstance(group_or_mesh, DeviceMesh) else DeviceMesh.from_group(region.group, device)
-        present_parameters(model, mesh, shard_specs(model), conversion.release)
-        conversion.cuts = cuts_of(model)
-        conversion.alike = compare_ranks(model, conversion)
-        initialise_whole(model, originals, conversion)
-        model.register_load_state_dict_pre_hook(cut_whole_tensors)
-        answer_for_ranks(model, mesh)
-        generate_alike(model, conversion)
-    if conversion.seen is not None:
-        conversion.seen.remember()
-    if strict_enabled():
-        refuse_unfused(model)
+    conversion = Conversion(model, group_or_mesh, plan, seq_dim, engine, loss_parallel)
+    group = conversion.region.group
+    if group is not None:
+        agreement_of(group).conversions += 1
+    with offering_verify(), checked_together(group):
+        _run(CHECKS, conversion)
+    _run(CHANGES, conversion)
     return model
 
 
-def _own_plan(model: nn.Module, ranks: int) -> ParallelPlan:
-    return built_in_plan(model) or derive_plan(model, ranks)
-
-
-def _resolve(model: nn.Module, plan: ParallelPlan, region: Region) -> Conversion:
-    """Patterns to modules."""
-    conversion = Conversion(region, plan)
-    styles = conversion.styles
-    names = [name for name, _ in model.named_modules() if name]
-    for pattern, joined in plan.styles.items():
-        found = [name for name in names if matches(pattern, name)]
-        if not found:
-            near = ", ".join(n for n in names if n.rpartition(".")[2] == pattern.rpartition(".")[2]) or ", ".join(
-                names[:8]
-            )
-            raise ValueError(f"plan[{pattern!r}]: matches no module of {type(model).__name__}; it has {near}")
-        for style in joined.split("+"):
-            kind, count = parse_style(pattern, style)
-            for name in found:
-                if kind not in HANDLING:
-                    conversion.edges.setdefault(name, set()).add(kind)
-                elif styles.setdefault(name, kind) != kind:
-                    raise ValueError(f"plan[{pattern!r}]: {name} is {kind!r} here and {styles[name]!r} elsewhere")
-                else:
-                    conversion.sections[name] = count
-    for name, style in styles.items():
-        if style == "own_parameters":
-            continue
-        inside = [other for other in styles if other.startswith(name + ".")]
-        if inside:  # gradients would be summed twice
-            raise ValueError(f"plan: {inside[0]} has the style {styles[inside[0]]!r} inside {name}, which is {style!r}")
-    for pattern in (*plan.divided, *plan.assigned, *plan.cut):
-        for name, _ in matching(model, pattern):
-            around = [
-                other for other, style in styles.items() if style == "replicated" and f"{name}.".startswith(other + ".")
-            ]
-            if around:
-                raise ValueError(f"plan[{pattern!r}]: {name} is divided, but {around[0]} is 'replicated'")
-    return conversion
-
-
-def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """module -> every (parent, name) that holds it: one norm may serve twice."""
-    found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for child, module in parent._modules.items():
-            if module is not None:
-                found.setdefault(module, []).append((parent, child))
-    return found
-
-
-def _set_count(module: Any, attribute: str, value: int) -> None:
-    """The config is the whole model's: the module gets a copy of its own."""
-    owner, _, name = attribute.rpartition(".")
-    if owner:
-        setattr(module, owner, copy.copy(getattr(module, owner)))
-        module = getattr(module, owner)
-    setattr(module, name, value)
-
-
-def _share_gathers(model: nn.Module, plan: ParallelPlan, conversion: Conversion) -> None:
-    """Siblings fed the same tensor get one gather."""
-    for family in plan.shared:
-        for parent_name, parent in model.named_modules():
-            members = [getattr(parent, child, None) for child in family]
-            alone = (
-                isinstance(m, ColumnParallelLinear) and not m.input_is_whole and m.shared_gather is None
-                for m in members
-            )
-            if all(alone):
-                shared = SharedGather(members)  # type: ignore[arg-type]
-                for member in members:
-                    member.shared_gather = shared  # type: ignore[union-attr]
-                prefix = f"{parent_name}." if parent_name else ""
-                conversion.gathers.append(shared)
-                conversion.shared.append([prefix + child for child in family])
+def _run(passes: Mapping[str, tuple[Step, ...]], conversion: Conversion) -> None:
+    for steps in passes.values():
+        for step in steps:
+            step(conversion)

@@ -33,7 +33,7 @@ an error at the first forward.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,27 +85,6 @@ class ParallelPlan:
     remarks: Mapping[str, str] = field(default_factory=dict)
 
 
-GPT2 = ParallelPlan(
-    styles={
-        "transformer.drop": "scatter_input+dropout",
-        "transformer.h.*.ln_1": "norm",
-        "transformer.h.*.attn.c_attn": "colwise:3",
-        "transformer.h.*.attn.c_proj": "rowwise",
-        "transformer.h.*.attn.resid_dropout": "dropout",
-        "transformer.h.*.ln_2": "norm",
-        "transformer.h.*.mlp.c_fc": "colwise",
-        "transformer.h.*.mlp.c_proj": "rowwise",
-        "transformer.h.*.mlp.dropout": "dropout",
-        "transformer.ln_f": "norm+gather_output",
-    },
-    divided={"transformer.h.*.attn": ("num_heads", "split_size")},
-    heads=("num_attention_heads",),
-)
-
-#: Built-in plans by the ``model_type`` of a Hugging Face config.
-BUILT_IN: dict[str, ParallelPlan] = {"gpt2": GPT2}
-
-
 def checked_plan(plan: ParallelPlan | Mapping[str, str]) -> ParallelPlan:
     """The user's plan.
 
@@ -121,21 +100,6 @@ def checked_plan(plan: ParallelPlan | Mapping[str, str]) -> ParallelPlan:
             raise ValueError(f"plan[{pattern!r}]: expected a name pattern and its styles as text, got {styles!r}")
         for style in styles.split("+"):
             parse_style(pattern, style)
-    return plan
-
-
-def built_in_plan(model: nn.Module) -> ParallelPlan | None:
-    """The built-in plan for ``model.config.model_type``, if there is one."""
-    plan = BUILT_IN.get(getattr(getattr(model, "config", None), "model_type", None) or "")
-    prefix: Any = getattr(model, "base_model_prefix", "")
-    if plan is not None and prefix and not hasattr(model, prefix):  # the bare backbone: the same names without prefix
-        strip = len(prefix) + 1
-        plan = ParallelPlan(
-            {name[strip:]: style for name, style in plan.styles.items()},
-            {name[strip:]: names for name, names in plan.divided.items()},
-            plan.shared,
-            plan.heads,
-        )
     return plan
 
 
@@ -158,3 +122,29 @@ def matches(pattern: str, name: str) -> bool:
     if "*" not in pattern:
         return pattern == name
     return re.fullmatch(re.escape(pattern).replace(r"\*", "[^.]+"), name) is not None
+
+
+def matching(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if matches(pattern, name))
+
+
+def divided(model: nn.Module, plan: ParallelPlan) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every attribute that counts what is cut: (module name, module, attribute)."""
+    for pattern, attributes in plan.divided.items():
+        for name, module in matching(model, pattern):
+            yield from ((name, module, attribute) for attribute in attributes)
+
+
+def counted(model: nn.Module, plan: ParallelPlan) -> dict[tuple[str, str], bool]:
+    """(module, attribute) of all that counts what a rank has -> whether by division; else by assignment."""
+    found = {(name, attribute): True for name, _, attribute in divided(model, plan)}
+    for pattern, values in plan.assigned.items():
+        found |= {(name, attribute): False for name, _ in matching(model, pattern) for attribute in values}
+    return found
+
+
+def count_of(module: Any, attribute: str) -> int:
+    """``attribute`` of the module, or of its config where it is "config.name"."""
+    owner, _, name = attribute.rpartition(".")
+    count: int = getattr(getattr(module, owner) if owner else module, name)
+    return count

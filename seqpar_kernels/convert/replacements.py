@@ -1,7 +1,8 @@
-"""The parallel twin of a module."""
+"""Third pass of a conversion: modules and parameters are replaced by their parallel twins."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..nn import (
     Region,
     RMSNorm,
     RowParallelLinear,
+    SharedGather,
     SharedHeadsLinear,
     SplitRMSNorm,
 )
@@ -23,6 +25,78 @@ from ..nn.norm_detection import norm_form
 from ..nn.own_forward import follower
 from ..nn.sharding import ShardSpec, local_part
 from .conversion import Conversion
+from .plans import count_of, divided, matching
+from .undo import Snapshot
+
+
+def take_snapshot(conversion: Conversion) -> None:
+    """Keep what ``unparallelize`` puts back."""
+    conversion.snapshot = Snapshot(conversion.model)
+
+
+def set_counts(conversion: Conversion) -> None:
+    """Give attributes that count heads or features this rank's counts."""
+    model, plan, ranks = conversion.model, conversion.plan, conversion.region.ranks
+    for _, module, attribute in divided(model, plan):
+        _set_count(module, attribute, count_of(module, attribute) // ranks)
+    for pattern, values in plan.assigned.items():
+        for _, module in matching(model, pattern):
+            for attribute, value in values.items():
+                _set_count(module, attribute, value)
+
+
+def _set_count(module: Any, attribute: str, value: int) -> None:
+    """The config is the whole model's: the module gets a copy of its own."""
+    owner, _, name = attribute.rpartition(".")
+    if owner:
+        setattr(module, owner, copy.copy(getattr(module, owner)))
+        module = getattr(module, owner)
+    setattr(module, name, value)
+
+
+def cut_parameters(conversion: Conversion) -> None:
+    """Keep this rank's heads of the parameters that ``cut`` of the plan names."""
+    for pattern, names in conversion.plan.cut.items():
+        for _, module in matching(conversion.model, pattern):
+            _cut_parameters(module, names, conversion.region)
+
+
+def replace_modules(conversion: Conversion) -> None:
+    """Put the parallel twin in the place of every module that has one."""
+    model = conversion.model
+    conversion.originals = dict(model.named_modules())
+    holders = _holders(model)
+    for name, style in conversion.styles.items():
+        old = model.get_submodule(name)
+        new = _twin(old, name, style, conversion)
+        for parent, child in holders[old] if new is not old else ():
+            setattr(parent, child, new)
+    conversion.own_modules(model)
+
+
+def _holders(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """module -> every (parent, name) that holds it: one norm may serve twice."""
+    found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for child, module in parent._modules.items():
+            if module is not None:
+                found.setdefault(module, []).append((parent, child))
+    return found
+
+
+def share_gathers(conversion: Conversion) -> None:
+    """Let siblings that are fed the same tensor share one gather."""
+    for family in conversion.plan.shared:
+        for parent_name, parent in conversion.model.named_modules():
+            members = [m for child in family if isinstance(m := getattr(parent, child, None), ColumnParallelLinear)]
+            if len(members) < len(family) or any(m.input_is_whole or m.shared_gather is not None for m in members):
+                continue
+            shared = SharedGather(members)
+            for member in members:
+                member.shared_gather = shared
+            prefix = f"{parent_name}." if parent_name else ""
+            conversion.gathers.append(shared)
+            conversion.shared.append([prefix + child for child in family])
 
 
 def converted_norm(module: nn.Module, region: Region | None = None) -> LayerNorm | RMSNorm:
@@ -38,11 +112,11 @@ def converted_norm(module: nn.Module, region: Region | None = None) -> LayerNorm
     return RMSNorm.from_torch(module, group, seq_dim=seq_dim)
 
 
-def converted(old: Any, name: str, style: str, conversion: Conversion, engine: str) -> nn.Module:
+def _twin(old: Any, name: str, style: str, conversion: Conversion) -> nn.Module:
     """The parallel twin of the module called ``name``; the module itself where it stays."""
     region = conversion.region
     new: Any
-    place: dict[str, Any] = {"seq_dim": region.seq_dim, "engine": engine}
+    place: dict[str, Any] = {"seq_dim": region.seq_dim, "engine": conversion.engine}
     if style == "colwise":
         new = ColumnParallelLinear.from_torch(old, region.group, sections=conversion.sections[name], **place)
         new.input_is_whole = conversion.inside_gathered(name)
@@ -61,14 +135,14 @@ def converted(old: Any, name: str, style: str, conversion: Conversion, engine: s
     elif style == "dropout":
         new = Dropout.from_torch(old, region.group, seq_dim=region.seq_dim)
     elif style in ("replicated", "conditioning"):
-        return old  # type: ignore[no-any-return]
+        return old
     else:
         own = style == "own_parameters"
         conversion.replicated += old.parameters(recurse=not own)
         _sum_gradients_of(old, region, recurse=not own)
-        return old  # type: ignore[no-any-return]
+        return old
     new.region = region
-    return new  # type: ignore[no-any-return]
+    return new
 
 
 def _sum_gradients_of(module: nn.Module, region: Region, recurse: bool) -> None:
@@ -84,15 +158,15 @@ def _sum_gradients_of(module: nn.Module, region: Region, recurse: bool) -> None:
         }
         tensors = dict(zip(params, region.summing(*params.values()), strict=True))
         following = follower()
-        with _reparametrize_module(module, tensors):  # type: ignore[arg-type]
+        with _reparametrize_module(module, tensors):
             if following is not None:
-                return following.summed(module, forward, args, kwargs, tensors)  # type: ignore[arg-type]
+                return following.summed(module, forward, args, kwargs, tensors)
             return forward(*args, **kwargs)
 
     module.forward = summed_forward
 
 
-def cut_parameters(module: nn.Module, names: Iterable[str], region: Region) -> None:
+def _cut_parameters(module: nn.Module, names: Iterable[str], region: Region) -> None:
     """Keep this rank's heads of parameters that hold an entry for each head [heads, ...]."""
     if region.ranks == 1:
         return
@@ -101,4 +175,4 @@ def cut_parameters(module: nn.Module, names: Iterable[str], region: Region) -> N
         full = getattr(module, name)
         sharded[name] = ShardSpec(0)
         setattr(module, name, nn.Parameter(local_part(full, sharded[name], region.group), full.requires_grad))
-    module.sharded = sharded  # type: ignore[assignment]
+    vars(module)["sharded"] = sharded

@@ -25,9 +25,11 @@ from .marks import (
     Rows,
     features_of,
     heads_of,
+    is_finite,
     kind_of,
     mark,
     mark_of,
+    note_finite,
     place_features,
     place_heads,
     place_rows,
@@ -171,7 +173,7 @@ class Rules(HeadRules):
         return out
 
     def _read(self, name: str, tensors: list[Tensor], mixed: Mixed | None) -> None:
-        finite = all(getattr(t, "_seqpar_finite", False) for t in tensors)
+        finite = all(map(is_finite, tensors))
         if finite or in_hook():
             return
         what = mixed.why if mixed is not None else f"values of a sequence shard, {self.held()}"
@@ -201,7 +203,7 @@ class Rules(HeadRules):
             found = self._tried(func, args, kwargs, shards, name)
         if len(found) != len(leaves):
             found = [None] * len(leaves)
-        finite = name in FINITE or (name in LOGIC and all(getattr(t, "_seqpar_finite", False) for t in tensors))
+        finite = name in FINITE or (name in LOGIC and all(map(is_finite, tensors)))
         why = ""
         for leaf, rows in zip(leaves, found, strict=True):
             if isinstance(leaf, nn.Parameter):
@@ -209,14 +211,14 @@ class Rules(HeadRules):
             if rows is False:
                 made = self.made_of_counts(name, args, kwargs)
                 mark(leaf, made)
-            elif rows is None:
+            elif isinstance(rows, Rows):
+                mark(leaf, Kind.SHARD)
+                place_rows(leaf, rows)
+            else:
                 why = why or self._why(others)
                 mark(leaf, Mixed(why))
-            else:
-                mark(leaf, Kind.SHARD)
-                place_rows(leaf, rows)  # type: ignore[arg-type]
             if finite:
-                leaf._seqpar_finite = True  # type: ignore[attr-defined]
+                note_finite(leaf)
         return out
 
     def _on_stand_in(self, result: Any, leaves: list[Tensor], out: Any) -> Any:

@@ -32,7 +32,8 @@ def _whole(tensor: Tensor, cut: Cut | None, group: Any) -> Tensor:
     if isinstance(tensor, DTensor) and cut is not None:
         part = tensor._local_tensor
         if tensor.device_mesh.ndim == 2:  # fully_shard's: first this rank's part of the whole
-            mesh = tensor.device_mesh[tensor.device_mesh.mesh_dim_names[0]]  # type: ignore[index]
+            names = tensor.device_mesh.mesh_dim_names or ()
+            mesh = tensor.device_mesh[names[0]]
             shape = cut.part_shape()
             rows = DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=shape, stride=part.stride())
             part = rows.full_tensor()
@@ -91,7 +92,7 @@ def sharded_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimi
         for key, value in entry.items():
             if name in cuts and isinstance(value, DTensor) and value.shape == cuts[name].shape:
                 entry[key] = for_checkpoint(value, cuts[name])
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def load_sharded_optimizer_state_dict(
@@ -100,7 +101,7 @@ def load_sharded_optimizer_state_dict(
     """Give ``optimizer`` what :func:`sharded_optimizer_state_dict` gave and ``torch.distributed.checkpoint`` loaded."""
     state: Any = {
         name: {
-            key: DTensor(value._local_tensor, value._spec, requires_grad=False)  # type: ignore[call-arg]
+            key: DTensor(value._local_tensor, value._spec, requires_grad=False)
             if isinstance(value, CutTensor)
             else value
             for key, value in entry.items()

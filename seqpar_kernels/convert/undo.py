@@ -63,4 +63,4 @@ class Snapshot:
                     if mark not in made:
                         wanted = listed[prefix + name].requires_grad
                         made[mark] = nn.Parameter(full[prefix + name], requires_grad=wanted)
-                    params[name] = made[mark]  # type: ignore[assignment]
+                    params[name] = made[mark]

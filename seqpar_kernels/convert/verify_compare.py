@@ -89,8 +89,8 @@ def compare(
         else:
             part = _part(params[name], cut, whole) if what == "gradient" else whole
             rows.append(_judged(entry, local(tensor), part, ranks.number))
-        replica = tensor is not None and (cut is None or cut.spec is None)
-        sums.append(checksum(local(tensor)) if replica else None)  # type: ignore[arg-type]
+        replicated = cut is None or cut.spec is None
+        sums.append(checksum(local(tensor)) if tensor is not None and replicated else None)
     # What the reference has none of, on whatever rank.
     for what, name in sorted({key for _, keys in ranks.everyone(list(mine)) for key in keys}):
         tensor = mine.get((what, name))

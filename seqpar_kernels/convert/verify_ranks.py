@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,9 @@ class Ranks:
         self.group: ProcessGroup | None = conversion.region.group
         self.number = dist.get_rank() if self.group is not None else 0
         listed = next(model.parameters(), None)
-        beside = isinstance(listed, DTensor) and listed.device_mesh.ndim > 1
-        self.rows: ProcessGroup | None = listed.device_mesh.get_group(0) if beside else None  # type: ignore[union-attr]
+        self.rows: ProcessGroup | None = None
+        if isinstance(listed, DTensor) and listed.device_mesh.ndim > 1:
+            self.rows = listed.device_mesh.get_group(0)
 
     @property
     def first(self) -> bool:
@@ -46,7 +47,7 @@ class Ranks:
 
     def from_first(self, value: T | None) -> T:
         """The value of the first rank of the tensor-parallel group."""
-        return self.neighbours(value)[0][1]  # type: ignore[return-value]
+        return cast("T", self.neighbours(value)[0][1])
 
     def sent(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The first rank's tensor on every rank of the tensor-parallel group."""
@@ -75,7 +76,7 @@ class Ranks:
         told = self.everyone(said)
         failed = [(rank, said) for rank, said in told if said is not None]
         if not failed:
-            return found  # type: ignore[return-value]
+            return cast("T", found)
         self._go_on()
         kind = ValueError if {name for _, (name, _) in failed} == {"ValueError"} else RuntimeError
         raised = kind(what + _told(failed, named=not alone and len(failed) < len(told)))

@@ -55,7 +55,7 @@ def with_weights(model: nn.Module, conversion: Conversion, ranks: Ranks, referen
         )
     load = plain is not None and not isinstance(reference, nn.Module)
     if load:
-        _made_alike(plain, model, state)  # type: ignore[arg-type]
+        _made_alike(plain, model, state)
     theirs = {} if plain is None else plain.state_dict()
     differ: list[str] = []
     for name, tensor in state.items():

@@ -113,7 +113,7 @@ def _loss(output: Any, batch: Any, loss_fn: LossFn | None) -> Tensor:
         raise ValueError(f"{where} a scalar tensor, got {got}")
     if not loss.requires_grad:
         raise ValueError(f"{where} a loss with a gradient; no parameter that it depends on is trainable")
-    return loss  # type: ignore[no-any-return]
+    return loss
 
 
 def _own_copy(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
@@ -136,7 +136,7 @@ def _gradient(param: Any) -> Tensor | None:
     main: Tensor | None = getattr(plain, "main_grad", None)
     if main is not None and (param.grad is None or getattr(plain, "grad_added_to_main_grad", False)):
         return main
-    return param.grad  # type: ignore[no-any-return]
+    return param.grad
 
 
 def _plain(param: Any) -> Any:
@@ -208,8 +208,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module._buffers.clear()
             module._buffers.update(held)
             for name, value in values.items():
-                if value is not None and not torch.equal(held[name], value):  # type: ignore[arg-type]
-                    held[name].copy_(value)  # type: ignore[union-attr]
+                buffer = held[name]
+                if value is not None and buffer is not None and not torch.equal(buffer, value):
+                    buffer.copy_(value)
         for module, mode in modes:
             module.training = mode
         for owner, name, rate in rates:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from seqpar_kernels.convert.derive import PROVEN
+from seqpar_kernels.convert.hf.plan_from_config import PROVEN
 
 from ..world import World
 

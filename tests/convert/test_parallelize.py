@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import seqpar_kernels as sp
-from seqpar_kernels.convert import ParallelPlan, checks
+from seqpar_kernels.convert import ParallelPlan, resolve
 
 from ..world import RankError, World
 from . import models
@@ -341,18 +341,18 @@ def test_refusals_leave_the_model_as_it_was(world2: World) -> None:
 
 
 def old_torch_case() -> None:
-    least, checks.LEAST_TORCH = checks.LEAST_TORCH, (99, 0)
+    least, resolve.LEAST_TORCH = resolve.LEAST_TORCH, (99, 0)
     try:
         model = gpt2()
         with pytest.raises(RuntimeError, match=r"torch: parallelize needs the DTensors of torch 99\.0 or newer"):
             sp.parallelize(model, group())
         sp.parallelize(model, None)  # one rank has no DTensors
     finally:
-        checks.LEAST_TORCH = least
+        resolve.LEAST_TORCH = least
 
 
 def test_a_torch_that_is_too_old_is_refused(world2: World) -> None:
-    assert checks.why_not_convert() is None
+    assert resolve.why_not_convert() is None
     world2.run(old_torch_case)
 
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import Shard
 
 import seqpar_kernels as sp
-from seqpar_kernels.convert.pretrained import answer_for_ranks
+from seqpar_kernels.convert.hf.pretrained import describe_ranks
 
 from ..world import World
 from .models import MODELS, VOCAB, assert_same_gradients, gpt2, group, llama, transformers
@@ -45,7 +45,7 @@ def test_save_pretrained_writes_the_whole_model(world2: World, tmp_path: Path, k
 def test_models_that_are_not_of_transformers_need_no_configuration() -> None:
     model: Any = nn.Module()
     model.save_pretrained = lambda *args, **kwargs: None
-    answer_for_ranks(model, types.SimpleNamespace(size=lambda: 2))  # type: ignore[arg-type]
+    describe_ranks(model, types.SimpleNamespace(size=lambda: 2))  # type: ignore[arg-type]
     assert model._tp_size == 2 and not hasattr(model, "config")
 
 

@@ -192,6 +192,11 @@ def initialised_case(kind: str, loss_parallel: bool) -> None:
         if weight is not None and weight.dim() == 2:
             nn.init.trunc_normal_(weight, std=0.3)
 
+    def by_owner(module: nn.Module) -> None:
+        for child in module.children():
+            if "weight" in child._parameters:
+                child.weight.data.normal_(0, 0.3)
+
     def listed(model: nn.Module) -> None:
         for param in model.parameters():
             if param.dim() > 1:
@@ -201,6 +206,7 @@ def initialised_case(kind: str, loss_parallel: bool) -> None:
         lambda model: model.apply(model._init_weights),
         lambda model: model.apply(by_type),
         lambda model: model.apply(by_attribute),
+        lambda model: model.apply(by_owner),
         listed,
     ]
     if kind == "llama":  # Conv1D has no reset_parameters

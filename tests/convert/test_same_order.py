@@ -35,7 +35,7 @@ def order_case(data_parallel: int, seedable: bool) -> dict[str, list[list[int]]]
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration
 
-    from seqpar_kernels.convert.accelerate import parallelism_config
+    from seqpar_kernels.convert.hf.accelerate import parallelism_config
 
     launched()
     config = DataLoaderConfiguration(use_seedable_sampler=seedable)

@@ -173,7 +173,7 @@ def test_a_writer_that_would_lose_shards_is_refused(world2: World, tmp_path: Pat
 
 def accelerator_case(folder: str) -> None:
     accelerate = pytest.importorskip("accelerate")
-    from seqpar_kernels.convert.accelerate import parallelism_config
+    from seqpar_kernels.convert.hf.accelerate import parallelism_config
 
     launched()
     model = sp.parallelize(llama(), init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))["tp"])

@@ -62,7 +62,7 @@ def batches_case(data_parallel: int) -> list[int]:
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration
 
-    from seqpar_kernels.convert.accelerate import parallelism_config
+    from seqpar_kernels.convert.hf.accelerate import parallelism_config
 
     launched()
     mesh = mesh_of(data_parallel)
@@ -100,7 +100,7 @@ def test_data_parallel_ranks_get_their_own_batches(world4: World) -> None:
 
 
 def refusals_case() -> None:
-    from seqpar_kernels.convert.accelerate import parallelism_config
+    from seqpar_kernels.convert.hf.accelerate import parallelism_config
 
     def refused(message: str, model: nn.Module) -> None:
         with pytest.raises(ValueError, match=message):
@@ -136,7 +136,7 @@ def rows_of(seed: int, count: int, ignored: bool) -> list[dict[str, Tensor]]:
 
 def trainer_case(folder: str, data_parallel: int | None, options: dict[str, Any], loss_parallel: bool) -> Any:
     """Losses, gradient norms, loss of a set whose last batch is short, and predictions."""
-    from seqpar_kernels.convert.trainer import SaveOptimizer, parallelism_config
+    from seqpar_kernels.convert.hf.trainer import SaveOptimizer, parallelism_config
 
     launched()
     mesh = None if data_parallel is None else mesh_of(data_parallel)
@@ -175,7 +175,7 @@ def test_trainer_gives_what_it_gives_on_one_rank(world4: World, tmp_path: Path, 
 
 def resumed_case(folder: str, steps: int) -> None:
     """Resumed in the middle and at the end of an epoch: the dropout masks of the training that went on."""
-    from seqpar_kernels.convert.trainer import SaveOptimizer, parallelism_config
+    from seqpar_kernels.convert.hf.trainer import SaveOptimizer, parallelism_config
 
     launched()
     args = transformers.TrainingArguments(

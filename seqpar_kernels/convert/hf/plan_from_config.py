@@ -17,9 +17,11 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.linear import _linear_features
-from .plans import STREAM_NAMES, ParallelPlan
-from .replacements import converted_norm
+from ...nn.linear import _linear_features
+from ..conversion import Conversion
+from ..plans import STREAM_NAMES, ParallelPlan
+from ..replacements import converted_norm
+from .built_in_plans import built_in_plan
 
 #: Architectures (model_type) for which ``python -m bench coverage --models`` finds everything right (docs/models.md).
 PROVEN = frozenset({
@@ -39,6 +41,15 @@ _EXPERTS = ("experts", "router", "shared_experts", "shared_expert")
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads", "n_head")
 #: Arguments of blocks, besides the residual stream, that hold a row for every position.
 _ROW_ARGUMENTS = ("per_layer_input",)
+
+
+def plan_from_model(conversion: Conversion) -> None:
+    """Take the built-in plan of the model, else the derived one, where ``parallelize`` was given none."""
+    if conversion.given_plan is not None:
+        return
+    model = conversion.model
+    conversion.plan = built_in_plan(model) or derive_plan(model, conversion.region.ranks)
+    conversion.trusted = getattr(getattr(model, "config", None), "model_type", None) in PROVEN
 
 
 def derive_plan(model: nn.Module, ranks: int) -> ParallelPlan:
@@ -103,7 +114,8 @@ class _Derivation:
 
     def _stacks(self) -> Iterator[tuple[str, nn.ModuleList]]:
         """The lists of blocks of the text decoder."""
-        decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model  # type: ignore[operator]
+        model: Any = self.model
+        decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model
         inside = {id(module) for module in decoder.modules()}
         found: list[str] = []
         for name, module in self.model.named_modules():
@@ -180,7 +192,7 @@ class _Derivation:
         except _WholeOnly as reason:
             for found in (self.styles, self.edges, self.divided, self.assigned, self.cut):
                 for inner in [n for n in found if n == name or n.startswith(name + ".")]:
-                    del found[inner]  # type: ignore[attr-defined]
+                    del found[inner]
             if not _is_on_sequence(module):
                 raise ValueError(f"plan: {name}: {reason}, and its forward does not take the residual stream") from None
             self.styles[name] = "replicated"

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ..overlap import pipeline
-from .alike import Alike
-from .attention_dropout import default_generator
-from .conversion import Conversion
+from ...overlap import pipeline
+from ..alike import Alike
+from ..attention_dropout import default_generator
+from ..conversion import Conversion
 
 
-def generate_alike(model: Any, conversion: Conversion) -> None:
+def generate_alike(conversion: Conversion) -> None:
     """Let ``model.generate`` sample the same tokens on all ranks, however they are seeded.
 
     Sampling draws from the default generators, and the logits are the same on all ranks. So ``generate`` begins with
@@ -26,6 +26,7 @@ def generate_alike(model: Any, conversion: Conversion) -> None:
     the result are compared, so that ranks that come apart raise before one of them has ended and the others wait.
     """
     group = conversion.region.group
+    model: Any = conversion.model
     if group is None or not callable(getattr(model, "generate", None)):
         return
     generate = model.generate

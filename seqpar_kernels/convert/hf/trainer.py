@@ -16,9 +16,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from transformers import TrainerCallback
 
+from ..conversion import conversion_of
+from ..state import load_sharded_optimizer_state_dict, sharded_optimizer_state_dict
 from .accelerate import parallelism_config
-from .conversion import conversion_of
-from .state import load_sharded_optimizer_state_dict, sharded_optimizer_state_dict
 
 __all__ = ["SaveOptimizer", "parallelism_config"]
 
@@ -26,7 +26,7 @@ _FOLDER = "sequence_parallel"
 _RANDOM = "random"
 
 
-class SaveOptimizer(TrainerCallback):  # type: ignore[misc]
+class SaveOptimizer(TrainerCallback):
     """Adds optimizer, schedule and random state to each checkpoint, and takes them up when training is resumed.
 
     Trainer saves the optimizer of rank 0 and so refuses to save any for a model on several ranks. Give it

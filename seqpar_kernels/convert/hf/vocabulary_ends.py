@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..nn import VocabParallelEmbedding, VocabParallelHead
-from ..nn.embedding import check_embedding, check_head
-from .conversion import Conversion
-from .loss import LossParallel
+from ...nn import VocabParallelEmbedding, VocabParallelHead
+from ...nn.embedding import check_embedding, check_head
+from ..conversion import Conversion
+from .loss_parallel import LossParallel
 
 #: Attributes of a config by which a model changes its logits between head and loss, and the value that changes nothing.
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1}
@@ -26,12 +26,15 @@ class Ends(NamedTuple):
     head: str
 
 
-def ends_of(model: Any, conversion: Conversion) -> Ends:
-    """The embedding and the head that ``loss_parallel`` cuts.
+def find_ends(conversion: Conversion) -> None:
+    """Find the embedding and the head that ``loss_parallel`` cuts.
 
     Raises:
         ValueError: not a Hugging Face causal language model with its standard loss, or one this cannot be done to.
     """
+    if not conversion.loss_parallel:
+        return
+    model: Any = conversion.model
     kind = type(model).__name__
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     loss = getattr(model, "loss_function", None)
@@ -65,19 +68,22 @@ def ends_of(model: Any, conversion: Conversion) -> Ends:
     gathers = [name for name, edges in conversion.edges.items() if "gather_output" in edges]
     if len(gathers) != 1:
         raise ValueError(f"loss_parallel: expected one module with 'gather_output' in the plan, got {gathers}")
-    return ends
+    conversion.vocabulary_ends = ends
 
 
-def install(model: Any, conversion: Conversion, ends: Ends, engine: str) -> None:
-    """Put the cut modules in place and follow forwards that have labels."""
-    region = conversion.region
+def cut_ends(conversion: Conversion) -> None:
+    """Put modules that are cut by vocabulary in place of both ends, and follow forwards that have labels."""
+    if conversion.vocabulary_ends is None:
+        return
+    model: Any = conversion.model
+    ends, region = Ends(*conversion.vocabulary_ends), conversion.region
     old_embedding, old_head = (model.get_submodule(name) for name in ends)
     tied = old_embedding.weight is old_head.weight
     embedding = VocabParallelEmbedding.from_torch(
         old_embedding, region.group, seq_dim=region.seq_dim, whole_output=True
     )
     embedding.whole_needed = _between(model, ends.embedding, conversion)
-    head = VocabParallelHead.from_torch(old_head, region.group, seq_dim=region.seq_dim, engine=engine)
+    head = VocabParallelHead.from_torch(old_head, region.group, seq_dim=region.seq_dim, engine=conversion.engine)
     if tied:
         head.weight = embedding.weight
     for name, new in ((ends.embedding, embedding), (ends.head, head)):
@@ -85,7 +91,7 @@ def install(model: Any, conversion: Conversion, ends: Ends, engine: str) -> None
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
     loss = conversion.loss = LossParallel(head, region, model.loss_function)
-    head.forward = loss.head  # type: ignore[method-assign]
+    vars(head)["forward"] = loss.head
     model.loss_function = loss.loss
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     position = names.index("labels") if "labels" in names else len(names)

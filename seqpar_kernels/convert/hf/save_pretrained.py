@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .state import full_state_dict, whole_tensors
+from ..state import full_state_dict, whole_tensors
 
 _NUMBERED = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)")
 

@@ -15,9 +15,9 @@ from accelerate.utils import recursively_apply
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .conversion import Conversion, conversion_of
+from ..conversion import Conversion, conversion_of
+from ..state import full_state_dict
 from .same_order import same_order
-from .state import full_state_dict
 
 
 def parallelism_config(model: nn.Module) -> ParallelismConfig | None:
@@ -93,7 +93,7 @@ def _check_ranks(model: nn.Module, data_parallel: int, tensor_parallel: int) -> 
         )
 
 
-class _OverRanks(ParallelismConfig):  # type: ignore[misc]
+class _OverRanks(ParallelismConfig):
     """Accelerate's, valid on CPU ranks, for accelerators in which several ranks compute one batch."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -124,7 +124,7 @@ def _get_state_dict(accelerator: Accelerator, model: Any, unwrap: bool = True) -
     inner = accelerator.unwrap_model(model)
     if isinstance(getattr(inner, "_seqpar", None), Conversion):
         return full_state_dict(inner)
-    return Accelerator.get_state_dict(accelerator, model, unwrap)  # type: ignore[no-any-return]
+    return Accelerator.get_state_dict(accelerator, model, unwrap)
 
 
 def _gather_for_metrics(

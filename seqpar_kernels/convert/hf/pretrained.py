@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..conversion import Conversion
 from .save_pretrained import save_from_one_rank
 
 
-def answer_for_ranks(model: Any, mesh: DeviceMesh) -> None:
+def answer_for_ranks(conversion: Conversion) -> None:
+    """Answer Transformers and Accelerate for a model on several ranks."""
+    if conversion.mesh is not None:
+        describe_ranks(conversion.model, conversion.mesh)
+
+
+def describe_ranks(model: Any, mesh: DeviceMesh) -> None:
     """Make ``Trainer`` and ``Accelerator`` take the ranks of ``mesh`` for what they are, and ``save_pretrained`` whole.
 
     Transformers' own attributes of a model that it has cut: with them every rank is given the same batches, the loss is
@@ -51,21 +56,3 @@ def _describe(model: Any) -> None:
 
     if hasattr(DistributedConfig, "dp_size") and getattr(model.config, "distributed_config", None) is None:
         model.config.distributed_config = DistributedConfig(tp_size=1, fsdp_size=1)
-
-
-def refuse_adapters(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Refuse peft's adapters on the modules called ``names`` and inside them; None: anywhere.
-
-    A module of the plan is fed shards or computes this rank's features: an adapter there would get a part of its
-    gradient, other on every rank. Embeddings and heads that are whole, and prompts, may be adapted.
-
-    Raises:
-        ValueError: there is one.
-    """
-    for name, module in model.named_modules():
-        of_peft = any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
-        if of_peft and (names is None or any(f"{name}.".startswith(f"{other}.") for other in names)):
-            raise ValueError(
-                f"{name or 'model'}: is a {type(module).__name__} of peft, and an adapter on what parallelize cuts "
-                "would be trained wrongly: merge it first (merge_and_unload), or train it without parallelize"
-            )

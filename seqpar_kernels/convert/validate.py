@@ -1,61 +1,32 @@
-"""What ``parallelize`` makes sure of before it changes anything."""
+"""Second pass of a conversion: the plan fits the model, and all ranks ask for the same.
+
+Nothing of the model is changed. Errors name the module or attribute.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..checks import check_divides
+from ..comm.coordination import agreement_of
 from ..nn import SplitRMSNorm
 from ..nn.linear import _linear_features
 from ..nn.sharding import ShardSpec, check_shardable
+from .alike import comparison_enabled
 from .conversion import Conversion
-from .plans import ParallelPlan, matches
+from .plans import count_of, divided, matching
 from .replacements import converted_norm
 
-#: The DTensors of 2.11 refuse parameters that are cut in several sections; with those of 2.9 the gradients of penalties
-#: on listed parameters come out wrong, and nobody notices.
-LEAST_TORCH = (2, 12)
 
-
-def why_not_convert() -> str | None:
-    """Why this torch cannot run converted models on several ranks; None if it can."""
-    # By numbers: what NVIDIA's containers call 2.12.0a0 has the DTensors of 2.12.
-    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if release >= LEAST_TORCH:
-        return None
-    wanted = ".".join(map(str, LEAST_TORCH))
-    return f"parallelize needs the DTensors of torch {wanted} or newer, this is {torch.__version__}"
-
-
-def check_torch(ranks: int) -> None:
-    reason = why_not_convert() if ranks > 1 else None
-    if reason is not None:
-        raise RuntimeError(f"torch: {reason}; functions and modules run with 2.9 or newer")
-
-
-def check_arguments(model: Any, seq_dim: Any, loss_parallel: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {model!r}")
-    if seq_dim is not None and (isinstance(seq_dim, bool) or not isinstance(seq_dim, int) or seq_dim == -1):
-        raise ValueError(f"seq_dim: expected a dimension other than the last, or None, got {seq_dim!r}")
-    if not isinstance(loss_parallel, bool):
-        raise ValueError(f"loss_parallel: expected True or False, got {loss_parallel!r}")
-    meta = next((name for name, param in model.named_parameters() if param.is_meta), None)
-    if meta is not None:
-        raise ValueError(
-            f"model: expected parameters with values, for norms are tried and ranks compared, {meta} is on the meta "
-            "device; materialise it first"
-        )
-
-
-def check_fields(model: nn.Module, plan: ParallelPlan, ranks: int) -> None:
+def check_fields(conversion: Conversion) -> None:
     """What the plan says besides styles is there: an attribute that is missed stays that of all heads."""
+    model, plan, ranks = conversion.model, conversion.plan, conversion.region.ranks
     for field in ("divided", "assigned", "cut", "scattered"):
         names: Iterable[str]
         for pattern, names in getattr(plan, field).items():
@@ -81,16 +52,16 @@ def _check_field(where: str, name: str, module: nn.Module, wanted: str, field: s
         check_divides(f"{name}.{wanted}", param.shape[0], ranks, "its first dimension")
     else:
         try:
-            count = count_of(module, wanted)
+            found = isinstance(count_of(module, wanted), int)
         except AttributeError:
-            count = None  # type: ignore[assignment]
-        if not isinstance(count, int):
+            found = False
+        if not found:
             raise ValueError(f"{where}: {name} has no integer attribute {wanted!r}")
 
 
-def check_sizes(model: nn.Module, plan: ParallelPlan, conversion: Conversion) -> None:
+def check_sizes(conversion: Conversion) -> None:
     """Everything that must divide does, and every module is of a kind its style can convert."""
-    ranks = conversion.region.ranks
+    model, plan, ranks = conversion.model, conversion.plan, conversion.region.ranks
     config: Any = getattr(model, "config", None)
     for attribute in plan.heads:
         count = getattr(config, attribute)
@@ -132,8 +103,9 @@ def check_sizes(model: nn.Module, plan: ParallelPlan, conversion: Conversion) ->
                 raise ValueError(f"{name}: style {style!r}: {error}") from error
 
 
-def check_ties(model: nn.Module, conversion: Conversion) -> None:
+def check_ties(conversion: Conversion) -> None:
     """A weight that is cut in one place must not be whole in another."""
+    model = conversion.model
     if conversion.region.ranks == 1:
         return
     owners: dict[int, list[str]] = {}
@@ -148,8 +120,25 @@ def check_ties(model: nn.Module, conversion: Conversion) -> None:
                 raise ValueError(f"{name}: its weight is tied to {others}, and cannot be cut in one place only")
 
 
+def compare_calls(conversion: Conversion) -> None:
+    """Compare call, plan and weights with the other ranks'. A collective call.
+
+    Raises:
+        RuntimeError: on every rank, where they differ.
+    """
+    region = conversion.region
+    if region.group is None:
+        return
+    agreement = agreement_of(region.group)
+    how = f"seq_dim={region.seq_dim}, engine={conversion.engine!r}, loss_parallel={conversion.loss_parallel}"
+    how += "" if comparison_enabled() else ", SEQPAR_COMPARE_RANKS=0"
+    call = f"parallelize number {agreement.conversions} of {type(conversion.model).__name__}"
+    plan = _short_hash(repr(conversion.plan))
+    agreement.require(f"{call}, {how}, plan {plan}, with {_digest(conversion.model)}")
+
+
 @torch.no_grad()
-def digest(model: nn.Module) -> str:
+def _digest(model: nn.Module) -> str:
     """A text that differs where names, shapes, dtypes or values of parameters or floating-point buffers differ."""
     found = []
     for name, param in model.named_parameters():
@@ -161,34 +150,8 @@ def digest(model: nn.Module) -> str:
             held = buffer.double().nan_to_num(0.0, 1.0, -1.0).flatten()
             places = torch.linspace(1, 2, held.numel(), dtype=held.dtype, device=held.device)
             found.append(f"{name} {tuple(buffer.shape)} {buffer.dtype} {held.dot(places).item()!r};")
-    return f"weights and buffers {short_hash(''.join(found))}: seed the ranks alike or load the same checkpoint"
+    return f"weights and buffers {_short_hash(''.join(found))}: seed the ranks alike or load the same checkpoint"
 
 
-def short_hash(text: str) -> str:
+def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def matching(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if matches(pattern, name))
-
-
-def divided(model: nn.Module, plan: ParallelPlan) -> Iterator[tuple[str, nn.Module, str]]:
-    """Every attribute that counts what is cut: (module name, module, attribute)."""
-    for pattern, attributes in plan.divided.items():
-        for name, module in matching(model, pattern):
-            yield from ((name, module, attribute) for attribute in attributes)
-
-
-def counted(model: nn.Module, plan: ParallelPlan) -> dict[tuple[str, str], bool]:
-    """(module, attribute) of all that counts what a rank has -> whether by division; else by assignment."""
-    found = {(name, attribute): True for name, _, attribute in divided(model, plan)}
-    for pattern, values in plan.assigned.items():
-        found |= {(name, attribute): False for name, _ in matching(model, pattern) for attribute in values}
-    return found
-
-
-def count_of(module: Any, attribute: str) -> int:
-    """``attribute`` of the module, or of its config where it is "config.name"."""
-    owner, _, name = attribute.rpartition(".")
-    count: int = getattr(getattr(module, owner) if owner else module, name)
-    return count

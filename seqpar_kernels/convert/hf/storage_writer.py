@@ -8,16 +8,19 @@ from typing import Any
 
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
+from ..conversion import Conversion
+
 _REMEDY = (
     "save the whole model with model.save_pretrained(folder), or its shards with torch.distributed.checkpoint's "
     "default writer"
 )
 
 
-def refuse_lost_shards() -> None:
+def refuse_lost_shards(conversion: Conversion) -> None:
     """Let the writer refuse what its files cannot hold, from here on; may be called often."""
-    original = HuggingFaceStorageWriter.prepare_global_plan
-    if hasattr(original, "_seqpar"):
+    writer: Any = HuggingFaceStorageWriter
+    original = writer.prepare_global_plan
+    if conversion.region.ranks == 1 or hasattr(original, "_seqpar"):
         return
 
     @functools.wraps(original)
@@ -25,8 +28,8 @@ def refuse_lost_shards() -> None:
         _check(self.save_distributed, plans)
         return original(self, plans)
 
-    prepare_global_plan._seqpar = True  # type: ignore[attr-defined]
-    HuggingFaceStorageWriter.prepare_global_plan = prepare_global_plan  # type: ignore[method-assign]
+    writer.prepare_global_plan = prepare_global_plan
+    writer.prepare_global_plan._seqpar = True
 
 
 def _check(save_distributed: bool, plans: list[Any]) -> None:

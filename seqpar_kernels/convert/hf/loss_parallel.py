@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import Region, VocabParallelHead
-from ..nn.own_forward import trusted
-from ..nn.region import show_whole
+from ...nn import Region, VocabParallelHead
+from ...nn.own_forward import trusted
+from ...nn.region import show_whole
 
 
 class LossParallel:
@@ -47,8 +47,8 @@ class LossParallel:
         hidden = self._hidden
         # A view of all rows is the same: decoders slice the last hidden state by logits_to_keep.
         same = hidden is not None and x.shape == hidden.shape
-        if same and not torch.compiler.is_compiling():
-            same = x.data_ptr() == hidden.data_ptr()  # type: ignore[union-attr]
+        if same and hidden is not None and not torch.compiler.is_compiling():
+            same = x.data_ptr() == hidden.data_ptr()
         if not same:
             raise RuntimeError(
                 "loss_parallel: the head was not given the last hidden state as it left the final norm (a forward with "

@@ -1,0 +1,51 @@
+"""Last pass of a conversion: parameters are listed as DTensors, and what asks for them is answered for all ranks."""
+
+from __future__ import annotations
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from .comparison import compare_ranks
+from .conversion import Conversion
+from .dtensor_params import cut_whole_tensors, cuts_of, present_parameters, shard_specs
+from .initialising import initialise_whole
+
+
+def record(conversion: Conversion) -> None:
+    """Let the model hold its conversion, and the modules that were replaced let their parameters go."""
+    vars(conversion.model)["_seqpar"] = conversion
+    if conversion.snapshot is not None:
+        conversion.snapshot.release(conversion.model)
+
+
+def list_parameters(conversion: Conversion) -> None:
+    """Let ``model.parameters()`` list DTensors on the mesh."""
+    model, given, group = conversion.model, conversion.group_or_mesh, conversion.region.group
+    if group is None:
+        return
+    device = next((param.device.type for param in model.parameters()), "cpu")
+    conversion.mesh = given if isinstance(given, DeviceMesh) else DeviceMesh.from_group(group, device)
+    present_parameters(model, conversion.mesh, shard_specs(model), conversion.release)
+    conversion.cuts = cuts_of(model)
+
+
+def compare_forwards(conversion: Conversion) -> None:
+    """Let what enters a forward be compared between the ranks."""
+    conversion.alike = compare_ranks(conversion.model, conversion)
+
+
+def initialise_whole_tensors(conversion: Conversion) -> None:
+    """Let ``reset_parameters`` and ``apply`` draw whole tensors and keep this rank's part."""
+    if conversion.region.group is not None:
+        initialise_whole(conversion.model, conversion.originals, conversion)
+
+
+def take_whole_checkpoints(conversion: Conversion) -> None:
+    """Let ``load_state_dict`` take the whole tensors of a plain checkpoint."""
+    if conversion.region.group is not None:
+        conversion.model.register_load_state_dict_pre_hook(cut_whole_tensors)
+
+
+def remember_structure(conversion: Conversion) -> None:
+    """Remember modules, hooks and forwards as the conversion leaves them."""
+    if conversion.seen is not None:
+        conversion.seen.remember()
