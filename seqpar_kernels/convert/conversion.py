@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..nn import Region, SharedGather
+from ..nn import ExpertForm, Region, SharedGather
 from .alike import Alike
 from .changes import Watch
 from .compiled import Seen
@@ -44,6 +44,7 @@ class Conversion:
         seq_dim: int | None,
         engine: str,
         loss_parallel: bool,
+        experts: str = "auto",
     ):
         # The call.
         self.model = model
@@ -51,11 +52,13 @@ class Conversion:
         self.given_plan, self.given_seq_dim = plan, seq_dim
         self.engine = engine
         self.loss_parallel = loss_parallel
+        self.experts = experts
         self.region = Region(group_or_mesh, -2 if seq_dim is None else seq_dim)
         # What the passes found and did.
         self.styles: dict[str, str] = {}  # module name -> handling style
         self.owned: dict[nn.Module, tuple[str, str]] = {}  # the module itself -> (name, what the check expects there)
         self.sections: dict[str, int | tuple[int, ...]] = {}
+        self.expert_forms: dict[str, tuple[ExpertForm, str]] = {}  # module name -> what it computes, "ep" or "tp"
         self.edges: dict[str, set[str]] = {}  # module name -> subset of the styles that are no handling
         self.shared: list[list[str]] = []
         self.gathers: list[SharedGather] = []
@@ -67,6 +70,7 @@ class Conversion:
         self.snapshot: Snapshot | None = None
         self.before_check: list[Callable[[Conversion], None]] = []  # may refuse a forward that is to be checked
         self.trusted = False  # no plan of the user's: known to miss nothing
+        self.batch: tuple[int, ...] = ()  # sizes ahead of the rows of the stream, in the forward under way
         self.running = False  # a forward of the whole model is under way
         self.compiled = False  # by torch.compile as a whole; modules inside may be compiled by themselves
         self.crossing = False  # deferred sums may leave their block

@@ -54,6 +54,8 @@ def install_hooks(conversion: Conversion) -> None:
                 module.register_forward_pre_hook(rows, with_kwargs=True, prepend=True)
     for name, edges in conversion.edges.items():
         module = model.get_submodule(name)
+        if "rows" in edges:
+            _take_rows(module, conversion)
         if "scatter_input" in edges:
             module.register_forward_pre_hook(_scatter_hook(name, conversion), with_kwargs=True, prepend=True)
         if "whole_input" in edges:
@@ -301,6 +303,7 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
             conversion.crossing, region.deferring, region.summed = False, None, {}
         # Only where it is needed: a recomputation during backward must not find the length of a later forward.
         region.seq_len = length if length % region.ranks else None
+        conversion.batch = tuple(x.shape[:-2]) if region.seq_dim in (-2, x.dim() - 2) else ()
         shard = x.rows() if isinstance(x, EmbeddedRows) else scatter_sequence(x, region.group, region.seq_dim)
         if torch.compiler.is_compiling() and conversion.compiled:
             # Here and not before the model: torch.compile traces hooks of the outermost module as graphs of their own.
@@ -358,6 +361,24 @@ def _whole_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         return rebuilt(stand_in)
 
     return hook
+
+
+def _take_rows(module: nn.Module, conversion: Conversion) -> None:
+    """Let ``module`` take the shard's rows as [B * S/t, H] too: its layers are given [B, S/t, H]."""
+    region, flat = conversion.region, [False]
+
+    def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if region.group is None:
+            return None
+        x, rebuilt = _residual_stream("rows", args, kwargs)
+        flat[0] = x.dim() == 2 and len(conversion.batch) > 0
+        return rebuilt(x.unflatten(0, (*conversion.batch, -1))) if flat[0] else None
+
+    def leaving(module: nn.Module, args: Any, output: Any) -> Any:
+        return output.flatten(0, -2) if flat[0] else None
+
+    module.register_forward_pre_hook(entering, with_kwargs=True, prepend=True)
+    module.register_forward_hook(leaving)
 
 
 def _gather_hook(name: str, conversion: Conversion, partial: bool) -> Callable[..., Any]:

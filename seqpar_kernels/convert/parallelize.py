@@ -13,6 +13,7 @@ from . import grad_scaler, hooks, optimizers, register, replacements, resolve, v
 from .conversion import Conversion
 from .explain import refuse_unfused
 from .hf import adapters, generation, plan_from_config, pretrained, storage_writer, vocabulary_ends
+from .hf import experts as expert_modules
 from .plans import ParallelPlan
 from .verify_offer import offering_verify
 
@@ -28,6 +29,7 @@ CHECKS: dict[str, tuple[Step, ...]] = {
         resolve.take_given_plan,
         plan_from_config.plan_from_model,
         resolve.find_modules,
+        expert_modules.find_forms,
     ),
     "validate": (
         validate.check_fields,
@@ -50,6 +52,7 @@ CHANGES: dict[str, tuple[Step, ...]] = {
     ),
     "attach": (
         hooks.install_hooks,
+        expert_modules.gather_router_logits,
         vocabulary_ends.cut_ends,
     ),
     "register": (
@@ -74,6 +77,7 @@ def parallelize(
     seq_dim: int | None = None,
     engine: str = "auto",
     loss_parallel: bool = False,
+    experts: str = "auto",
 ) -> ModelT:
     """Make ``model`` tensor- and sequence-parallel over ``group_or_mesh``, in place.
 
@@ -93,6 +97,9 @@ def parallelize(
         loss_parallel: cut the embedding and the head of a Hugging Face causal language model by vocabulary. A forward
             with labels then gives the loss and no logits (``output.logits`` is None): they never exist. One without
             labels gives whole logits, as before.
+        experts: how the experts of a mixture are divided. ``"ep"``: whole ones, tokens travel to the ranks that have
+            theirs; their number is a multiple of the ranks. ``"tp"``: every rank has a part of each, every token travels
+            to all. ``"auto"``: ``"ep"`` where the number divides.
 
     Returns:
         ``model``.
@@ -104,7 +111,7 @@ def parallelize(
             process group where a launcher has started several.
     """
     check_launched(group_or_mesh)
-    conversion = Conversion(model, group_or_mesh, plan, seq_dim, engine, loss_parallel)
+    conversion = Conversion(model, group_or_mesh, plan, seq_dim, engine, loss_parallel, experts)
     group = conversion.region.group
     if group is not None:
         agreement_of(group).conversions += 1
