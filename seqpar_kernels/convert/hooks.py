@@ -22,6 +22,7 @@ from .changes import Watch
 from .compiled import Seen
 from .conversion import Conversion
 from .foreign import trained_arguments
+from .marks import place_rows, rows_of
 from .plans import STREAM_NAMES, counted, matches
 from .rules import Rules
 from .shard_check import Kind, ShardCheck, is_shard, mark
@@ -55,7 +56,7 @@ def install_hooks(conversion: Conversion) -> None:
     for name, edges in conversion.edges.items():
         module = model.get_submodule(name)
         if "rows" in edges:
-            _take_rows(module, conversion)
+            _take_rows(name, conversion)
         if "scatter_input" in edges:
             module.register_forward_pre_hook(_scatter_hook(name, conversion), with_kwargs=True, prepend=True)
         if "whole_input" in edges:
@@ -363,19 +364,33 @@ def _whole_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
     return hook
 
 
-def _take_rows(module: nn.Module, conversion: Conversion) -> None:
-    """Let ``module`` take the shard's rows as [B * S/t, H] too: its layers are given [B, S/t, H]."""
-    region, flat = conversion.region, [False]
+def _take_rows(name: str, conversion: Conversion) -> None:
+    """Let a module take the shard's rows as [B * S/t, H] too: its layers are given [B, S/t, H]."""
+    region, module = conversion.region, conversion.model.get_submodule(name)
+    flat: list[Tensor] = []  # the input of the forward under way
 
     def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        flat.clear()
         if region.group is None:
             return None
-        x, rebuilt = _residual_stream("rows", args, kwargs)
-        flat[0] = x.dim() == 2 and len(conversion.batch) > 0
-        return rebuilt(x.unflatten(0, (*conversion.batch, -1))) if flat[0] else None
+        x, rebuilt = _residual_stream(name, args, kwargs)
+        if x.dim() != 2 or not conversion.batch:
+            return None
+        flat.append(x)
+        rows = x.unflatten(0, (*conversion.batch, -1))
+        if conversion.check is not None:
+            mark(rows, Kind.SHARD)
+        return rebuilt(rows)
 
     def leaving(module: nn.Module, args: Any, output: Any) -> Any:
-        return output.flatten(0, -2) if flat[0] else None
+        if not flat:
+            return None
+        out = settled(output).flatten(0, -2)
+        if conversion.check is not None:
+            mark(out, Kind.SHARD)
+            place_rows(out, rows_of(flat[0], region.seq_dim))
+        flat.clear()
+        return out
 
     module.register_forward_pre_hook(entering, with_kwargs=True, prepend=True)
     module.register_forward_hook(leaving)

@@ -98,8 +98,8 @@ def parallelize(
             with labels then gives the loss and no logits (``output.logits`` is None): they never exist. One without
             labels gives whole logits, as before.
         experts: how the experts of a mixture are divided. ``"ep"``: whole ones, tokens travel to the ranks that have
-            theirs; their number is a multiple of the ranks. ``"tp"``: every rank has a part of each, every token travels
-            to all. ``"auto"``: ``"ep"`` where the number divides.
+            theirs; their number is a multiple of the ranks. ``"tp"``: every rank has a part of each, every token
+            travels to all. ``"auto"``: ``"ep"`` where the number divides.
 
     Returns:
         ``model``.

@@ -15,8 +15,8 @@ A plan maps name patterns (``*`` stands for one name component) to styles joined
 ``tensor_parallel``   any other module between colwise and rowwise whose parameters every rank uses for its own heads:
                       left as it is, parameter gradients summed over ranks
 ``router``            the module that chooses a token's experts: ``sequence`` by another name
-``experts``           the experts of a mixture, written for Transformers' experts interface, or ``nn.Experts``: whole ones
-                      or a part of each on every rank (``parallelize(experts=)``); takes rows, their experts and weights
+``experts``           the experts of a mixture, written for Transformers' experts interface, or ``nn.Experts``: whole
+                      ones or a part of each on a rank (``parallelize(experts=)``)
 ``replicated``        a module that nothing can cut (linear attention, say): its input is gathered, every rank runs all
                       of it, and keeps its rows of the output. Right, but no faster than without the other ranks
 ``conditioning``      a module that computes from whole tensors what the shard is scaled, shifted or gated with (adaLN):
@@ -25,8 +25,8 @@ A plan maps name patterns (``*`` stands for one name component) to styles joined
                       most Hugging Face decoders): it is shown the whole shape, the children are handed the shard
 ``gather_input``      a module that computes with its input beside its colwise children (latent attention): the input is
                       gathered at its entrance; what is neither colwise nor rowwise in it is ``tensor_parallel``
-``rows``              a module made of colwise and rowwise layers that may be given the shard's rows as [B * S/t, H] (the
-                      shared expert of some mixtures): they are put into the shard's shape at its entrance, and back
+``rows``              a module made of colwise and rowwise layers that may be given the shard's rows as [B * S/t, H]
+                      (the shared expert of some mixtures): they are put into the shard's shape there, and back
 ``scatter_input``     the residual stream is cut into shards at this module's entrance
 ``gather_output``     and is put together again behind this one
 ====================  ==================================================================================================

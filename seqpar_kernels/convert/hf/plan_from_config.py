@@ -187,6 +187,8 @@ class _Derivation:
             style = self._carried_style(full)
             if any(f"{child}.".startswith(f"{experts}.") for experts in mixture):
                 continue
+            if style == "all_reduce" and mixture:  # a shared expert of 3-D weights: every rank runs it on its own rows
+                continue
             if style in _OF_EXPERTS or child.rpartition(".")[2] == "experts":
                 raise ValueError(
                     f"plan: {full} belongs to a mixture of experts that is not written for Transformers' experts "
