@@ -22,6 +22,7 @@ from ..conversion import Conversion
 #: Attributes by which classes of experts name the constants of their gate.
 _ALPHAS, _LIMITS = ("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")
 _SAMPLES = 96
+_GATHERED = "_seqpar_all_tokens"
 
 
 def are_experts(module: nn.Module) -> bool:
@@ -122,19 +123,20 @@ def gather_router_logits(conversion: Conversion) -> None:
         return
 
     def whole(logits: Any) -> Any:
-        if not isinstance(logits, Tensor) or logits.dim() < 2:
+        # A module around the one whose output this was first hands on the same tensors.
+        if not isinstance(logits, Tensor) or logits.dim() < 2 or getattr(logits, _GATHERED, False):
             return logits
         rows = logits.unflatten(0, (*conversion.batch, -1)) if logits.dim() == 2 and conversion.batch else logits
         gathered = gather_sequence(rows, region.group, -2, seq_len=region.seq_len, tensor_parallel_output_grad=False)
-        return gathered.flatten(0, -2) if logits.dim() == 2 else gathered
+        out = gathered.flatten(0, -2) if logits.dim() == 2 else gathered
+        setattr(out, _GATHERED, True)
+        return out
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         found = getattr(output, "router_logits", None)
-        if found is None or getattr(output, "_seqpar_whole", False):
-            return
-        with trusted():
-            output.router_logits = tuple(map(whole, found)) if isinstance(found, tuple | list) else whole(found)
-        output._seqpar_whole = True
+        if found is not None:
+            with trusted():
+                output.router_logits = tuple(map(whole, found)) if isinstance(found, tuple | list) else whole(found)
 
     for module in {id(m): m for m in (model, *_around_blocks(model, conversion))}.values():
         module.register_forward_hook(hook)

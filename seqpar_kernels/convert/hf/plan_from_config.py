@@ -36,6 +36,24 @@ PROVEN = frozenset({
 _COLWISE = ("colwise", "colwise_gather_output", "colwise_rep")
 _ROWWISE = ("rowwise", "rowwise_split_input", "rowwise_rep")
 _PARTIAL = ("replicated_with_grad_allreduce", "mla_kv_a_proj")  # whole on every rank, gradients summed
+_ATTENTION = {f"layers.*.self_attn.{name}_proj": "rowwise" if name == "o" else "colwise" for name in "qkvo"}
+#: What the carried plans of some architectures (model_type) leave out.
+_LEFT_OUT = {
+    "gpt_oss": {**_ATTENTION, "layers.*.self_attn.sinks": "colwise"},
+    "jamba": {
+        **_ATTENTION,
+        "layers.*.feed_forward.gate_proj": "colwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+    },
+    "nemotron_h": {
+        **{name.replace("self_attn", "mixer"): style for name, style in _ATTENTION.items()},
+        "layers.*.mixer.up_proj": "colwise",
+        "layers.*.mixer.down_proj": "rowwise",
+        "layers.*.mixer.shared_experts.up_proj": "colwise",
+        "layers.*.mixer.shared_experts.down_proj": "rowwise",
+    },
+}
 _LOCAL = "local_params"  # computes with plain tensors: all modules do here, so it says nothing
 _ROUTERS = ("ep_router", "moe_router", "router")
 _OF_EXPERTS = ("moe_tp_experts", "moe_experts", "grouped_gemm", "packed_colwise", "packed_rowwise")
@@ -72,6 +90,9 @@ class _Derivation:
         self.model, self.ranks = model, ranks
         carried: dict[str, str] = getattr(model, "_tp_plan", None) or {}
         self.carried = {name: style for name, style in carried.items() if style != _LOCAL}
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        for name, style in _LEFT_OUT.get(kind or "", {}).items():
+            self.carried |= {name: style, f"{getattr(model, 'base_model_prefix', 'model')}.{name}": style}
         if not self.carried:
             raise ValueError(
                 f"plan: there is no built-in plan for {type(model).__name__} and it carries no tensor-parallel plan; "
