@@ -108,9 +108,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 
 def architectures() -> list[str]:
-    """GPT-2, and every model_type with a causal language model whose text configuration carries a plan."""
+    """Those with a plan of ours, and every model_type with a causal language model whose configuration carries one."""
     carrying = [kind for kind in CLASSES if getattr(CONFIG_MAPPING[kind], "base_model_tp_plan", None)]
-    return ["gpt2", *carrying]
+    return sorted({"gpt2", "gpt_oss", "jamba", "nemotron_h", *carrying})
 
 
 def small_config(kind: str, options: dict[str, Any]) -> Any:

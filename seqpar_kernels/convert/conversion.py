@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..nn import Region, SharedGather
+from ..nn import ExpertForm, Region, SharedGather
 from .alike import Alike
 from .changes import Watch
 from .cut import Cut
@@ -44,6 +44,7 @@ class Conversion:
         seq_dim: int | None,
         engine: str,
         loss_parallel: bool,
+        experts: str = "auto",
     ):
         # The call.
         self.model = model
@@ -51,11 +52,13 @@ class Conversion:
         self.given_plan, self.given_seq_dim = plan, seq_dim
         self.engine = engine
         self.loss_parallel = loss_parallel
+        self.experts = experts
         self.region = Region(group_or_mesh, -2 if seq_dim is None else seq_dim)
         # What the passes found and did.
         self.styles: dict[str, str] = {}  # module name -> handling style
         self.owned: dict[nn.Module, tuple[str, str]] = {}  # module -> (name, its style for the check)
         self.sections: dict[str, int | tuple[int, ...]] = {}  # module name -> packed sections, or heads that are shared
+        self.expert_forms: dict[str, tuple[ExpertForm, str]] = {}  # module name -> its form, "ep" or "tp"
         self.edges: dict[str, set[str]] = {}  # module name -> styles at its edges
         self.shared: list[list[str]] = []  # names of siblings with one gather
         self.gathers: list[SharedGather] = []
@@ -67,6 +70,7 @@ class Conversion:
         self.snapshot: Snapshot | None = None
         self.before_check: list[Callable[[Conversion], None]] = []  # called before a forward is checked
         self.trusted = False  # the plan is proven for this architecture
+        self.batch: tuple[int, ...] = ()  # sizes ahead of the rows of the stream, in this forward
         self.running = False  # inside a forward of the whole model
         self.compiled = False  # torch.compile traces the whole model
         self.crossing = False  # deferred sums may leave their block

@@ -15,6 +15,7 @@ from ..nn.deferred_sum import settled
 from ..nn.region import mark_entrance, show_whole
 from ..nn.sequence_view import EmbeddedRows
 from .conversion import Conversion
+from .marks import place_rows, rows_of
 from .plans import STREAM_NAMES, matches
 from .shard_check import Kind, is_shard, mark
 
@@ -38,6 +39,8 @@ def install_edge_hooks(conversion: Conversion) -> None:
                 module.register_forward_pre_hook(rows, with_kwargs=True, prepend=True)
     for name, edges in conversion.edges.items():
         module = model.get_submodule(name)
+        if "rows" in edges:
+            _take_rows(name, conversion)
         if "scatter_input" in edges:
             module.register_forward_pre_hook(_scatter_hook(name, conversion), with_kwargs=True, prepend=True)
         if "whole_input" in edges:
@@ -60,11 +63,11 @@ def return_to_this_forward(output: Any, conversion: Conversion) -> None:
 
     The backward reaches the output of a forward before the rest of that forward, and after all later ones.
     """
-    region, crossing = conversion.region, conversion.crossing
+    region, crossing, batch = conversion.region, conversion.crossing, conversion.batch
     seq_len, deferring, summed = region.seq_len, region.deferring, region.summed
 
     def hook(grad: Tensor) -> None:
-        conversion.crossing = crossing
+        conversion.crossing, conversion.batch = crossing, batch
         region.seq_len, region.deferring = seq_len, deferring
         region.kept = summed
 
@@ -106,6 +109,7 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
             conversion.crossing, region.deferring, region.summed = False, None, {}
         # None where it is not needed: a recomputation must not find the length of a later forward.
         region.seq_len = length if length % region.ranks else None
+        conversion.batch = tuple(x.shape[:-2]) if region.seq_dim in (-2, x.dim() - 2) else ()
         shard = x.rows() if isinstance(x, EmbeddedRows) else scatter_sequence(x, region.group, region.seq_dim)
         if torch.compiler.is_compiling() and conversion.compiled:
             # Not before the model: torch.compile traces the hooks of the outermost module as graphs of their own.
@@ -163,6 +167,38 @@ def _whole_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         return rebuilt(stand_in)
 
     return hook
+
+
+def _take_rows(name: str, conversion: Conversion) -> None:
+    """Let a module take the shard's rows as [B * S/t, H] too: its layers are given [B, S/t, H]."""
+    region, module = conversion.region, conversion.model.get_submodule(name)
+    flat: list[Tensor] = []  # the input of the forward under way
+
+    def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        flat.clear()
+        if region.group is None:
+            return None
+        x, rebuilt = _residual_stream(name, args, kwargs)
+        if x.dim() != 2 or not conversion.batch:
+            return None
+        flat.append(x)
+        rows = x.unflatten(0, (*conversion.batch, -1))
+        if conversion.check is not None:
+            mark(rows, Kind.SHARD)
+        return rebuilt(rows)
+
+    def leaving(module: nn.Module, args: Any, output: Any) -> Any:
+        if not flat:
+            return None
+        out = settled(output).flatten(0, -2)
+        if conversion.check is not None:
+            mark(out, Kind.SHARD)
+            place_rows(out, rows_of(flat[0], region.seq_dim))
+        flat.clear()
+        return out
+
+    module.register_forward_pre_hook(entering, with_kwargs=True, prepend=True)
+    module.register_forward_hook(leaving)
 
 
 def _gather_hook(name: str, conversion: Conversion, partial: bool) -> Callable[..., Any]:

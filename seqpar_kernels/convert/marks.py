@@ -42,6 +42,7 @@ EXPECTED: dict[str, tuple[Kind | None, Kind]] = {
     "tensor_parallel": (None, Kind.PARTS),
     "replicated": (None, Kind.SHARD),  # the check sees the input behind the gather
     "conditioning": (None, Kind.COPIED),
+    "experts": (Kind.SHARD, Kind.SHARD),
 }
 
 #: Mark of tensors computed from parameters whose gradients the conversion sums over the ranks.

@@ -13,6 +13,7 @@ from . import edge_hooks, grad_scaler, hooks, optimizers, register, replacements
 from .conversion import Conversion
 from .explain import refuse_unfused
 from .hf import adapters, generation, plan_from_config, pretrained, storage_writer, vocabulary_ends
+from .hf import experts as expert_modules
 from .plans import ParallelPlan
 from .verify_offer import offering_verify
 
@@ -28,6 +29,7 @@ CHECKS: dict[str, tuple[Step, ...]] = {
         resolve.take_given_plan,
         plan_from_config.plan_from_model,
         resolve.find_modules,
+        expert_modules.find_forms,
     ),
     "validate": (
         validate.check_fields,
@@ -52,6 +54,7 @@ CHANGES: dict[str, tuple[Step, ...]] = {
         pretrained.let_accelerate_hook,
         edge_hooks.install_edge_hooks,
         hooks.install_forward_hooks,
+        expert_modules.gather_router_logits,
         vocabulary_ends.cut_ends,
     ),
     "register": (
@@ -76,6 +79,7 @@ def parallelize(
     seq_dim: int | None = None,
     engine: str = "auto",
     loss_parallel: bool = False,
+    experts: str = "auto",
 ) -> ModelT:
     """Make ``model`` tensor- and sequence-parallel over ``group_or_mesh``, in place.
 
@@ -95,6 +99,9 @@ def parallelize(
         loss_parallel: cut the embedding and the head of a Hugging Face causal language model by vocabulary. A forward
             with labels then returns the loss and no logits (``output.logits`` is None): they are never computed. A
             forward without labels returns whole logits, as before.
+        experts: how the experts of a mixture are divided. ``"ep"``: whole ones, tokens travel to the ranks that have
+            theirs; their number is a multiple of the ranks. ``"tp"``: every rank has a part of each, every token
+            travels to all. ``"auto"``: ``"ep"`` where the number divides.
 
     Returns:
         ``model``.
@@ -117,7 +124,7 @@ def parallelize(
         >>> model(ids, labels=ids).loss.backward()
     """
     check_launched(group_or_mesh)
-    conversion = Conversion(model, group_or_mesh, plan, seq_dim, engine, loss_parallel)
+    conversion = Conversion(model, group_or_mesh, plan, seq_dim, engine, loss_parallel, experts)
     group = conversion.region.group
     if group is not None:
         agreement_of(group).conversions += 1

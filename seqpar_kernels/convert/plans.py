@@ -14,6 +14,9 @@ A plan maps name patterns (``*`` stands for one name component) to styles joined
 ``own_parameters``    a block whose own parameters (not those of its children) meet the shard: gradients summed
 ``tensor_parallel``   any other module between colwise and rowwise whose parameters every rank uses for its own heads:
                       left as it is, parameter gradients summed over ranks
+``router``            the module that chooses a token's experts: ``sequence`` by another name
+``experts``           the experts of a mixture, written for Transformers' experts interface, or ``nn.Experts``: whole
+                      ones or a part of each on a rank (``parallelize(experts=)``)
 ``replicated``        a module that nothing can cut (linear attention, say): its input is gathered, every rank runs all
                       of it, and keeps its rows of the output. Right, but no faster than without the other ranks
 ``conditioning``      a module that computes from whole tensors what the shard is scaled, shifted or gated with (adaLN):
@@ -22,6 +25,8 @@ A plan maps name patterns (``*`` stands for one name component) to styles joined
                       most Hugging Face decoders): it sees the whole shape, the children get the shard
 ``gather_input``      a module that computes with its input beside its colwise children (latent attention): the input is
                       gathered at its entrance; what is neither colwise nor rowwise in it is ``tensor_parallel``
+``rows``              a module made of colwise and rowwise layers that may be given the shard's rows as [B * S/t, H]
+                      (the shared expert of some mixtures): they are put into the shard's shape there, and back
 ``scatter_input``     the residual stream is cut into shards at this module's entrance
 ``gather_output``     the residual stream is gathered again behind this module
 ====================  ==================================================================================================
@@ -52,10 +57,13 @@ HANDLING = (
     "tensor_parallel",
     "replicated",
     "conditioning",
+    "experts",
 )
+#: Other names of styles.
+ALIASES = {"router": "sequence"}
 #: Argument names of the residual stream, for a module whose first argument it is not.
 STREAM_NAMES = ("hidden_states", "x", "input")
-STYLES = (*HANDLING, "whole_input", "gather_input", "scatter_input", "gather_output")
+STYLES = (*HANDLING, "whole_input", "gather_input", "rows", "scatter_input", "gather_output")
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,7 @@ def parse_style(pattern: str, style: str) -> tuple[str, int | tuple[int, ...]]:
         ValueError: an unknown style.
     """
     name, _, counts = style.strip().partition(":")
+    name = ALIASES.get(name, name)
     sizes = tuple(int(c) if c.isdigit() else 0 for c in counts.split(",")) if counts else (1,)
     counted = {"colwise": (True, False), "shared_heads": (True,)}.get(name, (False,))
     if name not in STYLES or 0 in sizes or bool(counts) not in counted:

@@ -13,6 +13,7 @@ from ..kernels import NormKind
 from ..nn import (
     ColumnParallelLinear,
     Dropout,
+    Experts,
     LayerNorm,
     Region,
     RMSNorm,
@@ -136,6 +137,9 @@ def _twin(old: Any, name: str, style: str, conversion: Conversion) -> nn.Module:
         new = SplitRMSNorm.from_torch(old, region.group)
     elif style == "dropout":
         new = Dropout.from_torch(old, region.group, seq_dim=region.seq_dim)
+    elif style == "experts":
+        form, way = conversion.expert_forms[name]
+        new = Experts.from_torch(old, region.group, form=form, experts=way)
     elif style in ("replicated", "conditioning"):
         return old
     else:

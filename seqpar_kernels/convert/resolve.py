@@ -36,6 +36,8 @@ def check_call(conversion: Conversion) -> None:
         raise RuntimeError(f"torch: {reason}; functions and modules run with 2.9 or newer")
     check_engine(conversion.engine)
     _check_arguments(conversion.model, conversion.given_seq_dim, conversion.loss_parallel)
+    if conversion.experts not in ("auto", "ep", "tp"):
+        raise ValueError(f"experts: expected 'auto', 'ep' or 'tp', got {conversion.experts!r}")
     if getattr(conversion.model, "_seqpar", None) is not None:
         raise ValueError(f"model: {type(conversion.model).__name__} has been parallelized already")
 

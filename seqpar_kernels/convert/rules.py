@@ -65,7 +65,7 @@ class Rules(HeadRules):
         self.active = False
         self.stack: list[str] = []
         self.length: int | None = None  # length of the whole sequence
-        self._rows_behind: dict[str, Rows] = {}  # 'sequence' module -> rows of its output
+        self._rows_behind: dict[str, list[Rows | bool | None]] = {}  # 'sequence' module -> rows of each output
         self.failed_in = ""  # innermost module that raised
 
     def start(self) -> None:
@@ -326,8 +326,13 @@ class Rules(HeadRules):
     def leaving(self, name: str, style: str, module: nn.Module, args: Any, output: Any) -> None:
         """Note where the rows or features of a planned module's output are."""
         first = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), None)
-        for leaf in (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
-            if isinstance(module, ColumnParallelLinear) and leaf.dim():
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        behind = self._rows_behind.get(name, [])
+        for i, leaf in enumerate(leaves):
+            known = behind[i] if len(behind) == len(leaves) else None
+            if isinstance(known, Rows) and kind_of(leaf) is Kind.SHARD:
+                place_rows(leaf, known)
+            elif isinstance(module, ColumnParallelLinear) and leaf.dim():
                 if isinstance(module, SharedHeadsLinear):
                     sections: tuple[int, ...] = (int(leaf.shape[-1]),)
                 else:
@@ -336,9 +341,7 @@ class Rules(HeadRules):
                 if sum(sections) == leaf.shape[-1]:
                     place_features(leaf, Features(leaf.dim() - 1, sections, module.out_features, name))
             elif first is not None and leaf.shape == first.shape:
-                if kind_of(leaf) is Kind.SHARD and name in self._rows_behind:
-                    place_rows(leaf, self._rows_behind[name])
-                elif kind_of(leaf) is Kind.SHARD and kind_of(first) is Kind.SHARD and shard_behind(first) is first:
+                if kind_of(leaf) is Kind.SHARD and kind_of(first) is Kind.SHARD and shard_behind(first) is first:
                     place_rows(leaf, rows_of(first, self._region.seq_dim))
                 elif kind_of(leaf) is Kind.PARTS and features_of(leaf) is None and heads_of(leaf) is None:
                     if (features := features_of(first)) is not None:
@@ -376,8 +379,7 @@ class Rules(HeadRules):
                 "they would depend on how the sequence is cut. Give an nn.Dropout in it the style 'dropout' and what "
                 "has parameters 'sequence', or set its probability to 0"
             )
-        if found and isinstance(found[0], Rows):
-            self._rows_behind[name] = found[0]
+        self._rows_behind[name] = found
         if None in found:
             raise RuntimeError(
                 f"{name}: the plan says 'sequence', for modules that treat the rows of their input one by one, but "

@@ -23,6 +23,9 @@ from .mappings import (
     scatter_tensor_parallel,
 )
 from .merge_attention import merge_attention
+from .moe import moe_mlp
+from .moe_dispatch import DispatchedTokens, moe_combine, moe_dispatch
+from .moe_loss import load_balancing_loss, router_z_loss
 from .norm import (
     NormOptions,
     NormTensors,
@@ -38,6 +41,7 @@ from .sequence_layout import next_token_labels, sequence_positions, shard_sequen
 from .vocab import vocab_parallel_cross_entropy, vocab_parallel_embedding, vocab_parallel_linear_cross_entropy
 
 __all__ = [
+    "DispatchedTokens",
     "NormOptions",
     "NormRecipe",
     "NormTensors",
@@ -54,7 +58,11 @@ __all__ = [
     "gather_tensor_parallel",
     "linear_reduce_scatter",
     "linear_reduce_scatter_dropout_add_norm",
+    "load_balancing_loss",
     "merge_attention",
+    "moe_combine",
+    "moe_dispatch",
+    "moe_mlp",
     "next_token_labels",
     "pack_documents",
     "packed_attention",
@@ -64,6 +72,7 @@ __all__ = [
     "reduce_from_tensor_parallel",
     "reduce_scatter_sequence",
     "replicated",
+    "router_z_loss",
     "run_norm",
     "scatter_sequence",
     "scatter_tensor_parallel",

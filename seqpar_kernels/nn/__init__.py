@@ -2,6 +2,7 @@
 
 from .embedding import VocabParallelEmbedding, VocabParallelHead
 from .linear import ColumnParallelLinear, RowParallelLinear, SharedGather, SharedHeadsLinear
+from .moe import ExpertForm, Experts
 from .norm import Dropout, DropoutAddNorm, LayerNorm, RMSNorm
 from .region import Region
 from .sequence_attention import SequenceParallelAttention
@@ -14,6 +15,8 @@ __all__ = [
     "ColumnParallelLinear",
     "Dropout",
     "DropoutAddNorm",
+    "ExpertForm",
+    "Experts",
     "LayerNorm",
     "RMSNorm",
     "Region",

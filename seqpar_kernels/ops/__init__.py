@@ -10,6 +10,7 @@ from .linear_norm import linear_reduce_scatter_dropout_add_norm, linear_reduce_s
 from .linear_scatter import linear_reduce_scatter, linear_reduce_scatter_into
 from .main_grad import announced
 from .mappings import CopyToRegion, SumGradients, all_reduce, gather, reduce_scatter, split
+from .moe import MoeScalars, moe_mlp
 from .norm import NormScalars, PreparedNorm, dropout_add_norm
 from .recompute import (
     ACTIVATIONS,
@@ -25,6 +26,7 @@ from .vocab import linear_cross_entropy, vocab_cross_entropy, vocab_embedding
 __all__ = [
     "ACTIVATIONS",
     "CopyToRegion",
+    "MoeScalars",
     "NormScalars",
     "PreparedNorm",
     "SumGradients",
@@ -52,6 +54,7 @@ __all__ = [
     "linear_reduce_scatter_dropout_add_norm_into",
     "linear_reduce_scatter_into",
     "merge_attention",
+    "moe_mlp",
     "reduce_scatter",
     "rotary",
     "sequence_attention",

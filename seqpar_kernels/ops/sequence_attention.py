@@ -27,8 +27,9 @@ from ..layout import group_rank, group_size
 from ..overlap import attention_choice, attention_run
 from ..overlap.attention_choice import Choice, Problem
 from ..overlap.attention_column import Column, Extras, kept_elements
-from ..overlap.attention_exchange import Part, agree, heads_to_rows, rows_to_heads
+from ..overlap.attention_exchange import Part, heads_to_rows, rows_to_heads
 from ..overlap.attention_plan import check_documents
+from ..overlap.messages import agree
 from ..sequence_layout import count
 from .registry import group_named, register, without_autocast
 

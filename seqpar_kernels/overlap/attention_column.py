@@ -14,8 +14,8 @@ from ..kernels.attention_spec import AttentionMasks, AttentionSpec
 from ..sequence_layout import Interval, Intervals, places
 from . import planner
 from .attention_choice import Choice
-from .attention_exchange import Messages
 from .attention_plan import Piece, Sizes, arriving, pieces, remote_rows
+from .messages import Messages
 
 
 class Extras(NamedTuple):

@@ -19,8 +19,8 @@ from ..kernels import attention
 from ..kernels.attention_spec import NO_MASKS, AttentionMasks, AttentionSpec, AttentionState
 from ..kernels.spec import accumulation_dtype
 from ..layout import group_rank, group_size
-from .attention_exchange import Messages, message_buffer
 from .key_owners import check_lengths, heads_of, keys_of
+from .messages import Messages, message_buffer
 
 
 class Masking(NamedTuple):

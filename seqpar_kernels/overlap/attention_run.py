@@ -35,8 +35,8 @@ from .attention_column import (
     place_of,
     views_of,
 )
-from .attention_exchange import Messages
 from .attention_plan import Piece, arriving, leaving
+from .messages import Messages
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 

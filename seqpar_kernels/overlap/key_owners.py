@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..sequence_layout import Intervals
-from .attention_exchange import Messages, message_buffer
+from .messages import Messages, message_buffer
 
 
 def keys_of(kv_seq_len: int, ranks: int, rank: int) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import seqpar_kernels as sp
-from seqpar_kernels.overlap import attention_exchange
+from seqpar_kernels.overlap import messages
 from seqpar_kernels.overlap.attention_choice import Problem, choose
 from seqpar_kernels.overlap.attention_plan import Mask, Sizes, pieces
 from seqpar_kernels.sequence_layout import Interval, rows_of
@@ -88,13 +88,13 @@ def test_kept_where_it_is_little() -> None:
 def bytes_case(group: dist.ProcessGroup) -> None:
     """All that travels, forward and backward, is what the model counts; a few MiB where peers send many."""
     sent = [0, 0]
-    original = attention_exchange.Messages.post
+    original = messages.Messages.post
 
     def counted(self: Any, sends: Any, receives: Any) -> None:
         sent[1] += sum(buffer.nbytes for _, _, buffer in sends)
         original(self, sends, receives)
 
-    attention_exchange.Messages.post = counted  # type: ignore[method-assign]
+    messages.Messages.post = counted  # type: ignore[method-assign]
     t = group.size()
     try:
         for heads, asked in itertools.product(
@@ -115,7 +115,7 @@ def bytes_case(group: dist.ProcessGroup) -> None:
             worst = max(float(x.sum()) for x in sp.unshard_sequence(found[None], group, 0))
             assert abs(worst / choice.wire.total - 1) <= 0.01
     finally:
-        attention_exchange.Messages.post = original  # type: ignore[method-assign]
+        messages.Messages.post = original  # type: ignore[method-assign]
 
 
 def test_bytes_on_the_wire(world4: World) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import seqpar_kernels as sp
 from seqpar_kernels.kernels import attention_native
-from seqpar_kernels.overlap import attention_exchange
+from seqpar_kernels.overlap import messages
 
 from ..functional.groups import on_ranks
 from ..oracle import assert_within_budget
@@ -332,17 +332,17 @@ def changes_case(group: dist.ProcessGroup | None) -> None:
 def sent_bytes() -> Iterator[list[int]]:
     """Bytes of each message that this rank sends."""
     sent: list[int] = []
-    original = attention_exchange.Messages.post
+    original = messages.Messages.post
 
     def counted(self: Any, sends: Any, receives: Any) -> None:
         sent.extend(buffer.nbytes for _, _, buffer in sends)
         original(self, sends, receives)
 
-    attention_exchange.Messages.post = counted  # type: ignore[method-assign]
+    messages.Messages.post = counted  # type: ignore[method-assign]
     try:
         yield sent
     finally:
-        attention_exchange.Messages.post = original  # type: ignore[method-assign]
+        messages.Messages.post = original  # type: ignore[method-assign]
 
 
 def cost_case(group: dist.ProcessGroup) -> None:

@@ -23,6 +23,7 @@ from ..conversion import Conversion
 from ..plans import STREAM_NAMES, ParallelPlan
 from ..replacements import converted_norm
 from .built_in_plans import built_in_plan
+from .experts import are_experts, experts_form
 
 #: Architectures (model_type) for which ``python -m bench coverage --models`` finds everything right (docs/models.md).
 PROVEN = frozenset({
@@ -36,8 +37,27 @@ PROVEN = frozenset({
 _COLWISE = ("colwise", "colwise_gather_output", "colwise_rep")
 _ROWWISE = ("rowwise", "rowwise_split_input", "rowwise_rep")
 _PARTIAL = ("replicated_with_grad_allreduce", "mla_kv_a_proj")  # whole on every rank, gradients summed
+_ATTENTION = {f"layers.*.self_attn.{name}_proj": "rowwise" if name == "o" else "colwise" for name in "qkvo"}
+#: What the carried plans of some architectures (model_type) leave out.
+_LEFT_OUT = {
+    "gpt_oss": {**_ATTENTION, "layers.*.self_attn.sinks": "colwise"},
+    "jamba": {
+        **_ATTENTION,
+        "layers.*.feed_forward.gate_proj": "colwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+    },
+    "nemotron_h": {
+        **{name.replace("self_attn", "mixer"): style for name, style in _ATTENTION.items()},
+        "layers.*.mixer.up_proj": "colwise",
+        "layers.*.mixer.down_proj": "rowwise",
+        "layers.*.mixer.shared_experts.up_proj": "colwise",
+        "layers.*.mixer.shared_experts.down_proj": "rowwise",
+    },
+}
 _LOCAL = "local_params"  # computes with plain tensors, as all modules do here
-_EXPERTS = ("experts", "router", "shared_experts", "shared_expert")
+_ROUTERS = ("ep_router", "moe_router", "router")
+_OF_EXPERTS = ("moe_tp_experts", "moe_experts", "grouped_gemm", "packed_colwise", "packed_rowwise")
 #: Attributes by which attention code counts its heads.
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads", "n_head")
 #: Arguments of blocks, besides the residual stream, that hold a row for every position.
@@ -71,6 +91,9 @@ class _Derivation:
         self.model, self.ranks = model, ranks
         carried: dict[str, str] = getattr(model, "_tp_plan", None) or {}
         self.carried = {name: style for name, style in carried.items() if style != _LOCAL}
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        for name, style in _LEFT_OUT.get(kind or "", {}).items():
+            self.carried |= {name: style, f"{getattr(model, 'base_model_prefix', 'model')}.{name}": style}
         if not self.carried:
             raise ValueError(
                 f"plan: there is no built-in plan for {type(model).__name__} and it carries no tensor-parallel plan; "
@@ -147,7 +170,8 @@ class _Derivation:
     # --- a block: what it applies to the residual stream -----------------------------------------------------------
 
     def _block(self, name: str, block: nn.Module) -> None:
-        self._refuse_experts(name, block)
+        mixture = [child for child, module in block.named_modules() if child and are_experts(module)]
+        self._refuse_unknown(name, block, mixture)
         linears = [child for child, _ in block.named_children() if self._carried_style(f"{name}.{child}")]
         for child, module in block.named_children():
             full = f"{name}.{child}"
@@ -159,6 +183,10 @@ class _Derivation:
                 self.styles[full] = "norm"
             elif isinstance(module, nn.Linear):
                 self.styles[full] = "sequence"
+            elif any(path == child or path.startswith(f"{child}.") for path in mixture):
+                self._mixture(full, module)
+            elif child not in mixture and any("." not in path for path in mixture) and not self._cuts(full, module):
+                self.styles[full] = "router"  # beside experts that the block calls itself
             elif any(True for _ in module.parameters()):
                 self._container(full, module)
         if linears:
@@ -172,18 +200,71 @@ class _Derivation:
         if any(True for _ in block.parameters(recurse=False)):
             self.styles[name] = "own_parameters"
 
-    def _refuse_experts(self, name: str, block: nn.Module) -> None:
-        modules = [f"{name}.{child}" for child, _ in block.named_modules() if child]
-        params = [f"{name}.{child}" for child, _ in block.named_parameters()]
-        for full in (*modules, *params):
+    def _refuse_unknown(self, name: str, block: nn.Module, mixture: list[str]) -> None:
+        """Refuse what the carried plan cuts in a way that is not known here."""
+        modules = [child for child, _ in block.named_modules() if child]
+        params = [child for child, _ in block.named_parameters()]
+        for child in (*modules, *params):
+            full = f"{name}.{child}"
             style = self._carried_style(full)
-            if full.rpartition(".")[2] in _EXPERTS or (style or "").startswith(("moe", "packed", "ep_", "grouped")):
+            if any(f"{child}.".startswith(f"{experts}.") for experts in mixture):
+                continue
+            if style == "all_reduce" and mixture:  # a shared expert of 3-D weights: every rank runs it on its own rows
+                continue
+            if style in _OF_EXPERTS or child.rpartition(".")[2] == "experts":
                 raise ValueError(
-                    f"plan: {full} belongs to a mixture of experts, whose parallelism is not supported; a plan of your "
-                    "own that calls its module 'replicated' trains it whole on every rank"
+                    f"plan: {full} belongs to a mixture of experts that is not written for Transformers' experts "
+                    "interface; a plan of your own that calls its module 'replicated' trains it whole on every rank"
                 )
-            if style is not None and style not in (*_COLWISE, *_ROWWISE, *_PARTIAL):
+            if style is not None and style not in (*_COLWISE, *_ROWWISE, *_PARTIAL, *_ROUTERS):
                 raise ValueError(f"plan: {full} has the tensor-parallel style {style!r}, which is not supported")
+
+    def _cuts(self, name: str, module: nn.Module) -> bool:
+        """Whether the carried plan cuts a layer inside."""
+        found = (self._carried_style(f"{name}.{child}") for child, _ in module.named_modules() if child)
+        return any(style in (*_COLWISE, *_ROWWISE) for style in found)
+
+    # --- mixtures of experts ---------------------------------------------------------------------------------------
+
+    def _mixture(self, name: str, module: nn.Module) -> None:
+        """A module with experts, on the shard: router and what else treats rows one by one, experts, shared experts."""
+        if are_experts(module):
+            self._experts(name, module)
+            return
+        if any(True for _ in module.parameters(recurse=False)):
+            self.styles[name] = "own_parameters"
+        for child, inner in module.named_children():
+            full = f"{name}.{child}"
+            if any(are_experts(m) for m in inner.modules()):
+                self._mixture(full, inner)
+            elif isinstance(inner, nn.Dropout):
+                self.styles[full] = "dropout"
+            elif self._carried_style(full) in (*_COLWISE, *_ROWWISE):
+                raise ValueError(f"plan: {name} calls {child} itself beside its experts, which no derived plan can cut")
+            elif self._cuts(full, inner) and self._shared_expert(full, inner):
+                continue
+            elif any(True for _ in inner.parameters()):
+                self.styles[full] = "router"
+
+    def _experts(self, name: str, module: nn.Module) -> None:
+        try:
+            experts_form(module)
+        except ValueError as error:
+            raise ValueError(f"plan: {name}: {error}") from error
+        self.styles[name] = "experts"
+
+    def _shared_expert(self, name: str, module: nn.Module) -> bool:
+        """Whether it can be cut as an MLP is; where not, every rank runs all of it on its own rows."""
+        before = [dict(found) for found in (self.styles, self.edges, self.divided, self.assigned, self.cut)]
+        shared = set(self.shared)
+        try:
+            _Container(self, name, module).settle()
+        except _WholeOnly:
+            self.styles, self.edges, self.divided, self.assigned, self.cut = before  # type: ignore[assignment]
+            self.shared = shared
+            return False
+        self._edge(name, "rows")
+        return True
 
     # --- attention, MLP: what lies between colwise and rowwise -----------------------------------------------------
 

@@ -1,0 +1,149 @@
+"""The experts of Transformers' mixtures: what they compute, and the router's logits that leave a forward.
+
+Transformers' classes of experts say how their weights lie (``use_experts_implementation``). What stands between the two
+matmuls is found by trying it: the gate of the class on numbers of all sizes, against what :func:`.moe_mlp` can do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...functional import gather_sequence
+from ...kernels.expert_activation import EXPERT_ACTIVATIONS, ExpertActivation, activate_experts
+from ...nn import ExpertForm, Experts
+from ...nn.own_forward import trusted
+from ..conversion import Conversion
+
+#: Attributes by which classes of experts name the constants of their gate.
+_ALPHAS, _LIMITS = ("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")
+_SAMPLES = 96
+_GATHERED = "_seqpar_all_tokens"
+
+
+def are_experts(module: nn.Module) -> bool:
+    """Whether ``module`` is written for Transformers' experts interface, or ours."""
+    return isinstance(module, Experts) or all(
+        hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj")
+    )
+
+
+def experts_form(module: Any) -> ExpertForm:
+    """What ``module`` computes.
+
+    Raises:
+        ValueError: nothing that :func:`seqpar_kernels.moe_mlp` does.
+    """
+    if isinstance(module, Experts):
+        return module.form
+    kind = type(module).__name__
+    if not are_experts(module):
+        raise ValueError(
+            f"expected experts that are written for Transformers' experts interface (use_experts_implementation), or "
+            f"seqpar_kernels.nn.Experts, got {kind}"
+        )
+    activation = _activation_of(module)
+    form = ExpertForm(activation, bool(module.has_bias), bool(module.is_transposed))
+    listed = {name for name, _ in module.named_parameters()}
+    if listed != set(form.names()):
+        raise ValueError(f"expected the parameters {sorted(form.names())}, {kind} has {sorted(listed)}")
+    return form
+
+
+@torch.no_grad()
+def _activation_of(module: Any) -> ExpertActivation:
+    gated = bool(module.has_gate)
+    # Pairs of a gate and an up of all signs and sizes, also beyond limits; the last dimension is chunked or strided.
+    line = torch.cat([torch.linspace(-30, 30, _SAMPLES // 2), torch.linspace(-2, 2, _SAMPLES // 2)]).double()
+    h = torch.stack([line, line.flip(0), -line, line.roll(7)]) * 0.7
+    try:
+        expected = module._apply_gate(h) if gated else module.act_fn(h)
+    except Exception as error:
+        raise ValueError(f"its gate could not be tried: {type(error).__name__}: {error}") from error
+    alphas = [1.0, *_numbers(module, _ALPHAS)]
+    limits = [None, *_numbers(module, _LIMITS)]
+    interleaved = [not getattr(module, "is_concatenated", True)] if gated else [False]
+    shifts = [0.0, 1.0] if gated else [0.0]
+    for name, alpha, limit, woven, shift in itertools.product(EXPERT_ACTIVATIONS, alphas, limits, interleaved, shifts):
+        if (alpha != 1.0 and name != "silu") or (limit is not None and not gated):
+            continue
+        tried = ExpertActivation(name, gated, woven, alpha, limit, shift)
+        if torch.allclose(activate_experts(h, tried), expected.double(), rtol=1e-6, atol=1e-9):
+            return tried
+    raise ValueError(f"the gate of {type(module).__name__} computes nothing that moe_mlp knows")
+
+
+def _numbers(module: Any, names: tuple[str, ...]) -> Iterator[float]:
+    for name in names:
+        value = getattr(module, name, None)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield float(value)
+
+
+def find_forms(conversion: Conversion) -> None:
+    """Find what the modules of style 'experts' compute, and how they are divided.
+
+    Raises:
+        ValueError: a module whose experts cannot be converted; sizes that do not divide.
+    """
+    ranks = conversion.region.ranks
+    for name, style in conversion.styles.items():
+        if style != "experts":
+            continue
+        module: Any = conversion.model.get_submodule(name)
+        try:
+            form = experts_form(module)
+        except ValueError as error:
+            raise ValueError(f"{name}: style 'experts': {error}") from error
+        count, inner = module.down_proj.shape[0], module.down_proj.shape[1 if form.transposed else 2]
+        way = conversion.experts
+        if way == "auto":
+            way = "tp" if count % ranks and inner % ranks == 0 else "ep"
+        size, what = (count, "experts") if way == "ep" else (inner, "columns of each expert's inner dimension")
+        if size % ranks:
+            raise ValueError(f"{name}: expected a multiple of the {ranks} ranks for its {what}, got {size}")
+        if way == "tp" and getattr(module, "has_post_expert_norm", False):
+            raise ValueError(
+                f"{name}: normalizes what each expert gives, which experts='tp' would have in parts; take experts='ep'"
+            )
+        conversion.expert_forms[name] = form, way
+
+
+def gather_router_logits(conversion: Conversion) -> None:
+    """Let ``output.router_logits`` be those of all tokens: what the model makes its auxiliary loss of.
+
+    Every rank then computes the whole loss, and the gather's backward gives each rank the gradient of its own tokens.
+    """
+    model, region = conversion.model, conversion.region
+    if region.group is None or not conversion.expert_forms:
+        return
+
+    def whole(logits: Any) -> Any:
+        # A module around the one whose output this was first hands on the same tensors.
+        if not isinstance(logits, Tensor) or logits.dim() < 2 or getattr(logits, _GATHERED, False):
+            return logits
+        rows = logits.unflatten(0, (*conversion.batch, -1)) if logits.dim() == 2 and conversion.batch else logits
+        gathered = gather_sequence(rows, region.group, -2, seq_len=region.seq_len, tensor_parallel_output_grad=False)
+        out = gathered.flatten(0, -2) if logits.dim() == 2 else gathered
+        setattr(out, _GATHERED, True)
+        return out
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        found = getattr(output, "router_logits", None)
+        if found is not None:
+            with trusted():
+                output.router_logits = tuple(map(whole, found)) if isinstance(found, tuple | list) else whole(found)
+
+    for module in {id(m): m for m in (model, *_around_blocks(model, conversion))}.values():
+        module.register_forward_hook(hook)
+
+
+def _around_blocks(model: nn.Module, conversion: Conversion) -> Iterator[nn.Module]:
+    """Modules that hold every block with experts."""
+    for name, module in model.named_modules():
+        if name and all(expert.startswith(f"{name}.") for expert in conversion.expert_forms):
+            yield module

@@ -1,0 +1,119 @@
+"""Which tokens go to which rank, and which of its experts they meet there.
+
+A token goes to a rank once, however many of its experts are there, and comes back once, as the weighted sum of them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.spec import accumulation_dtype
+from ..layout import split_point
+
+#: How experts may be divided among ranks.
+WAYS = ("ep", "tp")
+
+#: Pairs of a token and an expert for which a message of its own pays: the rows of a matmul, for each expert.
+_ROWS_PER_EXPERT = 128
+_MOST_PIECES = 4
+
+
+class ExpertPlacement(NamedTuple):
+    """Where experts are. ``"ep"``: whole ones, cut by number as ``tensor_split``. ``"tp"``: all, each cut inside."""
+
+    experts: int  # of all ranks
+    ranks: int
+    way: str  # "ep" or "tp"
+
+    def of(self, rank: int) -> range:
+        """The experts of ``rank``."""
+        if self.way == "tp":
+            return range(self.experts)
+        return range(*(split_point(self.experts, self.ranks, r) for r in (rank, rank + 1)))
+
+    def local(self, ids: Tensor, rank: int) -> Tensor:
+        """Numbers of experts among those of ``rank``, -1 for the others and for no expert. int32, like ``ids``"""
+        here = self.of(rank)
+        return torch.where((ids >= here.start) & (ids < here.stop), ids - here.start, -1).to(torch.int32)
+
+    def tokens(self, ids: Tensor, rank: int) -> Tensor:
+        """The tokens with an expert on ``rank``, ascending. ids [T, K] -> [n] int64"""
+        here = self.of(rank)
+        return ((ids >= here.start) & (ids < here.stop)).any(1).nonzero().view(-1)
+
+    def pieces(
+        self, tokens: int, top_k: int, rank: int, chunks: int | None, token_bytes: int, bound: int | None
+    ) -> int:
+        """In how many messages ``tokens`` go to ``rank``; both ends ask with the same numbers.
+
+        Args:
+            tokens: how many go.
+            top_k: experts of a token.
+            rank: whose experts they meet.
+            chunks: how many the caller wants; None: as many as leave the experts' matmuls full.
+            token_bytes: of a token's rows, before and after each of its experts.
+            bound: the most bytes of that at a time; None: any.
+        """
+        here = len(self.of(rank))
+        pieces = chunks
+        if pieces is None:
+            pairs = tokens * top_k * here / max(1, self.experts)
+            pieces = min(_MOST_PIECES, int(pairs / max(1, here) / _ROWS_PER_EXPERT))
+        if bound is not None:
+            pieces = max(pieces, -(-tokens * token_bytes // max(1, bound)))
+        return max(1, min(pieces, tokens))
+
+
+class Pairs(NamedTuple):
+    """Pairs of a row and one of its experts, sorted by expert, for one piece of rows."""
+
+    rows: Tensor  # [P] int64, row of each pair
+    slots: Tensor  # [P] int64, which of its row's K experts
+    counts: list[int]  # pairs of each expert
+    where: Tensor  # [n, K] int64, number of each pair in this order, -1 where there is no expert
+
+    @property
+    def size(self) -> int:
+        return self.rows.shape[0]
+
+
+def pairs_of(local: Tensor, experts: int) -> Pairs:
+    """``local`` [n, K]: numbers of experts, -1 for none."""
+    flat = local.reshape(-1)
+    some = (flat >= 0).nonzero().view(-1)
+    order = some[torch.argsort(flat[some], stable=True)]
+    top_k = local.shape[1]
+    where = torch.full_like(flat, -1, dtype=torch.int64)
+    where[order] = torch.arange(order.shape[0], device=order.device)
+    counts: list[int] = torch.bincount(flat[order], minlength=experts).tolist()
+    rows = torch.div(order, top_k, rounding_mode="floor")
+    return Pairs(rows, order - rows * top_k, counts, where.view(local.shape))
+
+
+def sum_of_experts(y: Tensor, weights: Tensor | None, pairs: Pairs) -> Tensor:
+    """The sum over each row's experts, weighted; in the order of its K slots, so that no bit depends on timing.
+
+    Args:
+        y: [P, H], in the order of ``pairs``.
+        weights: [n, K], in the accumulation dtype; None for 1.
+
+    Returns:
+        [n, H] in the accumulation dtype.
+    """
+    rows, top_k = pairs.where.shape
+    total = torch.zeros(rows, y.shape[1], dtype=accumulation_dtype(y.dtype), device=y.device)
+    for k in range(top_k):
+        some = (pairs.where[:, k] >= 0).nonzero().view(-1)
+        if some.shape[0] == 0:
+            continue
+        values = y.index_select(0, pairs.where[some, k]).to(total.dtype)
+        if weights is not None:
+            values *= weights[some, k, None]
+        if some.shape[0] == rows:
+            total += values
+        else:
+            total.index_add_(0, some, values)
+    return total
