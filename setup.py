@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -111,4 +111,10 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("seqpar_kernels.kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    setup(
+        # bench/ lies beside the package, runs from there as `python -m bench`, and is installed inside of it.
+        packages=[*find_packages(include=["seqpar_kernels", "seqpar_kernels.*"]), "seqpar_kernels.bench"],
+        package_dir={"seqpar_kernels.bench": "bench"},
+        ext_modules=[Extension("seqpar_kernels.kernels._native", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+    )

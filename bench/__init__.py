@@ -1,1 +1,4 @@
-"""Benchmarks: ``python -m bench --help``. Every provider is checked before it is timed; every ceiling is measured."""
+"""Benchmarks: ``python -m bench --help`` in a checkout, ``seqpar-bench --help`` where the package is installed.
+
+Every provider is checked before it is timed. Every ceiling is measured.
+"""

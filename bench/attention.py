@@ -113,7 +113,7 @@ def measure(
         order["link_bytes"] = int(min(order["link_bytes"], max(rate / 80, 2**14)))  # a tenth of a second
     session.progress.plan(5 + len(ENGINES) + len(peers))
     answers = run_ranks(
-        "bench.attention_rank:run",
+        ".attention_rank:run",
         order,
         ranks,
         network=network,
@@ -134,7 +134,7 @@ def settle_rate(session: Session, order: dict[str, Any], ranks: int, link: Link,
         session.progress.step(f"{title}: unsharded alone")
         effort: Effort = Effort(seconds=1.0, least=5)
         calibrating = {**order, "calibrate": True, "effort": dataclasses.asdict(effort)}
-        answers = run_ranks("bench.attention_rank:run", calibrating, ranks, network=network)
+        answers = run_ranks(".attention_rank:run", calibrating, ranks, network=network)
         seconds = ideal_of(answers, "")[0] / 1e3
         rate = 8 * answers[0]["planned"]["fwd+bwd"] / (link.ratio * seconds)
     network.shape(rate)
@@ -232,7 +232,7 @@ def report(
 
 def show(rows: Sequence[Row], ranks: int) -> None:
     """The table of one run: the fastest first in each question."""
-    from .report import number, table
+    from .report import number, remark_on_percents, table
 
     lines: list[list[str]] = []
     present = [row for row in rows if row.status != "absent" and row.op == "attention.causal"]
@@ -243,6 +243,7 @@ def show(rows: Sequence[Row], ranks: int) -> None:
     header = ["what", "who", "ms", "p20..p80", "x ideal", "CPU x ideal", "KiB sent", "wire ms", "GFLOP/s", "% ceiling"]
     header.append("remark")
     table(f"attention on {rows[0].machine}, {ranks} ranks, one thread each", header, lines, left=2)
+    remark_on_percents(rows)
     links = {row.params["link"]: row.metrics["mbit"] for row in rows if row.op == "ceiling.link"}
     print("; ".join(f"link {text}: {number(mbit, 4)} Mbit/s measured each way" for text, mbit in links.items()))
     for provider, reason in sorted({(row.provider, row.reason) for row in rows if row.status == "absent"}):
@@ -250,7 +251,7 @@ def show(rows: Sequence[Row], ranks: int) -> None:
 
 
 def _figures(row: Row) -> list[str]:
-    from .report import number
+    from .report import number, percent
 
     if row.p50_ms is None:
         return [""] * 8 + [f"{row.status}: {row.reason}"]
@@ -265,6 +266,6 @@ def _figures(row: Row) -> list[str]:
         "" if row.bytes is None else f"{row.bytes / 1024:.1f}",
         number(m.get("wire_ms")),
         number((row.flops or 0) / row.p50_ms / 1e6),
-        "" if row.percent is None else f"{row.percent:.0f}",
+        "" if row.percent is None else percent(row.percent),
         ", ".join(remark),
     ]

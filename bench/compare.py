@@ -13,11 +13,26 @@ from __future__ import annotations
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import BenchError
 from .report import number, table
 from .schema import Row, load
+
+if TYPE_CHECKING:
+    import argparse
+
+TEXT = "two runs side by side, noise marked"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", type=Path, metavar="A", help="a file or a folder of --save")
+    parser.add_argument("second", type=Path, metavar="B")
+    parser.add_argument("--fail", action="store_true", help="exit 1 where a difference is more than noise")
+
+
+def run_command(args: argparse.Namespace) -> int:
+    return 1 if run(args.first, args.second) and args.fail else 0
 
 
 class Drift(NamedTuple):

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
+from .place import checkout
+
 PACKAGES = ("triton", "transformers", "liger-kernel", "flash-attn", "quack-kernels", "megatron-core")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @cache
@@ -78,11 +79,14 @@ def commit() -> str:
     """The checkout's commit, marked where tracked files differ from it; SEQPAR_COMMIT where that is set; else ""."""
     if os.environ.get("SEQPAR_COMMIT"):
         return os.environ["SEQPAR_COMMIT"]
+    root = checkout()
+    if root is None or not (root / ".git").exists():  # a repository around an unpacked sdist is not ours
+        return ""
 
     def git(*args: str) -> str:
         try:
             done = subprocess.run(
-                ["git", "-c", "safe.directory=*", *args], cwd=ROOT, capture_output=True, text=True, timeout=20
+                ["git", "-c", "safe.directory=*", *args], cwd=root, capture_output=True, text=True, timeout=20
             )
         except (OSError, subprocess.TimeoutExpired):
             return ""

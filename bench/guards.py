@@ -63,8 +63,9 @@ def run(session: Session, models: list[str], ranks: int, compiled: bool, effort:
     """
     import torch
 
-    from .errors import NotHere
+    from .errors import NotHere, need
 
+    need("transformers", "hf", "guards")
     if not here():
         raise NotHere("this version of the package has no guard that can be switched off")
     if session.device == "cuda" and torch.cuda.device_count() < ranks:
@@ -84,7 +85,7 @@ def measure(session: Session, model: str, ranks: int, compiled: bool, effort: di
     size = (2, 64, 192, 2) if session.quick else (4, 256, 384, 6)
     job = {"model": MODELS[model], "size": size, "compiled": compiled, "effort": effort}
     answers = run_ranks(
-        "bench.guards_rank:run",
+        ".guards_rank:run",
         job,
         ranks,
         device=session.device,

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import seqpar_kernels as sp
-from examples import demo_run
 
 from .errors import BenchError
 from .guards import here
+from .guards_models import LEARNING_RATE, SEED, Sizes, batch, build_model, loss_of
 from .linear_rank import rounds
 from .timing import Effort, with_cpu_time
 
@@ -78,16 +78,15 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Step) -> dict[str, 
     providers = {"ours": [], **{f"ours, without {guard.name}": [guard] for guard in guards}}
     if len(guards) > 1:
         providers["ours, without all guards"] = guards
-    batch, sequence, hidden, layers = job["size"]
-    sizes = demo_run.Job(group.size(), 0, batch, sequence, hidden, layers, device=device, folder="")
-    ids = demo_run.batch(sizes, 0)
+    sizes = Sizes(*job["size"])
+    ids = batch(sizes, device)
     runners: dict[str, Callable[[], object]] = {}
     losses: dict[str, float] = {}
     for name, off in providers.items():
         step(f"convert: {name}")
-        model = _converted(job["model"], sizes, group, ids, off)
-        torch.manual_seed(demo_run.SEED)
-        losses[name] = demo_run.own_loss(model, ids).item()
+        model = _converted(job["model"], sizes, device, group, ids, off)
+        torch.manual_seed(SEED)
+        losses[name] = loss_of(model, ids).item()
         runners[name] = _training_step(torch.compile(model) if job["compiled"] else model, ids)
     if len(set(losses.values())) > 1:  # a guard only looks on
         raise BenchError(f"the loss depends on the guards: {losses}")
@@ -98,23 +97,25 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Step) -> dict[str, 
     return {"times": times, "cpu": {name: cpu[name][-len(spans) :] for name, spans in times.items()}}
 
 
-def _converted(name: str, sizes: demo_run.Job, group: dist.ProcessGroup, ids: Tensor, off: list[Guard]) -> nn.Module:
+def _converted(
+    name: str, sizes: Sizes, device: str, group: dist.ProcessGroup, ids: Tensor, off: list[Guard]
+) -> nn.Module:
     with contextlib.ExitStack() as stack:
         for guard in off:
             stack.enter_context(guard.converting())
-        model = sp.parallelize(demo_run.build_model(name, sizes, demo_run.DROPOUT), group)
+        model = sp.parallelize(build_model(name, sizes, device), group)
         model.loss_type = "ForCausalLM"  # GPT-2's names none, and torch.compile breaks where it warns of that
-        demo_run.own_loss(model, ids).backward()  # the check of the first forward
+        loss_of(model, ids).backward()  # the check of the first forward
     for guard in off:
         guard.checked(model)
     return model
 
 
 def _training_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=demo_run.LEARNING_RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
 
     def step() -> None:
-        demo_run.own_loss(model, ids).backward()
+        loss_of(model, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -4,17 +4,81 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .errors import BenchError
-from .layer_plain import LayerCase
-from .layer_providers import OURS, PEERS, SINGLE
 from .linear import stats_of
+from .options import positive, probability
 from .ranks import run_ranks
 from .schema import Row
-from .session import Session
+
+if TYPE_CHECKING:  # torch is imported late: --help is instant
+    import argparse
+
+    from .layer_plain import LayerCase
+    from .session import Session
+
+TEXT = "a transformer layer, GPT's and Llama's, on one rank and on several"
+PEERS = ("eager", "compile", "by-hand", "dtensor", "megatron")
+KINDS = ("gpt", "llama")
+#: Layers of published models: :data:`bench.layer_loopback.SIZES`.
+SIZES = ("llama-8b", "gpt3-13b")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kind", choices=KINDS, nargs="+", default=list(KINDS))
+    parser.add_argument("--ranks", type=positive, default=2, help="also on so many, one thread each (default: 2)")
+    parser.add_argument("--rows", type=positive, help="sequence length (default: 1024)")
+    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument("--hidden", type=positive, help="default: 1024")
+    parser.add_argument("--heads", type=positive, help="default: hidden / 64")
+    parser.add_argument("--p", type=probability, default=0.1, help="dropout of the GPT layer (default: 0.1)")
+    text = "layers of these models instead, 8192 rows, on one device (with --virtual-ranks)"
+    parser.add_argument("--size", choices=SIZES, nargs="+", help=text)
+    text = "whole and in so many parts, of one process on one device, instead of --ranks"
+    parser.add_argument("--virtual-ranks", type=positive, nargs="+", metavar="T", help=text)
+
+
+def in_all(args: argparse.Namespace) -> list[str]:
+    brief = args.device == "cpu" and not args.quick
+    return ["--ranks", str(args.ranks), *(["--rows", "512"] if brief else [])]
+
+
+def plan(args: argparse.Namespace) -> list[LayerCase]:
+    """
+    Raises:
+        BenchError: sizes that do not divide by the ranks.
+    """
+    if args.size and not args.virtual_ranks:
+        raise BenchError("--size needs --virtual-ranks: such a layer is measured on one device")
+    cuda = args.device == "cuda"
+    counts = args.virtual_ranks or [args.ranks]
+    hidden = args.hidden or (256 if args.quick and not cuda else 4096 if cuda else 1024)
+    rows = args.rows or (128 if args.quick and not cuda else 2048 if cuda else 1024)
+    heads = args.heads or max(*counts, 1, hidden // 64)
+    dtypes = args.dtype or ["bf16"]
+    if args.size:
+        from .layer_loopback import SIZES as CASES
+
+        return [dataclasses.replace(CASES[name], dtype=dtype) for dtype in dtypes for name in args.size]
+    return [
+        make_case(kind, rows, args.batch, hidden, heads, max(counts), dtype, args.p)
+        for dtype in dtypes
+        for kind in args.kind
+    ]
+
+
+def run_command(args: argparse.Namespace, session: Session) -> None:
+    from .report import timing_table
+
+    planned = plan(args)
+    if args.virtual_ranks:
+        from . import layer_loopback
+
+        found = layer_loopback.run(session, planned, args.virtual_ranks)
+    else:
+        found = run(session, planned, args.ranks)
+    timing_table(found, f"layer on {found[-1].machine}, one thread a rank")
 
 
 def make_case(kind: str, s: int, b: int, h: int, a: int, ranks: int, dtype: str, p: float) -> LayerCase:
@@ -23,6 +87,8 @@ def make_case(kind: str, s: int, b: int, h: int, a: int, ranks: int, dtype: str,
     Raises:
         BenchError: sizes that do not divide.
     """
+    from .layer_plain import LayerCase
+
     if h % a or (h // a) % 2:
         raise BenchError(f"--hidden {h}: expected an even multiple of --heads {a}")
     if a % ranks:
@@ -37,6 +103,8 @@ def make_case(kind: str, s: int, b: int, h: int, a: int, ranks: int, dtype: str,
 
 def run(session: Session, planned: Sequence[LayerCase], ranks: int) -> list[Row]:
     """Every case on one rank and on ``ranks``, where there are devices enough; returns the rows added."""
+    import torch
+
     first = len(session.rows)
     counts = sorted({1, ranks})
     have = torch.cuda.device_count()
@@ -51,6 +119,8 @@ def run(session: Session, planned: Sequence[LayerCase], ranks: int) -> list[Row]
 
 
 def measure(session: Session, case: LayerCase, ranks: int) -> None:
+    from .layer_providers import OURS, PEERS, SINGLE
+
     peers = [name for name in (SINGLE if ranks == 1 else PEERS) if session.wanted(name)]
     providers = [*OURS, *peers]
     job = {
@@ -61,7 +131,7 @@ def measure(session: Session, case: LayerCase, ranks: int) -> None:
     title = f"layer {case.kind} {case.s}x{case.b}x{case.h} {case.dtype} {ranks} ranks"
     session.progress.plan(len(providers) + 2)
     answers = run_ranks(
-        "bench.layer_rank:run",
+        ".layer_rank:run",
         job,
         ranks,
         device=session.device,

@@ -220,7 +220,7 @@ def run(session: Session, planned: Sequence[LayerCase], ranks: Sequence[int]) ->
         effort = dataclasses.replace(session.effort, least=min(session.effort.least, 7))
         job = {"case": dataclasses.asdict(case), "ranks": list(ranks), "peers": peers}
         (answer,) = run_ranks(
-            "bench.layer_loopback:on_rank",
+            ".layer_loopback:on_rank",
             {**job, "effort": dataclasses.asdict(effort)},
             1,
             device=session.device,

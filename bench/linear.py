@@ -6,23 +6,66 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from . import facts
 from .errors import BenchError
-from .linear_providers import OPS, PEERS
-from .links import BURST, MTU, Link, Network
+from .links import BURST, MTU, Link, Network, parse_link
+from .options import positive
 from .ranks import run_ranks
 from .schema import Row
-from .session import Session
-from .timing import Effort, Stats
 
+if TYPE_CHECKING:  # torch is imported late: --help is instant
+    import argparse
+
+    from .session import Session
+    from .timing import Stats
+
+TEXT = "all-gather -> matmul and matmul -> reduce-scatter on several ranks"
+OPS = ("all_gather_linear", "linear_reduce_scatter")
+PEERS = ("by-hand", "dtensor", "megatron", "symm-mem", "deepspeed")
 #: Who keeps all of x for the backward: one exchange the fewer, paid in memory.
 KEEPS_GATHERED = ("ours-kept", "dtensor")
 #: S, K, F that no planner cuts: ours must then be what one matmul and one collective are.
 SMALL = (64, 128, 512)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", choices=OPS, nargs="+")
+    parser.add_argument("--ranks", type=positive, default=2, help="processes, one thread each (default: 2)")
+    parser.add_argument("--rows", type=positive, help="sequence length of all ranks together (default: 2048)")
+    parser.add_argument("--hidden", type=positive, help="features outside (default: 1024)")
+    parser.add_argument("--inner", type=positive, help="features inside, of all ranks (default: 4 x hidden)")
+    parser.add_argument("--chunks", type=positive, nargs="*", default=[1, 2, 4, 8], help="beside the planner's choice")
+    text = "1gbit, or ratio:R: the wire R times as long as the matmul"
+    parser.add_argument("--link", nargs="+", metavar="RATE", help=text)
+
+
+def in_all(args: argparse.Namespace) -> list[str]:
+    return ["--ranks", str(args.ranks)]
+
+
+def plan(args: argparse.Namespace) -> list[tuple[list[LinearJob], list[int]]]:
+    """Jobs that share a link, and the chunk counts to try in them.
+
+    Raises:
+        BenchError: no such link; sizes that do not divide by the ranks.
+    """
+    hidden = args.hidden or (256 if args.quick else 1024)
+    sizes = (args.rows or (512 if args.quick else 2048), hidden, args.inner or 4 * hidden)
+    links = [parse_link(text) for text in args.link] if args.link else [None]
+    ops, dtypes = args.op or OPS, args.dtype or ["fp32"]
+    plans = [(jobs(ops, sizes, dtypes, args.ranks, link), args.chunks) for link in links]
+    if args.rows is None:
+        plans.append((jobs(ops, SMALL, dtypes, args.ranks, None, small=True), []))
+    return plans
+
+
+def run_command(args: argparse.Namespace, session: Session) -> None:
+    from .report import timing_table
+
+    for planned, chunks in plan(args):
+        found = run(session, planned, chunks)
+        timing_table(found, f"linear on {found[-1].machine}, {args.ranks} ranks, one thread each")
 
 
 @dataclass(frozen=True)
@@ -48,6 +91,8 @@ class LinearJob:
         One exchange of the activation is (t - 1) / t of it. AG -> matmul: one forward; backward a scatter of dx, and a
         gather of x by those who did not keep it. Matmul -> RS: one forward; backward a gather of dy.
         """
+        from . import facts
+
         one = self.s * self.k * facts.DTYPES[self.dtype].itemsize * (self.ranks - 1) // self.ranks
         again = self.op == OPS[0] and provider not in KEEPS_GATHERED
         return one * (1 if direction == "fwd" else 3 if again else 2)
@@ -106,7 +151,7 @@ def measure(session: Session, job: LinearJob, chunks: Sequence[int], network: Ne
     rate = settle_rate(session, job, order, network, title) if network is not None else None
     session.progress.plan(len(chunks) + 1 + (job.op == OPS[0]) + len(peers) + 3 + (job.link is not None))
     answers = run_ranks(
-        "bench.linear_rank:run",
+        ".linear_rank:run",
         order,
         job.ranks,
         device=session.device,
@@ -121,12 +166,14 @@ def settle_rate(session: Session, job: LinearJob, order: dict[str, Any], network
     assert job.link is not None
     rate = job.link.rate
     if rate is None:
+        from .timing import Effort
+
         assert job.link.ratio is not None
         session.progress.plan(1)
         session.progress.step(f"{title}: matmul alone")
         effort = dataclasses.asdict(Effort(seconds=1.0, least=7))
         calibrating = {**order, "calibrate": True, "tune": False, "effort": effort}
-        answers = run_ranks("bench.linear_rank:run", calibrating, job.ranks, network=network)
+        answers = run_ranks(".linear_rank:run", calibrating, job.ranks, network=network)
         seconds = stats_of(answers, "matmul fwd").p50 / 1e3
         rate = 8 * job.wire_bytes("fwd") / (job.link.ratio * seconds)
     network.shape(rate)
@@ -135,6 +182,8 @@ def settle_rate(session: Session, job: LinearJob, order: dict[str, Any], network
 
 def stats_of(answers: list[dict[str, Any]], name: str) -> Stats:
     """From the first rank's start to the last rank's end, milliseconds."""
+    from .timing import Stats
+
     samples = zip(*(answer["times"][name] for answer in answers), strict=True)
     return Stats.of([(max(end for _, end in s) - min(start for start, _ in s)) / 1e6 for s in samples])
 
@@ -152,6 +201,8 @@ def report(session: Session, job: LinearJob, answers: list[dict[str, Any]], rate
     measured = 8 * link_bytes / (link_stats.p20 / 1e3)  # bits a second
     link_text = job.link.text if job.link else "loopback"
     if session.device == "cuda":
+        import torch
+
         link_text = "nvlink or pcie" if torch.cuda.device_count() >= job.ranks else "several ranks a device"
     if job.small:
         link_text += ", small"

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 
 import seqpar_kernels as sp
 
+from .linear import OPS
 from .providers import Absent
-
-OPS = ("all_gather_linear", "linear_reduce_scatter")
-PEERS = ("by-hand", "dtensor", "megatron", "symm-mem", "deepspeed")
 
 
 @dataclass

@@ -19,8 +19,8 @@ import seqpar_kernels as sp
 
 from .check import WrongResult, error_ratio
 from .facts import DTYPES
+from .linear import OPS
 from .linear_providers import (
-    OPS,
     Forward,
     LinearCase,
     by_hand,

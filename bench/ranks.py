@@ -17,11 +17,17 @@ from typing import Any
 
 from .allocator import SETTINGS
 from .errors import BenchError
-from .facts import ROOT
 from .links import Network
 
 GROUP_TIMEOUT = timedelta(seconds=120)
 Job = dict[str, Any]
+#: A rank imports what this process would: ``python -m`` would put the current folder first, and in a checkout lies
+#: another copy of an installed package, without its compiled module.
+START = """
+import importlib, json, pathlib, sys
+sys.path[:] = json.loads(sys.argv[1])
+importlib.import_module(sys.argv[2]).main(pathlib.Path(sys.argv[3]), int(sys.argv[4]))
+"""
 
 
 def run_ranks(
@@ -34,7 +40,8 @@ def run_ranks(
     on_step: Callable[[str], None] = lambda text: None,
     limit: float = 1800.0,
 ) -> list[Any]:
-    """``target`` is "module:function"; it is called as ``function(job, group, step)`` on every rank.
+    """Calls ``function(job, group, step)`` on every rank. ``target`` is "module:function", or ".module:function" for a
+    module of this package.
 
     Args:
         job: JSON; the same for every rank.
@@ -54,7 +61,6 @@ def run_ranks(
         env = {
             **os.environ,
             **SETTINGS,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": network.interface if network else "lo",
             "TOKENIZERS_PARALLELISM": "false",
@@ -62,9 +68,10 @@ def run_ranks(
         processes = []
         try:
             for rank in range(ranks):
-                command = [*(network.prefix(rank) if network else []), sys.executable, "-m", "bench.ranks"]
+                command = [*(network.prefix(rank) if network else []), sys.executable, "-c", START]
+                command += [json.dumps(sys.path), __name__, name, str(rank)]
                 with (folder / f"log{rank}").open("wb") as log:
-                    processes.append(subprocess.Popen([*command, name, str(rank)], stdout=log, stderr=log, env=env))
+                    processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=env))
             _wait(processes, folder, on_step, limit)
         finally:
             for process in processes:
@@ -135,12 +142,8 @@ def main(folder: Path, rank: int) -> None:
                 file.write(text + "\n")
 
     module, function = order["target"].split(":")
-    result = getattr(importlib.import_module(module), function)(order["job"], dist.group.WORLD, step)
+    result = getattr(importlib.import_module(module, __package__), function)(order["job"], dist.group.WORLD, step)
     (folder / f"result{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # destructors of a group wait for members that may be gone
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

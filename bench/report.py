@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
 
+from .errors import missing
 from .schema import Row
 
-try:
-    import rich.box
-    import rich.console
+if TYPE_CHECKING:
     import rich.progress
-    import rich.table
-except ImportError:  # a GPU machine without network: measuring must not need it
-    rich = None  # type: ignore[assignment]
+
+
+@cache
+def has_rich() -> bool:
+    """Measuring must not need it: a GPU machine may have no network. Its absence is said, once."""
+    reason = missing("rich", "bench")
+    if reason is not None:
+        print(f"tables are plain text: {reason}", file=sys.stderr)
+    return reason is None
 
 
 class Progress:
@@ -25,7 +32,10 @@ class Progress:
 
     def plan(self, steps: int) -> None:
         self._total += steps
-        if rich is not None and sys.stderr.isatty():
+        if sys.stderr.isatty() and has_rich():
+            import rich.console
+            import rich.progress
+
             if self._bar is None:
                 columns = [
                     rich.progress.BarColumn(30),
@@ -54,12 +64,16 @@ class Progress:
 
 def table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print a table; the first ``left`` columns and the last are text, the others numbers."""
-    if rich is None:
+    if not has_rich():
         widths = [max(len(str(line[i])) for line in [header, *lines]) for i in range(len(header))]
         print(f"\n{title}")
         for line in [header, *lines]:
             print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         return
+    import rich.box
+    import rich.console
+    import rich.table
+
     out = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
         text = i < left or i == len(header) - 1
@@ -74,6 +88,15 @@ def table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]], lef
 
 # metric -> column
 FLOORS = {"matmul_ms": "matmul ms", "wire_ms": "wire ms", "x_floor": "x floor"}
+
+
+#: What the star after a percent means.
+OVER_TEXT = "above 100 % of its ceiling: that ceiling was measured too low in this run"
+
+
+def percent(value: float) -> str:
+    """Without the sign; starred where nothing can be so much of a ceiling that was measured right."""
+    return f"{value:.0f}" + ("*" if round(value) > 100 else "")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -93,8 +116,15 @@ def timing_table(rows: Sequence[Row], title: str) -> None:
     header = ["what", "who", "ms", "p20..p80", "GB/s", "TFLOP/s", "% ceiling", "x ours", *FLOORS.values(), "remark"]
     used = [i for i in range(len(header)) if i < 3 or i == len(header) - 1 or any(line[i] for line in lines)]
     table(title, [header[i] for i in used], [[line[i] for i in used] for line in lines], left=2)
+    remark_on_percents(rows)
     for provider, op, reason in sorted({(row.who(), row.op, row.reason) for row in rows if row.status == "absent"}):
         print(f"absent: {provider} in {op}: {reason}")
+
+
+def remark_on_percents(rows: Sequence[Row]) -> None:
+    """Printed below a table that stars one of them."""
+    if any(row.percent is not None and percent(row.percent).endswith("*") for row in rows):
+        print(f"* {OVER_TEXT}")
 
 
 def _figures(row: Row, own: float | None) -> list[str]:
@@ -106,7 +136,7 @@ def _figures(row: Row, own: float | None) -> list[str]:
         f"{number(row.p20_ms)}..{number(row.p80_ms)}",
         number(row.bytes * per_second / 1e9) if row.bytes else "",
         number(row.flops * per_second / 1e12) if row.flops else "",
-        f"{row.percent:.0f}" if row.percent is not None else "",
+        percent(row.percent) if row.percent is not None else "",
         f"{row.p50_ms / own:.2f}" if own else "",
         *(number(row.metrics.get(name)) for name in FLOORS),
     ]

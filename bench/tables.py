@@ -5,17 +5,38 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .errors import BenchError
-from .facts import ROOT
-from .report import number
+from .errors import BenchError, NotHere
+from .place import of_checkout
+from .report import OVER_TEXT, number, percent
 from .schema import Row, load, write_atomically
 
-PAGE = ROOT / "docs" / "benchmarks.md"
+if TYPE_CHECKING:
+    import argparse
+
+TEXT = "the tables of docs/benchmarks.md from the committed results"
+PAGE = ("docs", "benchmarks.md")
+RESULTS = ("bench", "results")
 BEGIN, END = "<!-- python -m bench tables: begin -->", "<!-- python -m bench tables: end -->"
-RESULTS = ROOT / "bench" / "results"
 FLOORS = ("copy", "matmul")  # what nobody can beat is no competitor
 MOST_LOSSES = 4  # named one by one in a family
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--file", type=Path, help="default: docs/benchmarks.md of this checkout")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="default: bench/results of this checkout")
+
+
+def run_command(args: argparse.Namespace) -> int:
+    page, results = args.file or of_checkout(*PAGE), args.results or of_checkout(*RESULTS)
+    if page is None or results is None:
+        raise NotHere(
+            f"tables: {'/'.join(PAGE)} and the rows in {'/'.join(RESULTS)} belong to a checkout and are not installed: "
+            "run python -m bench tables there, or name a page with --file and rows with --results"
+        )
+    print(f"{page}: {'written' if run(page, results) else 'up to date'}")
+    return 0
 
 
 def run(page: Path, results: Path) -> bool:
@@ -92,7 +113,7 @@ def _comparison(rows: Sequence[Row], label: Callable[[Row], str], scale: float =
     providers = list(dict.fromkeys(row.provider for row in rows))
     order = {who: (who in FLOORS, not who.startswith("ours")) for who in providers}
     providers.sort(key=lambda who: order[who])
-    lines = []
+    lines, over = [], False
     for question in dict.fromkeys(row.question() for row in rows):
         asked = {row.provider: row for row in rows if row.question() == question}
         competing = [row.p50_ms or 0.0 for who, row in asked.items() if who not in FLOORS]
@@ -106,9 +127,11 @@ def _comparison(rows: Sequence[Row], label: Callable[[Row], str], scale: float =
                 continue
             text = number(scale * row.p50_ms)
             text = f"**{text}**" if who not in FLOORS and row.p50_ms == min(competing) else text
-            cells.append(text + (f" ({row.percent:.0f} %)" if who == "ours" and row.percent is not None else ""))
+            share = f" ({percent(row.percent)} %)" if who == "ours" and row.percent is not None else ""
+            over |= "*" in share
+            cells.append(text + share.replace("*", "\\*"))
         lines.append([label(next(iter(asked.values()))), *cells])
-    return _table(["", *providers], lines)
+    return [*_table(["", *providers], lines), *([f"\\* {OVER_TEXT}.\n"] if over else [])]
 
 
 def _values(rows: Sequence[Row], pick: Callable[[Row], object]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bench import soak
+from bench import soak_ranks as soak
 
 from .world import World
 

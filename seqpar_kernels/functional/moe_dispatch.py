@@ -1,4 +1,4 @@
-"""Tokens to the ranks of their experts and back, for experts of one's own."""
+"""Tokens to the ranks of their experts and back, for your own experts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def moe_dispatch(
 ) -> DispatchedTokens:
     """Bring each token to the ranks that have experts of it, once a rank. All ranks of the group must call it.
 
-    For experts of one's own, between this and :func:`moe_combine`; :func:`moe_mlp` overlaps the way with the work.
+    For your own experts, between this and :func:`moe_combine`; :func:`moe_mlp` overlaps the way with the work.
     Differentiable in ``x`` and ``top_k_weights``; sums over ranks are taken in fp32 (fp64 for fp64).
 
     Args:

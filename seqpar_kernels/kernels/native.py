@@ -3,8 +3,10 @@
 Same functions, same arguments as :mod:`.reference`.
 """
 
+import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +29,22 @@ from .spec import (
 
 _INTERFACE = 3
 
+
+def _why_missing(error: ImportError) -> str:
+    """An unbuilt source tree has no such file; else the file is there and does not load."""
+    if importlib.util.find_spec("._native", __package__) is not None:
+        return str(error)
+    return (
+        f"there is no {__package__}._native in {Path(__file__).parent}, sources that were not built for this Python: "
+        "run pip install -e . in their folder, or pip install . and import the package from another folder"
+    )
+
+
 try:
     from . import _native
-except ImportError as error:  # an unbuilt checkout: the reason is kept and shown where somebody needs the kernels
+except ImportError as error:  # the reason is kept and shown where somebody needs the kernels
     _native = None  # type: ignore[assignment]
-    build_error: str | None = str(error)
+    build_error: str | None = _why_missing(error)
 else:
     build_error = None
     if getattr(_native, "interface", None) != _INTERFACE:  # an editable install whose Python has moved on

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import guards
+from bench import guards, guards_models
 from bench.cli import main
 from bench.schema import load
+from examples import demo_run
 
 HERE = guards.here()
 
@@ -19,6 +21,20 @@ def test_the_cost_is_that_of_a_round() -> None:
     every = [time + 3.0 for time in without]
     assert guards._cost(every, without) == (3.0, 3.0, 3.0)
     assert guards._cost([99.0], [100.0]) == (-1.0, -1.0, -1.0)
+
+
+@pytest.mark.parametrize("name", list(guards.MODELS.values()))
+def test_the_models_are_those_of_the_demo(name: str) -> None:
+    sizes = guards_models.Sizes(2, 16, 96, 1)
+    job = demo_run.Job(1, 0, *sizes, device="cpu", folder="")
+    ids = guards_models.batch(sizes, "cpu")
+    assert torch.equal(ids, demo_run.batch(job, 0))
+    ours = guards_models.build_model(name, sizes, "cpu")
+    theirs = demo_run.build_model(name, job, demo_run.DROPOUT)
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    for (key, got), (_, expected) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert torch.equal(got, expected), key
+    assert (guards_models.SEED, guards_models.LEARNING_RATE) == (demo_run.SEED, demo_run.LEARNING_RATE)
 
 
 def test_unknown_models_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cli, links, loopback, norm, norm_features, ranks
+from bench import cli, links, loopback_cases, norm_cases, norm_features, ranks
 from bench.check import WrongResult, check_norm
 from bench.cli import main
 from bench.errors import BenchError, NotHere
@@ -94,8 +94,8 @@ def test_reduce_smoke(tmp_path: Path) -> None:
     assert rows["reduce", "ours"].bytes == 4 * tensor and rows["reduce.layer", "ours"].bytes == 6 * tensor + 64
 
 
-def buffers(kind: str, p: float) -> norm.Buffers:
-    return norm.make_buffers(norm.NormCase(kind, p, "fp32", 16, 64), "cpu")[0]
+def buffers(kind: str, p: float) -> norm_cases.Buffers:
+    return norm_cases.make_buffers(norm_cases.NormCase(kind, p, "fp32", 16, 64), "cpu")[0]
 
 
 def no_dropout(*args: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ def test_a_provider_that_is_wrong_is_found_out(fn: Callable[..., tuple[Tensor, T
 
 def test_peers_may_sum_plainly_and_ours_may_not() -> None:
     """A weight gradient off by a few fp32 roundings."""
-    b = norm.make_buffers(norm.NormCase("layer", 0.0, "fp32", 4096, 8), "cpu")[0]
+    b = norm_cases.make_buffers(norm_cases.NormCase("layer", 0.0, "fp32", 4096, 8), "cpu")[0]
     b.grads[0].copy_(torch.ones_like(b.grads[0]))  # dbias is 4096 everywhere: one rounding is 5e-4
 
     def off(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ def test_peers_may_sum_plainly_and_ours_may_not() -> None:
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
-    case = norm.NormCase("rms", 0.1, "bf16", 100, 64)
+    case = norm_cases.NormCase("rms", 0.1, "bf16", 100, 64)
     tensor = 100 * 64 * 2
     assert case.bytes("fwd") == 4 * tensor + 100 * 4
     assert case.bytes("fwd+bwd") == 9 * tensor + 2 * 100 * 4
@@ -183,8 +183,10 @@ def test_loopback_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             assert r.percent > 0 and r.metrics["error"] <= 2 and "hidden" in r.metrics
     assert {r.params.get("chunks") for r in rows} == {None, 2}
 
-    on_ranks = loopback.on_ranks
-    monkeypatch.setattr(loopback, "on_ranks", lambda *args: lambda group: [t * 1.5 for t in on_ranks(*args)(group)])
+    on_ranks = loopback_cases.on_ranks
+    monkeypatch.setattr(
+        loopback_cases, "on_ranks", lambda *args: lambda group: [t * 1.5 for t in on_ranks(*args)(group)]
+    )
     assert main(["loopback", *BRIEF, *sizes, "--op", "linear_reduce_scatter", "--save", str(tmp_path / "wrong")]) == 1
 
 
@@ -329,7 +331,7 @@ def test_no_cuda_device_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_rank_that_fails_ends_all_with_its_words() -> None:
     with pytest.raises(BenchError, match=r"rank \d of 2 failed(.|\n)*KeyError: 'op'"):
-        ranks.run_ranks("bench.linear_rank:run", {}, 2)
+        ranks.run_ranks(".linear_rank:run", {}, 2)
 
 
 def test_links_are_parsed() -> None:

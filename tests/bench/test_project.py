@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import project
+from bench import project_model as project
 from bench.cli import main
 from bench.errors import BenchError
 from bench.schema import Row, load, save

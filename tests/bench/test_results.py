@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from bench import compare, tables
+from bench import compare, figure_parts, figures, place, plot, report, suite, tables
 from bench.cli import main
 from bench.errors import BenchError
+from bench.place import of_checkout
 from bench.schema import Row, load, parse_row, save
 from bench.timing import Stats
 
@@ -220,6 +221,73 @@ def test_plot_from_files_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "measure first" in capsys.readouterr().err
 
 
+def timed_row(op: str, provider: str, shape: list[int], **options: Any) -> Row:
+    row = norm_row(provider, shape=shape, **options)
+    row.op = op
+    return row
+
+
+def rows_of_all_families() -> list[Row]:
+    """Of each that has a picture, at least two."""
+    paced = {"params": {"ratio": 1.0}, "ranks": 2, "metrics": {"matmul_ms": 1.0, "wire_ms": 1.5}}
+    found = [norm_row(), *linear_rows(), *memory_rows()]
+    for provider in ("ours", "eager", "nobody's"):
+        found.append(timed_row("reduce.layer", provider, [4, 8, 32]))
+        found.append(timed_row("reduce", provider, [4, 8, 32], params={}))
+        found.append(timed_row("host.norm.layer", provider, [4, 64]))
+        found.append(timed_row("layer.gpt", provider, [8, 1, 32, 4]))
+        found.append(timed_row("attention.causal", provider, [64, 4, 4, 8], metrics={"ideal_ms": 0.5}, ranks=2))
+    found.append(timed_row("layer.gpt", "matmul", [8, 1, 32, 4]))
+    for chunks in (1, 2):
+        cut = {**paced, "params": {"ratio": 1.0, "chunks": chunks}}
+        found.append(timed_row("loopback.all_gather_linear", "ours", [8, 4, 16], **cut))
+    for provider in ("ours", "matmul", "messages", "one after the other"):
+        found.append(timed_row("loopback.all_gather_linear", provider, [8, 4, 16], **paced))
+    return found
+
+
+def test_every_family_has_its_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    save(tmp_path / "a.jsonl", rows_of_all_families())
+    assert main(["plot", str(tmp_path)]) == 0
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(plot.PICTURES)
+
+
+def test_no_two_providers_share_a_colour() -> None:
+    colors = [color for color, _ in (*figure_parts.STYLES.values(), *figure_parts.OTHERS.values())]
+    assert len(set(colors)) == len(colors)
+    assert set(suite.peers()) <= figure_parts.STYLES.keys()
+    assert figure_parts.style_of("ours without a fusion") != figure_parts.style_of("ours")
+
+
+def texts(figure: Any) -> list[str]:
+    """What is written in a picture."""
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def test_more_than_the_ceiling_is_the_fault_of_the_ceiling(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the terminal, in the page and in the pictures; and nowhere else."""
+    pytest.importorskip("matplotlib").use("Agg")
+    rows = [norm_row(shape=[8, 32 * i]) for i in (1, 2)]
+    report.timing_table(rows, "a title")
+    assert "*" not in capsys.readouterr().out + "".join(tables.norm(rows)).replace("**", "")
+    assert not any("*" in text for text in texts(figures.draw_norm(rows)))
+    rows[1].percent = 113.3
+    report.timing_table(rows, "a title")
+    out = capsys.readouterr().out
+    assert "113*" in out and "50*" not in out
+    assert "* above 100 % of its ceiling: that ceiling was measured too low" in out
+    page = "".join(tables.norm(rows))
+    assert "(113\\* %)" in page and "(50 %)" in page and page.count("that ceiling was measured too low") == 1
+    written = texts(figures.draw_norm(rows))
+    assert written.count("*") == 1 and any("that ceiling was measured too low" in text for text in written)
+    layers = [timed_row("layer.gpt", who, [8, 1, 32, 4]) for who in ("ours", "matmul")]
+    layers[0].percent = 101.0
+    assert any("(101* %)" in text for text in texts(figures.draw_layer(layers)))
+
+
 def test_plot_leaves_out_what_it_cannot_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows of another version of the benchmarks: without the figure that is drawn, or with another kind of it."""
     pytest.importorskip("matplotlib")
@@ -232,12 +300,24 @@ def test_plot_leaves_out_what_it_cannot_draw(tmp_path: Path, capsys: pytest.Capt
     memory[0].provider, linear[0].params = "ours", {"chunks": None}
     save(tmp_path / "a.jsonl", [norm_row(bytes=None), linear[0], memory[0]])
     assert main(["plot", str(tmp_path)]) == 2
-    assert "no norm, linear or memory rows to draw" in capsys.readouterr().err
+    assert "no norm, reduce, linear, loopback, layer, attention, memory or host rows to draw" in capsys.readouterr().err
 
 
 def test_the_tables_are_what_the_committed_results_say() -> None:
-    written = tables.PAGE.read_text().partition(tables.BEGIN)[2].partition(tables.END)[0].strip()
-    assert written == tables.section(tables.RESULTS).strip(), "run `python -m bench tables`"
+    page, results = of_checkout(*tables.PAGE), of_checkout(*tables.RESULTS)
+    assert page is not None and results is not None
+    written = page.read_text().partition(tables.BEGIN)[2].partition(tables.END)[0].strip()
+    assert written == tables.section(results).strip(), "run `python -m bench tables`"
+
+
+def test_tables_of_an_installed_package_belong_to_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(place, "HERE", tmp_path / "site-packages" / "seqpar_kernels" / "bench")
+    assert main(["tables"]) == 2
+    assert "belong to a checkout and are not installed" in capsys.readouterr().err
+    assert main(["tables", "--file", str(page(tmp_path))]) == 2
+    assert "bench/results" in capsys.readouterr().err
 
 
 def page(folder: Path) -> Path:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bench import facts, linear_rank, norm, norm_features, ranks, reduce, timing
+from bench import facts, linear_rank, norm_cases, norm_features, ranks, reduce_cases, timing
 from bench.timing import Effort
 
 BRIEF = Effort(seconds=0.0, warmup=0.0, least=5, most=5)
@@ -27,13 +27,13 @@ def test_consecutive_calls_take_consecutive_buffers() -> None:
 @pytest.mark.parametrize("cache", [2**16, 3 * 2**18])
 def test_a_rotation_of_inputs_exceeds_the_cache(cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(facts, "cache_bytes", lambda device: cache)
-    plain = norm.make_buffers(norm.NormCase("rms", 0.1, "bf16", 32, 64), "cpu")
+    plain = norm_cases.make_buffers(norm_cases.NormCase("rms", 0.1, "bf16", 32, 64), "cpu")
     assert sum(b.inputs[0].nbytes + b.inputs[1].nbytes for b in plain) > 1.5 * cache
     for name in ("x_bias", "residual_fp32", "two_norms"):
         options = norm_features.make_buffers(norm_features.Case(name, "bf16", 32, 64), "cpu")
         assert sum(b.inputs["x"].nbytes + b.inputs["residual"].nbytes for b in options) > 1.5 * cache
     for fused in (False, True):
-        parts = reduce.make_buffers(reduce.ReduceCase(fused, 2, 0.0, "bf16", 32, 64), "cpu")
+        parts = reduce_cases.make_buffers(reduce_cases.ReduceCase(fused, 2, 0.0, "bf16", 32, 64), "cpu")
         assert sum(b.parts.nbytes for b in parts) > 1.5 * cache
 
 
