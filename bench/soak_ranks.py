@@ -91,7 +91,7 @@ def _faulty(group: dist.ProcessGroup, kind: str, guilty: bool) -> None:
         _stop(random.uniform(0.1, 1.5))
 
     def explode(*args: object, **options: object) -> None:
-        raise _Fault("amid an op")
+        raise _Fault("inside an op")
 
     healthy = gather_linear.matmul_into
     if kind == "forward":
@@ -159,7 +159,7 @@ def _rounds(group: dist.ProcessGroup, rounds: int, patience: float) -> dict[str,
 
 
 def killed(group: dist.ProcessGroup, known: bool) -> dict[str, float]:
-    """Seconds until the others raise, when one rank is killed; ``known``: amid a transfer, else in a meeting."""
+    """Seconds until the others raise, when one rank is killed; ``known``: inside a transfer, else in a meeting."""
     _right(group, 1)
     if group.rank() == group.size() - 1:
         os.kill(os.getpid(), signal.SIGKILL)
