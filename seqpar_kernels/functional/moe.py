@@ -71,7 +71,7 @@ def moe_mlp(
         ValueError: an argument that does not fit, by name, on every rank, before anything is sent.
         RuntimeError: ranks that disagree, a peer that failed.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> x, router = torch.randn(10, 16), torch.randn(8, 16)
         >>> weights, index = (x @ router.t()).softmax(-1).topk(2)

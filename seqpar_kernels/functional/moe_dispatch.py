@@ -26,6 +26,13 @@ class DispatchedTokens:
         rows: [N, H], each token once.
         index: [N, K] int32, numbers among this rank's experts, -1 where the expert is elsewhere.
         weights: [N, K], like ``top_k_weights``.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> index = torch.tensor([[0, 3], [1, 2]])
+        >>> there = sp.moe_dispatch(torch.randn(2, 4), index, torch.rand(2, 2), group=None, num_experts=4)
+        >>> there.index.tolist()
+        [[0, 3], [1, 2]]
     """
 
     rows: Tensor
@@ -56,7 +63,7 @@ def moe_dispatch(
         ValueError: an argument that does not fit, by name, on every rank, before anything is sent.
         RuntimeError: ranks that disagree.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> x, index, weights = torch.randn(6, 4), torch.randint(8, (6, 2)), torch.rand(6, 2)
         >>> there = sp.moe_dispatch(x, index, weights, group=None, num_experts=8)
@@ -107,7 +114,7 @@ def moe_combine(y: Tensor, dispatched: DispatchedTokens) -> Tensor:
     Raises:
         ValueError: ``y`` does not fit, on every rank, before anything is sent.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> x, index, weights = torch.randn(6, 4), torch.randint(8, (6, 2)), torch.rand(6, 2)
         >>> there = sp.moe_dispatch(x, index, weights, group=None, num_experts=8)

@@ -37,7 +37,7 @@ def load_balancing_loss(
     Raises:
         ValueError: an argument that does not fit, by name, on every rank, before anything is sent.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> sp.load_balancing_loss(torch.zeros(10, 8), 2, group=None)  # even probabilities: K
         tensor(2.)
@@ -62,7 +62,7 @@ def router_z_loss(
 
     Arguments, result and gradients as in :func:`load_balancing_loss`.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> sp.router_z_loss(torch.zeros(10, 1), group=None)
         tensor(0.)

@@ -20,6 +20,11 @@ class ExpertForm(NamedTuple):
     """What experts compute, and how their weights lie.
 
     ``transposed``: [E, in, out] instead of [E, out, in].
+
+    Examples:
+        >>> import seqpar_kernels as sp
+        >>> sp.nn.ExpertForm(bias=True).names()
+        ('gate_up_proj', 'down_proj', 'gate_up_proj_bias', 'down_proj_bias')
     """
 
     activation: ExpertActivation = ExpertActivation()
@@ -68,7 +73,7 @@ class Experts(nn.Module):
     Raises:
         ValueError: sizes that do not divide by the ranks.
 
-    Example:
+    Examples:
         >>> import torch, seqpar_kernels as sp
         >>> experts = sp.Experts(8, 16, 32)
         >>> weights, index = torch.randn(10, 8).softmax(-1).topk(2)
