@@ -150,6 +150,8 @@ class ComputedTensor(DTensor):
         kwargs = kwargs or {}
         if func is torch.autograd.grad:
             return autograd_grad(*args, **kwargs)
+        if func is torch.autograd.backward:
+            return autograd_backward(*args, **kwargs)
         if func is Tensor.backward:
             return Tensor.backward(*tree_map(plain, args), **tree_map(plain, kwargs))
         if is_in_place(func) and args and isinstance(args[0], ComputedTensor):
@@ -363,12 +365,23 @@ class _Norm(torch.autograd.Function):
         return part * torch.where(norm == 0, torch.zeros_like(norm), grad / norm), None
 
 
+def _known(tensor: Any) -> Any:
+    """What autograd knows a listed parameter as, or a tensor that was computed from one."""
+    return tensor.local if isinstance(tensor, ComputedTensor) else getattr(tensor, "part", tensor)
+
+
+def autograd_backward(tensors: Any, grad_tensors: Any = None, *args: Any, inputs: Any = None, **kwargs: Any) -> None:
+    """``torch.autograd.backward`` with listed parameters among ``inputs``: autograd knows the parts."""
+    tensors, grad_tensors = tree_map(plain, (tensors, grad_tensors))
+    inputs = None if inputs is None else tuple(_known(t) for t in inputs)
+    torch.autograd.backward(tensors, grad_tensors, *args, inputs=inputs, **kwargs)
+
+
 def autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
     """``torch.autograd.grad`` with listed parameters and ComputedTensors, replaced by the tensors autograd knows."""
     outputs, args, kwargs = tree_map(plain, (outputs, args, kwargs))
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    known = [t.local if isinstance(t, ComputedTensor) else getattr(t, "part", t) for t in inputs]
-    grads = torch.autograd.grad(outputs, known, *args, **kwargs)
+    grads = torch.autograd.grad(outputs, [_known(t) for t in inputs], *args, **kwargs)
     found: list[Tensor | None] = []
     for grad, t in zip(grads, inputs, strict=True):
         if grad is None or not isinstance(t, DTensor) or not hasattr(t, "cut"):

@@ -31,6 +31,21 @@ _FUSED = frozenset(
 _NORMS = frozenset({torch.ops.aten.linalg_vector_norm.default, torch.ops.aten._foreach_norm.Scalar})
 
 
+@functools.cache
+def _written(func: Any) -> tuple[int, ...]:
+    """Which arguments an operator writes to."""
+    found = enumerate(func._schema.arguments)
+    return tuple(i for i, arg in found if arg.alias_info is not None and arg.alias_info.is_write)
+
+
+def _count_writes(func: Any, args: Any) -> None:
+    """Let autograd know: DTensor writes below it, and a weight saved for the backward would be taken for unchanged."""
+    for i in _written(func):
+        for tensor in args[i] if i < len(args) and isinstance(args[i], (list, tuple)) else args[i : i + 1]:
+            if isinstance(tensor, CutTensor) and not tensor._local_tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor._local_tensor)
+
+
 def _local(value: Any) -> Any:
     return value._local_tensor if isinstance(value, DTensor) else value
 
@@ -71,6 +86,8 @@ class CutTensor(DTensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if not torch.compiler.is_compiling():
+            _count_writes(func, args)
         if func in _FUSED:
             return func(*tree_map(_local, args), **tree_map(_local, kwargs or {}))
         if func in _NORMS and len(args) > 1 and args[1] in (math.inf, -math.inf):

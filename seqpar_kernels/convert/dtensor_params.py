@@ -22,7 +22,7 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.utils._pytree import tree_leaves
 
 from ..nn.sharding import ShardSpec
-from .computed import Whole, autograd_grad, compute, computes, names
+from .computed import Whole, autograd_backward, autograd_grad, compute, computes, names
 from .culprit import name_of
 from .cut import Cut
 from .cut_tensor import CutTensor, cut_tensor, drawn_like, dtensor_spec, first_row_of
@@ -63,7 +63,7 @@ class PresentedParameter(CutTensor):
 
     @property
     def data(self) -> Tensor:
-        return self.detach()
+        return cut_tensor(self.part.data, self.cut, self.device_mesh)  # autograd does not count what is written to it
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -183,6 +183,8 @@ class PresentedParameter(CutTensor):
         kwargs = kwargs or {}
         if func is torch.autograd.grad:
             return autograd_grad(*args, **kwargs)
+        if func is torch.autograd.backward:
+            return autograd_backward(*args, **kwargs)
         drawn = listed_to_draw(func, args, kwargs)
         if isinstance(drawn, PresentedParameter):
             return draw_whole(func, drawn, args, kwargs)

@@ -93,7 +93,7 @@ def parallelize(
         group_or_mesh: ProcessGroup or 1-D DeviceMesh; None converts to the same kernels without communication.
             Not before ``init_process_group`` in one of several processes of a launcher (WORLD_SIZE).
         plan: name pattern -> style (:mod:`seqpar_kernels.convert.plans`), or a ParallelPlan; None: the built-in one,
-            else the one that follows from the model's own (:func:`derive_plan`).
+            else the one that follows from the model's own (:func:`seqpar_kernels.convert.derive_plan`).
         seq_dim: sequence dimension of the residual stream; default -2, [B, S, H].
         engine: how matmuls and collectives run, see :func:`seqpar_kernels.all_gather_linear`.
         loss_parallel: cut the embedding and the head of a Hugging Face causal language model by vocabulary. A forward

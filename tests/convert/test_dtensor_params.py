@@ -136,3 +136,46 @@ def copy_case(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_dict_can_be_deep_copied(world2: World, kind: str) -> None:
     world2.run(copy_case, kind)
+
+
+def stepped_case(form: str) -> None:
+    """A step between forward and backward changes the weights that the backward needs: torch's own error.
+
+    torch's fused steps of plain tensors are not counted, so the plain model would have wrong gradients there.
+    """
+    ids = torch.randint(VOCAB, (2, 9))
+    for model in pair("llama")[form == "fused" :]:
+        params = list(model.parameters())
+        optimizer = torch.optim.SGD(params, lr=0.1, **({} if form == "one by one" else {form: True}))
+        model(ids, labels=ids).loss.backward()
+        loss = model(ids, labels=ids).loss
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        loss = model(ids, labels=ids).loss
+        params[0].data.mul_(1.0)  # which autograd does not count, unsharded neither
+        loss.backward()
+
+
+@pytest.mark.parametrize("form", ["one by one", "foreach", "fused"])
+def test_a_step_between_forward_and_backward_is_an_error(world2: World, form: str) -> None:
+    world2.run(stepped_case, form)
+
+
+def inputs_case() -> None:
+    """``backward(inputs=...)``: gradients of those alone."""
+    ids = torch.randint(VOCAB, (2, 9))
+    plain, model = pair("llama")
+    expected = {}
+    for m in (plain, model):
+        wanted = list(m.parameters())[1:3]
+        m(ids, labels=ids).loss.backward(inputs=wanted)
+        torch.autograd.backward([(p * p).sum() for p in wanted], inputs=wanted[0])
+        given = [name for name, param in m.named_parameters() if param.grad is not None]
+        assert len(given) == 2, given
+        expected = expected or {name: p.grad for name, p in m.named_parameters() if p.grad is not None}
+    assert_same_gradients(sp.gather_full_gradients(model), expected)
+
+
+def test_backward_takes_listed_parameters_as_inputs(world2: World) -> None:
+    world2.run(inputs_case)

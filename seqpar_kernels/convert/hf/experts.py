@@ -1,7 +1,8 @@
 """The experts of Transformers' mixtures: what they compute, and the router's logits that leave a forward.
 
 Transformers' classes of experts say how their weights lie (``use_experts_implementation``). What stands between the two
-matmuls is found by trying it: the gate of the class on numbers of all sizes, against what :func:`seqpar_kernels.moe_mlp` can do.
+matmuls is found by trying it: the gate of the class on numbers of all sizes, against the activations of
+:func:`seqpar_kernels.moe_mlp`.
 """
 
 from __future__ import annotations
