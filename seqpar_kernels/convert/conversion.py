@@ -43,7 +43,13 @@ class Conversion:
         self.seen: Seen | None = None  # what the last check has seen, or parallelize has left
         self.check: ShardCheck | None = None
         self.watch: Watch | None = None  # of a model on several ranks
+        self.context: Any = None  # a ContextParallel, of a model whose sequence is shared by ranks
         self.checked: set[bool] = set()  # module.training of forwards that have been followed
+
+    @property
+    def batch_ranks(self) -> int:
+        """How many ranks are given the same batch: those that share heads, times those that share the sequence."""
+        return self.region.ranks * (1 if self.context is None else self.context.ranks)
 
     def release(self, param: nn.Parameter) -> None:
         """Forget a parameter that fully_shard has replaced: its module sums the gradients of what came instead."""

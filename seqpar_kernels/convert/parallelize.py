@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm.coordination import agreement_of, checked_together
-from ..layout import Group, check_launched
+from ..layout import Group, check_launched, resolve_group
 from ..nn import ColumnParallelLinear, Region, SharedGather
 from ..overlap.engines import check_engine
 from ..strict import strict_enabled
@@ -58,6 +59,8 @@ def parallelize(
     seq_dim: int | None = None,
     engine: str = "auto",
     loss_parallel: bool = False,
+    context_parallel: str | None = None,
+    input_is_sharded: bool | str = False,
 ) -> ModelT:
     """Make ``model`` tensor- and sequence-parallel over ``group_or_mesh``, in place.
 
@@ -77,6 +80,11 @@ def parallelize(
         loss_parallel: cut the embedding and the head of a Hugging Face causal language model by vocabulary. A forward
             with labels then gives the loss and no logits (``output.logits`` is None): they never exist. One without
             labels gives whole logits, as before.
+        context_parallel: share the sequence of a Transformers model between the ranks of a mesh or group, or of the
+            dimension "cp" of a mesh of "cp" and "tp": "auto", "ulysses", "ring" or "all_gather", the engine of
+            :func:`seqpar_kernels.sequence_parallel_attention`. Logits are then those of this rank's rows, the loss is
+            that of the whole batch (docs/long-context.md).
+        input_is_sharded: the batch comes as this rank's rows: True in layout "contiguous", or the layout.
 
     Returns:
         ``model``.
@@ -88,11 +96,17 @@ def parallelize(
             process group where a launcher has started several.
     """
     check_launched(group_or_mesh)
+    shared: Group = None  # the ranks of context_parallel
+    if context_parallel is not None:
+        from .hf.context_parallel import ContextParallel, axes
+
+        shared, group_or_mesh = axes(group_or_mesh)
+    context, sharing = None, resolve_group(shared)
     region = Region(group_or_mesh, -2 if seq_dim is None else seq_dim)
     agreement = None if region.group is None else agreement_of(region.group)
     if agreement is not None:
         agreement.conversions += 1
-    with offering_verify(), checked_together(region.group):
+    with offering_verify(), checked_together(sharing), checked_together(region.group):
         check_torch(region.ranks)
         if region.ranks > 1:
             agree_on_overflow()
@@ -103,6 +117,14 @@ def parallelize(
         if getattr(model, "_seqpar", None) is not None:
             raise ValueError(f"model: {type(model).__name__} has been parallelized already")
         refuse_adapters(model)
+        if context_parallel is not None:
+            if loss_parallel:
+                raise ValueError("loss_parallel: expected False with context_parallel, got True")
+            context = ContextParallel(model, shared, context_parallel, input_is_sharded)
+        elif input_is_sharded:
+            raise ValueError(f"input_is_sharded: expected False without context_parallel, got {input_is_sharded!r}")
+        if context is not None and group_or_mesh is None and plan is None:
+            plan = {}  # modules stay as they are
         settled = checked_plan(plan) if plan is not None else _own_plan(model, region.ranks)
         conversion = _resolve(model, settled, region)
         check_fields(model, settled, region.ranks)
@@ -114,6 +136,8 @@ def parallelize(
             how += "" if comparison_enabled() else ", SEQPAR_COMPARE_RANKS=0"
             call = f"parallelize number {agreement.conversions} of {type(model).__name__}"
             agreement.require(f"{call}, {how}, plan {short_hash(repr(settled))}, with {digest(model)}")
+        if context is not None and sharing is not None:
+            agreement_of(sharing).require(f"parallelize {type(model).__name__}, {context.describe()}, {digest(model)}")
     conversion.trusted = plan is None and getattr(getattr(model, "config", None), "model_type", None) in PROVEN
     conversion.snapshot = Snapshot(model)
     for _, module, attribute in divided(model, settled):
@@ -139,8 +163,7 @@ def parallelize(
     model._seqpar = conversion  # type: ignore[assignment]
     conversion.snapshot.release(model)
     if region.group is not None:
-        device = next((param.device.type for param in model.parameters()), "cpu")
-        mesh = group_or_mesh if isinstance(group_or_mesh, DeviceMesh) else DeviceMesh.from_group(region.group, device)
+        mesh = _mesh_of(group_or_mesh, region.group, model)
         present_parameters(model, mesh, shard_specs(model), conversion.release)
         conversion.cuts = cuts_of(model)
         conversion.alike = compare_ranks(model, conversion)
@@ -148,11 +171,23 @@ def parallelize(
         model.register_load_state_dict_pre_hook(cut_whole_tensors)
         answer_for_ranks(model, mesh)
         generate_alike(model, conversion)
+    if context is not None:
+        conversion.context = context
+        context.install(model, region.rank)
+        if sharing is not None and region.group is None:
+            answer_for_ranks(model, _mesh_of(shared, sharing, model))
+        elif sharing is not None and hasattr(model, "_tp_size"):
+            setattr(model, "_tp_size", conversion.batch_ranks)  # noqa: B010 (mypy takes it for a module)
     if conversion.seen is not None:
         conversion.seen.remember()
     if strict_enabled():
         refuse_unfused(model)
     return model
+
+
+def _mesh_of(group_or_mesh: Group, group: ProcessGroup, model: nn.Module) -> DeviceMesh:
+    device = next((param.device.type for param in model.parameters()), "cpu")
+    return group_or_mesh if isinstance(group_or_mesh, DeviceMesh) else DeviceMesh.from_group(group, device)
 
 
 def _own_plan(model: nn.Module, ranks: int) -> ParallelPlan:

@@ -1,0 +1,1 @@
+"""All that names Transformers, Accelerate or peft."""
