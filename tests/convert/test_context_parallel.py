@@ -48,8 +48,13 @@ def model_case(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_models_train_as_unsharded(world: World, kind: str) -> None:
-    world.run(model_case, kind)
+def test_models_train_as_unsharded(world2: World, kind: str) -> None:
+    world2.run(model_case, kind)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+def test_models_on_more_ranks_than_key_heads(world4: World, kind: str) -> None:
+    world4.run(model_case, kind)
 
 
 def engine_case(engine: str) -> str:
@@ -58,8 +63,8 @@ def engine_case(engine: str) -> str:
     return conversion_of(model).context.layout
 
 
-def test_engines_and_their_layouts(world: World) -> None:
-    layouts = {engine: world.run(engine_case, engine)[0] for engine in ("ulysses", "ring", "all_gather")}
+def test_engines_and_their_layouts(world2: World) -> None:
+    layouts = {engine: world2.run(engine_case, engine)[0] for engine in ("ulysses", "ring", "all_gather")}
     assert layouts == {"ulysses": "contiguous", "ring": "zigzag", "all_gather": "zigzag"}
 
 
@@ -80,8 +85,8 @@ def _lengths(starts: list[int], length: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_packed_documents(world: World, kind: str) -> None:
-    world.run(packing_case, kind)
+def test_packed_documents(world2: World, kind: str) -> None:
+    world2.run(packing_case, kind)
 
 
 def lengths_case() -> None:
@@ -160,8 +165,8 @@ def sharded_case(layout: bool | str) -> None:
 
 
 @pytest.mark.parametrize("layout", [True, "zigzag"])
-def test_a_batch_that_is_sharded(world: World, layout: bool | str) -> None:
-    world.run(sharded_case, layout)
+def test_a_batch_that_is_sharded(world2: World, layout: bool | str) -> None:
+    world2.run(sharded_case, layout)
 
 
 def embeds_case() -> None:
@@ -254,8 +259,8 @@ def longrope_case() -> None:
     assert not torch.equal(plain(**batch(length=13)).logits[:, :9], plain(**batch(length=9)).logits)
 
 
-def test_rotary_embeddings_that_follow_the_length(world: World) -> None:
-    world.run(longrope_case)
+def test_rotary_embeddings_that_follow_the_length(world2: World) -> None:
+    world2.run(longrope_case)
 
 
 def one_rank_case() -> None:
@@ -333,7 +338,7 @@ def refusals_case() -> list[str]:
     for wrong, options, text in (
         (torch.nn.Linear(2, 2), {}, "is no model of Transformers"),
         (classifier, {}, "its head may count rows"),
-        (plain_model("llama"), {"context_parallel": "rings"}, "context_parallel: expected None or one of auto"),
+        (plain_model("llama"), {"context_parallel": "rings"}, "context_parallel: expected None or one of 'auto'"),
         (plain_model("llama"), {"input_is_sharded": "rows"}, "input_is_sharded: expected a bool"),
         (plain_model("llama"), {"loss_parallel": True}, "loss_parallel: expected False"),
     ):

@@ -105,7 +105,7 @@ class ContextParallel:
             model.loss_function = self._loss
         self._gradients = GradientSum(self.group, model)
         self._alike = None
-        if self.group is not None and comparison_enabled() and not self.input_is_sharded:
+        if self.group is not None and comparison_enabled():
             self._alike = Alike(self.group, lambda: next(model.parameters()).device)
         for module in model.modules():
             if _grows(getattr(module, "rope_type", None)):
@@ -163,7 +163,8 @@ class ContextParallel:
                 self._gradients.watch(model)
         self._running = True
         if self._alike is not None and not again and not torch.compiler.is_compiling():
-            compared = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+            whole = {} if self.input_is_sharded else given
+            compared = {name: value for name, value in whole.items() if isinstance(value, Tensor)}
             self._alike.begin(type(model).__name__, compared, model.training)
         batch = cut_batch(given, self.asked, self.input_is_sharded)
         self.last, self._loss.count = batch.whole, batch.labels
@@ -208,7 +209,7 @@ class ContextParallel:
 
     def _own_randomness(self, whole: Whole, device: torch.device) -> None:
         """Each rank drops entries of its own rows; in attention, by position, all drop what one rank would."""
-        seed = int(draw_seed(torch.device("cpu")))
+        seed = int(draw_seed(device))
         generator = default_generator(device)
         self._random = generator, generator.get_state()
         generator.manual_seed((seed + group_rank(self.group)) % (1 << 63))

@@ -91,6 +91,7 @@ class GradientSum:
                     ranks = group.mesh_info.mesh.size()
                     if group.gradient_divide_factor is None:
                         group.gradient_divide_factor = float(ranks // self._group.size())
+                        group.force_sum_reduction_for_comms = True  # gloo has no sum of what is divided before
 
     def _hook(self, param: nn.Parameter) -> Any:
         key = id(param)
