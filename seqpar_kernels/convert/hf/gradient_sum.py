@@ -27,7 +27,7 @@ class GradientSum:
 
     def __init__(self, group: ProcessGroup | None, model: nn.Module):
         self._group = group
-        self._own_ranks = {id(p): _ranks(p) for p in model.parameters()}
+        self._tensor_parallel = [_ranks(p) for p in model.parameters()]  # over which parallelize has cut some
         self._watched: list[nn.Parameter] = []
         self._places: dict[int, int] = {}  # id -> place in _watched
         self._fired: set[int] = set()
@@ -73,8 +73,7 @@ class GradientSum:
         mine = set(torch.distributed.get_process_group_ranks(self._group))
         if mine <= ranks:
             return True
-        own = self._own_ranks.get(id(param))
-        if own is not None or not ranks:
+        if not ranks or ranks in self._tensor_parallel:
             return False
         raise ValueError(
             f"fully_shard: expected a mesh with the ranks {sorted(mine)} of context_parallel, got {name} on "
