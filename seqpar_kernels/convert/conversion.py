@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..layout import Group
 from ..nn import ExpertForm, Region, SharedGather
 from .alike import Alike
 from .changes import Watch
@@ -53,6 +54,9 @@ class Conversion:
         self.engine = engine
         self.loss_parallel = loss_parallel
         self.experts = experts
+        self.sharing: Group = None  # ranks that share the sequence, with context_parallel
+        self.context_parallel: str | None = None
+        self.input_is_sharded: bool | str = False
         self.region = Region(group_or_mesh, -2 if seq_dim is None else seq_dim)
         # What the passes found and did.
         self.styles: dict[str, str] = {}  # module name -> handling style
@@ -80,7 +84,17 @@ class Conversion:
         self.harmless_hooks: tuple[str, ...] = ()  # prefixes of __module__
         self.check: ShardCheck | None = None
         self.watch: Watch | None = None  # with several ranks
+        self.context: Any = None  # a ContextParallel, where ranks share the sequence of a Transformers model
         self.checked: set[bool] = set()  # module.training of checked forwards
+
+    def share_sequence(self, sharing: Group, context_parallel: str | None, input_is_sharded: bool | str) -> None:
+        """The arguments of ``parallelize`` for attention over a sharded sequence."""
+        self.sharing, self.context_parallel, self.input_is_sharded = sharing, context_parallel, input_is_sharded
+
+    @property
+    def batch_ranks(self) -> int:
+        """How many ranks are given the same batch: those that share heads, times those that share the sequence."""
+        return self.region.ranks * (1 if self.context is None else self.context.ranks)
 
     def release(self, param: nn.Parameter) -> None:
         """Forget a parameter that fully_shard has replaced. Its module sums the gradients of the new one."""

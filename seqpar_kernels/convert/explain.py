@@ -50,6 +50,20 @@ def explain(model: nn.Module) -> Explanation:
     title += "need no sum" if region.group is None else "are summed in one exchange a backward"
     if region.group is not None:
         title += f"\nplanned with {figures_of(region.group)['cpu' if device.type == 'cpu' else 'cuda'].source}"
+    if conversion.context is not None:
+        title += f"\n{conversion.context.explained()}"
+        rows += tuple(
+            Row(
+                f"attention: {kind}",
+                "context_parallel",
+                choice.engine,
+                "",
+                "",
+                choice.reason,
+                _bytes(choice.wire.forward),
+            )
+            for kind, choice in conversion.context.explained_calls()
+        )
     return Explanation(title, rows)
 
 

@@ -7,12 +7,12 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..comm.coordination import agreement_of, checked_together
-from ..layout import Group, check_launched
+from ..comm.coordination import checked_together, coordination_of
+from ..layout import Group, check_launched, resolve_group
 from . import edge_hooks, grad_scaler, hooks, optimizers, register, replacements, resolve, validate
 from .conversion import Conversion
 from .explain import refuse_unfused
-from .hf import adapters, generation, plan_from_config, pretrained, storage_writer, vocabulary_ends
+from .hf import adapters, context_passes, generation, plan_from_config, pretrained, storage_writer, vocabulary_ends
 from .hf import experts as expert_modules
 from .plans import ParallelPlan
 from .verify_offer import offering_verify
@@ -26,6 +26,7 @@ CHECKS: dict[str, tuple[Step, ...]] = {
     "resolve": (
         resolve.check_call,
         adapters.refuse_adapters,
+        context_passes.find_context,
         resolve.take_given_plan,
         plan_from_config.plan_from_model,
         resolve.find_modules,
@@ -40,6 +41,7 @@ CHECKS: dict[str, tuple[Step, ...]] = {
         storage_writer.refuse_lost_shards,
         optimizers.refuse_unfit_optimizers,
         validate.compare_calls,
+        context_passes.compare_contexts,
     ),
 }
 CHANGES: dict[str, tuple[Step, ...]] = {
@@ -65,6 +67,7 @@ CHANGES: dict[str, tuple[Step, ...]] = {
         register.take_whole_checkpoints,
         pretrained.answer_for_ranks,
         generation.generate_alike,
+        context_passes.install_context,
         register.remember_structure,
         refuse_unfused,
     ),
@@ -80,6 +83,8 @@ def parallelize(
     engine: str = "auto",
     loss_parallel: bool = False,
     experts: str = "auto",
+    context_parallel: str | None = None,
+    input_is_sharded: bool | str = False,
 ) -> ModelT:
     """Make ``model`` tensor- and sequence-parallel over ``group_or_mesh``, in place.
 
@@ -102,6 +107,11 @@ def parallelize(
         experts: how the experts of a mixture are divided. ``"ep"``: whole ones, tokens travel to the ranks that have
             theirs; their number is a multiple of the ranks. ``"tp"``: every rank has a part of each, every token
             travels to all. ``"auto"``: ``"ep"`` where the number divides.
+        context_parallel: share the sequence of a Transformers model between the ranks of a mesh or group, or of the
+            dimension "cp" of a mesh of "cp" and "tp": "auto", "ulysses", "ring" or "all_gather", the engine of
+            :func:`seqpar_kernels.sequence_parallel_attention`. Logits are then those of this rank's rows, the loss is
+            that of the whole batch (docs/long-context.md).
+        input_is_sharded: the batch comes as this rank's rows: True in layout "contiguous", or the layout.
 
     Returns:
         ``model``.
@@ -124,11 +134,13 @@ def parallelize(
         >>> model(ids, labels=ids).loss.backward()
     """
     check_launched(group_or_mesh)
-    conversion = Conversion(model, group_or_mesh, plan, seq_dim, engine, loss_parallel, experts)
+    sharing, tensor = context_passes.axes(group_or_mesh, context_parallel)
+    conversion = Conversion(model, tensor, plan, seq_dim, engine, loss_parallel, experts)
+    conversion.share_sequence(sharing, context_parallel, input_is_sharded)
     group = conversion.region.group
     if group is not None:
-        agreement_of(group).conversions += 1
-    with offering_verify(), checked_together(group):
+        coordination_of(group).conversions += 1
+    with offering_verify(), checked_together(resolve_group(sharing)), checked_together(group):
         _run(CHECKS, conversion)
     _run(CHANGES, conversion)
     return model

@@ -183,4 +183,6 @@ def unparallelize(model: ModelT) -> ModelT:
         raise ValueError("model: expected no fully_shard on it; load full_state_dict(model) into a plain model instead")
     assert conversion.snapshot is not None
     conversion.snapshot.restore(model, full_state_dict(model))
+    if conversion.context is not None:
+        conversion.context.undo()
     return model

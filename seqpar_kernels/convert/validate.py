@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..checks import check_divides
-from ..comm.coordination import agreement_of
+from ..comm.coordination import coordination_of
 from ..nn import SplitRMSNorm
 from ..nn.linear import _linear_features
 from ..nn.sharding import ShardSpec, check_shardable
@@ -129,17 +129,17 @@ def compare_calls(conversion: Conversion) -> None:
     region = conversion.region
     if region.group is None:
         return
-    agreement = agreement_of(region.group)
+    agreement = coordination_of(region.group)
     how = f"seq_dim={region.seq_dim}, engine={conversion.engine!r}, loss_parallel={conversion.loss_parallel}"
     how += f", experts={conversion.experts!r}" if conversion.expert_forms else ""
     how += "" if comparison_enabled() else ", SEQPAR_COMPARE_RANKS=0"
     call = f"parallelize number {agreement.conversions} of {type(conversion.model).__name__}"
     plan = _short_hash(repr(conversion.plan))
-    agreement.require(f"{call}, {how}, plan {plan}, with {_digest(conversion.model)}")
+    agreement.require(f"{call}, {how}, plan {plan}, with {digest(conversion.model)}")
 
 
 @torch.no_grad()
-def _digest(model: nn.Module) -> str:
+def digest(model: nn.Module) -> str:
     """A text that depends on names, shapes, dtypes and values of parameters and floating-point buffers."""
     found = []
     for name, param in model.named_parameters():

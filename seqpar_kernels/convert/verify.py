@@ -76,6 +76,11 @@ def verify(
     """
     inner = getattr(model, "_orig_mod", model)  # the model that torch.compile has wrapped
     conversion = conversion_of(inner)
+    if conversion.context is not None:
+        raise ValueError(
+            "model: verify compares whole outputs, and with context_parallel each rank has those of its rows; compare "
+            "the loss, gather_full_gradients(model) and unshard_sequence(logits, ...) with the unsharded model's"
+        )
     ranks = Ranks(inner, conversion)
     batches = ranks.together("verify: ", lambda: _checked(ranks, reference, batch, loss_fn, tolerance, fp64, rows))
     kinds = ranks.everyone(fingerprint(batches))

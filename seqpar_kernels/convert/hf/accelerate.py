@@ -41,7 +41,7 @@ def parallelism_config(model: nn.Module) -> ParallelismConfig | None:
         ValueError: ``model`` has not been parallelized, or its ranks are not those, in the order, for which Accelerate
             hands out batches.
     """
-    tensor_parallel = conversion_of(model).region.ranks
+    tensor_parallel = conversion_of(model).batch_ranks  # context parallelism takes one batch on all its ranks, too
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
         return None
@@ -70,6 +70,10 @@ def _check_ranks(model: nn.Module, data_parallel: int, tensor_parallel: int) -> 
     mine = dist.get_rank() % tensor_parallel
     # Parameters added after parallelize (adapters) are on fully_shard's mesh only.
     right = [grid, grid[:, mine]] if data_parallel > 1 else [grid[0]]
+    inner = conversion_of(model).region.ranks
+    if inner < tensor_parallel:  # the mesh is (..., cp, tp): fully_shard is over all but the last
+        rows = grid.view(-1, inner)
+        right = [rows, rows[:, dist.get_rank() % inner], rows[dist.get_rank() // inner]]
     for name, param in model.named_parameters():
         if not isinstance(param, DTensor):
             if data_parallel > 1:

@@ -92,7 +92,7 @@ class SaveOptimizer(TrainerCallback):
 
 def _data_parallel_rank(model: Any) -> int:
     rank = dist.get_rank() if dist.is_initialized() else 0
-    return rank // conversion_of(model).region.ranks
+    return rank // conversion_of(model).batch_ranks
 
 
 def _random_state(device: torch.device) -> bytes:
