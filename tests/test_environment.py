@@ -12,7 +12,7 @@ import pytest
 
 from seqpar_kernels import environment
 from seqpar_kernels.overlap import machine_profile_cache
-from seqpar_kernels.overlap.machine_profile import default_figures
+from seqpar_kernels.overlap.machine_profile import default_profile
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,12 @@ def test_as_a_user_sees_it(name: str, text: str, error: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["1" + 400 * "0", "1" + 5000 * "0", "-1", "NaN", "1e999", '"2"', "true", "[" * 10**5])
-def test_a_figures_file_with_numbers_no_machine_has(
+def test_a_profile_file_with_numbers_no_machine_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     place = machine_profile_cache.Place.here("cpu", "gloo", 2, True)
-    machine_profile_cache.save(place, default_figures("cpu", True)._replace(link_bytes=123456.0))
+    machine_profile_cache.save(place, default_profile("cpu", True)._replace(link_bytes=123456.0))
     assert machine_profile_cache.load(place)[0] is not None
     text = place.file.read_text()
     assert text.count("123456.0") == 1
@@ -81,9 +81,9 @@ def test_a_figures_file_with_numbers_no_machine_has(
 def test_a_large_int_is_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     place = machine_profile_cache.Place.here("cpu", "gloo", 2, True)
-    machine_profile_cache.save(place, default_figures("cpu", True))
+    machine_profile_cache.save(place, default_profile("cpu", True))
     kept = json.loads(place.file.read_text())
-    kept["figures"]["link_bytes"] = 10**12
+    kept["profile"]["link_bytes"] = 10**12
     place.file.write_text(json.dumps(kept))
     found, _ = machine_profile_cache.load(place)
     assert found is not None and found.link_bytes == 1e12

@@ -178,7 +178,7 @@ def test_a_workspace_cannot_grow_during_capture(peers: Open) -> None:
         finally:
             device.captures = False
 
-    match = r"all_gather_linear.* needs a workspace of \d+ bytes, and there are 0"
+    match = r"all_gather_linear.* needs a workspace of \d+ bytes, the workspace has 0"
     with peers(2) as loopback, pytest.raises(RankErrors, match=match):
         loopback.run(capture)
     with peers(2) as loopback:
