@@ -366,11 +366,18 @@ def _known(tensor: Any) -> Any:
     return tensor.local if isinstance(tensor, ComputedTensor) else getattr(tensor, "part", tensor)
 
 
-def autograd_backward(tensors: Any, grad_tensors: Any = None, *args: Any, inputs: Any = None, **kwargs: Any) -> None:
+def autograd_backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    *,
+    inputs: Any = None,
+) -> None:
     """``torch.autograd.backward`` with listed parameters among ``inputs``: autograd knows the parts."""
     tensors, grad_tensors = tree_map(plain, (tensors, grad_tensors))
     inputs = None if inputs is None else tuple(_known(t) for t in inputs)
-    torch.autograd.backward(tensors, grad_tensors, *args, inputs=inputs, **kwargs)
+    torch.autograd.backward(tensors, grad_tensors, retain_graph, create_graph, inputs=inputs)
 
 
 def autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
