@@ -20,8 +20,9 @@ from torch import Tensor
 from ..kernels.expert_activation import ExpertActivation
 from ..kernels.spec import accumulation_dtype
 from ..layout import group_size
-from ..overlap import moe_exchange as exchange
-from ..overlap.moe_exchange import Experts, Received, Wants
+from ..overlap import moe_backward, moe_forward
+from ..overlap.moe_backward import Wants
+from ..overlap.moe_exchange import Experts, Received
 from ..overlap.moe_routes import ExpertPlacement
 from .registry import apply, group_named, register, without_autocast
 
@@ -63,7 +64,7 @@ def _details(experts: Experts, scalars: MoeScalars) -> str:
 @without_autocast
 def _kernel(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     experts, scalars = Experts(*rest[:4]), MoeScalars(*rest[4:])
-    out, received = exchange.forward(
+    out, received = moe_forward.forward(
         group_named(scalars.group),
         x,
         ids,
@@ -119,7 +120,7 @@ class _MoeMLP(torch.autograd.Function):
 def _backward_kernel(dout: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
     experts, received = Experts(*rest[:4]), Received(*rest[4:10])
     wants, scalars = Wants(*rest[10]), MoeScalars(*rest[11:])
-    made = exchange.backward(
+    made = moe_backward.backward(
         group_named(scalars.group),
         dout.contiguous(),
         x,

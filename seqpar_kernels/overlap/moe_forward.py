@@ -1,0 +1,142 @@
+"""The forward of a mixture of experts over several ranks; see :mod:`.moe_exchange`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..kernels.expert_activation import ExpertActivation, activate_experts
+from ..kernels.grouped_matmul import grouped_matmul
+from .messages import Messages
+from .moe_exchange import (
+    COUNT,
+    FIRST_PIECE,
+    IDS,
+    NAME,
+    WEIGHTS,
+    Call,
+    Experts,
+    Received,
+    Returns,
+    selected,
+    summed,
+)
+from .moe_routes import ExpertPlacement, Pairs, pairs_of, sum_of_experts
+from .profiling import span
+
+
+def forward(
+    group: ProcessGroup | None,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    placement: ExpertPlacement,
+    experts: Experts,
+    activation: ExpertActivation,
+    chunks: int | None,
+    details: str,
+) -> tuple[Tensor, Received]:
+    """The weighted sum of each token's experts.
+
+    Args:
+        x: [T, H], this rank's tokens.
+        ids: [T, K] integers, the experts of each token; a number outside of 0 .. E - 1 is no expert.
+        weights: [T, K], the weights of each token's experts.
+        details: what else the ranks must have alike, for messages.
+
+    Returns:
+        [T, H], and what the backward wants.
+    """
+    call = Call(group, x, ids, placement, chunks)
+    weights = weights.to(call.wide)
+    if group is None:
+        own, own_h = _own_forward(call, x, ids, weights, experts, activation)
+        nothing = torch.zeros(1, dtype=torch.int64)
+        return summed(call, x, [own]), Received(nothing, *call.room(0, x), own_h, torch.empty_like(own_h[:0]))
+    with call.messages("forward", details) as messages:
+        counts = _exchange_counts(call, messages, x, ids, weights)
+        rows, got_ids, got_weights = call.room(sum(counts), x)
+        incoming = call.incoming(counts)
+        receives, at = [], 0
+        for peer in call.peers:
+            some = slice(at, at + counts[peer])
+            receives += [(peer, IDS, got_ids[some]), (peer, WEIGHTS, got_weights[some])]
+            pieces = call.pieces(counts[peer], peer, at)
+            receives += [(peer, FIRST_PIECE + p.number, rows[p.start : p.stop]) for p in pieces]
+            at += counts[peer]
+        messages.post([], receives)
+        returns = Returns(call, messages, [(call.features, call.dtype)], x)
+        own, own_h = _own_forward(call, x, ids, weights, experts, activation)
+        for peer, index, buffer in receives:
+            if index < FIRST_PIECE:
+                messages.wait(peer, index, buffer)
+        h, done = x.new_empty(int((got_ids >= 0).sum()), experts.w1.shape[1]), 0
+        for piece in incoming:
+            some = slice(piece.start, piece.stop)
+            messages.wait(piece.source, FIRST_PIECE + piece.number, rows[some])
+            with span(NAME, "experts on a piece"):
+                pairs = pairs_of(got_ids[some], call.local)
+                mine = slice(done, done + pairs.size)
+                made = _experts(call, rows[some], got_weights[some], pairs, experts, activation, h[mine])
+            done += pairs.size
+            returns.answer(piece, [made])
+        parts = [part for (part,) in returns.wait([own])]
+        return summed(call, x, parts), Received(torch.tensor(counts), rows, got_ids, got_weights, own_h, h)
+
+
+def _exchange_counts(call: Call, messages: Messages, x: Tensor, ids: Tensor, weights: Tensor) -> list[int]:
+    """Start this rank's tokens on their way. How many each rank sends here."""
+    sends: list[tuple[int, int, Tensor]] = []
+    for peer in call.peers:
+        tokens = call.tokens[peer]
+        rows = selected(x, tokens)
+        sends += [
+            (peer, COUNT, torch.tensor([tokens.shape[0]], device=x.device)),
+            (peer, IDS, call.placement.local(selected(ids, tokens), peer)),
+            (peer, WEIGHTS, selected(weights, tokens)),
+            *((peer, FIRST_PIECE + piece.number, rows[piece.start : piece.stop]) for piece in call.leaving(peer)),
+        ]
+    counted = {peer: torch.empty(1, dtype=torch.int64, device=x.device) for peer in call.peers}
+    messages.post(sends, [(peer, COUNT, buffer) for peer, buffer in counted.items()])
+    counts = [0] * call.ranks
+    for peer, buffer in counted.items():
+        messages.wait(peer, COUNT, buffer)
+        counts[peer] = int(buffer)
+    return counts
+
+
+def _own_forward(
+    call: Call, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, activation: ExpertActivation
+) -> tuple[Tensor, Tensor]:
+    """This rank's experts on its own tokens that have some here: [n, H] and h [P, W]."""
+    tokens = call.tokens[call.rank]
+    local = call.placement.local(selected(ids, tokens), call.rank)
+    own_weights = selected(weights, tokens)
+    h, done = x.new_empty(int((local >= 0).sum()), experts.w1.shape[1]), 0
+    out = x.new_empty(tokens.shape[0], call.features)
+    with span(NAME, "experts on own tokens"):
+        for piece in call.own():
+            some = slice(piece.start, piece.stop)
+            pairs = pairs_of(local[some], call.local)
+            mine = slice(done, done + pairs.size)
+            rows = x.index_select(0, tokens[some])
+            out[some] = _experts(call, rows, own_weights[some], pairs, experts, activation, h[mine])
+            done += pairs.size
+    return out, h
+
+
+def _experts(
+    call: Call,
+    rows: Tensor,
+    weights: Tensor,
+    pairs: Pairs,
+    experts: Experts,
+    activation: ExpertActivation,
+    h: Tensor,
+) -> Tensor:
+    """The weighted sum of the experts of ``rows`` [n, H], like them; ``h`` [P, W] is filled."""
+    grouped_matmul(rows.index_select(0, pairs.rows), experts.w1, pairs.counts, experts.b1, out=h)
+    bias = experts.b2 if call.adds_bias() else None
+    y = grouped_matmul(activate_experts(h, activation), experts.w2, pairs.counts, bias)
+    return sum_of_experts(y, weights, pairs).to(call.dtype)
