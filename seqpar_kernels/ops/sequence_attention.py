@@ -64,7 +64,8 @@ class Scalars(NamedTuple):
             for t in (bias, mask)
             if t is not None and has_rows(t, q_len, ranks)
         )
-        return Problem(q_len, k_len, *sizes, self.layout, ranks, self.left, self.right, int(bias_row))
+        cut = attention.canonical_keys(q.device.type)
+        return Problem(q_len, k_len, *sizes, self.layout, ranks, self.left, self.right, int(bias_row), cut)
 
 
 class Given(NamedTuple):
@@ -103,7 +104,7 @@ class Call:
         given: Given,
         s: Scalars,
     ):
-        attention.select_attention(q.device)  # raises before anything is sent
+        attention.require_kernels(q.device, q.dtype, q.shape[3], value_dim)  # raises before anything is sent
         self.group: ProcessGroup | None = group_named(s.group)
         self.rank, self.given = group_rank(self.group), given
         problem = s.problem(q, kv_heads, value_dim, q_heads, given.bias, given.mask)
