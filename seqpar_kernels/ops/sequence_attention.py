@@ -131,8 +131,8 @@ class Call:
             f"window {s.left}, {s.right}, p={s.p}, {shapes}, {self.choice.engine} {sizes.ulysses} x {sizes.ring}, "
             f"messages of {sizes.chunk_rows}, save_kv={self.choice.save_kv}, lse={s.want_lse})"
         )
-        whole = dict(all_heads=q_heads, first_head=self.heads[self.me][0].start, all_rows=problem.q_len)
-        spec = AttentionSpec(s.scale, s.softcap, s.left, s.right, p=s.p, **whole)
+        spec = AttentionSpec(s.scale, s.softcap, s.left, s.right, p=s.p, all_heads=q_heads, all_rows=problem.q_len)
+        spec = spec._replace(first_head=self.heads[self.me][0].start)
         self.column = Column(self.choice, self.group, self.rank, documents, spec, self.signature)
 
     @property

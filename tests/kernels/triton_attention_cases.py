@@ -154,13 +154,12 @@ def empty_blocks() -> None:
 def blocks(name: str, dtype: torch.dtype) -> None:
     """Blocks of keys that are multiples of the tile, in order: the bits of a single call, gradients as well."""
     backend = kernels(keys=16)
-    options = {
-        key: t[..., :41, :70] if key in ("bias", "mask") else t[..., :70] if isinstance(t, Tensor) and t.dim() else t
-        for key, t in BLOCKS[name].items()
-    }
+    options = dict(BLOCKS[name])
+    if "bias" in options:
+        options |= dict(bias=options["bias"][:1, :2, :41, :70], mask=options["mask"][:41, :70])
     if "q_documents" in options:
         options |= dict(q_documents=torch.arange(41) // 23, k_documents=torch.arange(70) // 23)
-    whole_case = Case((41, 70), (4, 2), (16, 24), dtype, batch=2 if "bias" in options else 1, **options)
+    whole_case = Case((41, 70), (2, 1), (16, 24), dtype, batch=1, **options)
     out, lse, _ = whole_case.forward(backend)
     whole = (out, lse, *whole_case.backward(backend, out, lse, grad_dtype=F32))
     for cuts in ([32], [16, 16, 64]):
@@ -273,7 +272,7 @@ def not_read() -> None:
 def rows_not_read() -> None:
     """By the kernel of dk and dv: a NaN in a row that comes before a tile of keys reaches none of them."""
     backend = kernels(keys=16)
-    some = Case((64, 64), (2, 1), (16, 16), batch=1, right=0, left=20)
+    some = Case((64, 64), (2, 1), (16, 16), batch=1, right=0, left=16)
     out, lse, _ = some.forward(backend)
     clean = some.backward(backend, out, lse)
     some.q[:, :16] = some.q[:, 48:] = math.nan
@@ -282,9 +281,9 @@ def rows_not_read() -> None:
         (some.spec, some.masks._replace(q_positions=torch.arange(64))),
     ):
         grads = backend.attention_backward(some.dout, some.q, some.k, some.v, out, lse, spec, masked)
-        assert torch.equal(grads.dk[:, 16:28], clean.dk[:, 16:28]) and torch.equal(
-            grads.dv[:, 16:28], clean.dv[:, 16:28]
-        )
+        some_keys = slice(16, 32)
+        assert torch.equal(grads.dk[:, some_keys], clean.dk[:, some_keys])
+        assert torch.equal(grads.dv[:, some_keys], clean.dv[:, some_keys])
         assert grads.dk[:, :16].isnan().any()
 
 
@@ -329,6 +328,9 @@ def refused() -> None:
         some.backward(triton_attention, *some.forward(triton_attention)[:2], grad_dtype=F16)
 
 
+_RING = 68  # rows
+
+
 def over_ranks(ranks: int, **options: Any) -> list[tuple[Tensor, ...]]:
     """out, dq, dk, dv of each virtual rank, by the interpreted kernels."""
     import seqpar_kernels as sp
@@ -353,19 +355,19 @@ def over_ranks(ranks: int, **options: Any) -> list[tuple[Tensor, ...]]:
     select, keys = attention.select_attention, attention.canonical_keys
     attention.select_attention, attention.canonical_keys = lambda _: Serial, lambda _: 16
     generator = torch.Generator().manual_seed(0)
-    whole = [torch.randn(1, 70, heads, 16, generator=generator) for heads in (4, 2, 2, 4)]
+    whole = [torch.randn(1, _RING, heads, 16, generator=generator) for heads in (2, 1, 1, 2)]
 
     def on_rank(group: Any) -> tuple[Tensor, ...]:
         q, k, v, dout = (sp.shard_sequence(t, group, 1, layout="zigzag") for t in whole)
         leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
         out = sp.sequence_parallel_attention(
-            *leaves, group=group, is_causal=True, layout="zigzag", seq_len=70, dropout_p=0.2, seed=5, **options
+            *leaves, group=group, is_causal=True, layout="zigzag", seq_len=_RING, dropout_p=0.2, seed=5, **options
         )
         grads = torch.autograd.grad(out, leaves, dout)
-        return out.detach(), *(sp.unshard_sequence(t, group, 1, layout="zigzag", seq_len=70) for t in grads)
+        return out.detach(), *(sp.unshard_sequence(t, group, 1, layout="zigzag", seq_len=_RING) for t in grads)
 
     try:
-        with Loopback(ranks) as loopback:
+        with Loopback(ranks, timeout=600.0) as loopback:
             return loopback.run(on_rank)
     finally:
         attention.select_attention, attention.canonical_keys = select, keys
@@ -375,7 +377,7 @@ def over_ranks(ranks: int, **options: Any) -> list[tuple[Tensor, ...]]:
 def ring() -> None:
     """Its bits do not depend on the messages; its gradients are those of one rank."""
     (one,) = over_ranks(1)
-    runs = [over_ranks(2, engine="ring", chunks=chunks, save_kv=chunks == 1) for chunks in (1, 2)]
+    runs = [over_ranks(2, engine="ring", chunks=chunks, save_kv=chunks == 1) for chunks in (1, 3)]
     for first, second in zip(*runs, strict=True):
         assert equal(first, second)
         for got, want in zip(first[1:], one[1:], strict=True):
