@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..caches import per_group
-from ..comm.coordination import agreement_of
+from ..comm.coordination import coordination_of
 from ..overlap import pipeline
 from .attention_dropout import default_generator
 from .fingerprint import fingerprint, is_plain, row_sketch
@@ -77,7 +77,7 @@ class Alike:
     ):
         self._group, self._device, self._parameters, self._jumped = group, device, parameters, jumped
         self._ranks = group.size()
-        self._agreement = agreement_of(group)
+        self._agreement = coordination_of(group)
         self._epoch = self._agreement.epoch
         self._where = ""
         #: Names of tensors that are equal but for rounding, and of those whose rows are to be compared.

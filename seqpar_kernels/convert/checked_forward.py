@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..comm.coordination import agreement_of
+from ..comm.coordination import coordination_of
 from .changes import Watch
 from .conversion import Conversion
 from .foreign import trained_arguments
@@ -67,4 +67,4 @@ class CheckedForward:
             if check is not None:
                 check.rules.note_on(error)
             offer_verify(error)
-            agreement_of(self._region.group).stop(error)
+            coordination_of(self._region.group).stop(error)

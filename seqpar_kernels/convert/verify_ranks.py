@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten
 
-from ..comm.coordination import agreement_of
+from ..comm.coordination import coordination_of
 from .conversion import Conversion
 from .verify_offer import raised_in
 
@@ -71,7 +71,7 @@ class Ranks:
         except Exception as caught:
             error = caught
             if self.group is not None:  # wakes peers that wait for this rank inside an op
-                agreement_of(self.group).stop(caught)
+                coordination_of(self.group).stop(caught)
         said = None if error is None else (type(error).__name__, str(error))
         told = self.everyone(said)
         failed = [(rank, said) for rank, said in told if said is not None]
@@ -87,7 +87,7 @@ class Ranks:
     def _go_on(self) -> None:
         """Let the next op begin anew on all ranks after a failure."""
         if self.group is not None:
-            agreement = agreement_of(self.group)
+            agreement = coordination_of(self.group)
             most = max(steps for _, steps in self.neighbours(agreement.steps))
             agreement.go_on(most, "a rank failed in verify")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from types import ModuleType
 
@@ -11,23 +12,59 @@ from torch import Tensor
 
 from . import attention_native
 from .attention_reference import Scores
-from .attention_spec import AttentionGrads, AttentionMasks, AttentionSpec, AttentionState, empty_like_heads
+from .attention_spec import (
+    CANONICAL_KEYS,
+    AttentionGrads,
+    AttentionMasks,
+    AttentionSpec,
+    AttentionState,
+    empty_like_heads,
+)
 from .spec import accumulation_dtype
 
 _BLOCK_ELEMENTS = 1 << 22  # the most scores at one time for the gradient of a bias
 
 
+#: Keys, where Triton's tiles have up to 128: see :func:`canonical_keys`.
+_CANONICAL_KEYS_ON_CUDA = 128
+
+
+def canonical_keys(device_type: str) -> int:
+    """Keys given in several calls, cut at multiples of this, come to the bits of a single call."""
+    return _CANONICAL_KEYS_ON_CUDA if device_type == "cuda" else CANONICAL_KEYS
+
+
 @functools.cache
 def select_attention(device: torch.device) -> ModuleType:
-    """The module with :mod:`.attention_reference`'s functions for tensors on ``device``.
+    """The module with :mod:`.attention_reference`'s functions for tensors on ``device``: Triton's on CUDA.
 
     Raises:
         RuntimeError: no attention kernel can run there, with the reason.
     """
-    reason = attention_native.unavailable(device)
+    if device.type != "cuda":
+        module, reason = attention_native, attention_native.unavailable(device)
+    else:
+        try:
+            module = importlib.import_module(".triton_attention", __package__)
+            reason = module.unavailable(device)
+        except ImportError as error:
+            reason = f"the Triton attention kernels could not be imported: {error}"
     if reason is None:
-        return attention_native
+        return module
     raise RuntimeError(f"no attention kernel can run on {device}: {reason}")
+
+
+def require_kernels(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
+    """Return where there are kernels for heads of these sizes on ``device``; to be asked before anything is sent.
+
+    Raises:
+        RuntimeError: no kernel can run on ``device``, with the reason.
+        ValueError: those that can do not take such heads.
+    """
+    module = select_attention(device)
+    reason = module.refused(device, dtype, head_dim, value_dim) if hasattr(module, "refused") else None
+    if reason is not None:
+        raise ValueError(f"attention: {reason}")
 
 
 def with_bounds(
@@ -39,7 +76,7 @@ def with_bounds(
         return spec, masks
     queries = torch.arange(spec.q_offset, spec.q_offset + q.shape[1], device=q.device)
     keys = torch.arange(spec.k_offset, spec.k_offset + k.shape[1], device=q.device)
-    return spec, masks._replace(q_positions=queries, k_positions=keys)
+    return spec._replace(ordered=masks.k_documents is None), masks._replace(q_positions=queries, k_positions=keys)
 
 
 def no_work(q: Tensor, k: Tensor) -> bool:
@@ -104,7 +141,8 @@ def row_dots(x: Tensor, y: Tensor) -> Tensor:
     batch, rows, heads, columns = x.shape
     wide = accumulation_dtype(x.dtype)
     out = torch.empty(batch, heads, rows, dtype=wide, device=x.device)
-    step = max(1, (1 << 18) // max(1, heads * columns))
+    elements = 1 << (18 if x.device.type == "cpu" else 26)  # at a time: what a cache holds, or what fills a GPU
+    step = max(1, elements // max(1, heads * columns))
     for b in range(batch):
         for start in range(0, rows, step):
             some = slice(start, min(start + step, rows))

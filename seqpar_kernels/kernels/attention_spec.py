@@ -34,6 +34,7 @@ class AttentionSpec(NamedTuple):
     all_heads: int = 0
     first_head: int = 0
     all_rows: int = 0
+    ordered: bool = False  # keys' positions and documents are known to ascend: asking a GPU would wait for it
 
 
 class AttentionMasks(NamedTuple):
@@ -56,6 +57,8 @@ class AttentionState(NamedTuple):
 
     Rescaling by powers of two is exact and sums run key by key. So calls over several blocks of keys, each resumed from
     the last, give the bits of a single call, where the keys are cut at multiples of :data:`CANONICAL_KEYS`.
+    Triton's kernels sum a tile of keys at a time, are cut at multiples of it (:func:`.attention.canonical_keys`), and
+    leave maxima as they are.
     """
 
     acc: Tensor  # [B, Sq, Hq, Dv] accumulation dtype
@@ -63,7 +66,8 @@ class AttentionState(NamedTuple):
     sums: Tensor  # [B, Hq, Sq] fp64
 
 
-#: Where the sizes of all blocks of keys but the last are multiples of this, the bits do not depend on the blocks.
+#: Where the sizes of all blocks of keys but the last are multiples of this, the bits of the CPU kernels do not depend
+#: on the blocks.
 CANONICAL_KEYS = 8
 
 
@@ -113,7 +117,7 @@ def visible(spec: AttentionSpec, masks: AttentionMasks, q_rows: int, k_rows: int
         far = torch.iinfo(torch.int64)
         low = torch.full_like(queries, far.min) if spec.left is None else queries - spec.left
         high = torch.full_like(queries, far.max) if spec.right is None else queries + spec.right
-        if _ascending(keys):
+        if spec.ordered or _ascending(keys):
             first, last = (t[None] for t in _spans(keys, low, high))
         else:
             seen = (keys >= low[:, None]) & (keys <= high[:, None])
@@ -123,7 +127,7 @@ def visible(spec: AttentionSpec, masks: AttentionMasks, q_rows: int, k_rows: int
         if queries.dim() != keys.dim():
             batch = max(t.shape[0] for t in (queries, keys) if t.dim() == 2)
             queries, keys = queries.expand(batch, q_rows), keys.expand(batch, k_rows)
-        if _ascending(keys):
+        if spec.ordered or _ascending(keys):
             begin, end = _spans(keys.contiguous(), queries.contiguous(), queries.contiguous())
             begin, end = (t if t.dim() == 2 else t[None] for t in (begin, end))
             first = begin if first is None else torch.maximum(first, begin)

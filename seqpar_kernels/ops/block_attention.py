@@ -27,7 +27,7 @@ from .registry import register, without_autocast
 _SCALARS = (
     "Tensor? q_positions, Tensor? k_positions, Tensor? q_documents, Tensor? k_documents, Tensor? mask, Tensor? bias, "
     "Tensor? seed, float scale, float softcap, int? left, int? right, SymInt q_offset, SymInt k_offset, float p, "
-    "int first_batch, int all_heads, int first_head, SymInt all_rows"
+    "int first_batch, int all_heads, int first_head, SymInt all_rows, bool ordered=False"
 )
 _MASKS = len(AttentionMasks._fields)
 

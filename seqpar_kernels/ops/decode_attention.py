@@ -37,7 +37,7 @@ def _kernel(
     own_heads: bool,
     group: str,
 ) -> tuple[Tensor, Tensor]:
-    attention.select_attention(q.device)  # raises before anything is sent
+    attention.require_kernels(q.device, q.dtype, q.shape[3], v.shape[3])  # raises before anything is sent
     masking = Masking(kv_seq_len, scale, softcap, left, right)
     return attend(group_named(group), q, k, v, sinks, bias, mask, masking, own_heads)
 

@@ -69,7 +69,8 @@ class Scalars(NamedTuple):
             for t in (bias, mask)
             if t is not None and has_rows(t, q_len, ranks)
         )
-        return Problem(q_len, k_len, *sizes, self.layout, ranks, self.left, self.right, int(bias_row))
+        cut = attention.canonical_keys(q.device.type)
+        return Problem(q_len, k_len, *sizes, self.layout, ranks, self.left, self.right, int(bias_row), cut)
 
 
 class Given(NamedTuple):
@@ -108,7 +109,7 @@ class Call:
         given: Given,
         s: Scalars,
     ):
-        attention.select_attention(q.device)  # raises before anything is sent
+        attention.require_kernels(q.device, q.dtype, q.shape[3], value_dim)  # raises before anything is sent
         self.group: ProcessGroup | None = group_named(s.group)
         self.rank, self.given = group_rank(self.group), given
         problem = s.problem(q, kv_heads, value_dim, q_heads, given.bias, given.mask)
@@ -135,8 +136,8 @@ class Call:
             f"window {s.left}, {s.right}, p={s.p}, {shapes}, {self.choice.engine} {sizes.ulysses} x {sizes.ring}, "
             f"messages of {sizes.chunk_rows}, save_kv={self.choice.save_kv}, lse={s.want_lse})"
         )
-        whole = dict(all_heads=q_heads, first_head=self.heads[self.me][0].start, all_rows=problem.q_len)
-        spec = AttentionSpec(s.scale, s.softcap, s.left, s.right, p=s.p, **whole)
+        spec = AttentionSpec(s.scale, s.softcap, s.left, s.right, p=s.p, all_heads=q_heads, all_rows=problem.q_len)
+        spec = spec._replace(first_head=self.heads[self.me][0].start)
         self.column = Column(self.choice, self.group, self.rank, documents, spec, self.signature)
 
     @property

@@ -50,6 +50,7 @@ class Problem(NamedTuple):
     left: int | None  # of Sizes
     right: int | None
     bias_row: int = 0  # bytes of a bias and a mask for one query row, where each row has its own
+    cut: int = KEYS  # messages are cut at multiples of so many keys, so that the kernels' sums do not depend on where
 
 
 class Choice(NamedTuple):
@@ -129,13 +130,13 @@ def _chunk_rows(problem: Problem, ring: int, heads: int, chunks: int | None) -> 
     bound = planner.max_workspace_bytes()
     if bound is not None and ring > 1:
         most = bound // (_UNDER_WAY * max(1, row_bytes))
-        if most < KEYS:
+        if most < p.cut:
             raise ValueError(
-                f"max_workspace_bytes: expected at least {_UNDER_WAY * KEYS * row_bytes}, room for {_UNDER_WAY} "
-                f"messages of {KEYS} keys and values, got {bound}"
+                f"max_workspace_bytes: expected at least {_UNDER_WAY * p.cut * row_bytes}, room for {_UNDER_WAY} "
+                f"messages of {p.cut} keys and values, got {bound}"
             )
-        rows = min(rows, most // KEYS * KEYS)
-    return math.ceil(rows / KEYS) * KEYS
+        rows = min(rows, most // p.cut * p.cut)
+    return math.ceil(rows / p.cut) * p.cut
 
 
 def choose(

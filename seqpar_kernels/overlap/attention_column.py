@@ -14,7 +14,7 @@ from ..kernels.attention_spec import AttentionMasks, AttentionSpec
 from ..sequence_layout import Interval, Intervals, places
 from . import planner
 from .attention_choice import Choice
-from .attention_plan import Piece, Sizes, arriving, pieces, remote_rows
+from .attention_plan import Piece, Sizes, arriving, exchanged, remote_rows
 from .messages import Messages
 
 
@@ -75,6 +75,7 @@ class Column(NamedTuple):
         first = keys[0] if keys else Interval(0, 0)
         key_positions = _positions(keys, device) if apart or self.documents is not None else None
         spec = self.spec._replace(q_offset=rows[0].start if len(rows) == 1 else 0, k_offset=0 if apart else first.start)
+        spec = spec._replace(ordered=True)  # intervals ascend, and documents with positions
         return spec, AttentionMasks(
             q_positions=queries if len(rows) > 1 else None,
             k_positions=key_positions if apart else None,
@@ -129,26 +130,14 @@ class Incoming:
     """Receives keys and values of other ranks in the order of :func:`.attention_plan.arriving`, and sends this rank's.
 
     Without a workspace bound all messages are posted at once. With a bound two messages are in flight at a time.
+    Iterating gives None for what other ranks receive and this one does not.
     """
 
     def __init__(self, column: Column, messages: Messages, k: Tensor, v: Tensor, kept: Tensor | None):
         self._column, self._messages, self._k, self._v, self._kept = column, messages, k, v, kept
         self._packed: dict[Interval, Tensor] = {}
         self._filled = 0
-        me, ring = column.row, column.sizes.ring
-        into, out = (
-            [list(pieces(column.sizes, column.documents, *pair)) for pair in pairs]
-            for pairs in (
-                [((me - step) % ring, me) for step in range(1, ring)],
-                [(me, (me + step) % ring) for step in range(1, ring)],
-            )
-        )
-        # Each of these is one post. All ranks list them in the same order, by step and message.
-        self._posts: list[tuple[Piece | None, Piece | None]] = []
-        for step in range(ring - 1):
-            most = max(len(pieces(column.sizes, column.documents, r, (r + step + 1) % ring)) for r in range(ring))
-            for i in range(most):
-                self._posts.append((_get(out[step], i), _get(into[step], i)))
+        self._posts = exchanged(column.sizes, column.documents, column.row)
         self._buffers: dict[Piece, Tensor] = {}
         self._bounded = planner.max_workspace_bytes() is not None
         if self._bounded:
@@ -156,7 +145,7 @@ class Incoming:
         else:
             self._post(*self._posts)
 
-    def __iter__(self) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Piece, Tensor, Tensor] | None]:
         for i, (_, piece) in enumerate(self._posts):
             buffer = None
             if piece is not None:
@@ -168,6 +157,8 @@ class Incoming:
                 self._post(*self._posts[i + 1 : i + 2])
             if piece is not None and buffer is not None:
                 yield piece, *views_of(buffer, piece.keys.size, self._k, self._v)
+            else:
+                yield None
 
     def _post(self, *posts: tuple[Piece | None, Piece | None]) -> None:
         peer = self._column.peer
@@ -196,10 +187,6 @@ class Incoming:
         return self._packed[keys]
 
 
-def _get(items: list[Piece], i: int) -> Piece | None:
-    return items[i] if i < len(items) else None
-
-
 def kept_pieces(column: Column, k: Tensor, v: Tensor, kept: Tensor) -> Iterator[tuple[Piece, Tensor, Tensor]]:
     at = 0
     for piece in arriving(column.sizes, column.documents, column.row):
@@ -219,7 +206,7 @@ def gathered(
         incoming = Incoming(column, messages, k, v, None)
         for at, own_keys, own_values in own_blocks(column, k, v):
             keys[:, at.start : at.stop], values[:, at.start : at.stop] = own_keys, own_values
-        for piece, their_keys, their_values in incoming:
+        for piece, their_keys, their_values in filter(None, incoming):
             rows = slice(piece.keys.start, piece.keys.stop)
             keys[:, rows], values[:, rows] = their_keys, their_values
     return flat, keys, values

@@ -95,7 +95,7 @@ def _own_part(
         bias, mask = (t if t is None or t.shape[2] == 1 else t.repeat_interleave(share, 2) for t in (bias, mask))
     spec, masks = AttentionSpec(masking.scale, masking.softcap), NO_MASKS
     if rows > 1 and (masking.left is not None or masking.right is not None):
-        spec = spec._replace(left=masking.left, right=masking.right)
+        spec = spec._replace(left=masking.left, right=masking.right, ordered=True)
         queries = torch.arange(first, masking.kv_seq_len, device=q.device).repeat_interleave(share)
         keys = torch.arange(some.start, some.start + k.shape[1], device=q.device) * ranks + rank
         masks = AttentionMasks(q_positions=queries, k_positions=keys)

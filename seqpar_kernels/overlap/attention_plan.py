@@ -17,7 +17,8 @@ from ..caches import MOST
 from ..layout import split_point
 from ..sequence_layout import Interval, Intervals, common, joined, rows_of
 
-#: Messages are cut at multiples of this many keys, so that the kernels' sums do not depend on the cuts.
+#: Messages are cut at multiples of this many keys, or of a multiple of that where kernels take larger tiles, so that
+#: the kernels' sums do not depend on the cuts.
 KEYS = 8
 
 
@@ -57,7 +58,7 @@ class Sizes(NamedTuple):
     ulysses: int  # columns of the grid
     left: int | None  # as in Mask
     right: int | None
-    chunk_rows: int  # the keys of a message, a multiple of KEYS
+    chunk_rows: int  # the keys of a message, a multiple of Problem.cut
 
     @property
     def ring(self) -> int:
@@ -128,6 +129,24 @@ def leaving(sizes: Sizes, documents: tuple[int, ...] | None, owner: int) -> Iter
     """The pieces that ``owner`` sends, in the order in which their readers wait for them."""
     for step in range(1, sizes.ring):
         yield from pieces(sizes, documents, owner, (owner + step) % sizes.ring)
+
+
+@functools.lru_cache(MOST)
+def exchanged(
+    sizes: Sizes, documents: tuple[int, ...] | None, row: int
+) -> tuple[tuple[Piece | None, Piece | None], ...]:
+    """(of :func:`leaving`, of :func:`arriving`) step by step and message by message, as many on all rows.
+
+    Where each of these is one post, or none, all ranks post in one order, and none waits in a circle.
+    """
+    found: list[tuple[Piece | None, Piece | None]] = []
+    ring = sizes.ring
+    for step in range(1, ring):
+        most = max(len(pieces(sizes, documents, r, (r + step) % ring)) for r in range(ring))
+        there = pieces(sizes, documents, row, (row + step) % ring)
+        here = pieces(sizes, documents, (row - step) % ring, row)
+        found += itertools.islice(itertools.zip_longest((*there, *[None] * most), here), most)
+    return tuple(found)
 
 
 def remote_rows(sizes: Sizes, row: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ from .attention_column import (
     place_of,
     views_of,
 )
-from .attention_plan import Piece, arriving, leaving
+from .attention_plan import Piece, arriving, exchanged, leaving
 from .messages import Messages
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ def forward(
         kept = k.new_empty(kept_elements(column.choice, column.rank, k, v)) if save else None
         incoming = Incoming(column, messages, k, v, kept)
         own = _own_together(column, k, v, extras)
-        remote = ((piece.keys, keys, values) for piece, keys, values in incoming)
+        remote = ((piece.keys, keys, values) for piece, keys, values in filter(None, incoming))
         blocks = len(own) + len(list(arriving(column.sizes, column.documents, column.row)))
         out, lse = _in_turn(column, q, itertools.chain(own, remote), blocks, extras, state)
     return out, lse, k.new_empty(0) if kept is None else kept
@@ -211,14 +212,18 @@ class _Backward:
             return Grads(grads.dq.to(self._q.dtype), dk, dv, self.dbias)
         if fetch is None:
             assert kept is not None
-            remote: Iterator[tuple[Piece, Tensor, Tensor]] = kept_pieces(column, k, v, kept)
+            remote: Iterator[tuple[Piece, Tensor, Tensor] | None] = kept_pieces(column, k, v, kept)
         else:
             remote = iter(Incoming(column, fetch, k, v, None))
         dq = empty_like_heads(self._q, self._q.shape[3], self._wide).zero_()
         own_dk, own_dv = (empty_like_heads(t, t.shape[3], self._wide).zero_() for t in (k, v))
         blocks = list(_own_halves(column))
         self._own_blocks(blocks[: len(blocks) // 2], dq, own_dk, own_dv)
-        for piece, keys, values in remote:
+        for received in remote:
+            if received is None:
+                out.skip()
+                continue
+            piece, keys, values = received
             dk, dv = (torch.zeros(t.shape, dtype=self._wide, device=t.device) for t in (keys, values))
             self._block(keys, values, piece.keys, AttentionGrads(dq, dk, dv))
             out.send(piece, dk, dv)
@@ -252,17 +257,36 @@ class _Returned:
         self._column, self._messages, self._k, self._v = column, messages, k, v
         self._expected = list(leaving(column.sizes, column.documents, column.row))
         self._buffers = {p: k.new_empty(numbers_of(p.keys.size, k, v)) for p in self._expected}
-        peer = column.peer
-        messages.post([], [(peer(p.reader), p.index, self._buffers[p]) for p in self._expected])
+        #: (what we receive, what we send), each of which is one post.
+        self._posts: deque[tuple[Piece | None, Piece | None]] = deque()
+        if messages.takes_receives_early(k.device.type):
+            messages.post([], self._receives(self._expected))
+        else:  # a receive may keep later sends from moving: each is posted with the send of its step
+            self._posts.extend(exchanged(column.sizes, column.documents, column.row))
 
     def send(self, piece: Piece, dk: Tensor, dv: Tensor) -> None:
         flat = self._k.new_empty(numbers_of(piece.keys.size, self._k, self._v))
         for view, grad in zip(views_of(flat, piece.keys.size, self._k, self._v), (dk, dv), strict=True):
             view.copy_(grad)
-        self._messages.post([(self._column.peer(piece.owner), piece.index, flat)], [])
+        due = []
+        while self._posts:
+            received, sent = self._posts.popleft()
+            due += [received]
+            if sent == piece:
+                break
+        self._messages.post([(self._column.peer(piece.owner), piece.index, flat)], self._receives(due))
+
+    def skip(self) -> None:
+        """Nothing to send in a step of the others."""
+        if self._posts:
+            self._messages.post([], self._receives([self._posts.popleft()[0]]))
+
+    def _receives(self, pieces: Sequence[Piece | None]) -> list[tuple[int, int, Tensor]]:
+        return [(self._column.peer(p.reader), p.index, self._buffers[p]) for p in pieces if p is not None]
 
     def summed(self, own_dk: Tensor, own_dv: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The gradients of this rank's keys: the sum over all rows of the grid, in their order."""
+        self._messages.post([], self._receives([received for received, _ in self._posts]))
         dk, dv = torch.zeros_like(own_dk), torch.zeros_like(own_dv)
         for row in range(self._column.sizes.ring):
             if row == self._column.row:

@@ -41,6 +41,10 @@ class Messages:
         if buffer.numel():
             self._session.wait(self._transfer(index, peer, self._rank))
 
+    def takes_receives_early(self, device_type: str) -> bool:
+        """See :meth:`..comm.transport.Session.takes_receives_early`."""
+        return self._session.takes_receives_early(device_type)
+
     def drain(self) -> None:
         """Return when the buffers of all sends may be changed."""
         self._session.drain()

@@ -126,7 +126,7 @@ def backward(
     wants: Wants,
     details: str,
 ) -> Gradients:
-    """The gradients of :func:`forward`; ``dout`` [T, H], the other tensors as there."""
+    """The gradients of :func:`.moe_forward.forward`; ``dout`` [T, H], the other tensors as there."""
     call = Call(group, x, ids, placement, chunks)
     weights = weights.to(call.wide)
     work = _Backward(call, experts, activation, wants)
@@ -135,25 +135,28 @@ def backward(
         return _gradients(call, x, weights, [own], wants, work.finish())
     with call.messages("backward", f"{details}, gradients of x {wants.x}, of weights {wants.weights}") as messages:
         counts: list[int] = received.counts.tolist()
-        incoming = call.incoming(counts)
+        rounds = call.rounds(call.incoming(counts))
         douts = dout.new_empty(received.rows.shape)
-        sends = []
-        for peer in call.peers:
-            leaving = selected(dout, call.tokens[peer])
-            sends += [(peer, FIRST_PIECE + p.number, leaving[p.start : p.stop]) for p in call.leaving(peer)]
-        in_order = sorted(incoming, key=lambda piece: piece.start)  # as they are sent
-        messages.post(sends, [(p.source, FIRST_PIECE + p.number, douts[p.start : p.stop]) for p in in_order])
+        leaving = {peer: selected(dout, call.tokens[peer]) for peer in call.peers}
+        for number, pieces in enumerate(rounds):
+            out = [(peer, piece) for peer in call.peers for piece in call.leaving(peer) if piece.number == number]
+            messages.post(
+                [(peer, FIRST_PIECE + number, leaving[peer][p.start : p.stop]) for peer, p in out],
+                [(p.source, FIRST_PIECE + number, douts[p.start : p.stop]) for p in pieces],
+            )
         returns = Returns(call, messages, work.columns(), x)
         own, done = _own_backward(call, work, dout, x, ids, weights, received.own_h), 0
-        for piece in incoming:
-            some = slice(piece.start, piece.stop)
-            messages.wait(piece.source, FIRST_PIECE + piece.number, douts[some])
-            pairs = pairs_of(received.ids[some], call.local)
-            h = received.h[done : done + pairs.size]
-            done += pairs.size
-            with span(NAME, "dgrad of a piece"):
-                answer = work.piece(received.rows[some], douts[some], received.weights[some], pairs, h)
-            returns.answer(piece, answer)
+        for number, pieces in enumerate(rounds):
+            for piece in pieces:
+                some = slice(piece.start, piece.stop)
+                messages.wait(piece.source, FIRST_PIECE + number, douts[some])
+                pairs = pairs_of(received.ids[some], call.local)
+                h = received.h[done : done + pairs.size]
+                done += pairs.size
+                with span(NAME, "dgrad of a piece"):
+                    answer = work.piece(received.rows[some], douts[some], received.weights[some], pairs, h)
+                returns.answer(piece, answer)
+            returns.close_round(number)
         of_experts = work.finish()
         return _gradients(call, x, weights, returns.wait(own), wants, of_experts)
 

@@ -107,6 +107,12 @@ class Call:
             at += counts[peer]
         return sorted(found, key=lambda piece: (piece.number, self.peers.index(piece.source)))
 
+    def rounds(self, incoming: Sequence[Piece]) -> list[list[Piece]]:
+        """``incoming`` by piece number, as many lists as there are numbers in either direction."""
+        leaving = [piece for peer in self.peers for piece in self.leaving(peer)]
+        numbers = max((piece.number + 1 for piece in (*incoming, *leaving)), default=0)
+        return [[piece for piece in incoming if piece.number == number] for number in range(numbers)]
+
     def own(self) -> list[Piece]:
         return self.pieces(self.tokens[self.rank].shape[0], self.rank, 0)
 
@@ -135,32 +141,52 @@ _WAY_BACK = 1 << 20  # more than there are pieces
 
 
 class Returns:
-    """What comes back from the peers for this rank's tokens: some tensors of a row for each token."""
+    """The results of the peers for this rank's tokens: tensors with a row for each token.
+
+    Where receives may not be posted early (NCCL), sends and receives of one piece number are one post on every rank,
+    and all ranks post in the order of the numbers.
+    """
 
     def __init__(self, call: Call, messages: Messages, columns: Sequence[tuple[int, torch.dtype]], like: Tensor):
         self._call, self._messages, self._columns = call, messages, columns
-        self._parts: dict[int, list[Tensor]] = {}
-        receives = []
-        for peer in call.peers:
-            rows = call.tokens[peer].shape[0]
-            self._parts[peer] = [torch.empty(rows, n, dtype=dtype, device=like.device) for n, dtype in columns]
-            for piece in call.leaving(peer):
-                receives += self._named(peer, piece, [part[piece.start : piece.stop] for part in self._parts[peer]])
-        messages.post([], receives)
+        self._parts = {
+            peer: [torch.empty(call.tokens[peer].shape[0], n, dtype=dtype, device=like.device) for n, dtype in columns]
+            for peer in call.peers
+        }
+        self._early = messages.takes_receives_early(like.device.type)
+        self._answers: list[tuple[int, int, Tensor]] = []
+        if self._early:
+            messages.post([], self._receives(None))
 
     def answer(self, piece: Piece, parts: Sequence[Tensor]) -> None:
         """Send ``parts`` to the source of ``piece``."""
-        self._messages.post(self._named(piece.source, piece, parts), [])
+        self._answers += self._named(piece.source, piece, parts)
+        if self._early:
+            self._messages.post(self._answers, [])
+            self._answers = []
+
+    def close_round(self, number: int) -> None:
+        """All pieces of ``number`` have been answered."""
+        if not self._early:
+            self._messages.post(self._answers, self._receives(number))
+            self._answers = []
 
     def wait(self, own: Sequence[Tensor]) -> list[list[Tensor]]:
-        """All that is there for this rank's tokens, of every rank in turn; ``own`` is this rank's."""
-        for peer in self._call.peers:
-            for piece in self._call.leaving(peer):
-                parts = [part[piece.start : piece.stop] for part in self._parts[peer]]
-                for message in self._named(peer, piece, parts):
-                    self._messages.wait(*message)
+        """The results of every rank in turn; ``own`` are this rank's."""
+        for message in self._receives(None):
+            self._messages.wait(*message)
         self._parts[self._call.rank] = list(own)
         return [self._parts[rank] for rank in range(self._call.ranks)]
+
+    def _receives(self, number: int | None) -> list[tuple[int, int, Tensor]]:
+        """Of the pieces of one number, or of all."""
+        found = []
+        for peer in self._call.peers:
+            for piece in self._call.leaving(peer):
+                if number is None or piece.number == number:
+                    parts = [part[piece.start : piece.stop] for part in self._parts[peer]]
+                    found += self._named(peer, piece, parts)
+        return found
 
     def _named(self, peer: int, piece: Piece, parts: Sequence[Tensor]) -> list[tuple[int, int, Tensor]]:
         first = _WAY_BACK + piece.number * len(self._columns)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -17,6 +19,7 @@ from .moe_exchange import (
     WEIGHTS,
     Call,
     Experts,
+    Piece,
     Received,
     Returns,
     selected,
@@ -55,55 +58,72 @@ def forward(
         nothing = torch.zeros(1, dtype=torch.int64)
         return summed(call, x, [own]), Received(nothing, *call.room(0, x), own_h, torch.empty_like(own_h[:0]))
     with call.messages("forward", details) as messages:
-        counts = _exchange_counts(call, messages, x, ids, weights)
+        counts = _exchange_counts(call, messages, x)
         rows, got_ids, got_weights = call.room(sum(counts), x)
-        incoming = call.incoming(counts)
-        receives, at = [], 0
-        for peer in call.peers:
-            some = slice(at, at + counts[peer])
-            receives += [(peer, IDS, got_ids[some]), (peer, WEIGHTS, got_weights[some])]
-            pieces = call.pieces(counts[peer], peer, at)
-            receives += [(peer, FIRST_PIECE + p.number, rows[p.start : p.stop]) for p in pieces]
-            at += counts[peer]
-        messages.post([], receives)
+        rounds = call.rounds(call.incoming(counts))
+        meta = _post_tokens(call, messages, x, ids, weights, counts, rounds, (rows, got_ids, got_weights))
         returns = Returns(call, messages, [(call.features, call.dtype)], x)
         own, own_h = _own_forward(call, x, ids, weights, experts, activation)
-        for peer, index, buffer in receives:
-            if index < FIRST_PIECE:
-                messages.wait(peer, index, buffer)
+        for message in meta:
+            messages.wait(*message)
         h, done = x.new_empty(int((got_ids >= 0).sum()), experts.w1.shape[1]), 0
-        for piece in incoming:
-            some = slice(piece.start, piece.stop)
-            messages.wait(piece.source, FIRST_PIECE + piece.number, rows[some])
-            with span(NAME, "experts on a piece"):
-                pairs = pairs_of(got_ids[some], call.local)
-                mine = slice(done, done + pairs.size)
-                made = _experts(call, rows[some], got_weights[some], pairs, experts, activation, h[mine])
-            done += pairs.size
-            returns.answer(piece, [made])
+        for number, pieces in enumerate(rounds):
+            for piece in pieces:
+                some = slice(piece.start, piece.stop)
+                messages.wait(piece.source, FIRST_PIECE + number, rows[some])
+                with span(NAME, "experts on a piece"):
+                    pairs = pairs_of(got_ids[some], call.local)
+                    mine = slice(done, done + pairs.size)
+                    made = _experts(call, rows[some], got_weights[some], pairs, experts, activation, h[mine])
+                done += pairs.size
+                returns.answer(piece, [made])
+            returns.close_round(number)
         parts = [part for (part,) in returns.wait([own])]
         return summed(call, x, parts), Received(torch.tensor(counts), rows, got_ids, got_weights, own_h, h)
 
 
-def _exchange_counts(call: Call, messages: Messages, x: Tensor, ids: Tensor, weights: Tensor) -> list[int]:
-    """Start this rank's tokens on their way. How many each rank sends here."""
-    sends: list[tuple[int, int, Tensor]] = []
-    for peer in call.peers:
-        tokens = call.tokens[peer]
-        rows = selected(x, tokens)
-        sends += [
-            (peer, COUNT, torch.tensor([tokens.shape[0]], device=x.device)),
-            (peer, IDS, call.placement.local(selected(ids, tokens), peer)),
-            (peer, WEIGHTS, selected(weights, tokens)),
-            *((peer, FIRST_PIECE + piece.number, rows[piece.start : piece.stop]) for piece in call.leaving(peer)),
-        ]
-    counted = {peer: torch.empty(1, dtype=torch.int64, device=x.device) for peer in call.peers}
-    messages.post(sends, [(peer, COUNT, buffer) for peer, buffer in counted.items()])
+def _exchange_counts(call: Call, messages: Messages, x: Tensor) -> list[int]:
+    """How many tokens each rank sends here."""
+    sends = [(peer, COUNT, torch.tensor([call.tokens[peer].shape[0]], device=x.device)) for peer in call.peers]
+    receives = [(peer, COUNT, torch.empty(1, dtype=torch.int64, device=x.device)) for peer in call.peers]
+    messages.post(sends, receives)
     counts = [0] * call.ranks
-    for peer, buffer in counted.items():
-        messages.wait(peer, COUNT, buffer)
+    for peer, index, buffer in receives:
+        messages.wait(peer, index, buffer)
         counts[peer] = int(buffer)
     return counts
+
+
+def _post_tokens(
+    call: Call,
+    messages: Messages,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    counts: Sequence[int],
+    rounds: Sequence[Sequence[Piece]],
+    room: tuple[Tensor, Tensor, Tensor],
+) -> list[tuple[int, int, Tensor]]:
+    """Start this rank's tokens, and receive the peers' in ``room``; returns the messages that bring ids and weights."""
+    rows, got_ids, got_weights = room
+    sends, meta, at = [], [], 0
+    leaving = {peer: selected(x, call.tokens[peer]) for peer in call.peers}
+    for peer in call.peers:
+        tokens, some = call.tokens[peer], slice(at, at + counts[peer])
+        sends += [
+            (peer, IDS, call.placement.local(selected(ids, tokens), peer)),
+            (peer, WEIGHTS, selected(weights, tokens)),
+        ]
+        meta += [(peer, IDS, got_ids[some]), (peer, WEIGHTS, got_weights[some])]
+        at += counts[peer]
+    messages.post(sends, meta)
+    for number, pieces in enumerate(rounds):
+        out = [(peer, piece) for peer in call.peers for piece in call.leaving(peer) if piece.number == number]
+        messages.post(
+            [(peer, FIRST_PIECE + number, leaving[peer][p.start : p.stop]) for peer, p in out],
+            [(p.source, FIRST_PIECE + number, rows[p.start : p.stop]) for p in pieces],
+        )
+    return meta
 
 
 def _own_forward(

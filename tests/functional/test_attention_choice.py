@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -22,6 +23,19 @@ from .groups import on_ranks
 def problem(ranks: int, length: int = 2048, heads: tuple[int, int] = (8, 8), **options: Any) -> Problem:
     known: dict[str, Any] = dict(layout="zigzag", left=None, right=0) | options
     return Problem(length, length, 1, *heads, 64, 64, 2, known.pop("layout"), ranks, known["left"], known["right"])
+
+
+def test_messages_are_cut_where_kernels_may_be() -> None:
+    for cut, chunks in itertools.product((8, 128), (1, 3, 5)):
+        found = choose(problem(2, 1000)._replace(cut=cut), "ring", chunks=chunks)
+        assert found.sizes.chunk_rows == math.ceil(math.ceil(500 / chunks) / cut) * cut
+    sp.set_max_workspace_bytes(3 * 127 * 8 * 2 * 128)
+    try:
+        with pytest.raises(ValueError, match="room for 3 messages of 128 keys and values"):
+            choose(problem(2)._replace(cut=128), "ring")
+        assert choose(problem(2), "ring").sizes.chunk_rows == 120
+    finally:
+        sp.set_max_workspace_bytes(None)
 
 
 def test_needed_keys_are_those_that_rows_see() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import seqpar_kernels as sp
 from seqpar_kernels import ops
+from seqpar_kernels.overlap.messages import Messages
 
 from ..kernels.test_norm_cpu import poison  # noqa: F401
 from ..world import World
@@ -78,6 +79,23 @@ def bounded_case(group: dist.ProcessGroup) -> None:
 
 def test_bounded_workspace(world4: World) -> None:
     world4.run(on_ranks, bounded_case)
+
+
+def in_rounds_case(group: dist.ProcessGroup) -> None:
+    """As NCCL needs it: no receive ahead of the post that sends. The bits are the same."""
+    problem = Problem(tokens(group.size(), 300, 700, 0, 40), features=8, inner=8, biases=True)
+    early = problem.sharded(group, chunks=3)
+    usual = Messages.takes_receives_early
+    Messages.takes_receives_early = lambda self, device_type: False  # type: ignore[method-assign]
+    try:
+        late = problem.sharded(group, chunks=3)
+    finally:
+        Messages.takes_receives_early = usual  # type: ignore[method-assign]
+    assert all(torch.equal(late[name], early[name]) for name in early)
+
+
+def test_posts_in_rounds(world4: World) -> None:
+    world4.run(on_ranks, in_rounds_case)
 
 
 def bits_case(group: dist.ProcessGroup) -> None:

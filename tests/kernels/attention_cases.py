@@ -55,6 +55,16 @@ class Case:
         inputs = (self.dout, self.q, self.k, self.v, out, lse, self.spec, self.masks)
         return backend.attention_backward(*inputs, dlse=self.dlse, **options)
 
+    def to(self, device):
+        """The same numbers there."""
+        case = object.__new__(Case)
+        case.__dict__.update(self.__dict__)
+        for name in ("q", "k", "v", "dout", "dlse"):
+            value = getattr(self, name)
+            setattr(case, name, None if value is None else value.to(device))
+        case.masks = AttentionMasks(*(None if t is None else t.to(device) for t in self.masks))
+        return case
+
     def as_fp64(self):
         """The same numbers in fp64."""
         case = object.__new__(Case)
@@ -73,7 +83,7 @@ class Case:
         keys, values = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         see = reference.seen(self.spec, self.masks, q.shape[2], k.shape[2], q.device)
         see = see.expand(q.shape[0], q.shape[1], -1, -1)
-        bias = torch.zeros(see.shape, dtype=q.dtype)
+        bias = torch.zeros(see.shape, dtype=q.dtype, device=q.device)
         if self.masks.bias is not None:
             bias = bias + self.masks.bias.to(q.dtype)
         bias = bias.masked_fill(~see, -math.inf)

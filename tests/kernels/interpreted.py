@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 300
@@ -39,6 +40,30 @@ class Interpreted:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def multiply_as_a_gpu_does() -> None:
+    """Each element summed in the same order wherever it lies in its tile, as tensor cores do and some BLAS does not.
+
+    The interpreter also keeps bf16 as its bits, and would multiply those.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def widened(t: Any) -> Any:
+        if t.dtype == tl.bfloat16:
+            return (t.data.astype(np.uint32) << 16).view(np.float32)
+        return t.data.astype(np.float32)
+
+    def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        columns, rows = widened(a).T, widened(b)  # [K, M], [K, N]
+        product = np.zeros(d.data.shape, d.data.dtype)
+        for column, row in zip(columns, rows, strict=True):
+            product += np.multiply.outer(column, row)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = dot
 
 
 def main(cases: dict[str, Callable[[], None]]) -> None:

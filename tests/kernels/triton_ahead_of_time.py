@@ -23,6 +23,7 @@ _TYPES = {
     torch.float64: "*fp64",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.uint8: "*u8",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 
@@ -43,6 +44,7 @@ class Binary(NamedTuple):
     shared: int  # bytes a block
     ptx: str
     sass: list[str]  # opcodes, with their modifiers
+    tensor_memory: int = 0  # columns a block, of 512; from sm_100 on
 
     def widths(self, opcode: str) -> dict[int, int]:
         """How many global loads (LDG) or stores (STG) of each width in bits; asynchronous copies count as loads."""
@@ -122,4 +124,5 @@ def compile_launch(launch: Launch, arch: int) -> Binary:
         compiled.metadata.shared,
         compiled.asm["ptx"],
         re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", report, re.MULTILINE),
+        getattr(compiled.metadata, "tmem_size", None) or 0,
     )

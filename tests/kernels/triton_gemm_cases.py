@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from interpreted import main
+from interpreted import main, multiply_as_a_gpu_does
 
 from tests.oracle import assert_within_budget
 
@@ -387,30 +387,6 @@ def _refused() -> None:
     scatter = {name: value for name, value in good.items() if name != "status"}
     with pytest.raises(ValueError, match="counts: expected an element for each of the 2 flags, got 1"):
         gemm.matmul_scatter(**scatter, counts=words(1))
-
-
-def multiply_as_a_gpu_does() -> None:
-    """Each element summed in the same order wherever it lies in its tile, as tensor cores do and some BLAS does not.
-
-    The interpreter also keeps bf16 as its bits, and would multiply those.
-    """
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    def widened(t: Any) -> Any:
-        if t.dtype == tl.bfloat16:
-            return (t.data.astype(np.uint32) << 16).view(np.float32)
-        return t.data.astype(np.float32)
-
-    def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-        columns, rows = widened(a).T, widened(b)  # [K, M], [K, N]
-        product = np.zeros(d.data.shape, d.data.dtype)
-        for column, row in zip(columns, rows, strict=True):
-            product += np.multiply.outer(column, row)
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_dot = dot
 
 
 if __name__ == "__main__":
