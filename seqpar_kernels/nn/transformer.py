@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..checks import check_divides, check_eps, check_probability, check_tensor
 from ..functional import (
+    NormOptions,
+    NormTensors,
     causal_attention,
     dropout_add,
     planned_all_gather_linear,
@@ -17,7 +19,6 @@ from ..functional import (
     planned_linear_reduce_scatter_dropout_add_norm,
     replicated,
 )
-from ..functional.linear_norm import Norm
 from ..kernels import NormKind
 from ..layout import Group
 from ..ops import ACTIVATIONS, activate
@@ -298,27 +299,15 @@ class TransformerLayer(nn.Module):
         gate: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
         """[..., S, ..., K/t] -> the norm (None without one) and the stream, [..., S/t, ..., H] each."""
-        names: dict[NormKind | None, Norm] = {NormKind.LAYER: "layer", NormKind.RMS: "rms", None: None}
-        kind = None if norm is None else norm.kind
+        kind = NormKind.NONE if norm is None else norm.kind
         found, linear.ran = planned_linear_reduce_scatter_dropout_add_norm(
-            x,
+            NormTensors(x, residual, vectors[0], vectors[1], x_bias=bias),
             linear._linear_weight(),
-            bias,
-            residual,
-            names[kind],
-            vectors[0],
-            vectors[1],
-            self.dropout,
-            self.config["eps"],
-            self.training,
-            False,
-            None,
+            NormOptions(kind, self.dropout, self.config["eps"], self.training, seq_dim=self.region.seq_dim),
             self.region.group,
-            self.region.seq_dim,
             None,
             self.chunks,
             self.engine,
-            None,
             activation,
             gate,
             linear._main_grad(),

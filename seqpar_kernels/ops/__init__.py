@@ -10,7 +10,7 @@ from .linear_norm import linear_reduce_scatter_dropout_add_norm, linear_reduce_s
 from .linear_scatter import linear_reduce_scatter, linear_reduce_scatter_into
 from .main_grad import announced
 from .mappings import CopyToRegion, SumGradients, all_reduce, gather, reduce_scatter, split
-from .norm import NormScalars, PreparedNorm, dropout_add_norm
+from .norm import NormCall, PreparedNorm, dropout_add_norm
 from .recompute import (
     ACTIVATIONS,
     activate,
@@ -25,7 +25,7 @@ from .vocab import linear_cross_entropy, vocab_cross_entropy, vocab_embedding
 __all__ = [
     "ACTIVATIONS",
     "CopyToRegion",
-    "NormScalars",
+    "NormCall",
     "PreparedNorm",
     "SumGradients",
     "activate",
