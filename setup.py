@@ -111,4 +111,9 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("seqpar_kernels.kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    setup(
+        ext_modules=[Extension("seqpar_kernels.kernels._native", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+        # An editable install is a path, which type checkers follow, not an import hook, which they cannot.
+        options={"editable_wheel": {"mode": "compat"}},
+    )

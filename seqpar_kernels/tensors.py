@@ -12,7 +12,7 @@ def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     """A fresh contiguous tensor in another shape, and not as a view: autograd lets results be modified in place."""
     if t.shape == torch.Size(shape) and not t._is_view():
         return t
-    return torch.ops.aten._unsafe_view.default(t, list(shape))  # type: ignore[no-any-return]
+    return torch.ops.aten._unsafe_view.default(t, list(shape))
 
 
 def rows_of(x: Tensor) -> Tensor:

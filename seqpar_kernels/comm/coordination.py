@@ -124,7 +124,7 @@ class Agreement:
 
     def stop(self, error: BaseException) -> None:
         """The code around the calls of this rank has failed with ``error``: the next call of its peers raises too."""
-        if not getattr(error, "_seqpar_told", False):
+        if not getattr(error, _TOLD, False):
             with contextlib.suppress(Exception):
                 reason = f"rank {self._rank} stopped before its next op: {type(error).__name__}: {error}"
                 self._leave(self._step + 1, reason)
@@ -440,10 +440,13 @@ def failure(rank: int, ticket: Ticket, doing: str, transfer: Transfer, cause: st
     )
 
 
+_TOLD = "_seqpar_told"  # an attribute of errors that the peers know of
+
+
 def _mark_told(error: BaseException) -> None:
     """The peers know of it: it is not to be counted again on its way up."""
     with contextlib.suppress(AttributeError):
-        error._seqpar_told = True  # type: ignore[attr-defined]
+        setattr(error, _TOLD, True)
 
 
 @contextlib.contextmanager
@@ -455,7 +458,7 @@ def checked_together(group: ProcessGroup | None, *, step: bool = True) -> Iterat
     try:
         yield
     except Exception as error:
-        told = getattr(error, "_seqpar_told", False)
+        told = getattr(error, _TOLD, False)
         if group is not None and not told and not torch.compiler.is_compiling():
             agreement_of(group).fail(f"{type(error).__name__}: {error}", step=step)
             _mark_told(error)

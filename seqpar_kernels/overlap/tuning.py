@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ..comm.coordination import agreement_of
 from ..comm.topology import on_one_host
-from ..layout import Group, resolve_group
+from ..layout import Group, process_group, resolve_group
 from .machine_profile import Figures, default_figures
 from .machine_profile_cache import Place, load, save
 
@@ -51,7 +50,7 @@ def figures_of(group: ProcessGroup) -> Mapping[str, Figures]:
 
 @torch.compiler.assume_constant_result
 def _figures_named(name: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    group: ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    group = process_group(name)
     figures = _known.get(group) or _agree(group)
     return tuple(figures["cpu"]), tuple(figures["cuda"])
 
