@@ -8,21 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..checks import check_probability, check_same_device, check_sequence, check_tensor
+from ..checks import check_probability, check_same_device, check_sequence, check_tensor, renamed
 from ..comm.coordination import checked_together
 from ..layout import Group, group_rank, group_size, resolve_group
 from ..random import as_seed
 
 
+@renamed(head_size="head_dim", rotary_base="rope_theta")
 def causal_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    head_size: int,
+    head_dim: int,
     p: float = 0.0,
     training: bool = True,
-    rotary_base: float | None = None,
+    rope_theta: float | None = None,
     group: Group = None,
     seq_dim: int = -2,
     seed: int | Tensor | None = None,
@@ -34,16 +35,18 @@ def causal_attention(
     its mask from the generator, which on ranks that are seeded alike drops the same for different heads.
 
     Args:
-        q: [..., S, ..., heads/t * head_size].
+        q: [..., S, ..., heads/t * head_dim].
         k, v: like ``q``, or with fewer heads, each shared by as many consecutive heads of ``q`` (grouped queries).
-        head_size: features of one head; even with ``rotary_base``.
+        head_dim: features of one head; even with ``rope_theta``.
         p: dropout probability of the attention weights.
-        rotary_base: rotate q and k by position first, with this base (10000 in Llama); None does not.
+        rope_theta: rotate q and k by position first, with this base (10000 in Llama); None does not.
         group: where the heads are divided: rank r holds the r-th part of them.
         seed: as in :func:`seqpar_kernels.dropout_add_layer_norm`.
 
     Returns:
         Tensor: like ``q``.
+
+    ``head_dim`` and ``rope_theta`` are also taken under their old names, ``head_size`` and ``rotary_base``.
 
     Raises:
         ValueError: an argument that does not fit, by name.
@@ -53,8 +56,8 @@ def causal_attention(
         for name, t in (("q", q), ("k", k), ("v", v)):
             check_tensor(name, t)
             check_same_device(name, t, "q", q)
-        if not isinstance(head_size, int) or isinstance(head_size, bool) or head_size < 1:
-            raise ValueError(f"head_size: expected a positive int, got {head_size!r}")
+        if not isinstance(head_dim, int) or isinstance(head_dim, bool) or head_dim < 1:
+            raise ValueError(f"head_dim: expected a positive int, got {head_dim!r}")
         check_probability("p", p)
         seq_dim = check_sequence("q", q, seq_dim)
         for name, t, like_name, like in (("q", q, "q", q), ("k", k, "q", q), ("v", v, "k", k)):
@@ -62,23 +65,23 @@ def causal_attention(
                 raise ValueError(
                     f"{name}: expected {q.dtype} {(*q.shape[:-1], '...')} like q, got {t.dtype} {tuple(t.shape)}"
                 )
-            if t.shape[-1] % head_size or t.shape[-1] == 0 or like.shape[-1] % t.shape[-1]:
+            if t.shape[-1] % head_dim or t.shape[-1] == 0 or like.shape[-1] % t.shape[-1]:
                 raise ValueError(
-                    f"{name}: expected whole heads of {head_size} features that divide those of {like_name}, "
+                    f"{name}: expected whole heads of {head_dim} features that divide those of {like_name}, "
                     f"{like.shape[-1]}, got {t.shape[-1]}"
                 )
         if v.shape != k.shape:
             raise ValueError(f"v: expected the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
-        if rotary_base is not None and head_size % 2:
-            raise ValueError(f"head_size: expected an even number with rotary_base, got {head_size}")
+        if rope_theta is not None and head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number with rope_theta, got {head_dim}")
         seed_tensor = as_seed(seed, q.device) if training and p > 0.0 else None
     length = q.shape[seq_dim]
     outer, inner = math.prod(q.shape[:seq_dim]), math.prod(q.shape[seq_dim + 1 : -1])
     q5, k5, v5 = (  # [outer, S, inner, heads/t, d]
-        t.reshape(outer, length, inner, t.shape[-1] // head_size, head_size) for t in (q, k, v)
+        t.reshape(outer, length, inner, t.shape[-1] // head_dim, head_dim) for t in (q, k, v)
     )
-    if rotary_base is not None:
-        q5, k5 = (ops.rotary(t, 1, float(rotary_base), False) for t in (q5, k5))
+    if rope_theta is not None:
+        q5, k5 = (ops.rotary(t, 1, float(rope_theta), False) for t in (q5, k5))
     if seed_tensor is None:
         # The inner batch counts as heads: then the result lies in memory as the input does, whatever the layout.
         qs, ks, vs = (t.flatten(2, 3).transpose(1, 2) for t in (q5, k5, v5))  # [outer, inner * heads/t, S, d]
@@ -88,5 +91,5 @@ def causal_attention(
     heads = q5.shape[3]
     batched = (t.permute(0, 2, 3, 1, 4).flatten(0, 1) for t in (q5, k5, v5))  # [outer * inner, heads/t, S, d]
     place = (heads * group_size(pg), heads * group_rank(pg))
-    out = ops.dropout_attention(*batched, seed_tensor, float(p), head_size**-0.5, True, *place)
-    return out.view(outer, inner, heads, length, head_size).permute(0, 3, 1, 2, 4).reshape(q.shape)
+    out = ops.dropout_attention(*batched, seed_tensor, float(p), head_dim**-0.5, True, *place)
+    return out.view(outer, inner, heads, length, head_dim).permute(0, 3, 1, 2, 4).reshape(q.shape)

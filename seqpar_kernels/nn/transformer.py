@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_divides, check_eps, check_probability, check_tensor
+from ..checks import check_divides, check_eps, check_probability, check_tensor, renamed
 from ..functional import (
     NormOptions,
     NormTensors,
@@ -49,7 +49,7 @@ class TransformerLayer(nn.Module):
         activation: "gelu", "gelu_tanh", "relu" or "silu".
         gated: the MLP is ``down(activation(gate(y)) * up(y))``.
         bias: biases of the linears and of LayerNorm.
-        rotary_base: rotary position embedding with this base; None for none.
+        rope_theta: rotary position embedding with this base; None for none. ``rotary_base`` is its old name.
         dropout: on what attention and MLP add to the stream.
         attention_dropout: on the attention weights; its mask does not depend on the number of ranks either.
         eps: of the norms.
@@ -68,6 +68,7 @@ class TransformerLayer(nn.Module):
         ValueError: an argument that does not fit, by name.
     """
 
+    @renamed(rotary_base="rope_theta")
     def __init__(
         self,
         hidden_size: int,
@@ -79,7 +80,7 @@ class TransformerLayer(nn.Module):
         activation: str = "gelu",
         gated: bool = False,
         bias: bool = True,
-        rotary_base: float | None = None,
+        rope_theta: float | None = None,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         eps: float = 1e-5,
@@ -123,12 +124,12 @@ class TransformerLayer(nn.Module):
         ranks = self.region.ranks
         check_divides("num_heads", num_heads, ranks, "the number of heads")
         check_divides("num_kv_heads", num_kv_heads, ranks, "the number of key and value heads")
-        self.head_size = hidden_size // num_heads
-        if rotary_base is not None:
-            if not isinstance(rotary_base, (int, float)) or rotary_base <= 0:
-                raise ValueError(f"rotary_base: expected a positive number or None, got {rotary_base!r}")
-            if self.head_size % 2:
-                raise ValueError(f"rotary_base: expected None with heads of an odd size, {self.head_size}")
+        self.head_dim = hidden_size // num_heads
+        if rope_theta is not None:
+            if not isinstance(rope_theta, (int, float)) or rope_theta <= 0:
+                raise ValueError(f"rope_theta: expected a positive number or None, got {rope_theta!r}")
+            if self.head_dim % 2:
+                raise ValueError(f"rope_theta: expected None with heads of an odd size, {self.head_dim}")
         # What from_torch builds the same layer from on other ranks.
         self.config: dict[str, Any] = {
             **sizes,
@@ -136,7 +137,7 @@ class TransformerLayer(nn.Module):
             "activation": activation,
             "gated": gated,
             "bias": bias,
-            "rotary_base": rotary_base,
+            "rope_theta": rope_theta,
             "dropout": dropout,
             "attention_dropout": attention_dropout,
             "eps": eps,
@@ -148,14 +149,14 @@ class TransformerLayer(nn.Module):
             "recompute_norm": recompute_norm,
             "recompute_activation": recompute_activation,
         }
-        self.activation, self.rotary_base = activation, rotary_base
+        self.activation, self.rope_theta = activation, rope_theta
         self.dropout, self.attention_dropout = dropout, attention_dropout
         self.chunks, self.engine = chunks, engine
         self.share_gather, self.fuse_reduce_norm = share_gather, fuse_reduce_norm
         self.fuse_dropout_add_norm = fuse_dropout_add_norm
         self.recompute_norm, self.recompute_activation = recompute_norm, recompute_activation
         place: dict[str, Any] = {"device": device, "dtype": dtype, "group": group, "seq_dim": seq_dim}
-        kv_size = self.head_size * num_kv_heads
+        kv_size = self.head_dim * num_kv_heads
         self.norm1 = _make_norm(norm, hidden_size, eps, bias, place)
         self.q_proj = ColumnParallelLinear(hidden_size, hidden_size, bias, **place)
         self.k_proj = ColumnParallelLinear(hidden_size, kv_size, bias, **place)
@@ -168,6 +169,7 @@ class TransformerLayer(nn.Module):
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, **place)
 
     @classmethod
+    @renamed(rotary_base="rope_theta")
     def llama(cls, hidden_size: int, num_heads: int, **options: Any) -> TransformerLayer:
         """Llama's layer: RMSNorm, SwiGLU, rotary positions, no biases; ``options`` as of the constructor."""
         llama: dict[str, Any] = {
@@ -175,7 +177,7 @@ class TransformerLayer(nn.Module):
             "activation": "silu",
             "gated": True,
             "bias": False,
-            "rotary_base": 10000.0,
+            "rope_theta": 10000.0,
         }
         return cls(hidden_size, num_heads, **{**llama, **options})
 
@@ -213,10 +215,10 @@ class TransformerLayer(nn.Module):
             q,
             k,
             v,
-            head_size=self.head_size,
+            head_dim=self.head_dim,
             p=self.attention_dropout,
             training=self.training,
-            rotary_base=self.rotary_base,
+            rope_theta=self.rope_theta,
             group=self.region.group,
             seq_dim=self.region.seq_dim,
         )
@@ -326,6 +328,16 @@ class TransformerLayer(nn.Module):
             seq_dim=region.seq_dim,
             seq_len=seq_len,
         )
+
+    @property
+    def head_size(self) -> int:
+        """The old name of ``head_dim``."""
+        return self.head_dim
+
+    @property
+    def rotary_base(self) -> float | None:
+        """The old name of ``rope_theta``."""
+        return self.rope_theta
 
     def extra_repr(self) -> str:
         off = [name for name in FUSIONS if not getattr(self, name)]

@@ -26,10 +26,10 @@ def test_the_layer_computes_what_it_does_on_a_cpu(flavour: str) -> None:
         torch.testing.assert_close(got[name].cpu(), value, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("rotary_base", [None, 10000.0])
-def test_attention_drops_the_same_as_on_a_cpu(rotary_base: float | None) -> None:
+@pytest.mark.parametrize("rope_theta", [None, 10000.0])
+def test_attention_drops_the_same_as_on_a_cpu(rope_theta: float | None) -> None:
     tensors = [torch.randn(2, 50, heads * 8, dtype=torch.float64) for heads in (8, 4, 4)]
-    options: dict[str, Any] = {"head_size": 8, "p": 0.3, "seed": 5, "rotary_base": rotary_base}
+    options: dict[str, Any] = {"head_dim": 8, "p": 0.3, "seed": 5, "rope_theta": rope_theta}
     results = []
     for device in ("cpu", "cuda"):
         leaves = [t.to(device).requires_grad_() for t in tensors]

@@ -136,4 +136,4 @@ def test_linears_on_one_rank(layout: str) -> None:
         _same(lambda x, w, f=f: f(x, w, group=None), x, weight, layout=layout)
     q = _layouts(2, 4, H)[layout]
     _same(lambda q: F.scaled_dot_product_attention(q, q, q), q, layout=layout)  # what ours is compared with takes them
-    _same(lambda q: sp.functional.causal_attention(q, q, q, head_size=4, p=0.1, seed=1), q, layout=layout)
+    _same(lambda q: sp.functional.causal_attention(q, q, q, head_dim=4, p=0.1, seed=1), q, layout=layout)

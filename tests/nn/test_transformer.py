@@ -94,8 +94,8 @@ def plain_layer(params: dict[str, Tensor], x: Tensor, config: dict[str, Any], se
     y = norm(x, "norm1")
     q = heads(column(y, "q_proj"), config["num_heads"])
     k, v = (heads(column(y, name), config["num_kv_heads"]) for name in ("k_proj", "v_proj"))
-    if config["rotary_base"] is not None:
-        q, k = (rotated(t, config["rotary_base"]) for t in (q, k))
+    if config["rope_theta"] is not None:
+        q, k = (rotated(t, config["rope_theta"]) for t in (q, k))
     wide = torch.promote_types(x.dtype, torch.float32)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = q.to(wide) @ k.to(wide).transpose(2, 3) / math.sqrt(q.shape[3])
@@ -295,8 +295,8 @@ def test_state_dict_and_initialisation(world2: World) -> None:
         (lambda: sp.TransformerLayer(32, 4, dropout=2), "dropout: expected a probability"),
         (lambda: sp.TransformerLayer(32, 4, attention_dropout=-1), "attention_dropout: expected a probability"),
         (lambda: sp.TransformerLayer(32, 4, eps=0), "eps: expected a positive"),
-        (lambda: sp.TransformerLayer(32, 4, rotary_base=0), "rotary_base: expected a positive number or None"),
-        (lambda: sp.TransformerLayer(12, 4, rotary_base=1e4), "rotary_base: expected None with heads of an odd size"),
+        (lambda: sp.TransformerLayer(32, 4, rope_theta=0), "rope_theta: expected a positive number or None"),
+        (lambda: sp.TransformerLayer(12, 4, rope_theta=1e4), "rope_theta: expected None with heads of an odd size"),
         (lambda: sp.TransformerLayer.from_torch(torch.nn.Linear(2, 2)), "module: expected a seqpar_kernels.nn.Trans"),
         (lambda: sp.TransformerLayer(32, 4)(None), "x: expected a tensor, got NoneType"),
         (lambda: sp.TransformerLayer(32, 4)(torch.ones(1, 2, 31)), r"weight: expected shape \(31,\)"),
@@ -318,3 +318,16 @@ def indivisible_case() -> None:
 
 def test_sizes_that_do_not_divide(world4: World) -> None:
     world4.run(indivisible_case)
+
+
+def test_old_names_are_taken() -> None:
+    old, new = (
+        sp.TransformerLayer.llama(32, 4, intermediate_size=48, **{name: 5e5}) for name in ("rotary_base", "rope_theta")
+    )
+    assert old.rope_theta == new.rope_theta == old.rotary_base == 5e5 and old.head_size == old.head_dim == 8
+    q = torch.randn(2, 6, 8)
+    given: dict[str, Any] = {"head_size": 4, "rotary_base": 10.0}
+    expected = sp.functional.causal_attention(q, q, q, head_dim=4, rope_theta=10.0)
+    assert torch.equal(sp.functional.causal_attention(q, q, q, **given), expected)
+    with pytest.raises(ValueError, match="head_size: expected head_dim alone, got both"):
+        sp.functional.causal_attention(q, q, q, head_dim=4, **given)

@@ -14,7 +14,7 @@ from ..world import World
 
 KINDS: dict[str, dict[str, Any]] = {
     "gpt": {},
-    "llama": {"norm": "rms", "activation": "silu", "gated": True, "bias": False, "rotary_base": 10000.0},
+    "llama": {"norm": "rms", "activation": "silu", "gated": True, "bias": False, "rope_theta": 10000.0},
     "relu": {"activation": "relu", "fuse_reduce_norm": False},
     "no recompute": {"recompute_activation": False, "recompute_norm": False},
 }

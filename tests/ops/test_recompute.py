@@ -176,7 +176,7 @@ def test_gradcheck() -> None:
         )
     q, k, v = leaf(1, 5, 8), leaf(1, 5, 4), leaf(1, 5, 4)
     for p, base in ((0.0, None), (0.3, None), (0.3, 100.0)):
-        options: dict[str, Any] = {"head_size": 2, "p": p, "rotary_base": base, "seed": 3}
+        options: dict[str, Any] = {"head_dim": 2, "p": p, "rope_theta": base, "seed": 3}
         assert torch.autograd.gradcheck(lambda q, k, v, o=options: causal_attention(q, k, v, **o), (q, k, v))
 
 
@@ -220,7 +220,7 @@ def test_attention_with_dropout(dtype: torch.dtype, seq_dim: int, blocks: int, m
     monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", heads * length * -(-length // blocks))
     shape = (length, 2) if seq_dim == 0 else (2, length)
     q, k, v = (leaf(*shape, count * size, dtype=dtype) for count in (heads, 2, 2))
-    y = causal_attention(q, k, v, head_size=size, p=0.3, seed=9, seq_dim=seq_dim)
+    y = causal_attention(q, k, v, head_dim=size, p=0.3, seed=9, seq_dim=seq_dim)
     dy = torch.randn_like(y)
     got = (y, *torch.autograd.grad(y, (q, k, v), dy))
     want = []
@@ -235,8 +235,8 @@ def test_attention_with_dropout(dtype: torch.dtype, seq_dim: int, blocks: int, m
             torch.testing.assert_close(g, oracle)
         else:
             assert_within_budget(g, reference, oracle, name)
-    assert torch.equal(causal_attention(q, k, v, head_size=size, p=0.3, seed=9, seq_dim=seq_dim), y)
-    report = sp.activation_bytes(causal_attention, q, k, v, head_size=size, p=0.3, seed=9, seq_dim=seq_dim)
+    assert torch.equal(causal_attention(q, k, v, head_dim=size, p=0.3, seed=9, seq_dim=seq_dim), y)
+    report = sp.activation_bytes(causal_attention, q, k, v, head_dim=size, p=0.3, seed=9, seq_dim=seq_dim)
     assert report.total == q.nbytes + k.nbytes + v.nbytes + 8
 
 
@@ -244,7 +244,7 @@ def test_attention_with_dropout(dtype: torch.dtype, seq_dim: int, blocks: int, m
 def test_attention_of_an_empty_batch_or_of_one_token(p: float) -> None:
     for batch, length in ((0, 3), (2, 1)):
         q, k, v = (leaf(batch, length, features) for features in (8, 4, 4))
-        y = causal_attention(q, k, v, head_size=2, p=p, rotary_base=10.0, seed=1)
+        y = causal_attention(q, k, v, head_dim=2, p=p, rope_theta=10.0, seed=1)
         y.sum().backward()
         assert y.shape == q.shape and torch.isfinite(y).all()
         assert all(t.grad.shape == t.shape and torch.isfinite(t.grad).all() for t in (q, k, v))
@@ -254,10 +254,10 @@ def heads_case() -> None:
     """Every rank's heads drop what the same heads drop on one rank; no two heads drop alike."""
     g = group()
     q, k, v = (torch.randn(2, 9, 8 * 4, dtype=torch.float64) for _ in range(3))
-    whole = causal_attention(q, k, v, head_size=4, p=0.5, seed=2)
-    part = causal_attention(*(t.chunk(g.size(), -1)[g.rank()] for t in (q, k, v)), head_size=4, p=0.5, seed=2, group=g)
+    whole = causal_attention(q, k, v, head_dim=4, p=0.5, seed=2)
+    part = causal_attention(*(t.chunk(g.size(), -1)[g.rank()] for t in (q, k, v)), head_dim=4, p=0.5, seed=2, group=g)
     torch.testing.assert_close(part, whole.chunk(g.size(), -1)[g.rank()])
-    alike = causal_attention(*(t[..., :4].repeat(1, 1, 8) for t in (q, k, v)), head_size=4, p=0.5, seed=2)
+    alike = causal_attention(*(t[..., :4].repeat(1, 1, 8) for t in (q, k, v)), head_dim=4, p=0.5, seed=2)
     first, *others = alike.unflatten(-1, (8, 4)).unbind(2)
     assert all(not torch.equal(first, other) for other in others)
 
@@ -269,21 +269,21 @@ def test_attention_dropout_does_not_know_of_ranks(world: World) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"head_size": 0}, "head_size: expected a positive int, got 0"),
-        ({"head_size": 5}, "q: expected whole heads of 5 features"),
+        ({"head_dim": 0}, "head_dim: expected a positive int, got 0"),
+        ({"head_dim": 5}, "q: expected whole heads of 5 features"),
         ({"k": torch.ones(1, 3, 12), "v": torch.ones(1, 3, 12)}, "k: expected whole heads of 4 .* divide those of q"),
         ({"v": torch.ones(1, 3, 4)}, "v: expected the shape of k"),
         ({"k": torch.ones(1, 2, 8)}, "k: expected torch.float32"),
         ({"v": torch.ones(1, 3, 8).double()}, "v: expected torch.float32"),
         ({"p": 1.5}, "p: expected a probability"),
         ({"q": None}, "q: expected a tensor, got NoneType"),
-        ({"head_size": 1, "rotary_base": 10.0}, "head_size: expected an even number with rotary_base, got 1"),
+        ({"head_dim": 1, "rope_theta": 10.0}, "head_dim: expected an even number with rope_theta, got 1"),
     ],
 )
 def test_bad_attention_arguments(changed: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {name: torch.ones(1, 3, 8) for name in "qkv"}
     with pytest.raises(ValueError, match=message):
-        functional.causal_attention(**{**arguments, "head_size": 4, **changed})
+        functional.causal_attention(**{**arguments, "head_dim": 4, **changed})
 
 
 def opcheck_case() -> None:
