@@ -117,4 +117,6 @@ if __name__ == "__main__":
         package_dir={"seqpar_kernels.bench": "bench"},
         ext_modules=[Extension("seqpar_kernels.kernels._native", sources=[])],
         cmdclass={"build_ext": CMakeBuild},
+        # An editable install is a path, which type checkers follow, not an import hook, which they cannot.
+        options={"editable_wheel": {"mode": "compat"}},
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -159,3 +161,29 @@ def check_divides(name: str, size: int, parts: int, what: str) -> None:
 def check_chunks(chunks: int | None) -> None:
     if chunks is not None and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
         raise ValueError(f"chunks: expected a positive int or None, got {chunks!r}")
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def renamed(**names: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+    """Decorates a function whose keyword arguments had other names before, ``old="new"``: both are taken.
+
+    Raises:
+        ValueError: an argument under both names.
+    """
+
+    def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        @functools.wraps(function)
+        def run(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+            for old, new in names.items():
+                if old in options:
+                    if new in options:
+                        raise ValueError(f"{old}: expected {new} alone, got both; {old} is its old name")
+                    options[new] = options.pop(old)
+            return function(*args, **options)
+
+        return run
+
+    return decorate

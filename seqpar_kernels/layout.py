@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 #: What the public functions take as ``group``.
 Group = ProcessGroup | DeviceMesh | None
+
+if TYPE_CHECKING:  # not in every version of PyTorch
+    from torch.distributed.distributed_c10d import GroupName
 
 
 class WrongTypeError(TypeError, ValueError):
@@ -165,6 +169,11 @@ def check_shard(name: str, local: int, ranks: int, rank: int, seq_len: int | Non
 def shard_of(name: str, local: int, group: ProcessGroup | None, seq_len: int | None) -> SequenceShard:
     """:func:`check_shard` for this process in ``group``."""
     return check_shard(name, local, group_size(group), group_rank(group), seq_len)
+
+
+def process_group(name: str) -> ProcessGroup:
+    """The group registered under ``name``."""
+    return _resolve_process_group(cast("GroupName", name))
 
 
 def row_map(shape: torch.Size, seq_dim: int, shard: SequenceShard) -> tuple[int, int, int]:

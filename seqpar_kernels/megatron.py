@@ -100,7 +100,7 @@ def get_default_group() -> ProcessGroup | DeviceMesh:
     if state is not None and dist.is_initialized():
         found = state.get_tensor_model_parallel_group(check_initialized=False)
         if found is not None:
-            return found  # type: ignore[no-any-return]
+            return found
     raise RuntimeError(
         "group: None is the default tensor-parallel group, and there is none; pass group=, or call "
         "seqpar_kernels.megatron.set_default_group(group) after torch.distributed.init_process_group"

@@ -12,7 +12,7 @@ def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     """A contiguous tensor of another shape that is no view, so that autograd allows in-place changes of the result."""
     if t.shape == torch.Size(shape) and not t._is_view():
         return t
-    return torch.ops.aten._unsafe_view.default(t, list(shape))  # type: ignore[no-any-return]
+    return torch.ops.aten._unsafe_view.default(t, list(shape))
 
 
 def rows_of(x: Tensor) -> Tensor:

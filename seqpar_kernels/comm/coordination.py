@@ -125,7 +125,7 @@ class Coordination:
 
     def stop(self, error: BaseException) -> None:
         """Publish that code of this rank failed outside of any call with ``error``: the peers' next call raises."""
-        if not getattr(error, "_seqpar_told", False):
+        if not getattr(error, _TOLD, False):
             with contextlib.suppress(Exception):
                 reason = f"rank {self._rank} stopped before its next op: {type(error).__name__}: {error}"
                 self._leave(self._step + 1, reason)
@@ -448,10 +448,13 @@ def failure(rank: int, ticket: Ticket, doing: str, transfer: Transfer, cause: st
     )
 
 
+_TOLD = "_seqpar_told"  # an attribute of errors that the peers know of
+
+
 def _mark_told(error: BaseException) -> None:
     """Mark ``error`` as published, so that an outer block does not publish it again."""
     with contextlib.suppress(AttributeError):
-        error._seqpar_told = True  # type: ignore[attr-defined]
+        setattr(error, _TOLD, True)
 
 
 @contextlib.contextmanager
@@ -463,7 +466,7 @@ def checked_together(group: ProcessGroup | None, *, step: bool = True) -> Iterat
     try:
         yield
     except Exception as error:
-        told = getattr(error, "_seqpar_told", False)
+        told = getattr(error, _TOLD, False)
         if group is not None and not told and not torch.compiler.is_compiling():
             coordination_of(group).fail(f"{type(error).__name__}: {error}", step=step)
             _mark_told(error)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,9 @@ from ..random import own_generator
 from .coordination import PATIENCE_SECONDS, Ticket, coordination_of, failure
 from .steps import Transfer
 from .transport import Message, Room
+
+if TYPE_CHECKING:  # not in every version of PyTorch
+    from torch.distributed.distributed_c10d import GroupName
 
 _names = itertools.count()
 
@@ -50,8 +53,8 @@ class LoopbackGroup(ProcessGroup):
         self._own_name = name
 
     @property
-    def group_name(self) -> str:  # type: ignore[override]
-        return self._own_name
+    def group_name(self) -> GroupName:
+        return cast("GroupName", self._own_name)
 
     def get_group_store(self) -> dist.Store:
         return self.world.store
@@ -67,7 +70,7 @@ class LoopbackGroup(ProcessGroup):
 
 
 class _Done(dist.Work):
-    def wait(self, timeout: timedelta | None = None) -> bool:  # type: ignore[override]
+    def wait(self, timeout: timedelta | None = None) -> bool:
         return True
 
 
@@ -130,12 +133,12 @@ class Loopback:
         name = f"loopback-{next(_names)}"
         self.groups = [LoopbackGroup(self, rank, f"{name}/{rank}") for rank in range(ranks)]
         for group in self.groups:
-            _register_process_group(group.group_name, group)  # type: ignore[arg-type]
+            _register_process_group(group.group_name, group)
 
     def close(self) -> None:
         """Forget the groups. Also what ``with`` does at its end."""
         for group in self.groups:
-            _unregister_process_group(group.group_name)  # type: ignore[arg-type]
+            _unregister_process_group(group.group_name)
         for link in self._links:
             link.close()
         self.groups = []

@@ -32,9 +32,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ..caches import per_group
+from ..layout import process_group
 from .coordination import PATIENCE_SECONDS, Coordination, Ticket, coordination_of, failure
 from .steps import Transfer
 from .transport import Message, Room
@@ -411,7 +411,7 @@ def why_not(group: ProcessGroup) -> str:
 
 @torch.compiler.assume_constant_result
 def _why_not_named(name: str) -> str:
-    return why_not(_resolve_process_group(name))  # type: ignore[arg-type]
+    return why_not(process_group(name))
 
 
 def _obstacle_among(group: ProcessGroup) -> str:

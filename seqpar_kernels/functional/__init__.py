@@ -26,15 +26,8 @@ from .merge_attention import merge_attention
 from .moe import moe_mlp
 from .moe_dispatch import DispatchedTokens, moe_combine, moe_dispatch
 from .moe_loss import load_balancing_loss, router_z_loss
-from .norm import (
-    NormOptions,
-    NormTensors,
-    dropout_add,
-    dropout_add_layer_norm,
-    dropout_add_rms_norm,
-    replicated,
-    run_norm,
-)
+from .norm import dropout_add, dropout_add_layer_norm, dropout_add_rms_norm
+from .norm_call import NormOptions, NormTensors, replicated, run_norm
 from .packing import degree_groups, pack_documents, packed_attention
 from .sequence_attention import attention_choice, sequence_parallel_attention
 from .sequence_layout import next_token_labels, sequence_positions, shard_sequence, unshard_sequence

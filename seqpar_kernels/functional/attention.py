@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..checks import check_probability, check_same_device, check_sequence, check_tensor
+from ..checks import check_probability, check_same_device, check_sequence, check_tensor, renamed
 from ..comm.coordination import checked_together
 from ..layout import Group, group_rank, group_size, resolve_group
 from ..random import as_seed
 
 
+@renamed(head_size="head_dim", rotary_base="rope_theta")
 def causal_attention(
     q: Tensor,
     k: Tensor,
@@ -44,6 +45,8 @@ def causal_attention(
 
     Returns:
         Tensor: like ``q``.
+
+    ``head_dim`` and ``rope_theta`` are also taken under their old names, ``head_size`` and ``rotary_base``.
 
     Raises:
         ValueError: an argument that does not fit, by name.

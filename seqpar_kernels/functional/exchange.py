@@ -142,8 +142,8 @@ def all_to_all(
         if given:
             _check_counts(outputs, inputs, pg)
     if x.dtype == torch.bool:
-        return ops.all_to_all(x.view(torch.uint8), outputs, inputs, group_name(pg)).view(torch.bool)  # type: ignore[no-any-return]
-    return ops.all_to_all(x, outputs, inputs, group_name(pg))  # type: ignore[no-any-return]
+        return ops.all_to_all(x.view(torch.uint8), outputs, inputs, group_name(pg)).view(torch.bool)
+    return ops.all_to_all(x, outputs, inputs, group_name(pg))
 
 
 def _check_counts(outputs: list[int], inputs: list[int], pg: ProcessGroup) -> None:
@@ -196,7 +196,7 @@ def _gather_bytes(x: Tensor, pg: ProcessGroup, dim: int, length: int) -> Tensor:
     """All-gather of a tensor of any dtype, sent as bytes."""
     raw = x.contiguous().unsqueeze(-1).view(torch.uint8)
     found = ops.gather(raw, dim, length, group_name(pg), False)
-    return found.view(x.dtype).squeeze(-1)  # type: ignore[no-any-return]
+    return found.view(x.dtype).squeeze(-1)
 
 
 def _integer_sum(x: Tensor, group: Group) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypedDict, cast, overload
 
 import torch
 from torch import Tensor
@@ -18,19 +18,73 @@ from ..checks import (
     check_weight,
 )
 from ..comm.coordination import checked_together
-from ..kernels import NormKind
+from ..kernels import NormKind, NormTensors
 from ..layout import Group, SequenceShard, group_rank, group_size, resolve_group
 from ..overlap.engines import settle_plan
 from ..overlap.planner import Plan
 from ..overlap.tuning import figures_of
 from ..random import as_seed, debug_enabled
 from .linear import autocast, check_activation, place
-from .norm import Meta, NormOptions, compare_seeds, metas_of, replicated, settle
+from .norm_call import Meta, NormOptions, compare_seeds, converted, metas_of, replicated, settle
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Norm = Literal["layer", "rms"] | None
-KINDS = {"layer": NormKind.LAYER, "rms": NormKind.RMS, None: NormKind.NONE}
+KINDS: dict[Norm, NormKind] = {"layer": NormKind.LAYER, "rms": NormKind.RMS, None: NormKind.NONE}
 
 
+class _Arguments(TypedDict, total=False):
+    """Keyword arguments that say nothing of what is returned; for the overloads."""
+
+    residual: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    p: float
+    eps: float
+    training: bool
+    zero_centered_weight: bool
+    residual_dtype: torch.dtype | None
+    seq_dim: int
+    seed: int | Tensor | None
+    chunks: int | None
+    engine: str
+    row_scale: Tensor | None
+    activation: str | None
+    gate: Tensor | None
+    main_grad: Tensor | None
+
+
+@overload
+def linear_reduce_scatter_dropout_add_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Literal["layer", "rms"] = "layer",
+    group: Group,
+    **options: Unpack[_Arguments],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_reduce_scatter_dropout_add_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: None,
+    group: Group,
+    **options: Unpack[_Arguments],
+) -> tuple[None, Tensor]: ...
+@overload
+def linear_reduce_scatter_dropout_add_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm = "layer",
+    group: Group,
+    **options: Unpack[_Arguments],
+) -> tuple[Tensor | None, Tensor]: ...
 def linear_reduce_scatter_dropout_add_norm(
     x: Tensor,
     weight: Tensor,
@@ -89,50 +143,22 @@ def linear_reduce_scatter_dropout_add_norm(
         >>> torch.allclose(z, x @ weight.t() + residual, atol=1e-4)
         True
     """
+    tensors = NormTensors(x, residual, norm_weight, norm_bias, x_bias=bias, row_scale=row_scale)
+    kind = cast(NormKind, KINDS.get(norm, norm))  # an unknown name goes on, to be refused on every rank alike
+    options = NormOptions(kind, p, eps, training, True, zero_centered_weight, residual_dtype, seq_dim)
     return planned_linear_reduce_scatter_dropout_add_norm(
-        x,
-        weight,
-        bias,
-        residual,
-        norm,
-        norm_weight,
-        norm_bias,
-        p,
-        eps,
-        training,
-        zero_centered_weight,
-        residual_dtype,
-        group,
-        seq_dim,
-        seed,
-        chunks,
-        engine,
-        row_scale,
-        activation,
-        gate,
-        main_grad,
+        tensors, weight, options, group, seed, chunks, engine, activation, gate, main_grad
     )[0]
 
 
 def planned_linear_reduce_scatter_dropout_add_norm(
-    x: Tensor,
+    tensors: NormTensors,
     weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    norm: Norm,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    p: float,
-    eps: float,
-    training: bool,
-    zero_centered: bool,
-    residual_dtype: torch.dtype | None,
+    options: NormOptions,
     group: Group,
-    seq_dim: int,
     seed: int | Tensor | None,
     chunks: int | None,
     engine: str,
-    row_scale: Tensor | None = None,
     activation: str | None = None,
     gate: Tensor | None = None,
     main_grad: Tensor | None = None,
@@ -141,19 +167,21 @@ def planned_linear_reduce_scatter_dropout_add_norm(
 ) -> tuple[tuple[Tensor | None, Tensor], Plan]:
     """:func:`linear_reduce_scatter_dropout_add_norm` and the plan it ran by.
 
-    ``sum_gradients=False``: the caller sums those of ``bias``, ``norm_weight`` and ``norm_bias`` over the ranks.
+    ``tensors``: what the norm reads, x being the input of the linear, of which the sum is made.
+    ``sum_gradients=False``: the caller sums the gradients of the vectors over the ranks.
     """
+    x, residual, norm_weight, norm_bias, _, _, bias, row_scale, _, _ = tensors
     pg = resolve_group(group)
     figures = None if pg is None else figures_of(pg)
     with checked_together(pg):
         check_tensor("x", x)
-        seq_dim = check_sequence("x", x, seq_dim)
+        seq_dim = check_sequence("x", x, options.seq_dim)
         check_activation(x, activation, gate)
         x, (weight,), (gate,) = autocast(x, [weight], [gate])
         check_weight("weight", weight, x.shape[-1], x)
         check_main_grad("main_grad", main_grad, weight)
-        check_probability("p", p)
-        kind = _check_norm(norm, norm_weight, norm_bias)
+        check_probability("p", options.p)
+        _check_norm(options.kind, norm_weight, norm_bias)
         shard = SequenceShard(x.shape[seq_dim], group_size(pg), group_rank(pg))
         shape = list(x.shape)
         shape[seq_dim], shape[-1] = shard.size, weight.shape[0]
@@ -170,9 +198,9 @@ def planned_linear_reduce_scatter_dropout_add_norm(
         if pg is not None and sum_gradients:
             vectors = replicated(vectors, pg)
         bias, norm_weight, norm_bias = vectors
-        options = NormOptions(kind, p, eps, training, True, zero_centered, residual_dtype, seq_dim, shard.length)
-        rest = (residual, norm_weight, norm_bias, None, None, bias, row_scale, None)  # as NormTensors has them
-        settled = settle(options, shard.ranks, shard.rank, tuple(out), *metas_of(rest))
+        tensors = NormTensors(x, residual, norm_weight, norm_bias, x_bias=bias, row_scale=row_scale)
+        options = options._replace(prenorm=True, seq_dim=seq_dim, seq_len=shard.length)
+        settled = settle(options, shard.ranks, shard.rank, tuple(out), *metas_of(tensors[1:]))
         plan = settle_plan(x, seq_dim, shard, weight.shape[0], weight.numel(), engine, chunks, figures, pg)
         # a wrong seed is wrong in evaluation too
         seed_tensor = as_seed(seed, x.device) if settled.drop or seed is not None else None
@@ -181,42 +209,30 @@ def planned_linear_reduce_scatter_dropout_add_norm(
     elif pg is not None and debug_enabled() and not torch.compiler.is_compiling():
         assert seed_tensor is not None
         compare_seeds(seed_tensor, pg, "linear_reduce_scatter_dropout_add_norm")
-    if residual is not None:
-        residual = residual.to(settled.scalars.z_dtype)
-    if settled.vector_dtype is not None:
-        bias, norm_weight, norm_bias = (
-            None if v is None else v.to(settled.vector_dtype) for v in (bias, norm_weight, norm_bias)
-        )
     args = (
-        x,
+        *converted(tensors, settled)._replace(seed=seed_tensor),
         weight,
-        bias,
-        residual,
-        norm_weight,
-        norm_bias,
-        None if row_scale is None else row_scale.reshape(-1),
-        seed_tensor,
         gate,
         *place(pg, seq_dim, shard, plan),
         activation or "",
-        *settled.scalars[2:],
+        *settled.call.spec.flat(),
+        settled.call.backend,
     )
     if main_grad is not None and torch.is_grad_enabled():
         outs = ops.linear_reduce_scatter_dropout_add_norm_into(main_grad, *args)
     else:
         outs = ops.linear_reduce_scatter_dropout_add_norm(*args)
-    return ((None, outs[0]) if kind == NormKind.NONE else (outs[0], outs[1])), plan
+    return ((None, outs[0]) if options.kind == NormKind.NONE else (outs[0], outs[1])), plan
 
 
-def _check_norm(norm: Norm, norm_weight: Tensor | None, norm_bias: Tensor | None) -> NormKind:
-    if norm not in KINDS:
-        raise ValueError(f"norm: expected 'layer', 'rms' or None, got {norm!r}")
-    kind = KINDS[norm]
+def _check_norm(kind: NormKind, norm_weight: Tensor | None, norm_bias: Tensor | None) -> None:
+    if not isinstance(kind, NormKind):
+        raise ValueError(f"norm: expected 'layer', 'rms' or None, got {kind!r}")
+    norm = next(name for name in KINDS if KINDS[name] == kind)
     if kind != NormKind.LAYER and norm_bias is not None:
         raise ValueError(f"norm_bias: expected None with norm={norm!r}, got a tensor")
     if kind == NormKind.NONE and norm_weight is not None:
         raise ValueError("norm_weight: expected None with norm=None, got a tensor")
-    return kind
 
 
 def _check_shard(name: str, t: Tensor | None, shape: torch.Size, out: Meta) -> None:

@@ -112,9 +112,9 @@ def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     pg, _ = _checked(x, group, None, step=False)
     if pg is None:
         return x
-    out: Tensor = ops.CopyToRegion.apply(x, group_name(pg))  # type: ignore[no-untyped-call]
+    out: Tensor = ops.CopyToRegion.apply(x, group_name(pg))
     if not torch.compiler.is_compiling():
-        out._seqpar_copied = True  # type: ignore[attr-defined]  # for the check of a converted model's first forward
+        setattr(out, "_seqpar_copied", True)  # noqa: B010 - for the check of a converted model's first forward
     return out
 
 
@@ -128,7 +128,7 @@ def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
         torch.Size([8, 16])
     """
     pg, _ = _checked(x, group, None)
-    return x if pg is None else ops.all_reduce(x, group_name(pg))  # type: ignore[no-any-return]
+    return x if pg is None else ops.all_reduce(x, group_name(pg))
 
 
 def _checked(
@@ -147,7 +147,7 @@ def _checked(
 def split_dimension(x: Tensor, group: Group, dim: int, *, sequence: bool = False) -> Tensor:
     """This rank's part of a replicated tensor; ``sequence``: ``dim`` must not be the last dimension."""
     pg, dim = _checked(x, group, dim, sequence=sequence, step=False)
-    return x if pg is None else ops.split(x, dim, group_name(pg))  # type: ignore[no-any-return]
+    return x if pg is None else ops.split(x, dim, group_name(pg))
 
 
 def gather_dimension(
@@ -161,11 +161,11 @@ def gather_dimension(
         shard = shard_of("x", x.shape[dim], pg, size)
     looked_at = doubled_gradients(pg) if partial_grad and x.requires_grad and eager() else None
     if looked_at is None:
-        return ops.gather(x, dim, shard.length, group_name(pg), partial_grad)  # type: ignore[no-any-return]
+        return ops.gather(x, dim, shard.length, group_name(pg), partial_grad)
     return looked_at.watched(x, lambda t: ops.gather(t, dim, shard.length, group_name(pg), True), dim, shard)
 
 
 def reduce_scatter_dimension(x: Tensor, group: Group, dim: int, *, sequence: bool = False) -> Tensor:
     """This rank's part of the sum over ranks."""
     pg, dim = _checked(x, group, dim, sequence=sequence)
-    return x if pg is None else ops.reduce_scatter(x, dim, group_name(pg))  # type: ignore[no-any-return]
+    return x if pg is None else ops.reduce_scatter(x, dim, group_name(pg))

@@ -54,4 +54,4 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         shape = (out.shape[0], out.shape[2], out.shape[1])
         if lse.shape != shape:
             raise ValueError(f"lses[{i}]: expected [B, H, S] = {shape}, got {tuple(lse.shape)}")
-    return ops.merge_attention(outs, lses)  # type: ignore[no-any-return]
+    return ops.merge_attention(outs, lses)

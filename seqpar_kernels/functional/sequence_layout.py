@@ -121,7 +121,7 @@ def unshard_sequence(
         whole = gather(x, pg, dim, partial_grad=partial_grad, size=length)
     if layout == "zigzag":
         whole = whole.index_select(dim, _order(length, pg.size(), layout, x.device).argsort())
-    return whole  # type: ignore[no-any-return]
+    return whole
 
 
 def next_token_labels(

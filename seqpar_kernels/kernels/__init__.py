@@ -7,19 +7,34 @@ functions prepared for one kind of call, for calls so small that host time matte
 
 import functools
 import importlib
-from types import ModuleType
+from typing import cast
 
 import torch
 
 from ..strict import refuse
-from .spec import NormGrads, NormKind, NormOutputs, NormSpec, NormWants, RowMap
+from .spec import (
+    Backend,
+    NormGiven,
+    NormGrads,
+    NormKind,
+    NormOutputs,
+    NormSpec,
+    NormStores,
+    NormTensors,
+    NormWants,
+    RowMap,
+)
 
 __all__ = [
     "BACKENDS",
+    "Backend",
+    "NormGiven",
     "NormGrads",
     "NormKind",
     "NormOutputs",
     "NormSpec",
+    "NormStores",
+    "NormTensors",
     "NormWants",
     "RowMap",
     "choice",
@@ -73,14 +88,14 @@ def choice(device: torch.device) -> tuple[str | None, dict[str, str]]:
 
 
 @functools.cache
-def _select(backend: str, device: torch.device) -> ModuleType:
+def _select(backend: str, device: torch.device) -> Backend:
     if backend:
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {sorted(BACKENDS)} or None, got {backend!r}")
         reason = why_not(backend, device)
         if reason is not None:
             raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
-        return importlib.import_module(f".{BACKENDS[backend][0]}", __name__)
+        return cast(Backend, importlib.import_module(f".{BACKENDS[backend][0]}", __name__))
     chosen, reasons = choice(device)
     if chosen is not None:
         if reasons:
@@ -94,7 +109,7 @@ def _select(backend: str, device: torch.device) -> ModuleType:
     )
 
 
-def select(backend: str | None, device: torch.device) -> ModuleType:
+def select(backend: str | None, device: torch.device) -> Backend:
     """The backend module for tensors on ``device``: ``backend`` if given, else the compiled kernels, else Triton's.
 
     Raises:

@@ -13,19 +13,8 @@ import torch
 from torch import Tensor
 
 from ..caches import MOST
-from .spec import (
-    NormGrads,
-    NormKind,
-    NormOutputs,
-    NormSpec,
-    NormWants,
-    accumulation_dtype,
-    as_matrix,
-    as_parts,
-    as_vector,
-    dropout_scale,
-    dropout_threshold,
-)
+from . import NormGiven, NormGrads, NormKind, NormOutputs, NormSpec, NormStores, NormTensors, NormWants
+from .spec import ONLY_Z, accumulation_dtype, as_matrix, as_parts, dropout_scale, dropout_threshold
 
 _INTERFACE = 3
 
@@ -114,34 +103,23 @@ class NormForward:
         spec: NormSpec,
         shape: torch.Size,
         device: torch.device,
+        stores: NormStores,
         *,
-        store_z: bool,
-        two_norms: bool = False,
         stacked: bool = False,
     ):
-        self._spec, self._device, self._stacked = _prepared(spec), device, stacked
+        self._spec, self._device, self._on_cpu = _prepared(spec), device, device == _CPU
+        self._stacked = stacked
         self._y_dtype, self._z_dtype = spec.y_dtype, spec.z_dtype
-        self._store_y, self._store_z = spec.kind != NormKind.NONE, store_z
-        self._store_y2 = two_norms and self._store_y
+        self._store_y, self._store_z = spec.kind != NormKind.NONE, stores.store_z
+        self._store_y2 = stores.two_norms and self._store_y
         self._statistics = 2 if spec.kind == NormKind.LAYER else 1
         self._wide = accumulation_dtype(spec.x_dtype)
         self._cols = shape[-1]
         self._rows = shape[stacked:-1].numel()
 
-    def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        weight2: Tensor | None,
-        bias2: Tensor | None,
-        x_bias: Tensor | None,
-        row_scale: Tensor | None,
-        y_scale: Tensor | None,
-        seed: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def __call__(self, tensors: NormTensors) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """y, y2, z and statistics, as in :class:`.spec.NormOutputs`."""
+        x, residual, weight, bias, weight2, bias2, x_bias, row_scale, y_scale, seed = tensors
         shards, shard_stride = 1, 0
         if self._stacked:
             x = x if x.stride(2) == 1 else x.contiguous()
@@ -155,7 +133,8 @@ class NormForward:
                 y2 = torch.empty_like(x, dtype=self._y_dtype, memory_format=torch.contiguous_format)
         if self._store_z:
             z = torch.empty_like(x, dtype=self._z_dtype, memory_format=torch.contiguous_format)
-        kernel, (is_cuda, threads, stream) = _at(device, _native.norm_forward), _place(device)
+        kernel = _native.norm_forward if self._on_cpu else _at(device, _native.norm_forward)
+        is_cuda, threads, stream = _place(device)
         while not kernel(
             is_cuda,
             threads,
@@ -180,9 +159,8 @@ class NormForward:
             y_scale,
             statistics,
         ):
-            x, residual = as_matrix(x), as_matrix(residual)  # type: ignore[assignment]
-            weight, bias, weight2, bias2 = as_vector(weight), as_vector(bias), as_vector(weight2), as_vector(bias2)
-            x_bias, row_scale = as_vector(x_bias), as_vector(row_scale)
+            x = as_matrix(x)
+            _, residual, weight, bias, weight2, bias2, x_bias, row_scale, _, _ = tensors._replace(x=x).readable()
         return y, y2, z, statistics
 
 
@@ -190,32 +168,18 @@ _forward_of = lru_cache(maxsize=MOST)(NormForward)
 
 
 def norm_forward(
-    x: Tensor,
-    x_bias: Tensor | None,
-    row_scale: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    seed: Tensor | None,
-    spec: NormSpec,
-    *,
-    store_z: bool,
-    two_norms: bool = False,
-    y_scale: Tensor | None = None,
-    stacked: bool = False,
+    tensors: NormTensors, spec: NormSpec, stores: NormStores = ONLY_Z, *, stacked: bool = False
 ) -> NormOutputs:
     """See :func:`.reference.norm_forward`."""
-    run = _forward_of(spec, x.shape, x.device, store_z=store_z, two_norms=two_norms, stacked=stacked)
-    return NormOutputs(*run(x, residual, weight, bias, weight2, bias2, x_bias, row_scale, y_scale, seed))
+    run = _forward_of(spec, tensors.x.shape, tensors.x.device, stores, stacked=stacked)
+    return NormOutputs(*run(tensors))
 
 
 class NormBackward:
     """:func:`norm_backward` for tensors of one kind, as :class:`NormForward`."""
 
     def __init__(self, spec: NormSpec, shape: torch.Size, device: torch.device, wants: NormWants):
-        self._spec, self._device = _prepared(spec), device
+        self._spec, self._device, self._on_cpu = _prepared(spec), device, device == _CPU
         self._dx, self._dresidual, *self._vectors = wants
         self._x_dtype, self._z_dtype, self._w_dtype = spec.x_dtype, spec.z_dtype, spec.w_dtype
         self._rows, self._cols = shape[:-1].numel(), shape[-1]
@@ -231,19 +195,9 @@ class NormBackward:
             )
         return size
 
-    def __call__(
-        self,
-        dy: Tensor | None,
-        dy2: Tensor | None,
-        dz: Tensor | None,
-        z: Tensor | None,
-        statistics: Tensor | None,
-        row_scale: Tensor | None,
-        weight: Tensor | None,
-        weight2: Tensor | None,
-        seed: Tensor | None,
-    ) -> list[Tensor | None]:
+    def __call__(self, tensors: NormGiven) -> list[Tensor | None]:
         """Gradients in the order of :class:`.spec.NormGrads`."""
+        dy, dy2, dz, z, statistics, row_scale, weight, weight2, seed = tensors
         like = dz if dz is not None else dy if dy is not None else dy2
         assert like is not None
         device = self._device
@@ -255,7 +209,8 @@ class NormBackward:
         vectors = [
             torch.empty(self._cols, dtype=self._w_dtype, device=device) if wanted else None for wanted in self._vectors
         ]
-        kernel, (is_cuda, threads, stream) = _at(device, _native.norm_backward), _place(device)
+        kernel = _native.norm_backward if self._on_cpu else _at(device, _native.norm_backward)
+        is_cuda, threads, stream = _place(device)
         size = self._workspace(is_cuda, threads)
         if size:
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -280,33 +235,18 @@ class NormBackward:
             *vectors,
             workspace,
         ):
-            dy, dy2, dz, z = as_matrix(dy), as_matrix(dy2), as_matrix(dz), as_matrix(z)
-            statistics, row_scale = as_vector(statistics), as_vector(row_scale)
-            weight, weight2 = as_vector(weight), as_vector(weight2)
+            dy, dy2, dz, z, statistics, row_scale, weight, weight2, _ = tensors.readable()
         return [dx, dresidual, *vectors]
 
 
 _backward_of = lru_cache(maxsize=MOST)(NormBackward)
 
 
-def norm_backward(
-    dy: Tensor | None,
-    dy2: Tensor | None,
-    dz: Tensor | None,
-    z: Tensor | None,
-    statistics: Tensor | None,
-    row_scale: Tensor | None,
-    weight: Tensor | None,
-    weight2: Tensor | None,
-    seed: Tensor | None,
-    spec: NormSpec,
-    wants: NormWants,
-) -> NormGrads:
+def norm_backward(tensors: NormGiven, spec: NormSpec, wants: NormWants) -> NormGrads:
     """See :func:`.reference.norm_backward`."""
-    like = dz if dz is not None else dy if dy is not None else dy2
-    assert like is not None
+    like = tensors.like()
     run = _backward_of(spec, like.shape, like.device, wants)
-    return NormGrads(*run(dy, dy2, dz, z, statistics, row_scale, weight, weight2, seed))
+    return NormGrads(*run(tensors))
 
 
 def reduce_shards(parts: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

@@ -9,18 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .spec import (
-    NormGrads,
-    NormKind,
-    NormOutputs,
-    NormSpec,
-    NormWants,
-    RowMap,
-    accumulation_dtype,
-    dropout_scale,
-    dropout_threshold,
-    on_matrices,
-)
+from . import NormGiven, NormGrads, NormKind, NormOutputs, NormSpec, NormStores, NormTensors, NormWants, RowMap
+from .spec import ONLY_Z, accumulation_dtype, as_matrices, dropout_scale, dropout_threshold
 
 _MASK32 = 0xFFFFFFFF
 
@@ -91,22 +81,12 @@ def _sum_of_shards(parts: Tensor) -> Tensor:
     return total
 
 
-@on_matrices
 def norm_forward(
-    x: Tensor,
-    x_bias: Tensor | None,
-    row_scale: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    seed: Tensor | None,
+    tensors: NormTensors,
     spec: NormSpec,
+    stores: NormStores = ONLY_Z,
     *,
-    store_z: bool,
-    two_norms: bool = False,
-    y_scale: Tensor | None = None,
+    stacked: bool = False,
     mask: Mask = dropout_mask,
 ) -> NormOutputs:
     """z = row_scale * dropout(x + x_bias) + residual; y = norm(z) * weight + bias; y2 likewise with weight2, bias2.
@@ -114,8 +94,10 @@ def norm_forward(
     The norm is that of z as stored. ``seed=None`` switches dropout off. With ``stacked=True`` x is a stack
     [shards, rows, cols] of partial results and stands for their sum in index order; only z is rounded then.
     """
+    tensors = as_matrices(tensors, stacked=stacked)
+    x, residual, weight, bias, weight2, bias2, x_bias, row_scale, y_scale, seed = tensors
     acc = accumulation_dtype(x.dtype)
-    z = _sum_of_shards(x if x.dim() == 3 else x[None])
+    z = _sum_of_shards(x if stacked else x[None])
     if x_bias is not None:
         z = z + x_bias.to(acc)
     if seed is not None:
@@ -125,7 +107,7 @@ def norm_forward(
         z = z * row_scale.to(acc)[:, None]
     if residual is not None:
         z = z + residual.to(acc)
-    stored = z.to(spec.z_dtype) if store_z else None
+    stored = z.to(spec.z_dtype) if stores.store_z else None
     if stored is not None:
         z = stored.to(acc)  # what the backward will read is what the forward normalises
     if spec.kind == NormKind.NONE:
@@ -139,27 +121,15 @@ def norm_forward(
     rstd = torch.rsqrt(centred.square().mean(-1) + spec.eps)
     xhat = centred * rstd[:, None]
     y = _stored(_affine(xhat, weight, bias, spec.zero_centered), y_scale, spec.y_dtype)
-    y2 = _stored(_affine(xhat, weight2, bias2, spec.zero_centered), y_scale, spec.y_dtype) if two_norms else None
+    y2 = None
+    if stores.two_norms:
+        y2 = _stored(_affine(xhat, weight2, bias2, spec.zero_centered), y_scale, spec.y_dtype)
     return NormOutputs(y, y2, stored, torch.stack([*mean, rstd]))
 
 
-@on_matrices
-def norm_backward(
-    dy: Tensor | None,
-    dy2: Tensor | None,
-    dz: Tensor | None,
-    z: Tensor | None,
-    statistics: Tensor | None,
-    row_scale: Tensor | None,
-    weight: Tensor | None,
-    weight2: Tensor | None,
-    seed: Tensor | None,
-    spec: NormSpec,
-    wants: NormWants,
-    *,
-    mask: Mask = dropout_mask,
-) -> NormGrads:
+def norm_backward(tensors: NormGiven, spec: NormSpec, wants: NormWants, *, mask: Mask = dropout_mask) -> NormGrads:
     """Gradients of :func:`norm_forward`. ``dz`` is the gradient that reached the returned ``z``, if any."""
+    dy, dy2, dz, z, statistics, row_scale, weight, weight2, seed = as_matrices(tensors)
     acc = accumulation_dtype(spec.x_dtype)
     grads: dict[str, Tensor | None] = {}
     total: Tensor | None = None if dz is None else dz.to(acc)

@@ -10,19 +10,19 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_norm_backward, triton_norm_forward, triton_reduce
+from . import NormGiven, NormGrads, NormOutputs, RowMap, triton_norm_backward, triton_norm_forward, triton_reduce
 from .spec import (
-    NormGrads,
+    ONLY_Z,
     NormKind,
-    NormOutputs,
     NormSpec,
+    NormStores,
+    NormTensors,
     NormWants,
-    RowMap,
     accumulation_dtype,
+    as_matrices,
     as_parts,
     dropout_scale,
     dropout_threshold,
-    on_matrices,
 )
 from .triton_config import LAUNCH, PARTIALS, backward_tile, forward_tile, shards_tile
 from .triton_interpreter import as_on_a_gpu, interpreted, rounds
@@ -108,26 +108,14 @@ def _mean_and_rstd(statistics: Tensor | None) -> tuple[Tensor | None, Tensor | N
     return statistics[0] if len(statistics) == 2 else None, statistics[-1]
 
 
-@on_matrices
 def norm_forward(
-    x: Tensor,
-    x_bias: Tensor | None,
-    row_scale: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    seed: Tensor | None,
-    spec: NormSpec,
-    *,
-    store_z: bool,
-    two_norms: bool = False,
-    y_scale: Tensor | None = None,
+    tensors: NormTensors, spec: NormSpec, stores: NormStores = ONLY_Z, *, stacked: bool = False
 ) -> NormOutputs:
     """See :func:`.reference.norm_forward`."""
+    tensors = as_matrices(tensors, stacked=stacked)
+    x, residual, weight, bias, weight2, bias2, x_bias, row_scale, y_scale, seed = tensors
     rows, cols = x.shape[-2:]
-    shards, shard_stride = (x.shape[0], x.stride(0)) if x.dim() == 3 else (1, 0)
+    shards, shard_stride = (x.shape[0], x.stride(0)) if stacked else (1, 0)
     device = x.device
     y = y2 = z = statistics = mean = rstd = None
     if spec.kind != NormKind.NONE:
@@ -135,9 +123,9 @@ def norm_forward(
         y = torch.empty((rows, cols), dtype=spec.y_dtype, device=device)
         statistics = torch.empty((1 + (spec.kind == NormKind.LAYER), rows), dtype=stats_dtype, device=device)
         mean, rstd = _mean_and_rstd(statistics)
-        if two_norms:
+        if stores.two_norms:
             y2 = torch.empty((rows, cols), dtype=spec.y_dtype, device=device)
-    if store_z:
+    if stores.store_z:
         z = torch.empty((rows, cols), dtype=spec.z_dtype, device=device)
     if rows:
         tile = forward_tile(cols, max(x.dtype.itemsize, spec.z_dtype.itemsize))
@@ -152,22 +140,11 @@ def norm_forward(
     return NormOutputs(y, y2, z, statistics)
 
 
-@on_matrices
-def norm_backward(
-    dy: Tensor | None,
-    dy2: Tensor | None,
-    dz: Tensor | None,
-    z: Tensor | None,
-    statistics: Tensor | None,
-    row_scale: Tensor | None,
-    weight: Tensor | None,
-    weight2: Tensor | None,
-    seed: Tensor | None,
-    spec: NormSpec,
-    wants: NormWants,
-) -> NormGrads:
+def norm_backward(tensors: NormGiven, spec: NormSpec, wants: NormWants) -> NormGrads:
     """See :func:`.reference.norm_backward`."""
-    like = next(t for t in (dz, dy, dy2) if t is not None)
+    tensors = as_matrices(tensors)
+    dy, dy2, dz, z, statistics, row_scale, weight, weight2, seed = tensors
+    like = tensors.like()
     mean, rstd = _mean_and_rstd(statistics)
     rows, cols = like.shape
     device = like.device

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..functional import planned_linear_reduce_scatter_dropout_add_norm, replicated
+from ..functional import (
+    NormOptions,
+    NormTensors,
+    planned_linear_reduce_scatter_dropout_add_norm,
+    replicated,
+)
 from ..kernels import NormKind
 from ..kernels.spec import accumulation_dtype
 from ..layout import SequenceShard
@@ -102,14 +107,14 @@ class DeferredSum(Tensor):
         place: Any = {"dtype": x.dtype, "device": x.device}
         operands = (x, residual, linear.weight, linear.bias)
         trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-        new: Any = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), requires_grad=trained, **place)  # type: ignore
+        new: Any = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), requires_grad=trained, **place)
         if trained:
             with torch._C.DisableTorchFunctionSubclass():
                 new.register_hook(_lost)
         new.linear, new.x, new.residual, new.dropout, new.seed = linear, x, residual, dropout, seed
         new.grad_mode, new.computed = torch.is_grad_enabled(), None
         new._versions = [version_of(t) for t in (x, residual) if t is not None]
-        return new  # type: ignore[no-any-return]
+        return new
 
     def value(self) -> Tensor:
         """The value, computed by the model's own statements."""
@@ -150,23 +155,14 @@ class DeferredSum(Tensor):
             (weight, bias), sums = region.parameters(norm.weight, getattr(norm, "bias", None))
             linear_bias = linear.bias
             if sums and region.group is not None:
-                (linear_bias,) = replicated([linear_bias], region.group)  # type: ignore[assignment]
+                (linear_bias,) = replicated([linear_bias], region.group)
             eps = norm.eps if norm.eps is not None else torch.finfo(accumulation_dtype(x.dtype)).eps
+            p, training = (0.0, False) if self.dropout is None else (self.dropout.p, True)
             (y, z), linear.ran = planned_linear_reduce_scatter_dropout_add_norm(
-                x,
+                NormTensors(x, self.residual, weight, bias, x_bias=linear_bias),
                 linear._linear_weight(),
-                linear_bias,
-                self.residual,
-                "layer" if norm.kind == NormKind.LAYER else "rms",
-                weight,
-                bias,
-                0.0 if self.dropout is None else self.dropout.p,
-                eps,
-                self.dropout is not None,
-                norm.zero_centered_weight,
-                None,
+                NormOptions(norm.kind, p, eps, training, True, norm.zero_centered_weight, seq_dim=region.seq_dim),
                 region.group,
-                region.seq_dim,
                 self.seed,
                 linear.chunks,
                 linear.engine,
@@ -211,10 +207,12 @@ class DeferredSum(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own default is no class method
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         raise RuntimeError(f"{func}: takes a row-parallel output that is still to be summed over the ranks")
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # of an untyped signature
         return f"DeferredSum({tuple(self.shape)}, {'computed' if self.computed is not None else 'waiting'})"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +155,7 @@ def check_embedding(module: nn.Module) -> None:
 
 def _scale_of(module: nn.Embedding) -> Tensor | float | None:
     """The factor by which a subclass of nn.Embedding multiplies its rows; None for nn.Embedding itself."""
-    return None if type(module).forward is nn.Embedding.forward else module.embed_scale  # type: ignore[return-value]
+    return None if type(module).forward is nn.Embedding.forward else cast(Tensor | float, module.embed_scale)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class _Norm(nn.Module):
         if not torch.compiler.is_compiling():  # nothing waits there
             self.fused, self.first = False, is_entrance(x)
             if isinstance(x, DeferredSum):
-                y = x.normalized(self)  # type: ignore[arg-type]
+                y = x.normalized(self)
                 if y is not None:
                     return y
         out: Tensor = self._run(settled(x), None, 0.0, False, seq_len)
@@ -91,6 +91,12 @@ class _Norm(nn.Module):
 
     def _epsilon(self, dtype: torch.dtype) -> float:
         return float(self.eps) if self.eps is not None else torch.finfo(accumulation_dtype(dtype)).eps
+
+    def _take_over(self, module: nn.Module) -> None:
+        """The parameters themselves, None where there are none."""
+        for name in ("weight", "bias"):
+            if hasattr(self, name):
+                setattr(self, name, getattr(module, name, None))
 
     def recipe(self, z: Tensor) -> NormRecipe:
         """How this norm's result is made again from the row it was made from."""
@@ -156,7 +162,7 @@ class LayerNorm(nn.LayerNorm, _Norm):
         if form.kind != NormKind.LAYER or form.zero_centered:
             raise ValueError(f"module: expected a LayerNorm, {type(module).__name__} computes {form}")
         new = cls(size, form.eps, False, group=group, seq_dim=seq_dim)
-        new.weight, new.bias = getattr(module, "weight", None), getattr(module, "bias", None)  # type: ignore[assignment]
+        new._take_over(module)
         new.elementwise_affine = new.weight is not None
         return new.train(module.training)
 
@@ -207,7 +213,7 @@ class RMSNorm(nn.RMSNorm, _Norm):
             ValueError: it computes something else.
         """
         if type(module) in (nn.RMSNorm, cls) and "forward" not in vars(module):
-            size = _last_size(module.normalized_shape)  # type: ignore[arg-type]
+            size = _last_size(cast(Sequence[int], module.normalized_shape))
             eps: Any = module.eps
             zero_centered = module.zero_centered_weight if isinstance(module, cls) else False
         else:
@@ -215,8 +221,8 @@ class RMSNorm(nn.RMSNorm, _Norm):
             if form.kind != NormKind.RMS:
                 raise ValueError(f"module: {type(module).__name__} does not compute RMSNorm but {form}")
             size, eps, zero_centered = _size_of(module), form.eps, form.zero_centered
-        new = cls(size, eps, False, zero_centered_weight=zero_centered, group=group, seq_dim=seq_dim)  # type: ignore[arg-type]
-        new.weight = getattr(module, "weight", None)  # type: ignore[assignment]
+        new = cls(size, eps, False, zero_centered_weight=zero_centered, group=group, seq_dim=seq_dim)
+        new._take_over(module)
         new.elementwise_affine = new.weight is not None
         return new.train(module.training)
 

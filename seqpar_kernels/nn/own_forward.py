@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,4 +61,4 @@ def own_forward(forward: ForwardT) -> ForwardT:
             return forward(self, *args, **kwargs)
         return _State.follower.own(self, forward, args, kwargs)
 
-    return run  # type: ignore[return-value]
+    return cast(ForwardT, run)

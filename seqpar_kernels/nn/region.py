@@ -56,7 +56,7 @@ class Region:
             return
         trained = [param for param in params if param.requires_grad]
         tensors = replicated(trained, self.group) if trained and self.group is not None else trained
-        self.summed = dict(zip(trained, tensors, strict=True))  # type: ignore[arg-type]
+        self.summed = {p: t for p, t in zip(trained, tensors, strict=True) if t is not None}
         self.summed.update((p, p) for p in params if not p.requires_grad)
 
     def parameters(self, *params: Parameter | None) -> tuple[list[Tensor | None], bool]:
@@ -73,7 +73,8 @@ class Region:
         tensors, summed = self.parameters(*params)
         if not summed and self.group is not None:
             tensors = replicated(params, self.group)
-        return [None if p is None else t.to(p.dtype) for p, t in zip(params, tensors, strict=True)]  # type: ignore[union-attr]
+        pairs = zip(params, tensors, strict=True)
+        return [None if p is None or t is None else t.to(p.dtype) for p, t in pairs]
 
     def defers(self, x: Tensor) -> bool:
         """Whether the row-parallel output of ``x`` may be deferred.

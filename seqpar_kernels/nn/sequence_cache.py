@@ -164,7 +164,7 @@ class SequenceShardedCache:
         own = self._by_heads
         out, _ = ops.decode_attention(queries, keys, values, sinks, bias, mask, *scalars, own, group_name(self.group))
         layer.length = length
-        return out  # type: ignore[no-any-return]
+        return out
 
     # --- what is there -----------------------------------------------------------------------------------------------
 

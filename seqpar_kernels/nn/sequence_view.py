@@ -61,14 +61,14 @@ class EmbeddedRows(Tensor):
     def __new__(cls, shard: Tensor, length: int, embedding: SequenceEmbedding) -> EmbeddedRows:
         shape = list(shard.shape)
         shape[embedding.region.seq_dim] = length
-        new: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        new: Any = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=shard.dtype, device=shard.device, requires_grad=shard.requires_grad
         )
         if shard.requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
                 new.register_hook(_lost)
         new.shard, new.embedding, new.whole, new.grad_mode = shard, embedding, None, torch.is_grad_enabled()
-        return new  # type: ignore[no-any-return]
+        return new
 
     @property
     def length(self) -> int:
@@ -133,10 +133,12 @@ class EmbeddedRows(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own default is no class method
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         raise RuntimeError(f"{func}: expected a whole embedding, got one with only this rank's rows of the sequence")
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # of an untyped signature
         return f"EmbeddedRows({tuple(self.shape)}, this rank's rows {tuple(self.shard.shape)})"
 
 

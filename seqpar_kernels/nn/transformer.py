@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_divides, check_eps, check_probability, check_tensor
+from ..checks import check_divides, check_eps, check_probability, check_tensor, renamed
 from ..functional import (
+    NormOptions,
+    NormTensors,
     causal_attention,
     dropout_add,
     planned_all_gather_linear,
@@ -17,7 +19,6 @@ from ..functional import (
     planned_linear_reduce_scatter_dropout_add_norm,
     replicated,
 )
-from ..functional.linear_norm import Norm
 from ..kernels import NormKind
 from ..layout import Group
 from ..ops import ACTIVATIONS, activate
@@ -48,7 +49,7 @@ class TransformerLayer(nn.Module):
         activation: "gelu", "gelu_tanh", "relu" or "silu".
         gated: the MLP is ``down(activation(gate(y)) * up(y))``.
         bias: biases of the linears and of LayerNorm.
-        rope_theta: rotary position embedding with this base; None for none.
+        rope_theta: rotary position embedding with this base; None for none. ``rotary_base`` is its old name.
         dropout: dropout probability of the results of attention and MLP.
         attention_dropout: dropout probability of the attention weights. Neither mask depends on the number of ranks.
         eps: epsilon of the norms.
@@ -73,6 +74,7 @@ class TransformerLayer(nn.Module):
         torch.Size([2, 8, 16])
     """
 
+    @renamed(rotary_base="rope_theta")
     def __init__(
         self,
         hidden_size: int,
@@ -173,6 +175,7 @@ class TransformerLayer(nn.Module):
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, **place)
 
     @classmethod
+    @renamed(rotary_base="rope_theta")
     def llama(cls, hidden_size: int, num_heads: int, **options: Any) -> TransformerLayer:
         """Llama's layer: RMSNorm, SwiGLU, rotary positions, no biases; ``options`` as of the constructor."""
         llama: dict[str, Any] = {
@@ -304,27 +307,15 @@ class TransformerLayer(nn.Module):
         gate: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
         """[..., S, ..., K/t] -> the norm (None without one) and the stream, [..., S/t, ..., H] each."""
-        names: dict[NormKind | None, Norm] = {NormKind.LAYER: "layer", NormKind.RMS: "rms", None: None}
-        kind = None if norm is None else norm.kind
+        kind = NormKind.NONE if norm is None else norm.kind
         found, linear.ran = planned_linear_reduce_scatter_dropout_add_norm(
-            x,
+            NormTensors(x, residual, vectors[0], vectors[1], x_bias=bias),
             linear._linear_weight(),
-            bias,
-            residual,
-            names[kind],
-            vectors[0],
-            vectors[1],
-            self.dropout,
-            self.config["eps"],
-            self.training,
-            False,
-            None,
+            NormOptions(kind, self.dropout, self.config["eps"], self.training, seq_dim=self.region.seq_dim),
             self.region.group,
-            self.region.seq_dim,
             None,
             self.chunks,
             self.engine,
-            None,
             activation,
             gate,
             linear._main_grad(),
@@ -343,6 +334,16 @@ class TransformerLayer(nn.Module):
             seq_dim=region.seq_dim,
             seq_len=seq_len,
         )
+
+    @property
+    def head_size(self) -> int:
+        """The old name of ``head_dim``."""
+        return self.head_dim
+
+    @property
+    def rotary_base(self) -> float | None:
+        """The old name of ``rope_theta``."""
+        return self.rope_theta
 
     def extra_repr(self) -> str:
         off = [name for name in FUSIONS if not getattr(self, name)]

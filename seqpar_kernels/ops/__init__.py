@@ -11,7 +11,7 @@ from .linear_scatter import linear_reduce_scatter, linear_reduce_scatter_into
 from .main_grad import announced
 from .mappings import CopyToRegion, SumGradients, all_reduce, gather, reduce_scatter, split
 from .moe import MoeScalars, moe_mlp
-from .norm import NormScalars, PreparedNorm, dropout_add_norm
+from .norm import NormCall, PreparedNorm, dropout_add_norm
 from .recompute import (
     ACTIVATIONS,
     activate,
@@ -27,7 +27,7 @@ __all__ = [
     "ACTIVATIONS",
     "CopyToRegion",
     "MoeScalars",
-    "NormScalars",
+    "NormCall",
     "PreparedNorm",
     "SumGradients",
     "activate",

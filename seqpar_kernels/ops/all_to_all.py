@@ -31,7 +31,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, output_sizes: list[int], input_sizes: list[int], group: str) -> Tensor:
         ctx.back = (input_sizes, output_sizes, group)
-        return all_to_all.below_autograd(x, output_sizes, input_sizes, group)  # type: ignore[no-any-return]
+        return all_to_all.below_autograd(x, output_sizes, input_sizes, group)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import NormKind, NormSpec, RowMap, select
+from ..kernels import NormKind, NormSpec, NormTensors, RowMap, select
 from ..kernels.spec import accumulation_dtype
 from .registry import register, without_autocast
 
@@ -62,7 +62,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seq_dim: int, base: float, inverse: bool) -> Tensor:
         ctx.place = (seq_dim, base, not inverse)
-        return rotary.below_autograd(x, seq_dim, base, inverse)  # type: ignore[no-any-return]
+        return rotary.below_autograd(x, seq_dim, base, inverse)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -94,12 +94,9 @@ class _Block:
     def drop(self, x: Tensor) -> Tensor:
         """Dropout of [heads, rows, keys]: by (seed, row of the unsharded attention, key)."""
         flat = x.reshape(-1, x.shape[-1])
-        none = None
-        kernels = select(None, x.device)
-        dropped = kernels.norm_forward(
-            flat, none, none, none, none, none, none, none, self._seed, self._spec, store_z=True
-        ).z
-        return dropped.view(x.shape)  # type: ignore[no-any-return]
+        dropped = select(None, x.device).norm_forward(NormTensors(flat, seed=self._seed), self._spec).z
+        assert dropped is not None
+        return dropped.view(x.shape)
 
 
 def _expanded(x: Tensor, heads: int) -> Tensor:
@@ -161,7 +158,7 @@ class _DropoutAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, *scalars: Any) -> Tensor:
         ctx.save_for_backward(q, k, v, seed)
         ctx.scalars = scalars
-        return dropout_attention.below_autograd(q, k, v, seed, *scalars)  # type: ignore[no-any-return]
+        return dropout_attention.below_autograd(q, k, v, seed, *scalars)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

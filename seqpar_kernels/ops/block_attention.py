@@ -72,7 +72,8 @@ def _backward_kernel(
         shape = torch.Size([1] * (4 - masks.bias.dim()) + list(masks.bias.shape))
         dbias = attention.bias_gradient(dout, q, k, v, lse, delta, spec, masks, shape)
         dbias = dbias.to(masks.bias.dtype).reshape(masks.bias.shape)
-    return *(g for g in grads if g is not None), dbias  # type: ignore[return-value]
+    dq, dk, dv = (g for g in grads if g is not None)
+    return dq, dk, dv, dbias
 
 
 def _backward_fake(
@@ -187,7 +188,7 @@ merge_attention = register(
     "merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)",
     _merge_kernel,
     _merge_fake,
-    lambda outs, lses: _Merge.apply(len(outs), *outs, *lses),  # type: ignore[no-untyped-call]
+    lambda outs, lses: _Merge.apply(len(outs), *outs, *lses),
 )
 merge_attention_backward = register(
     "merge_attention_backward(Tensor dout, Tensor? dlse, Tensor[] outs, Tensor[] lses, Tensor out, Tensor lse) "

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import NormKind, NormSpec, NormWants, RowMap, select
+from ..kernels import NormGiven, NormKind, NormSpec, NormTensors, RowMap, select
 from ..kernels.reference import norm_backward, norm_forward
 from ..tensors import rows_of
-from .norm import NormScalars, dropout_add_norm, dropout_add_norm_backward
+from .norm import dropout_add_norm, dropout_add_norm_backward, existing, packed, packed_backward
 from .registry import register
 
 
@@ -28,8 +28,9 @@ def _kept_kernel(
     bf16 = torch.bfloat16
     spec = NormSpec(NormKind.NONE, False, 0.0, p, RowMap(block, stride, offset), bf16, bf16, bf16, bf16)
     ones = torch.ones(1, cols, dtype=bf16, device=seed.device).expand(rows, cols)
-    out = select(backend, seed.device).norm_forward(ones, *[None] * 7, seed, spec, store_z=True)
-    return out.z.reshape(rows, cols)
+    z = select(backend, seed.device).norm_forward(NormTensors(ones, seed=seed), spec).z
+    assert z is not None
+    return z.reshape(rows, cols)
 
 
 def _kept_fake(seed: Tensor, rows: int, cols: int, *_: Any) -> Tensor:
@@ -52,67 +53,20 @@ def _mask(backend: str, again: bool, rows: int, cols: int, p: float, seed: Tenso
     return dropout_kept(seed, rows, cols, p, *row_map, backend, again) != 0
 
 
-def _spec(x_dtype: torch.dtype, scalars: NormScalars) -> NormSpec:
-    rows = RowMap(scalars.block, scalars.stride, scalars.offset)
-    dtypes = (x_dtype, scalars.z_dtype, scalars.y_dtype, scalars.w_dtype)
-    return NormSpec(NormKind(scalars.kind), scalars.zero_centered, scalars.eps, scalars.p, rows, *dtypes)
+def _forward(*args: Any) -> list[Tensor]:
+    tensors, (stores, spec, backend) = packed(args)
+    x, residual, *rest = tensors
+    rows = NormTensors(rows_of(x), None if residual is None else rows_of(residual), *rest)
+    out = norm_forward(rows, spec, stores, mask=functools.partial(_mask, backend, False))
+    return existing([*(None if t is None else t.view(x.shape) for t in out[:3]), out.statistics])
 
 
-def _rows(t: Tensor | None) -> Tensor | None:
-    return None if t is None else rows_of(t)
-
-
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    x_bias: Tensor | None,
-    row_scale: Tensor | None,
-    y_scale: Tensor | None,
-    seed: Tensor | None,
-    *args: Any,
-) -> list[Tensor]:
-    scalars = NormScalars(*args)
-    vectors = (weight, bias, weight2, bias2)
-    out = norm_forward(
-        rows_of(x),
-        x_bias,
-        row_scale,
-        _rows(residual),
-        *vectors,
-        seed,
-        _spec(x.dtype, scalars),
-        store_z=scalars.store_z,
-        two_norms=scalars.two_norms,
-        y_scale=y_scale,
-        mask=functools.partial(_mask, scalars.backend, False),
-    )
-    full = [t.view(x.shape) for t in out[:3] if t is not None]
-    return full if out.statistics is None else [*full, out.statistics]
-
-
-def _backward(
-    dy: Tensor | None,
-    dy2: Tensor | None,
-    dz: Tensor | None,
-    z: Tensor | None,
-    statistics: Tensor | None,
-    row_scale: Tensor | None,
-    weight: Tensor | None,
-    weight2: Tensor | None,
-    seed: Tensor | None,
-    wants: list[bool],
-    x_dtype: torch.dtype,
-    *args: Any,
-) -> list[Tensor]:
-    scalars = NormScalars(True, True, *args)
-    given = (_rows(dy), _rows(dy2), _rows(dz), _rows(z), statistics, row_scale, weight, weight2, seed)
-    mask = functools.partial(_mask, scalars.backend, True)
-    grads = norm_backward(*given, _spec(x_dtype, scalars), NormWants(*wants), mask=mask)
-    shape = next(t.shape for t in (dy, dy2, dz) if t is not None)
+def _backward(*args: Any) -> list[Tensor]:
+    tensors, wants, spec, backend = packed_backward(args)
+    rows = [None if t is None else rows_of(t) for t in tensors[:4]]
+    given = NormGiven._make((*rows, *tensors[4:]))
+    grads = norm_backward(given, spec, wants, mask=functools.partial(_mask, backend, True))
+    shape = tensors.like().shape
     return [t.view(shape) if i < 2 else t for i, t in enumerate(grads) if t is not None]
 
 

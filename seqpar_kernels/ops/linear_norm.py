@@ -2,87 +2,102 @@
 
 The kernel that sums the partial results of the ranks also adds bias and residual, drops and normalises, so the sum is
 never written. Backward: that of the norm gives the gradient of the sum, that of the row-parallel linear does the rest.
+
+=========  ================================================  ===================  ======================================
+pass       computes                                          result               communication
+=========  ================================================  ===================  ======================================
+forward    z = dropout(reduce_scatter(a @ W.T) + bias)       [..., S/t, ..., N]   reduce-scatter of [..., S, ..., N]
+           + residual
+forward    y = norm(z) * norm_weight + norm_bias             [..., S/t, ..., N]   none
+dresidual  dz + norm'(dy * norm_weight)                      [..., S/t, ..., N]   none
+dsum       dropout'(dresidual)                               [..., S/t, ..., N]   none
+dgrad      da = all_gather(dsum) @ W; dx, dgate from da      [..., S, ..., K/t]   all-gather of dsum
+wgrad      dW = all_gather(dsum).T @ a                       [N, K/t]             none: that of dgrad
+dbias      sum of dsum over this rank's rows                 [N]                  none
+dnorm      dnorm_weight, dnorm_bias: sums over rows          [N]                  none
+=========  ================================================  ===================  ======================================
+
+a is x [..., S, ..., K/t], activation(x), or activation(gate) * x; t the ranks of the group. Gradients of bias and of
+the norm's vectors are summed over the ranks by :class:`.mappings.SumGradients`, through which a public function passes
+them.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import NormKind, NormWants
+from ..kernels import NormGiven, NormKind, NormSpec, NormTensors, NormWants, select
 from ..kernels.spec import accumulation_dtype
 from ..overlap import engines
 from ..overlap.profiling import span
 from ..tensors import rows_of
 from .linear_common import PLACE
 from .linear_scatter import scatter_gradients, scattered_shape
-from .norm import SCALARS, as_matrix, as_vector, dropout_add_norm_backward, prepared, shaped
+from .norm import SPEC, declared, dropout_add_norm_backward, existing, shaped, statistics_shape
 from .recompute import activate, activation_gradients
 from .registry import group_named, register, without_autocast
 
 _NAME = "linear_reduce_scatter_dropout_add_norm"
-_TENSORS, _PLACES = 9, 5  # how many of the arguments are tensors, how many then say where
+_PLACES = 5  # how many arguments say where
+
+
+class _Given(NamedTuple):
+    """The op's arguments as the values that they are."""
+
+    tensors: NormTensors  # x: the input of the linear, whose sum over the ranks the norm takes
+    weight: Tensor
+    gate: Tensor | None
+    place: tuple[Any, ...]
+    activation: str
+    spec: NormSpec
+    backend: str
+
+    def shape(self) -> torch.Size:
+        """That of y and z."""
+        group, seq_dim, seq_len, _, _ = self.place
+        return torch.Size(scattered_shape(self.tensors.x, self.weight, group, seq_dim, seq_len))
+
+
+_WEIGHT = len(NormTensors._fields)  # the place of the first argument behind those of the norm
+_TENSORS = _WEIGHT + 2  # how many of the arguments are tensors
+
+
+def _packed(args: Sequence[Any]) -> _Given:
+    weight, gate, *rest = args[_WEIGHT:]
+    place, (activation, *scalars, backend) = tuple(rest[:_PLACES]), rest[_PLACES:]
+    tensors = NormTensors(*args[:_WEIGHT])
+    return _Given(tensors, weight, gate, place, activation, NormSpec.from_flat(scalars), backend)
 
 
 @without_autocast
-def _kernel(
-    x: Tensor,
-    weight: Tensor,
-    x_bias: Tensor | None,
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    row_scale: Tensor | None,
-    seed: Tensor | None,
-    gate: Tensor | None,
-    group: str,
-    seq_dim: int,
-    seq_len: int,
-    chunks: int,
-    engine: str,
-    activation: str,
-    *scalars: Any,
-) -> list[Tensor]:
-    pg = group_named(group)
+def _kernel(*args: Any) -> list[Tensor]:
+    given = _packed(args)
+    tensors, weight, gate, (group, seq_dim, _, chunks, engine), activation, spec, backend = given
+    pg, x = group_named(group), tensors.x
     if activation:
         x = activate(x, gate, activation)
     if pg is None:
         summed = rows_of(torch.nn.functional.linear(x, weight))
     else:
         summed = engines.named(engine).matmul_scatter(_NAME, pg, x, weight, seq_dim, chunks).matrices()
-    backend, spec = prepared(x.device, x.dtype, scalars)
+    readable = tensors._replace(x=summed).readable(stacked=summed.dim() == 3)
     with span(_NAME, "sum and norm"):
-        out = backend.norm_forward(
-            summed,
-            as_vector(x_bias),
-            as_vector(row_scale),
-            as_matrix(residual),
-            as_vector(norm_weight),
-            as_vector(norm_bias),
-            None,
-            None,
-            seed,
-            spec,
-            store_z=True,
-            stacked=summed.dim() == 3,
-        )
-    shape = torch.Size(scattered_shape(x, weight, group, seq_dim, seq_len))
-    full = shaped((out.y, out.z), shape)
-    return full if out.statistics is None else [*full, out.statistics]
+        out = select(backend, x.device).norm_forward(readable, spec, stacked=summed.dim() == 3)
+    return existing(shaped(out, given.shape()))
 
 
-def _fake(x: Tensor, weight: Tensor, *args: Any) -> list[Tensor]:
-    group, seq_dim, seq_len, _, _, _, kind, *scalars = args[_TENSORS - 2 :]
-    shape = scattered_shape(x, weight, group, seq_dim, seq_len)
-    out = [x.new_empty(shape, dtype=scalars[-4])]
-    if kind != NormKind.NONE:
-        out.insert(0, x.new_empty(shape))
-        statistics = (2 if kind == NormKind.LAYER else 1, math.prod(shape[:-1]))
-        out.append(x.new_empty(statistics, dtype=accumulation_dtype(x.dtype)))
-    return out
+def _fake(*args: Any) -> list[Tensor]:
+    given = _packed(args)
+    x, kind, shape = given.tensors.x, given.spec.kind, given.shape()
+    z = x.new_empty(shape, dtype=given.spec.z_dtype)
+    if kind == NormKind.NONE:
+        return [z]
+    statistics = x.new_empty(statistics_shape(kind, shape), dtype=accumulation_dtype(x.dtype))
+    return [x.new_empty(shape), z, statistics]
 
 
 class _LinearNorm(torch.autograd.Function):
@@ -90,56 +105,56 @@ class _LinearNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, main_grad: Tensor | None, plain: tuple[Any, ...], *tensors: Tensor | None
+        ctx: Any, main_grad: Tensor | None, scalars: tuple[Any, ...], *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
-        x, weight, _, residual, norm_weight, _, row_scale, seed, gate = tensors
-        assert x is not None
-        out = linear_reduce_scatter_dropout_add_norm.below_autograd(*tensors, *plain)
+        out = linear_reduce_scatter_dropout_add_norm.below_autograd(*flat, *scalars)
+        given = _packed((*flat, *scalars))
+        tensors = given.tensors
         ctx.main_grad = main_grad  # not saved: other micro-batches may add to it first
-        ctx.place, ctx.activation, ctx.scalars = plain[:_PLACES], plain[_PLACES], plain[_PLACES + 1 :]
-        ctx.normed, ctx.has_residual = ctx.scalars[0] != NormKind.NONE, residual is not None
+        ctx.place, ctx.activation, ctx.spec, ctx.backend = given[3:]
         z = statistics = None
-        if ctx.normed:
+        if ctx.spec.kind != NormKind.NONE:
             _, z, statistics = out
             ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, z, statistics, row_scale, norm_weight, seed, gate)
+        kept = (z, statistics, tensors.row_scale, tensors.weight, tensors.weight2, tensors.seed)
+        ctx.save_for_backward(tensors.x, given.weight, given.gate, *kept)
         return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, weight, z, statistics, row_scale, norm_weight, seed, gate = ctx.saved_tensors
-        dy, dz = grads[:2] if ctx.normed else (None, grads[0])
-        need_x, need_weight, need_bias, need_residual, *need_norm = ctx.needs_input_grad[2:8]
-        need_gate = ctx.needs_input_grad[1 + _TENSORS]
+        x, weight, gate, *kept = ctx.saved_tensors
+        spec: NormSpec = ctx.spec
+        dy, dz = (None, grads[0]) if spec.kind == NormKind.NONE else grads[:2]
         if dy is None and dz is None:
             return (None,) * (2 + _TENSORS)
+        tensors = NormGiven(dy, None, dz, *kept)
+        need_weight, need_gate = ctx.needs_input_grad[2 + _WEIGHT :]
+        needs: dict[str, bool] = dict(zip(NormTensors._fields, ctx.needs_input_grad[2:], strict=False))
+        needs_linear = (needs["x"], need_gate, need_weight)
         # The residual's gradient is that of the sum where nothing stands between them.
-        same = seed is None and row_scale is None and ctx.scalars[-4] == x.dtype
-        needs = (need_x, need_gate, need_weight)
-        linear = any(needs)
+        same = tensors.seed is None and tensors.row_scale is None and spec.z_dtype == spec.x_dtype
         wants = NormWants(
-            dx=linear or (same and need_residual),
-            dresidual=need_residual and not same,
-            dweight=need_norm[0],
-            dbias=need_norm[1],
-            dx_bias=need_bias,
+            dx=any(needs_linear) or (same and needs["residual"]),
+            dresidual=needs["residual"] and not same,
+            dweight=needs["weight"],
+            dbias=needs["bias"],
+            dx_bias=needs["x_bias"],
         )
-        saved = (z, statistics, row_scale, norm_weight, None, seed)
-        found = iter(dropout_add_norm_backward(dy, None, dz, *saved, list(wants), x.dtype, *ctx.scalars))
-        dsum, dresidual, dnorm_weight, dnorm_bias, _, _, dbias = (next(found) if want else None for want in wants)
-        if same and need_residual:
+        found = iter(dropout_add_norm_backward(*tensors, list(wants), *spec.flat(), ctx.backend))
+        dsum, dresidual, *dvectors = (next(found) if want else None for want in wants)
+        if same and needs["residual"]:
             dresidual = dsum
         dx = dgate = dweight = None
-        if linear and ctx.activation:
+        if any(needs_linear):
             assert dsum is not None
-            given = (dsum, x, gate, weight, None, [*needs, False], ctx.activation)
-            dx, dgate, dweight, _ = activation_gradients(ctx.main_grad, *given, *ctx.place)
-        elif linear:
-            assert dsum is not None
-            wanted = (need_x, need_weight, False)
-            dx, dweight, _ = scatter_gradients(ctx.main_grad, dsum, x, weight, None, *wanted, *ctx.place)
-        return None, None, dx, dweight, dbias, dresidual, dnorm_weight, dnorm_bias, None, None, dgate
+            if ctx.activation:
+                rest = (dsum, x, gate, weight, None, [*needs_linear, False], ctx.activation)
+                dx, dgate, dweight, _ = activation_gradients(ctx.main_grad, *rest, *ctx.place)
+            else:
+                wanted = (needs["x"], need_weight, False)
+                dx, dweight, _ = scatter_gradients(ctx.main_grad, dsum, x, weight, None, *wanted, *ctx.place)
+        return None, None, dx, dresidual, *dvectors, None, None, None, dweight, dgate
 
 
 def _autograd(*args: Any) -> list[Tensor]:
@@ -154,8 +169,8 @@ def linear_reduce_scatter_dropout_add_norm_into(main_grad: Tensor | None, *args:
 
 #: Returns, in this order and only where they exist: y, z, statistics.
 linear_reduce_scatter_dropout_add_norm = register(
-    f"{_NAME}(Tensor x, Tensor weight, Tensor? x_bias, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, "
-    f"Tensor? row_scale, Tensor? seed, Tensor? gate, {PLACE}, str activation, {SCALARS}) -> Tensor[]",
+    f"{_NAME}({declared(NormTensors)}, Tensor linear_weight, Tensor? gate, {PLACE}, str activation, {SPEC}) "
+    "-> Tensor[]",
     _kernel,
     _fake,
     _autograd,

@@ -64,7 +64,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, length: int, group: str, partial_grad: bool) -> Tensor:
         ctx.place = (dim, group, partial_grad)
-        return gather.below_autograd(x, dim, length, group, partial_grad)  # type: ignore[no-any-return]
+        return gather.below_autograd(x, dim, length, group, partial_grad)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,7 +85,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
         ctx.place = (dim, x.shape[dim], group)
-        return reduce_scatter.below_autograd(x, dim, group)  # type: ignore[no-any-return]
+        return reduce_scatter.below_autograd(x, dim, group)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,7 +102,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
         ctx.place = (dim, x.shape[dim], group)
-        return split.below_autograd(x, dim, group)  # type: ignore[no-any-return]
+        return split.below_autograd(x, dim, group)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,7 +135,7 @@ def _all_reduce_fake(x: Tensor, group: str) -> Tensor:
 class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        return all_reduce.below_autograd(x, group)  # type: ignore[no-any-return]
+        return all_reduce.below_autograd(x, group)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,64 +1,86 @@
-"""``seqpar::dropout_add_norm``: schema, fake and autograd of the fused dropout + residual + norm."""
+"""``seqpar::dropout_add_norm``: schema, fake and autograd of the fused dropout + residual + norm.
+
+=========  =====================================================  ============  =============
+pass       computes                                               result        communication
+=========  =====================================================  ============  =============
+forward    z = row_scale * dropout(x + x_bias) + residual         [..., H]      none
+forward    y = norm(z) * weight + bias, y2 likewise               [..., H]      none
+dresidual  dz + norm'(dy * weight + dy2 * weight2)                [..., H]      none
+dx         row_scale * dropout'(dresidual)                        [..., H]      none
+dweight    sum of dy * norm(z) over this rank's rows              [H]           none
+dbias      sum of dy over this rank's rows                        [H]           none
+dx_bias    sum of dx over this rank's rows                        [H]           none
+=========  =====================================================  ============  =============
+
+Rows are those of this rank's shard. Gradients of vectors are summed over the ranks by :class:`.mappings.SumGradients`,
+through which a public function passes the vectors.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..caches import MOST
-from ..kernels import NormKind, NormSpec, NormWants, RowMap, select
-from ..kernels.spec import accumulation_dtype, as_matrix, as_vector
+from ..kernels import NormGiven, NormKind, NormOutputs, NormSpec, NormStores, NormTensors, NormWants, RowMap, select
+from ..kernels.spec import accumulation_dtype
 from ..tensors import reshaped
 from .registry import PLAIN_TYPES, apply, eager, register
 
-_TENSORS = 10  # leading arguments of the forward that are tensors
-SCALARS = (
-    "int kind, bool zero_centered, float eps, float p, SymInt block, SymInt stride, SymInt offset, "
-    "ScalarType z_dtype, ScalarType y_dtype, ScalarType w_dtype, str backend"
-)
+# --- what the ops take -----------------------------------------------------------------------------------------------
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    float: "float",
+    str: "str",
+    NormKind: "int",
+    int: "SymInt",
+    torch.dtype: "ScalarType",
+}
 
 
-class NormScalars(NamedTuple):
-    """The forward's arguments after its tensors, in the order of its schema; from ``kind`` on the backward's too."""
+def declared(value: type[NamedTuple]) -> str:
+    """The fields of a value as an op's schema lists them, one by one."""
+    hints = get_type_hints(value)
+    fields = ((name, hints[name]) for name in value._fields)
+    return ", ".join(declared(hint) if hint is RowMap else f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in fields)
 
-    store_z: bool
-    two_norms: bool
-    kind: int
-    zero_centered: bool
-    eps: float
-    p: float
-    block: int
-    stride: int
-    offset: int
-    z_dtype: torch.dtype  # that of x where z is x
-    y_dtype: torch.dtype
-    w_dtype: torch.dtype
+
+class NormCall(NamedTuple):
+    """One kind of call but for shapes and device; its fields are the forward's arguments after the tensors."""
+
+    stores: NormStores
+    spec: NormSpec
     backend: str
 
-
-@functools.lru_cache(maxsize=MOST)
-def prepared(device: torch.device, x_dtype: torch.dtype, scalars: tuple[Any, ...]) -> tuple[ModuleType, NormSpec]:
-    """Who computes, and what; ``scalars`` from ``kind`` on."""
-    kind, zero_centered, eps, p, block, stride, offset, z_dtype, y_dtype, w_dtype, backend = scalars
-    rows = RowMap(int(block), int(stride), int(offset))
-    spec = NormSpec(NormKind(kind), zero_centered, eps, p, rows, x_dtype, z_dtype, y_dtype, w_dtype)
-    return select(backend, device), spec
+    def flat(self) -> tuple[Any, ...]:
+        """As the op takes them."""
+        return (*self.stores, *self.spec.flat(), self.backend)
 
 
-def _in_shape(t: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Kernels that saw another shape return another shape."""
-    return t if t is None or t.shape == shape else reshaped(t, shape)
+SPEC = f"{declared(NormSpec)}, str backend"
+_TENSORS, _STORES, _BACKWARD_TENSORS = (len(value._fields) for value in (NormTensors, NormStores, NormGiven))
 
 
-def shaped(results: Iterable[Tensor | None], shape: torch.Size) -> list[Tensor]:
-    """Those there are, in ``shape``."""
-    return [t if t.shape == shape else reshaped(t, shape) for t in results if t is not None]
+def packed(args: Sequence[Any]) -> tuple[NormTensors, NormCall]:
+    """The forward's arguments as the values that they are."""
+    *scalars, backend = args[_TENSORS:]
+    stores, spec = NormStores(*scalars[:_STORES]), NormSpec.from_flat(scalars[_STORES:])
+    return NormTensors(*args[:_TENSORS]), NormCall(stores, spec, backend)
+
+
+def packed_backward(args: Sequence[Any]) -> tuple[NormGiven, NormWants, NormSpec, str]:
+    """The backward's arguments as the values that they are."""
+    wants, *scalars, backend = args[_BACKWARD_TENSORS:]
+    return NormGiven(*args[:_BACKWARD_TENSORS]), NormWants(*wants), NormSpec.from_flat(scalars), backend
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -66,69 +88,48 @@ def shaped(results: Iterable[Tensor | None], shape: torch.Size) -> list[Tensor]:
 Results = Sequence[Tensor | None]
 
 
-@functools.lru_cache(maxsize=MOST)
-def forward_of(
-    shape: torch.Size, dtype: torch.dtype, device: torch.device, scalars: tuple[Any, ...]
-) -> Callable[..., Results]:
-    """The forward on plain tensors of one kind: the op's tensors -> y, y2, z, statistics, None where there is none."""
-    store_z, two_norms = scalars[:2]
-    backend, spec = prepared(device, dtype, scalars[2:])
-    if hasattr(backend, "NormForward"):  # a backend whose host time counts brings its own
-        return backend.NormForward(spec, shape, device, store_z=store_z, two_norms=two_norms)  # type: ignore[no-any-return]
+def _in_shape(t: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """Kernels that saw another shape return another shape."""
+    return t if t is None or t.shape == shape else reshaped(t, shape)
 
-    def run(
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        weight2: Tensor | None,
-        bias2: Tensor | None,
-        x_bias: Tensor | None,
-        row_scale: Tensor | None,
-        y_scale: Tensor | None,
-        seed: Tensor | None,
-    ) -> Results:
-        y, y2, z, statistics = backend.norm_forward(
-            as_matrix(x),
-            as_vector(x_bias),
-            as_vector(row_scale),
-            as_matrix(residual),
-            *map(as_vector, (weight, bias, weight2, bias2)),
-            seed,
-            spec,
-            store_z=store_z,
-            two_norms=two_norms,
-            y_scale=y_scale,
-        )
-        return *(_in_shape(t, shape) for t in (y, y2, z)), statistics
+
+def shaped(results: NormOutputs, shape: torch.Size) -> list[Tensor | None]:
+    """y, y2 and z in ``shape``, statistics as they are."""
+    *rows, statistics = results
+    return [*(_in_shape(t, shape) for t in rows), statistics]
+
+
+def existing(results: Results) -> list[Tensor]:
+    """What an op returns: the results that there are, in their order."""
+    return [t for t in results if t is not None]
+
+
+@functools.lru_cache(maxsize=MOST)
+def forward_of(shape: torch.Size, device: torch.device, call: NormCall) -> Callable[[NormTensors], Results]:
+    """The forward on plain tensors of one kind: y, y2, z, statistics, None where there is none."""
+    backend = select(call.backend, device)
+    if hasattr(backend, "NormForward"):  # a backend whose host time counts brings its own
+        prepared: Callable[[NormTensors], Results] = backend.NormForward(call.spec, shape, device, call.stores)
+        return prepared
+
+    def run(tensors: NormTensors) -> Results:
+        return shaped(backend.norm_forward(tensors.readable(), call.spec, call.stores), shape)
 
     return run
 
 
 @functools.lru_cache(maxsize=MOST)
 def backward_of(
-    shape: torch.Size, dtype: torch.dtype, device: torch.device, scalars: tuple[Any, ...], wants: NormWants
-) -> Callable[..., Results]:
-    """The backward likewise: what the op takes up to ``seed`` -> the fields of NormGrads; ``scalars`` from ``kind``."""
-    backend, spec = prepared(device, dtype, scalars)
-    if hasattr(backend, "NormBackward"):
-        return backend.NormBackward(spec, shape, device, wants)  # type: ignore[no-any-return]
+    shape: torch.Size, device: torch.device, spec: NormSpec, backend: str, wants: NormWants
+) -> Callable[[NormGiven], Results]:
+    """The backward, likewise; gradients as in :class:`NormGrads`."""
+    kernels = select(backend, device)
+    if hasattr(kernels, "NormBackward"):
+        prepared: Callable[[NormGiven], Results] = kernels.NormBackward(spec, shape, device, wants)
+        return prepared
 
-    def run(
-        dy: Tensor | None,
-        dy2: Tensor | None,
-        dz: Tensor | None,
-        z: Tensor | None,
-        statistics: Tensor | None,
-        row_scale: Tensor | None,
-        weight: Tensor | None,
-        weight2: Tensor | None,
-        seed: Tensor | None,
-    ) -> Results:
-        vectors = map(as_vector, (row_scale, weight, weight2))
-        dx, dresidual, *grads = backend.norm_backward(
-            *map(as_matrix, (dy, dy2, dz, z)), statistics, *vectors, seed, spec, wants
-        )
+    def run(tensors: NormGiven) -> Results:
+        dx, dresidual, *grads = kernels.norm_backward(tensors.readable(), spec, wants)
         return [_in_shape(dx, shape), _in_shape(dresidual, shape), *grads]
 
     return run
@@ -138,36 +139,23 @@ def backward_of(
 
 
 def _forward_kernel(*args: Any) -> list[Tensor]:
-    x, tensors, scalars = args[0], args[:_TENSORS], args[_TENSORS:]
-    return [t for t in forward_of(x.shape, x.dtype, x.device, scalars)(*tensors) if t is not None]
+    tensors, call = packed(args)
+    return existing(forward_of(tensors.x.shape, tensors.x.device, call)(tensors))
 
 
-def _forward_fake(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    x_bias: Tensor | None,
-    row_scale: Tensor | None,
-    y_scale: Tensor | None,
-    seed: Tensor | None,
-    store_z: bool,
-    two_norms: bool,
-    kind: int,
-    *scalars: Any,
-) -> list[Tensor]:
-    z_dtype, y_dtype = scalars[-4:-2]
-    rows = x.numel() // x.shape[-1]
-    out = []
-    if kind != NormKind.NONE:
-        out += [x.new_empty(x.shape, dtype=y_dtype) for _ in range(2 if two_norms else 1)]
-    if store_z:
-        out.append(x.new_empty(x.shape, dtype=z_dtype))
-    if kind != NormKind.NONE:
-        out.append(x.new_empty((2 if kind == NormKind.LAYER else 1, rows), dtype=accumulation_dtype(x.dtype)))
+def _forward_fake(*args: Any) -> list[Tensor]:
+    (x, *_), (stores, spec, _) = packed(args)
+    normed = spec.kind != NormKind.NONE
+    y, y2, z = (normed, spec.y_dtype), (normed and stores.two_norms, spec.y_dtype), (stores.store_z, spec.z_dtype)
+    out = [x.new_empty(x.shape, dtype=dtype) for stored, dtype in (y, y2, z) if stored]
+    if normed:
+        out.append(x.new_empty(statistics_shape(spec.kind, x.shape), dtype=accumulation_dtype(x.dtype)))
     return out
+
+
+def statistics_shape(kind: NormKind, shape: Sequence[int]) -> tuple[int, int]:
+    """Of the statistics of a norm over the last dimension of ``shape``."""
+    return 2 if kind == NormKind.LAYER else 1, math.prod(shape[:-1])
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
@@ -179,11 +167,14 @@ class DispatchedNorm:
     Every result of the op goes out.
     """
 
-    def __init__(self, scalars: NormScalars, x_dtype: torch.dtype):
-        self.scalars, self.x_dtype = scalars, x_dtype
-        norm = scalars.kind != NormKind.NONE
-        self._stored = (norm, norm and scalars.two_norms, scalars.store_z, norm)  # of y, y2, z, statistics
+    def __init__(self, call: NormCall):
+        self.call = call
+        self.one_dtype = call.spec.z_dtype == call.spec.x_dtype
+        normed = call.spec.kind != NormKind.NONE
+        self._stored = (normed, normed and call.stores.two_norms, call.stores.store_z, normed)  # y, y2, z, statistics
         self._hand_out([i for i, stored in enumerate(self._stored) if stored])
+        #: The tensors -> y, y2, z, statistics: None where there is none.
+        self.forward: Callable[[NormTensors], Results] = self._dispatched
 
     def _hand_out(self, picked: list[int]) -> None:
         """Which of y, y2, z and statistics go out."""
@@ -192,14 +183,14 @@ class DispatchedNorm:
         # Where their gradients come in, behind which a None stands for those that have none.
         self.gradients = operator.itemgetter(*(picked.index(i) if i in picked else -1 for i in range(3)))
 
-    def forward(self, *tensors: Tensor | None) -> Results:
-        """y, y2, z, statistics: None where there is none."""
-        found = iter(dropout_add_norm.below_autograd(*tensors, *self.scalars))
+    def _dispatched(self, tensors: NormTensors) -> Results:
+        found = iter(dropout_add_norm.below_autograd(*tensors, *self.call.flat()))
         return [next(found) if stored else None for stored in self._stored]
 
-    def backward(self, wants: NormWants, *tensors: Tensor | None) -> Results:
-        """The gradients of NormGrads: None where not wanted. ``tensors``: the backward's, up to the seed."""
-        found = iter(dropout_add_norm_backward(*tensors, list(wants), self.x_dtype, *self.scalars[2:]))
+    def backward(self, tensors: NormGiven, wants: NormWants) -> Results:
+        """The gradients of NormGrads: None where not wanted."""
+        _, spec, backend = self.call
+        found = iter(dropout_add_norm_backward(*tensors, list(wants), *spec.flat(), backend))
         return [next(found) if want else None for want in wants]
 
 
@@ -211,173 +202,105 @@ class PreparedNorm(DispatchedNorm):
     allocations, ``autograd.Function`` and the launch: small calls live and die by host time.
     """
 
-    def __init__(
-        self, scalars: NormScalars, shape: torch.Size, x_dtype: torch.dtype, device: torch.device, returned: int
-    ):
-        super().__init__(scalars, x_dtype)
+    def __init__(self, call: NormCall, shape: torch.Size, device: torch.device, returned: int):
+        super().__init__(call)
         self._hand_out([i for i, stored in enumerate(self._stored) if stored][:returned])
-        self._kind = shape, x_dtype, device
-        self._backwards: dict[NormWants, Callable[..., Results]] = {}
+        self.forward = forward_of(shape, device, call)
+        self._shape, self._device = shape, device
+        self._backwards: dict[NormWants, Callable[[NormGiven], Results]] = {}
 
-    def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        weight2: Tensor | None,
-        bias2: Tensor | None,
-        x_bias: Tensor | None,
-        row_scale: Tensor | None,
-        y_scale: Tensor | None,
-        seed: Tensor | None,
-    ) -> Any:
+    def __call__(self, tensors: NormTensors) -> Any:
         """The results that are returned: a tuple, or the only one."""
         if torch.is_grad_enabled():
-            for t in (x, residual, weight, bias, weight2, bias2, x_bias):
+            differentiable = tensors[:_DIFFERENTIABLE]
+            for t in differentiable:
                 if t is not None and t.requires_grad:
-                    return _apply(self, x, residual, weight, bias, weight2, bias2, x_bias, (row_scale, y_scale, seed))
-        return self.results(self.forward(x, residual, weight, bias, weight2, bias2, x_bias, row_scale, y_scale, seed))
+                    return _apply(self, tensors, *differentiable)
+        return self.results(self.forward(tensors))
 
-    @functools.cached_property
-    def forward(self) -> Callable[..., Results]:  # type: ignore[override]
-        return forward_of(*self._kind, self.scalars)
-
-    def backward(self, wants: NormWants, *tensors: Tensor | None) -> Results:
+    def backward(self, tensors: NormGiven, wants: NormWants) -> Results:
         if torch.is_grad_enabled() or not eager():  # create_graph, a mode that looks on
-            return super().backward(wants, *tensors)
+            return super().backward(tensors, wants)
         for t in tensors[:3]:
             if t is not None and type(t) not in PLAIN_TYPES:
-                return super().backward(wants, *tensors)
+                return super().backward(tensors, wants)
         run = self._backwards.get(wants)
         if run is None:
-            run = self._backwards[wants] = backward_of(*self._kind, self.scalars[2:], wants)
-        return run(*tensors)
+            _, spec, backend = self.call
+            run = self._backwards[wants] = backward_of(self._shape, self._device, spec, backend, wants)
+        return run(tensors)
+
+
+_DIFFERENTIABLE = NormTensors._fields.index("row_scale")  # the fields before it may have gradients
 
 
 class _DropoutAddNorm(torch.autograd.Function):
     """Keeps z (or x, when they are the same), the statistics and the seed; no mask, no norm output."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: DispatchedNorm,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        weight2: Tensor | None,
-        bias2: Tensor | None,
-        x_bias: Tensor | None,
-        rest: tuple[Tensor | None, ...],
-    ) -> Any:
-        """``rest``: row_scale, y_scale and seed, at which autograd need not look."""
-        row_scale, y_scale, seed = rest
-        out = call.forward(x, residual, weight, bias, weight2, bias2, x_bias, row_scale, y_scale, seed)
-        z, statistics = out[2], out[3]
+    def forward(ctx: Any, norm: DispatchedNorm, tensors: NormTensors, *differentiable: Tensor | None) -> Any:
+        """``differentiable``: those among ``tensors`` that may have gradients, for autograd, which sees no others."""
+        out = norm.forward(tensors)
+        x, _, weight, _, weight2, _, _, row_scale, _, seed = tensors
+        _, _, z, statistics = out
         if statistics is None:
             z = None  # nothing was normalised
         elif z is None:
             z = x
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(z, statistics, row_scale, weight, weight2, seed)
-        ctx.call = call
-        if call.returns_statistics:
+        ctx.norm = norm
+        if norm.returns_statistics:
             ctx.mark_non_differentiable(statistics)
-        return call.results(out)
+        return norm.results(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        call: DispatchedNorm = ctx.call
-        dy, dy2, dz = call.gradients((*grads, None))
+        norm: DispatchedNorm = ctx.norm
+        dy, dy2, dz = norm.gradients((*grads, None))
         if dy is None and dy2 is None and dz is None:
-            return (None,) * 9
-        _, need_x, need_residual, need_weight, need_bias, need_weight2, need_bias2, need_x_bias, _ = (
-            ctx.needs_input_grad
-        )
-        z, statistics, row_scale, weight, weight2, seed = ctx.saved_tensors
+            return (None,) * (2 + _DIFFERENTIABLE)
+        _, _, need_x, need_residual, *need_vectors = ctx.needs_input_grad
+        tensors = tuple.__new__(NormGiven, (dy, dy2, dz, *ctx.saved_tensors))  # half the time of the class
         # g and dx are one tensor where nothing stands between them: then one is computed and handed out twice.
-        same = seed is None and row_scale is None and call.scalars.z_dtype == call.x_dtype
-        wants = NormWants(
-            need_x or (same and need_residual),
-            need_residual and not same,
-            need_weight,
-            need_bias,
-            need_weight2,
-            need_bias2,
-            need_x_bias,
-        )
-        dx, dresidual, *vectors = call.backward(wants, dy, dy2, dz, z, statistics, row_scale, weight, weight2, seed)
+        same = norm.one_dtype and tensors.seed is None and tensors.row_scale is None
+        wants = NormWants(need_x or (same and need_residual), need_residual and not same, *need_vectors)
+        dx, dresidual, *vectors = norm.backward(tensors, wants)
         if same and need_residual:
             dresidual = dx
-        return (None, dx if need_x else None, dresidual, *vectors, None)
+        return (None, None, dx if need_x else None, dresidual, *vectors)
 
 
 #: ``Function.apply`` without its care for functorch, whose transforms take :func:`_forward_autograd`.
-_apply = super(torch.autograd.Function, _DropoutAddNorm).apply  # type: ignore[misc]
+_apply = getattr(super(torch.autograd.Function, _DropoutAddNorm), "apply")  # noqa: B009 - mypy knows no such super
 
 
 def _forward_autograd(*args: Any) -> list[Tensor]:
-    tensors, scalars = args[:_TENSORS], NormScalars(*args[_TENSORS:])
-    out = apply(_DropoutAddNorm, DispatchedNorm(scalars, tensors[0].dtype), *tensors[:7], tensors[7:])
+    tensors, call = packed(args)
+    out = apply(_DropoutAddNorm, DispatchedNorm(call), tensors, *tensors[:_DIFFERENTIABLE])
     return [out] if isinstance(out, Tensor) else list(out)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-def _like(*grads: Tensor | None) -> Tensor:
-    """The first gradient that came: all have the shape of x."""
-    return next(grad for grad in grads if grad is not None)
+def _backward_kernel(*args: Any) -> list[Tensor]:
+    tensors, wants, spec, backend = packed_backward(args)
+    like = tensors.like()
+    return existing(backward_of(like.shape, like.device, spec, backend, wants)(tensors))
 
 
-def _backward_kernel(
-    dy: Tensor | None,
-    dy2: Tensor | None,
-    dz: Tensor | None,
-    z: Tensor | None,
-    statistics: Tensor | None,
-    row_scale: Tensor | None,
-    weight: Tensor | None,
-    weight2: Tensor | None,
-    seed: Tensor | None,
-    wants: list[bool],
-    x_dtype: torch.dtype,
-    *scalars: Any,
-) -> list[Tensor]:
-    like = _like(dy, dy2, dz)
-    run = backward_of(like.shape, x_dtype, like.device, scalars, NormWants(*wants))
-    grads = run(dy, dy2, dz, z, statistics, row_scale, weight, weight2, seed)
-    return [t for t in grads if t is not None]
-
-
-def _backward_fake(
-    dy: Tensor | None,
-    dy2: Tensor | None,
-    dz: Tensor | None,
-    z: Tensor | None,
-    statistics: Tensor | None,
-    row_scale: Tensor | None,
-    weight: Tensor | None,
-    weight2: Tensor | None,
-    seed: Tensor | None,
-    wants: list[bool],
-    x_dtype: torch.dtype,
-    *scalars: Any,
-) -> list[Tensor]:
-    z_dtype, w_dtype = scalars[-4], scalars[-2]
-    like = _like(dy, dy2, dz)
-    out = [
-        like.new_empty(like.shape, dtype=dtype) for dtype, want in zip((x_dtype, z_dtype), wants, strict=False) if want
-    ]
-    return out + [like.new_empty(like.shape[-1], dtype=w_dtype) for want in wants[2:] if want]
+def _backward_fake(*args: Any) -> list[Tensor]:
+    tensors, wants, spec, _ = packed_backward(args)
+    like = tensors.like()
+    rows = [(wants.dx, spec.x_dtype), (wants.dresidual, spec.z_dtype)]
+    out = [like.new_empty(like.shape, dtype=dtype) for wanted, dtype in rows if wanted]
+    return out + [like.new_empty(like.shape[-1], dtype=spec.w_dtype) for wanted in wants[len(rows) :] if wanted]
 
 
 #: Returns, in this order and only where they exist: y, y2, z, statistics.
 dropout_add_norm = register(
-    "dropout_add_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? weight2, Tensor? bias2, "
-    "Tensor? x_bias, Tensor? row_scale, Tensor? y_scale, Tensor? seed, bool store_z, bool two_norms, "
-    f"{SCALARS}) -> Tensor[]",
+    f"dropout_add_norm({declared(NormTensors)}, {declared(NormStores)}, {SPEC}) -> Tensor[]",
     _forward_kernel,
     _forward_fake,
     _forward_autograd,
@@ -385,9 +308,7 @@ dropout_add_norm = register(
 
 #: Returns the wanted ones among dx, dresidual, dweight, dbias, dweight2, dbias2, dx_bias.
 dropout_add_norm_backward = register(
-    "dropout_add_norm_backward(Tensor? dy, Tensor? dy2, Tensor? dz, Tensor? z, Tensor? statistics, "
-    "Tensor? row_scale, Tensor? weight, Tensor? weight2, Tensor? seed, bool[] wants, ScalarType x_dtype, "
-    f"{SCALARS}) -> Tensor[]",
+    f"dropout_add_norm_backward({declared(NormGiven)}, bool[] wants, {SPEC}) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
     None,

@@ -4,63 +4,88 @@ A column-parallel linear behind a norm reads y = norm(z), where the norm keeps z
 keeps z too, and rebuilds its shard of y before the backward gathers it. A row-parallel linear behind an activation
 reads activation(x), or activation(gate) * x: ``activation_linear_reduce_scatter`` keeps x and gate. Neither repeats a
 matmul or a collective. (Chen et al. 2016, arXiv 1604.06174; Korthikanti et al. 2022, arXiv 2205.05198, section 5.)
+
+``all_gather_linear_of_norm``: x = norm(z) is made again for wgrad, [..., S/t, ..., H], without communication.
+
+=======  ==========================================  ===================  ===========================================
+pass     computes                                    result               communication
+=======  ==========================================  ===================  ===========================================
+forward  y = all_gather(x) @ weight.T + bias         [..., S, ..., N/t]   all-gather of x
+dgrad    dx = reduce_scatter(dy @ weight)            [..., S/t, ..., H]   reduce-scatter of dy @ weight
+wgrad    dweight = dy.T @ all_gather(norm(z))        [N/t, H]             all-gather of norm(z)
+dbias    dbias = sum of dy over rows                 [N/t]                none
+=======  ==========================================  ===================  ===========================================
+
+``activation_linear_reduce_scatter``: a = activation(x) or activation(gate) * x, [..., S, ..., K/t], is made again for
+wgrad.
+
+=======  ==========================================  ===================  ===========================================
+pass     computes                                    result               communication
+=======  ==========================================  ===================  ===========================================
+forward  y = reduce_scatter(a @ weight.T) + bias     [..., S/t, ..., N]   reduce-scatter of a @ weight.T
+dgrad    da = all_gather(dy) @ weight; dx, dgate     [..., S, ..., K/t]   all-gather of dy
+wgrad    dweight = all_gather(dy).T @ a              [N, K/t]             none: that of dgrad
+dbias    dbias = sum of all_gather(dy) over rows     [N]                  none: that of dgrad
+=======  ==========================================  ===================  ===========================================
+
+Sizes are those of the whole layer, t the ranks of the group. Without a group nothing is exchanged.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import NormKind, NormSpec, RowMap, select
+from ..kernels import NormKind, NormSpec, NormStores, NormTensors, RowMap, select
 from ..kernels.spec import accumulation_dtype
 from ..tensors import reshaped, rows_of
 from . import gather_linear, linear_scatter
 from .linear_common import PLACE
+from .norm import declared
 from .registry import register, without_autocast
 
 # --- all_gather_linear_of_norm ---------------------------------------------------------------------------------------
 
 
-def _rebuild(
-    z: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    kind: int,
-    zero_centered: bool,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """y = norm(z), the same bits as in the forward: the kernel computes in fp32 and rounds once. [..., S/t, ..., H]"""
-    vectors = [v for v in (norm_weight, norm_bias) if v is not None]
+class _Recipe(NamedTuple):
+    """What makes x again: x = norm(z) * norm_weight + norm_bias, in the order of the op's arguments."""
+
+    z: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    kind: NormKind
+    zero_centered: bool
+    eps: float
+
+
+_RECIPE = len(_Recipe._fields)
+
+
+@without_autocast
+def _rebuild(z: Tensor, recipe: _Recipe, dtype: torch.dtype) -> Tensor:
+    """x = norm(z), the bits of the forward: the kernel computes in fp32 and rounds once. [..., S/t, ..., H]"""
+    vectors = [v for v in (recipe.norm_weight, recipe.norm_bias) if v is not None]
     wide = accumulation_dtype(z.dtype)
     w_dtype = z.dtype if all(v.dtype == z.dtype for v in vectors) else wide
-    spec = NormSpec(NormKind(kind), zero_centered, eps, 0.0, RowMap(0, 0, 0), z.dtype, z.dtype, z.dtype, w_dtype)
-    weight, bias = (None if v is None else v.to(w_dtype).contiguous() for v in (norm_weight, norm_bias))
-    rows, nothing = rows_of(z.contiguous()), None
-    kernels = select(None, z.device)
-    y = kernels.norm_forward(
-        rows, nothing, nothing, nothing, weight, bias, nothing, nothing, nothing, spec, store_z=False
-    ).y
+    dtypes = (z.dtype, z.dtype, z.dtype, w_dtype)
+    spec = NormSpec(NormKind(recipe.kind), recipe.zero_centered, recipe.eps, 0.0, RowMap(0, 0, 0), *dtypes)
+    weight, bias = (None if v is None else v.to(w_dtype).contiguous() for v in (recipe.norm_weight, recipe.norm_bias))
+    tensors = NormTensors(rows_of(z.contiguous()), None, weight, bias)
+    y = select(None, z.device).norm_forward(tensors, spec, NormStores(store_z=False)).y
+    assert y is not None
     return reshaped(y, z.shape).to(dtype)
 
 
 @without_autocast
-def _gather_kernel(
-    x: Tensor,
-    z: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    kind: int,
-    zero_centered: bool,
-    eps: float,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    *place: Any,
-) -> list[Tensor]:
-    return gather_linear.all_gather_linear.below_autograd(x, weights, biases, *place)
+def _gather(x: Tensor, *args: Any) -> list[Tensor]:
+    """Kernel and fake: the recipe is for the backward alone."""
+    outs: list[Tensor] = gather_linear.all_gather_linear.below_autograd(x, *args[_RECIPE:])
+    return outs
 
 
 class _AllGatherLinearOfNorm(torch.autograd.Function):
@@ -68,130 +93,66 @@ class _AllGatherLinearOfNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        z: Tensor,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        norm: tuple[int, bool, float],
-        main_grads: list[Tensor | None],
-        *args: Any,
+        ctx: Any, x: Tensor, recipe: _Recipe, main_grads: list[Tensor | None], place: tuple[Any, ...], *flat: Any
     ) -> tuple[Tensor, ...]:
+        """``flat``: the weights, then the biases."""
         count = len(main_grads)
-        weights, biases, place = args[:count], args[count : 2 * count], args[2 * count :]
+        weights, biases = list(flat[:count]), list(flat[count:])
+        z, norm_weight, norm_bias, *norm = recipe
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(z, norm_weight, norm_bias, *weights)
         ctx.norm, ctx.x_dtype, ctx.place = norm, x.dtype, place
         ctx.main_grads = main_grads  # not saved: other micro-batches may add to them first
-        recipe = (z, norm_weight, norm_bias, *norm)
-        return tuple(all_gather_linear_of_norm.below_autograd(x, *recipe, list(weights), list(biases), *place))
+        return tuple(all_gather_linear_of_norm.below_autograd(x, *recipe, weights, biases, *place))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         z, norm_weight, norm_bias, *weights = ctx.saved_tensors
-        main_grads, needs = ctx.main_grads, ctx.needs_input_grad
+        main_grads, (want_dx, _, _, _, *needs) = ctx.main_grads, ctx.needs_input_grad
         count = len(main_grads)
         reached = [grad is not None for grad in grads]
         if not any(reached):
-            return (None,) * len(needs)
-        first = 6  # arguments ahead of the weights
-        want_dw = [need and hit for need, hit in zip(needs[first : first + count], reached, strict=True)]
-        want_db = [need and hit for need, hit in zip(needs[first + count : first + 2 * count], reached, strict=True)]
-        recipe = (z, norm_weight, norm_bias, *ctx.norm, ctx.x_dtype)
-        args = (list(grads), list(weights), needs[0], want_dw, want_db, *ctx.place)
+            return (None,) * len(ctx.needs_input_grad)
+        want_dw, want_db = (
+            [need and hit for need, hit in zip(part, reached, strict=True)] for part in (needs[:count], needs[count:])
+        )
+        recipe = _Recipe(z, norm_weight, norm_bias, *ctx.norm)
+        args = (list(grads), list(weights), want_dx, want_dw, want_db)
         if any(main_grad is not None for main_grad in main_grads):
-            x = _input_again(*recipe, any(want_dw))
-            out = iter(gather_linear.all_gather_linear_backward_into(x, *args[:5], False, *args[5:], main_grads))
+            x = (_rebuild if any(want_dw) else _unread)(z, recipe, ctx.x_dtype)
+            out = iter(gather_linear.all_gather_linear_backward_into(x, *args, False, *ctx.place, main_grads))
         else:
-            out = iter(all_gather_linear_of_norm_backward(*recipe, *args))
-        dx = next(out) if needs[0] else None
+            out = iter(all_gather_linear_of_norm_backward(*recipe, ctx.x_dtype, *args, *ctx.place))
+        dx = next(out) if want_dx else None
         dws = [next(out) if want else None for want in gather_linear.returned(want_dw, main_grads)]
         dbs = [next(out) if want else None for want in want_db]
-        return (dx, *(None,) * (first - 1), *dws, *dbs, *(None,) * len(ctx.place))
+        return dx, None, None, None, *dws, *dbs
 
 
 def _gather_autograd(x: Tensor, *args: Any) -> list[Tensor]:
-    weights = args[6]
+    weights = args[_RECIPE]
     return all_gather_linear_of_norm_into([None] * len(weights), x, *args)
 
 
-def all_gather_linear_of_norm_into(
-    main_grads: list[Tensor | None],
-    x: Tensor,
-    z: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    kind: int,
-    zero_centered: bool,
-    eps: float,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    *place: Any,
-) -> list[Tensor]:
+def all_gather_linear_of_norm_into(main_grads: list[Tensor | None], x: Tensor, *args: Any) -> list[Tensor]:
     """The op with gradients of weights added to ``main_grads``; not traceable where there are any."""
+    recipe, (weights, biases, *place) = _Recipe(*args[:_RECIPE]), args[_RECIPE:]
     # Spreads the lists: autograd sees only tensors that are arguments of their own.
-    recipe = (z, norm_weight, norm_bias, (kind, zero_centered, eps))
-    return list(_AllGatherLinearOfNorm.apply(x, *recipe, main_grads, *weights, *biases, *place))
+    return list(_AllGatherLinearOfNorm.apply(x, recipe, main_grads, tuple(place), *weights, *biases))
 
 
-@without_autocast
-def _input_again(
-    z: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    kind: int,
-    zero_centered: bool,
-    eps: float,
-    x_dtype: torch.dtype,
-    read: bool,
-) -> Tensor:
-    """x, or room for it: only weight gradients read it."""
-    if not read:
-        return z.new_empty(z.shape, dtype=x_dtype)
-    return _rebuild(z, norm_weight, norm_bias, kind, zero_centered, eps, x_dtype)
+def _unread(z: Tensor, _: _Recipe, dtype: torch.dtype) -> Tensor:
+    """Stands for x where nothing reads it: only weight gradients do."""
+    return z.new_empty(z.shape, dtype=dtype)
 
 
-@without_autocast
-def _gather_backward_kernel(
-    z: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    kind: int,
-    zero_centered: bool,
-    eps: float,
-    x_dtype: torch.dtype,
-    grads: list[Tensor | None],
-    weights: list[Tensor],
-    want_dx: bool,
-    want_dw: list[bool],
-    want_db: list[bool],
-    *place: Any,
-) -> list[Tensor]:
-    x = _input_again(z, norm_weight, norm_bias, kind, zero_centered, eps, x_dtype, any(want_dw))
-    return gather_linear.all_gather_linear_backward.below_autograd(
-        x, grads, weights, want_dx, want_dw, want_db, False, *place
-    )
-
-
-def _gather_backward_fake(
-    z: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    kind: int,
-    zero_centered: bool,
-    eps: float,
-    x_dtype: torch.dtype,
-    grads: list[Tensor | None],
-    weights: list[Tensor],
-    want_dx: bool,
-    want_dw: list[bool],
-    want_db: list[bool],
-    *place: Any,
-) -> list[Tensor]:
-    x = z.new_empty(z.shape, dtype=x_dtype)
-    return gather_linear.all_gather_linear_backward.below_autograd(
-        x, grads, weights, want_dx, want_dw, want_db, False, *place
-    )
+def _gather_backward(rebuild: Callable[[Tensor, _Recipe, torch.dtype], Tensor], *args: Any) -> list[Tensor]:
+    """Kernel and fake, which differ in how x is made again."""
+    recipe, (x_dtype, grads, weights, want_dx, want_dw, want_db, *place) = _Recipe(*args[:_RECIPE]), args[_RECIPE:]
+    x = (rebuild if any(want_dw) else _unread)(recipe.z, recipe, x_dtype)
+    given = (x, grads, weights, want_dx, want_dw, want_db, False, *place)
+    out: list[Tensor] = gather_linear.all_gather_linear_backward.below_autograd(*given)
+    return out
 
 
 # --- activation_linear_reduce_scatter --------------------------------------------------------------------------------
@@ -219,28 +180,26 @@ def activate(x: Tensor, gate: Tensor | None, activation: str) -> Tensor:
 def _activation_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
     """The gradient of an activation of one input, by PyTorch's own kernel."""
     aten = torch.ops.aten
+    dx: Tensor
     match activation:
         case "gelu":
-            return aten.gelu_backward(dy, x)  # type: ignore[no-any-return]
+            dx = aten.gelu_backward(dy, x)
         case "gelu_tanh":
-            return aten.gelu_backward(dy, x, approximate="tanh")  # type: ignore[no-any-return]
+            dx = aten.gelu_backward(dy, x, approximate="tanh")
         case "relu":
-            return aten.threshold_backward(dy, x, 0)  # type: ignore[no-any-return]
+            dx = aten.threshold_backward(dy, x, 0)
         case _:
-            return aten.silu_backward(dy, x)  # type: ignore[no-any-return]
+            dx = aten.silu_backward(dy, x)
+    return dx
 
 
 @without_autocast
-def _scatter_kernel(
+def _scatter(
     x: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str, *place: Any
 ) -> Tensor:
-    return linear_scatter.linear_reduce_scatter.below_autograd(activate(x, gate, activation), weight, bias, *place)
-
-
-def _scatter_fake(
-    x: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str, *place: Any
-) -> Tensor:
-    return linear_scatter.linear_reduce_scatter.below_autograd(x, weight, bias, *place)
+    """Kernel and fake: the op that it calls has one of its own."""
+    y: Tensor = linear_scatter.linear_reduce_scatter.below_autograd(activate(x, gate, activation), weight, bias, *place)
+    return y
 
 
 class _ActivationLinearReduceScatter(torch.autograd.Function):
@@ -290,12 +249,6 @@ def activation_gradients(
     return tuple(next(found) if want else None for want in returned)
 
 
-def _scatter_autograd(
-    x: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str, *place: Any
-) -> Tensor:
-    return activation_linear_reduce_scatter_into(None, x, gate, weight, bias, activation, *place)
-
-
 def activation_linear_reduce_scatter_into(
     main_grad: Tensor | None,
     x: Tensor,
@@ -311,7 +264,7 @@ def activation_linear_reduce_scatter_into(
 
 
 @without_autocast
-def _scatter_backward_kernel(
+def _scatter_backward(
     dy: Tensor,
     x: Tensor,
     gate: Tensor | None,
@@ -319,13 +272,9 @@ def _scatter_backward_kernel(
     bias_dtype: torch.dtype | None,
     wants: list[bool],
     activation: str,
-    group: str,
-    seq_dim: int,
-    seq_len: int,
-    chunks: int,
-    engine: str,
-    main_grad: Tensor | None = None,
+    *place: Any,  # main_grad behind it where there is one
 ) -> list[Tensor]:
+    """Kernel and fake: the ops that it calls have fakes of their own."""
     want_dx, want_dgate, want_dw, want_db = wants
     want_da = want_dx or want_dgate
     if gate is None:
@@ -334,69 +283,45 @@ def _scatter_backward_kernel(
     else:
         activated = activate(gate, None, activation)
         a = activated * x if want_dw else x
-    args = (dy, a, weight, bias_dtype, want_da, want_dw, want_db, group, seq_dim, seq_len, chunks, engine)
-    if main_grad is None:
-        out = linear_scatter.linear_reduce_scatter_backward.below_autograd(*args)
-    else:
-        out = linear_scatter.linear_reduce_scatter_backward_into.below_autograd(*args, main_grad)
+    backward = linear_scatter.linear_reduce_scatter_backward
+    if isinstance(place[-1], Tensor):
+        backward = linear_scatter.linear_reduce_scatter_backward_into
+    out: list[Tensor] = backward.below_autograd(dy, a, weight, bias_dtype, want_da, want_dw, want_db, *place)
     if not want_da:
         return out
     da, *rest = out
-    if gate is None:
+    if activated is None:
         return [_activation_backward(da, x, activation), *rest]
+    assert gate is not None
     grads = [da * activated] if want_dx else []
     if want_dgate:
         grads.append(_activation_backward(da * x, gate, activation))
     return grads + rest
 
 
-def _scatter_backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    gate: Tensor | None,
-    weight: Tensor,
-    bias_dtype: torch.dtype | None,
-    wants: list[bool],
-    activation: str,
-    group: str,
-    seq_dim: int,
-    seq_len: int,
-    chunks: int,
-    engine: str,
-    main_grad: Tensor | None = None,
-) -> list[Tensor]:
-    out = [x.new_empty(x.shape) for want in wants[:2] if want]
-    if wants[2] and main_grad is None:
-        out.append(weight.new_empty(weight.shape))
-    if wants[3]:
-        out.append(weight.new_empty(weight.shape[0], dtype=bias_dtype))
-    return out
-
-
-_RECIPE = "Tensor z, Tensor? norm_weight, Tensor? norm_bias, int kind, bool zero_centered, float eps"
-
 all_gather_linear_of_norm = register(
-    f"all_gather_linear_of_norm(Tensor x, {_RECIPE}, Tensor[] weights, Tensor?[] biases, {PLACE}) -> Tensor[]",
-    _gather_kernel,
-    _gather_kernel,  # the op it calls has a fake
+    f"all_gather_linear_of_norm(Tensor x, {declared(_Recipe)}, Tensor[] weights, Tensor?[] biases, {PLACE}) "
+    "-> Tensor[]",
+    _gather,
+    _gather,
     _gather_autograd,
 )
 
 #: Returns dx if wanted, then the wanted weight gradients, then the wanted bias gradients.
 all_gather_linear_of_norm_backward = register(
-    f"all_gather_linear_of_norm_backward({_RECIPE}, ScalarType x_dtype, Tensor?[] grads, Tensor[] weights, "
+    f"all_gather_linear_of_norm_backward({declared(_Recipe)}, ScalarType x_dtype, Tensor?[] grads, Tensor[] weights, "
     f"bool want_dx, bool[] want_dw, bool[] want_db, {PLACE}) -> Tensor[]",
-    _gather_backward_kernel,
-    _gather_backward_fake,
+    without_autocast(partial(_gather_backward, _rebuild)),
+    partial(_gather_backward, _unread),
     None,
 )
 
 activation_linear_reduce_scatter = register(
     "activation_linear_reduce_scatter(Tensor x, Tensor? gate, Tensor weight, Tensor? bias, str activation, "
     f"{PLACE}) -> Tensor",
-    _scatter_kernel,
-    _scatter_fake,
-    _scatter_autograd,
+    _scatter,
+    _scatter,
+    partial(activation_linear_reduce_scatter_into, None),
 )
 
 _SCATTER_BACKWARD = (
@@ -406,15 +331,15 @@ _SCATTER_BACKWARD = (
 #: Returns the wanted ones among dx, dgate, dweight, dbias.
 activation_linear_reduce_scatter_backward = register(
     f"activation_linear_reduce_scatter_backward({_SCATTER_BACKWARD}) -> Tensor[]",
-    _scatter_backward_kernel,
-    _scatter_backward_fake,
+    _scatter_backward,
+    _scatter_backward,
     None,
 )
 
 #: The same with dweight, if wanted, added to main_grad.
 activation_linear_reduce_scatter_backward_into = register(
     f"activation_linear_reduce_scatter_backward_into({_SCATTER_BACKWARD}, Tensor(a!) main_grad) -> Tensor[]",
-    _scatter_backward_kernel,
-    _scatter_backward_fake,
+    _scatter_backward,
+    _scatter_backward,
     None,
 )

@@ -403,7 +403,7 @@ class _SequenceAttention(torch.autograd.Function):
         exchanged = lse_column.dim() == 3
         operands = (*columns, lse_column) if exchanged else (*args[:3], lse)
         ctx.save_for_backward(*operands, out, kept, *args[3:_TENSORS])
-        return results  # type: ignore[no-any-return]
+        return results
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

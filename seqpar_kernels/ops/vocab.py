@@ -61,7 +61,7 @@ def _embedding_kernel(
     if pg is None:
         return partial
     if whole:
-        return all_reduce.below_autograd(partial, group)  # type: ignore[no-any-return]
+        return all_reduce.below_autograd(partial, group)
     return pipeline.reduce_scatter(partial, seq_dim, pg, "vocab_embedding")
 
 
@@ -80,7 +80,7 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, ids: Tensor, weight: Tensor, *place: Any) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.dtype, ctx.place = weight.dtype, place
-        return vocab_embedding.below_autograd(ids, weight, *place)  # type: ignore[no-any-return]
+        return vocab_embedding.below_autograd(ids, weight, *place)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

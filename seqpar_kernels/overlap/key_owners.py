@@ -144,7 +144,7 @@ def to_owners(
                 store(heads, part.slot, keys[:, some], values[:, some])
             before += part.size
         parts[peer] = queries[0] if queries else None
-    return None if q is None else torch.cat([parts[r] for r in range(ranks)], 2)  # type: ignore[misc]
+    return None if q is None else torch.cat([found for r in range(ranks) if (found := parts[r]) is not None], 2)
 
 
 def check_lengths(what: str, lengths: dict[int, int]) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Literal, ParamSpec
+from typing import Literal, ParamSpec, cast
 
 from ..caches import MOST
 from ..comm.steps import Buffer, Compute, Drain, Post, Rows, Step, Transfer, Wait
@@ -127,7 +127,8 @@ _Arguments = ParamSpec("_Arguments")
 
 def remembered(build: Callable[_Arguments, Schedule]) -> Callable[_Arguments, Schedule]:
     """Cache schedules: building one takes longer than a small matmul. Callers must not change a schedule."""
-    return functools.lru_cache(MOST)(build)  # type: ignore[return-value]  # mypy sees a cache of anything hashable
+    # mypy sees a cache of anything hashable
+    return cast(Callable[_Arguments, Schedule], functools.lru_cache(MOST)(build))
 
 
 Taper = Literal["none", "rising", "falling"]

@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ..comm.coordination import coordination_of
 from ..comm.topology import on_one_host
-from ..layout import Group, resolve_group
+from ..layout import Group, process_group, resolve_group
 from .machine_profile import MachineProfile, default_profile
 from .machine_profile_cache import Place, load, save
 
@@ -54,7 +53,7 @@ figures_of = profile_of  # the former name, until its last callers have changed
 
 @torch.compiler.assume_constant_result
 def _profile_named(name: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    group: ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    group = process_group(name)
     profile = _known.get(group) or _agree(group)
     return tuple(profile["cpu"]), tuple(profile["cuda"])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from seqpar_kernels.kernels import NormKind, NormSpec, NormWants, RowMap, select, why_not
+from seqpar_kernels.kernels import NormGiven, NormKind, NormSpec, NormTensors, NormWants, RowMap, select, why_not
 
 SHAPES = [(16384, 4096), (16384, 16384), (8192, 1024), (4096, 32768)]  # [rows, hidden], tensors beyond the cache
 SHARDS = (8, 2048, 8192)
@@ -23,9 +23,10 @@ def norms(backend: str, device: torch.device, shapes: list[tuple[int, int]]) -> 
         x, residual, dy = (torch.randn(rows, cols, device=device).to(DTYPE) for _ in range(3))
         weight, bias = (torch.randn(cols, device=device).to(DTYPE) for _ in range(2))
         own = spec._replace(rows=RowMap(rows, 0, 0))
-        out = kernels.norm_forward(x, None, None, residual, weight, bias, None, None, seed, own, store_z=True)
+        out = kernels.norm_forward(NormTensors(x, residual, weight, bias, seed=seed), own)
         wants = NormWants(True, True, True, True, False, False, False)
-        kernels.norm_backward(dy, None, dy, out.z, out.statistics, None, weight, None, seed, own, wants)
+        given = NormGiven(dy, None, dy, out.z, out.statistics, None, weight, None, seed)
+        kernels.norm_backward(given, own, wants)
 
 
 def sums(backend: str, device: torch.device, shape: tuple[int, int, int]) -> None:

@@ -12,7 +12,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from seqpar_kernels.kernels import NormKind, NormSpec, NormWants, RowMap, native, reference
+from seqpar_kernels.kernels import Backend, RowMap, native, reference
+from seqpar_kernels.kernels.spec import NormGiven, NormKind, NormSpec, NormStores, NormTensors, NormWants
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 TYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)]
@@ -70,21 +71,21 @@ def norm(case: Case, device: torch.device) -> None:
     seed = torch.tensor(2**40 + 1) if case.p else None
     x = random(case.shards, rows, cols, dtype=case.x) if case.shards > 1 else random(rows, cols, dtype=case.x)
     first, *vectors = (random(cols, dtype=case.x) + i for i in range(5))
-    inputs = (x, first, torch.rand(rows) + 0.5, random(rows, cols, dtype=case.z))
-    tensors = (*inputs, *(vectors if normed else [None] * 4), seed)
+    row_scale, residual = torch.rand(rows) + 0.5, random(rows, cols, dtype=case.z)
     y_scale = torch.tensor(2.0) if case.y else None
+    tensors = NormTensors(x, residual, *(vectors if normed else [None] * 4), first, row_scale, y_scale, seed)
     grads = (*(random(rows, cols, dtype=case.x) if normed else None for _ in "12"), random(rows, cols, dtype=case.z))
-    options = {"store_z": True, "two_norms": normed, "stacked": case.shards > 1}
+    stores = NormStores(two_norms=normed)
     wants = NormWants(True, True, *[normed and case.sums] * 4, case.sums)
 
-    def both(module: object, at: torch.device) -> list[Tensor | None]:
-        moved = [None if t is None else t.to(at) for t in (*tensors, *grads, y_scale)]
-        *given, dy, dy2, dz, scale = moved
-        out = module.norm_forward(*given, spec, **options, y_scale=scale)  # type: ignore[attr-defined]
+    def both(module: Backend, at: torch.device) -> list[Tensor | None]:
+        given, moved = (tuple(None if t is None else t.to(at) for t in some) for some in (tensors, grads))
+        there = NormTensors(*given)
+        out = module.norm_forward(there, spec, stores, stacked=case.shards > 1)
         if case.y:
             return list(out)
-        saved = (out.z if normed else None, out.statistics, given[2], given[4], given[6], given[8])
-        return [*out, *module.norm_backward(dy, dy2, dz, *saved, spec, wants)]  # type: ignore[attr-defined]
+        kept = (out.z if normed else None, out.statistics, there.row_scale, there.weight, there.weight2, there.seed)
+        return [*out, *module.norm_backward(NormGiven(*moved, *kept), spec, wants)]
 
     for ours, expected in zip(both(native, device), both(reference, torch.device("cpu")), strict=True):
         close(ours, expected)

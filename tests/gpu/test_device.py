@@ -213,7 +213,7 @@ def test_offsets_beyond_2_to_the_31(backend: str) -> None:
     rows, cols, last = 2**31 // 8192 + 3, 8192, 2
     if torch.cuda.mem_get_info()[0] < 8 * rows * cols * 2:
         pytest.skip("not enough free device memory")
-    from seqpar_kernels.kernels import NormKind, NormSpec, NormWants, RowMap, select
+    from seqpar_kernels.kernels import NormGiven, NormKind, NormSpec, NormTensors, NormWants, RowMap, select
 
     kernels, seed = select(backend, DEVICE), torch.tensor(9, device=DEVICE)
     x, dz = (torch.zeros(rows, cols, device=DEVICE, dtype=torch.bfloat16) for _ in "xd")
@@ -223,9 +223,9 @@ def test_offsets_beyond_2_to_the_31(backend: str) -> None:
     whole = NormSpec(NormKind.RMS, False, 1e-5, 0.1, RowMap(rows, 0, 0), *bf16)
 
     def both(x: Tensor, dz: Tensor, spec: NormSpec) -> list[Tensor | None]:
-        out = kernels.norm_forward(x, *[None] * 7, seed, spec, store_z=True)
-        saved = (out.z, out.statistics, None, None, None, seed)
-        grads = kernels.norm_backward(dz, None, dz, *saved, spec, NormWants(True, True))
+        out = kernels.norm_forward(NormTensors(x, seed=seed), spec)
+        given = NormGiven(dz, None, dz, out.z, out.statistics, seed=seed)
+        grads = kernels.norm_backward(given, spec, NormWants(True, True))
         return [out.y, out.z, grads.dx, grads.dresidual]
 
     few = whole._replace(rows=RowMap(last, 0, rows - last))
@@ -294,7 +294,7 @@ def test_reduction_in_rank_order(backend: str) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_norm_of_a_sum_of_shards(backend: str, shape: tuple[int, int, int], dtypes: tuple[str, str], p: float) -> None:
     """The sum is that of the shards in their order, unrounded; z has its bits where nothing is dropped."""
-    from seqpar_kernels.kernels import NormKind, NormSpec, RowMap, select
+    from seqpar_kernels.kernels import NormKind, NormSpec, NormTensors, RowMap, select
 
     dtype, z_dtype = (getattr(torch, name) for name in dtypes)
     _, rows, cols = shape
@@ -307,7 +307,7 @@ def test_norm_of_a_sum_of_shards(backend: str, shape: tuple[int, int, int], dtyp
     def run(module: Any, convert: Any = lambda t: t, spec: NormSpec = spec) -> Any:
         vectors = [convert(v) for v in (weight, bias)]
         x, first, stream = convert(parts), convert(x_bias), convert(residual)
-        return module.norm_forward(x, first, None, stream, *vectors, None, None, seed, spec, store_z=True, stacked=True)
+        return module.norm_forward(NormTensors(x, stream, *vectors, x_bias=first, seed=seed), spec, stacked=True)
 
     reference = select("reference", DEVICE)
     ours, plain = run(select(backend, DEVICE)), run(reference)
@@ -317,5 +317,5 @@ def test_norm_of_a_sum_of_shards(backend: str, shape: tuple[int, int, int], dtyp
         assert_within_budget(getattr(ours, name), getattr(plain, name), getattr(oracle, name), name, float(shape[0]))
     if not p:
         none = spec._replace(kind=NormKind.NONE, z_dtype=dtype)
-        z = select(backend, DEVICE).norm_forward(parts, *[None] * 8, none, store_z=True, stacked=True).z
+        z = select(backend, DEVICE).norm_forward(NormTensors(parts), none, stacked=True).z
         assert torch.equal(z, select(backend, DEVICE).reduce_shards(parts, None))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import seqpar_kernels as sp
 from seqpar_kernels.kernels import native, reference
-from seqpar_kernels.kernels.spec import NormKind, NormSpec, RowMap
+from seqpar_kernels.kernels.spec import NormKind, NormSpec, NormStores, NormTensors, RowMap
 
 from . import cuda_host
 
@@ -99,7 +99,7 @@ def test_reference() -> None:
     for size in (7, 1023, 70000):
         spec = NormSpec(NormKind.LAYER, False, 1e-5, 0.0, RowMap(2, 0, 0), F32, F32, F32, F32)
         x = torch.full((2, size), 3.3)
-        assert not reference.norm_forward(x, *[None] * 8, spec, store_z=False).y.any()
+        assert not reference.norm_forward(NormTensors(x), spec, NormStores(store_z=False)).y.any()
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline", "neon"])
@@ -137,8 +137,10 @@ def test_cuda_kernels(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, rows in _rows(size).items():
             x = rows.to(dtype)
             x[1] = torch.randn(size).to(dtype)  # a neighbour in the same warp that needs no care
-            out = native.norm_forward(x, *[None] * 8, spec, store_z=False)
-            alone = native.norm_forward(x[1:2].clone(), *[None] * 8, spec._replace(rows=RowMap(1, 0, 0)), store_z=False)
+            no_z = NormStores(store_z=False)
+            out = native.norm_forward(NormTensors(x), spec, no_z)
+            one = spec._replace(rows=RowMap(1, 0, 0))
+            alone = native.norm_forward(NormTensors(x[1:2].clone()), one, no_z)
             assert torch.equal(out.y[1], alone.y[0]), name
             plain, oracle = F.layer_norm(x, (size,)), _oracle(x, None, None, 1e-5)
             ours, torchs = (np.abs(t.double().numpy() - oracle)[[0, 2]].max() for t in (out.y, plain))

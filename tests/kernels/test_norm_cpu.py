@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seqpar_kernels.kernels import native, reference
-from seqpar_kernels.kernels.spec import NormKind, NormOutputs, NormSpec, NormWants, RowMap, dropout_scale
+from seqpar_kernels.kernels import NormOutputs, RowMap, native, reference
+from seqpar_kernels.kernels.spec import NormGiven, NormKind, NormSpec, NormStores, NormTensors, NormWants, dropout_scale
 
 CPU = torch.device("cpu")
 if native.unavailable(CPU) is not None:
@@ -134,12 +134,10 @@ class Case:
         def to(t):
             return t if cast is None or t is None else t.to(cast)
 
-        tensors = map(
-            to, (self.x, self.x_bias, self.row_scale, self.residual, self.weight, self.bias, self.weight2, self.bias2)
-        )
-        return backend.norm_forward(
-            *tensors, self.seed, self.cast_spec(cast), store_z=True, two_norms=self.two, stacked=self.x.dim() == 3
-        )
+        names = NormTensors._fields[:-2]  # the last are y_scale and seed
+        tensors = NormTensors(*(to(getattr(self, name)) for name in names), seed=self.seed)
+        stores = NormStores(two_norms=self.two)
+        return backend.norm_forward(tensors, self.cast_spec(cast), stores, stacked=self.x.dim() == 3)
 
     def cast_spec(self, cast):
         if cast is None:
@@ -155,7 +153,7 @@ class Case:
         normed = self.kind != NormKind.NONE
         z = outputs.z if normed else None
         tensors = (self.dy, self.dy2, self.dz, z, outputs.statistics, self.row_scale, self.weight, self.weight2)
-        return backend.norm_backward(*map(to, tensors), self.seed, self.cast_spec(cast), wants)
+        return backend.norm_backward(NormGiven(*map(to, tensors), self.seed), self.cast_spec(cast), wants)
 
     # The same in plain operations of the input dtype, the mask being given: what an eager model computes.
 
@@ -326,7 +324,7 @@ def test_sum_of_shards_is_the_reduction(dtype):
     """Taken in the order of the shards and rounded once: the bits of reduce_shards, where nothing else is added."""
     parts = torch.randn(7, 6, 1031, generator=torch.Generator().manual_seed(0)).to(dtype)
     spec = NormSpec(NormKind.NONE, False, 1e-5, 0.0, RowMap(6, 0, 0), dtype, dtype, dtype, dtype)
-    z = native.norm_forward(parts, *[None] * 8, spec, store_z=True, stacked=True).z
+    z = native.norm_forward(NormTensors(parts), spec, stacked=True).z
     assert torch.equal(z, native.reduce_shards(parts, None))
 
 
@@ -389,9 +387,9 @@ def test_mask_is_the_reference_mask(dtype, p, row_map):
         for seed in (torch.tensor(0), torch.tensor(-1), torch.tensor(0x0123456789ABCDEF)):
             ones = torch.ones(rows, cols, dtype=dtype)
             keep = reference.dropout_mask(rows, cols, p, seed, spec.rows)
-            z = native.norm_forward(ones, *[None] * 7, seed, spec, store_z=True).z
+            z = native.norm_forward(NormTensors(ones, seed=seed), spec).z
             assert torch.equal(z != 0, keep)
-            dx = native.norm_backward(None, None, ones, *[None] * 5, seed, spec, NormWants()).dx
+            dx = native.norm_backward(NormGiven(dz=ones, seed=seed), spec, NormWants()).dx
             assert torch.equal(dx != 0, keep)
 
 
@@ -400,11 +398,12 @@ def test_dropped_is_zero_whatever_was_there():
     for dtype in (F32, BF16, F16, F64):
         spec = NormSpec(NormKind.NONE, False, 1e-5, 1.0, RowMap(4, 0, 0), dtype, dtype, dtype, dtype)
         bad = torch.tensor([float("inf"), float("nan"), -float("inf")], dtype=dtype).repeat(50).expand(4, 150)
-        assert (native.norm_forward(bad, *[None] * 7, torch.tensor(3), spec, store_z=True).z == 0).all()
-        assert (native.norm_backward(None, None, bad, *[None] * 5, torch.tensor(3), spec, NormWants()).dx == 0).all()
+        seed = torch.tensor(3)
+        assert (native.norm_forward(NormTensors(bad, seed=seed), spec).z == 0).all()
+        assert (native.norm_backward(NormGiven(dz=bad, seed=seed), spec, NormWants()).dx == 0).all()
         half = spec._replace(p=0.5)
-        keep = reference.dropout_mask(4, 150, 0.5, torch.tensor(3), spec.rows)
-        z = native.norm_forward(bad, *[None] * 7, torch.tensor(3), half, store_z=True).z
+        keep = reference.dropout_mask(4, 150, 0.5, seed, spec.rows)
+        z = native.norm_forward(NormTensors(bad, seed=seed), half).z
         assert torch.equal(z == 0, ~keep)
 
 
@@ -423,7 +422,7 @@ def test_rounding_of_every_16_bit_value_and_its_neighbours():
 def test_payload_of_a_nan_survives_rounding():
     nan = torch.tensor([-1, 0x7FFFFFFF], dtype=torch.int32).view(F32).repeat(40)[None]
     spec = NormSpec(NormKind.RMS, False, 1e-5, 0.0, RowMap(1, 0, 0), BF16, F32, BF16, F32)
-    out = native.norm_forward(torch.zeros(1, 80, dtype=BF16), *[None] * 2, nan, *[None] * 5, spec, store_z=True)
+    out = native.norm_forward(NormTensors(torch.zeros(1, 80, dtype=BF16), nan), spec)
     assert out.y.isnan().all() and out.z.isnan().all()
 
 
@@ -511,7 +510,7 @@ def test_what_cannot_be_done_is_refused():
     spec = NormSpec(NormKind.LAYER, False, 1e-5, 0.0, RowMap(4, 0, 0), F32, F32, F32, F32)
 
     def forward(x=x, spec=spec):
-        return native.norm_forward(x, *[None] * 8, spec, store_z=True)
+        return native.norm_forward(NormTensors(x), spec)
 
     with pytest.raises(ValueError, match="y_scale: the CPU kernels store no float8"):
         forward(spec=spec._replace(y_dtype=torch.float8_e4m3fn))
@@ -519,7 +518,7 @@ def test_what_cannot_be_done_is_refused():
         with pytest.raises(ValueError, match="dtypes"):
             forward(spec=spec._replace(**wrong))
     with pytest.raises(IndexError):
-        native.norm_forward(torch.zeros(0, 4, 8), *[None] * 8, spec, store_z=True, stacked=True)
+        native.norm_forward(NormTensors(torch.zeros(0, 4, 8)), spec, stacked=True)
     for stride in ((4, 1), (0, 1), (1, 4)):  # what is read may overlap, what is written may not
         with pytest.raises(ValueError, match="strides"):
             native.reduce_shards(torch.zeros(2, 4, 8), None, torch.zeros(40).as_strided((4, 8), stride))
@@ -536,16 +535,16 @@ def test_layouts_that_kernels_do_not_read_are_copied():
     row_scale = torch.randn(12)[::2]
 
     def both(change):
-        given = [change(t) for t in (x, vectors[0], row_scale, residual, *vectors[1:])]
-        out = native.norm_forward(*given, None, spec, store_z=True, two_norms=True)
-        saved = [change(t) for t in (dy, dy, dy, out.z, out.statistics, row_scale, vectors[1], vectors[3])]
-        return *out, *native.norm_backward(*saved, None, spec, NormWants(*[True] * 7))
+        given = NormTensors(*(change(t) for t in (x, residual, *vectors, row_scale)))
+        out = native.norm_forward(given, spec, NormStores(two_norms=True))
+        saved = (dy, dy, dy, out.z, out.statistics, row_scale, given.weight, given.weight2)
+        return *out, *native.norm_backward(NormGiven(*map(change, saved)), spec, NormWants(*[True] * 7))
 
     for got, expected in zip(both(lambda t: t), both(lambda t: t.contiguous()), strict=True):
         assert torch.equal(got, expected)
     parts = torch.randn(3, 8, 5).mT
     only_z = spec._replace(kind=NormKind.NONE, x_dtype=F32, z_dtype=F32, y_dtype=F32, w_dtype=F32)
-    z = native.norm_forward(parts, *[None] * 8, only_z, store_z=True, stacked=True).z
+    z = native.norm_forward(NormTensors(parts), only_z, stacked=True).z
     assert torch.equal(z, native.reduce_shards(parts.contiguous(), None))
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqpar_kernels.kernels import native, reference
-from seqpar_kernels.kernels.spec import NormKind, NormSpec, NormWants, RowMap
+from seqpar_kernels.kernels import RowMap, native, reference
+from seqpar_kernels.kernels.spec import NormGiven, NormKind, NormSpec, NormStores, NormTensors, NormWants
 
 from ..gpu import sanitize
 from . import cuda_host
@@ -146,12 +146,12 @@ def run(case: Case, host_cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> lis
     weight, bias = vector(case.weight and normed), vector(case.bias and normed)
     weight2, bias2 = vector(case.weight and case.two_norms), vector(case.bias and case.two_norms)
     y_scale = torch.tensor(3.5) if y_dtype == E4M3 else None
-    tensors = (x, x_bias, row_scale, residual, weight, bias, weight2, bias2)
-    options = {"store_z": True, "two_norms": case.two_norms and normed, "stacked": case.shards > 1}
+    tensors = NormTensors(x, residual, weight, bias, weight2, bias2, x_bias, row_scale, y_scale, seed)
+    stores, stacked = NormStores(two_norms=case.two_norms and normed), case.shards > 1
 
-    ours = native.norm_forward(*tensors, seed, spec, **options, y_scale=y_scale)
-    same = reference.norm_forward(*tensors, seed, spec, **options, y_scale=y_scale)
-    oracle = reference.norm_forward(*map(_up, tensors), seed, wide, **options, y_scale=_up(y_scale))
+    ours = native.norm_forward(tensors, spec, stores, stacked=stacked)
+    same = reference.norm_forward(tensors, spec, stores, stacked=stacked)
+    oracle = reference.norm_forward(NormTensors(*map(_up, tensors[:-1]), seed), wide, stores, stacked=stacked)
     for name, a, b, c in zip(ours._fields, ours, same, oracle, strict=True):
         _close(name, a, b, c)
     results = list(ours)
@@ -164,10 +164,10 @@ def run(case: Case, host_cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> lis
     dz = matrix(case.z) if case.dz or (dy is None and dy2 is None) else None
     z = ours.z if normed else None
     wants = NormWants(True, True, normed, normed and case.bias, case.two_norms, case.two_norms, case.x_bias)
-    saved = (z, ours.statistics, row_scale, weight, weight2)
-    grads = native.norm_backward(dy, dy2, dz, *saved, seed, spec, wants)
-    same_grads = reference.norm_backward(dy, dy2, dz, *saved, seed, spec, wants)
-    oracle_grads = reference.norm_backward(*map(_up, (dy, dy2, dz, *saved)), seed, wide, wants)
+    given = NormGiven(dy, dy2, dz, z, ours.statistics, row_scale, weight, weight2, seed)
+    grads = native.norm_backward(given, spec, wants)
+    same_grads = reference.norm_backward(given, spec, wants)
+    oracle_grads = reference.norm_backward(NormGiven(*map(_up, given[:-1]), seed), wide, wants)
     for name, a, b, c in zip(grads._fields, grads, same_grads, oracle_grads, strict=True):
         _close(name, a, b, c)
     poisoned.check()
@@ -363,10 +363,9 @@ def test_mask_is_the_specification(
     mask = reference.dropout_mask(rows, cols, p, at, row_map)
     spec = NormSpec(NormKind.NONE, False, 0.0, p, row_map, x_dtype, z_dtype, x_dtype, x_dtype)
     ones = torch.ones(rows, cols, dtype=x_dtype)
-    z = native.norm_forward(ones, None, None, None, None, None, None, None, at, spec, store_z=True).z
+    z = native.norm_forward(NormTensors(ones, seed=at), spec).z
     assert z is not None and torch.equal(z != 0, mask)
-    saved = (None, None, None, None, None)
-    dx = native.norm_backward(None, None, ones.to(z_dtype), *saved, at, spec, NormWants()).dx
+    dx = native.norm_backward(NormGiven(dz=ones.to(z_dtype), seed=at), spec, NormWants()).dx
     assert dx is not None and torch.equal(dx != 0, mask)
 
 
@@ -377,10 +376,11 @@ def test_no_rows(dtype: torch.dtype, cols: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(native, "torch", PoisonedTorch())
     spec = NormSpec(NormKind.LAYER, False, 1e-5, 0.1, RowMap(0, 0, 0), dtype, dtype, dtype, dtype)
     empty, seed, weight = torch.empty(0, cols, dtype=dtype), torch.tensor(3), torch.ones(cols, dtype=dtype)
-    out = native.norm_forward(empty, weight, None, empty, weight, weight, None, None, seed, spec, store_z=True)
+    out = native.norm_forward(NormTensors(empty, empty, weight, weight, x_bias=weight, seed=seed), spec)
     assert out.y is not None and out.y.shape == (0, cols)
     wants = NormWants(True, True, True, True, True, True, True)
-    grads = native.norm_backward(empty, None, None, empty, out.statistics, None, weight, None, seed, spec, wants)
+    kept = {"z": empty, "statistics": out.statistics, "weight": weight, "seed": seed}
+    grads = native.norm_backward(NormGiven(dy=empty, **kept), spec, wants)
     for grad in grads[2:]:
         assert grad is not None and torch.equal(grad, torch.zeros_like(grad))
 
@@ -439,8 +439,8 @@ def test_float8_saturates_and_keeps_nan(cols: int, x: torch.dtype) -> None:
     z[1, 3] = float("nan")
     spec = NormSpec(NormKind.RMS, False, 1e-5, 0.0, RowMap(5, 0, 0), x, x, E4M3, x)
     for scale in (1.0, 200.0, 1e4):
-        options = {"store_z": False, "y_scale": torch.tensor(scale)}
-        ours, expected = (m.norm_forward(z, *[None] * 8, spec, **options).y.float() for m in (native, reference))
+        given, no_z = NormTensors(z, y_scale=torch.tensor(scale)), NormStores(store_z=False)
+        ours, expected = (m.norm_forward(given, spec, no_z).y.float() for m in (native, reference))
         torch.testing.assert_close(ours, expected, rtol=2**-3, atol=0, equal_nan=True)  # a step apart at most
         assert ours[1].isnan().all() and (ours.nan_to_num().abs() <= 448).all()
     assert (ours[0].abs() == 448).any()
@@ -462,7 +462,7 @@ def test_bad_arguments() -> None:
     spec = NormSpec(NormKind.LAYER, False, 1e-5, 0.0, RowMap(4, 0, 0), F32, F64, F32, F32)
     x = torch.ones(4, 8)
     with pytest.raises(ValueError, match="no kernel for this combination of dtypes"):
-        native.norm_forward(x, None, None, None, None, None, None, None, None, spec, store_z=True)
+        native.norm_forward(NormTensors(x), spec)
     with pytest.raises(ValueError, match="do not fit together"):
         native.reduce_shards(torch.ones(0, 4, 8), None, x)
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE))
 import triton_norm_cases as cases  # noqa: E402
 from interpreted import Interpreted  # noqa: E402
 
-from seqpar_kernels.kernels.spec import NormKind, NormSpec, NormWants, RowMap  # noqa: E402
+from seqpar_kernels.kernels import NormGiven, NormKind, NormSpec, NormStores, NormTensors, NormWants, RowMap  # noqa: E402
 
 F32, BF16, F16, E4M3 = torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn
 
@@ -68,19 +68,17 @@ def _launch(variant: Variant) -> Any:
     if variant.what == "shards":
         return record(triton_norm.reduce_shards, torch.empty(4, rows, cols, dtype=dtype), vector("bias"))[0]
     if variant.what == "forward":
-        return record(
-            triton_norm.norm_forward,
-            torch.empty(variant.shards, rows, cols, dtype=dtype) if variant.shards > 1 else matrix(dtype),
-            vector("x_bias"), None, matrix(z_dtype, "residual" in on), vector("weight"), vector("bias"),
-            vector("weight2"), vector("bias2"), seed, spec, store_z=True, two_norms="norm2" in on,
-            y_scale=torch.ones(1) if variant.y_dtype == E4M3 else None, stacked=variant.shards > 1,
-        )[0]  # fmt: skip
-    launches = record(
-        triton_norm.norm_backward,
-        matrix(dtype), matrix(dtype, "norm2" in on), matrix(z_dtype, "dz" in on), matrix(z_dtype),
-        torch.empty(1 + (variant.kind == NormKind.LAYER), rows), None, vector("weight"), vector("weight2"), seed, spec,
-        NormWants(True, "residual" in on, *(name[1:] in on for name in cases.VECTORS)),
-    )  # fmt: skip
+        x = torch.empty(variant.shards, rows, cols, dtype=dtype) if variant.shards > 1 else matrix(dtype)
+        vectors = {name: vector(name) for name in ("weight", "bias", "weight2", "bias2", "x_bias")}
+        y_scale = torch.ones(1) if variant.y_dtype == E4M3 else None
+        tensors = NormTensors(x, matrix(z_dtype, "residual" in on), **vectors, y_scale=y_scale, seed=seed)
+        stores = NormStores(two_norms="norm2" in on)
+        return record(triton_norm.norm_forward, tensors, spec, stores, stacked=variant.shards > 1)[0]
+    grads = (matrix(dtype), matrix(dtype, "norm2" in on), matrix(z_dtype, "dz" in on))
+    kept = (matrix(z_dtype), torch.empty(1 + (variant.kind == NormKind.LAYER), rows))
+    given = NormGiven(*grads, *kept, None, vector("weight"), vector("weight2"), seed)
+    wants = NormWants(True, "residual" in on, *(name[1:] in on for name in cases.VECTORS))
+    launches = record(triton_norm.norm_backward, given, spec, wants)
     return launches[0 if variant.what == "backward" else 1]
 
 

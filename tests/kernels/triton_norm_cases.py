@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from interpreted import main
 
-from seqpar_kernels.kernels import reference
-from seqpar_kernels.kernels.spec import NormKind, NormOutputs, NormSpec, NormWants, RowMap, dropout_scale
+from seqpar_kernels.kernels import NormOutputs, RowMap, reference
+from seqpar_kernels.kernels.spec import NormGiven, NormKind, NormSpec, NormStores, NormTensors, NormWants, dropout_scale
 
 F32, BF16, F16, F64, E4M3 = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn
 LAYER, RMS, NONE = NormKind.LAYER, NormKind.RMS, NormKind.NONE
@@ -148,24 +148,18 @@ def _within(name: str, ours: Tensor, plain: Tensor, oracle: Tensor) -> None:
     assert worst <= 0, f"{name}: error {error.max():.3e}, allowed {allowed.max():.3e}"
 
 
-def _forward(problem: Problem, inputs: Inputs, **extra: Any) -> tuple[NormSpec, NormOutputs]:
+def _forward(problem: Problem, inputs: Inputs, y_scale: Tensor | None = None) -> tuple[NormSpec, NormOutputs]:
     from seqpar_kernels.kernels import triton_norm
 
-    names = ("x", "x_bias", "row_scale", "residual", "weight", "bias", "weight2", "bias2", "seed")
+    given = {name: inputs[name] for name in NormTensors._fields if name != "y_scale"}
     z_dtype, w_dtype = problem.z_dtype or problem.dtype, problem.w_dtype or problem.dtype
     spec = NormSpec(
         problem.kind, problem.zero_centered, 1e-5, problem.p or 0.0, problem.row_map,
         problem.dtype, z_dtype, problem.y_dtype or problem.dtype, w_dtype,
     )  # fmt: skip
-    two_norms = "norm2" in problem.on.split()
-    outputs = triton_norm.norm_forward(
-        *(inputs[name] for name in names),
-        spec,
-        store_z=problem.store_z,
-        two_norms=two_norms,
-        stacked=problem.shards > 1,
-        **extra,
-    )
+    stores = NormStores(problem.store_z, "norm2" in problem.on.split())
+    tensors = NormTensors(**given, y_scale=y_scale)
+    outputs = triton_norm.norm_forward(tensors, spec, stores, stacked=problem.shards > 1)
     return spec, outputs
 
 
@@ -173,10 +167,10 @@ def _backward(spec: NormSpec, inputs: Inputs, outputs: NormOutputs) -> dict[str,
     from seqpar_kernels.kernels import triton_norm
 
     wants = NormWants(True, inputs["residual"] is not None, *(inputs[name[1:]] is not None for name in VECTORS))
-    given = [inputs[name] for name in ("row_scale", "weight", "weight2", "seed")]
+    given = {name: inputs[name] for name in NormGiven._fields if name not in ("z", "statistics")}
     z = None if spec.kind == NONE else outputs.z
-    arguments = (inputs["dy"], inputs["dy2"], inputs["dz"], z, outputs.statistics, *given, spec, wants)
-    grads, again = (triton_norm.norm_backward(*arguments) for _ in range(2))
+    tensors = NormGiven(**given, z=z, statistics=outputs.statistics)
+    grads, again = (triton_norm.norm_backward(tensors, spec, wants) for _ in range(2))
     for name, first, second in zip(grads._fields, grads, again, strict=True):
         assert first is None or torch.equal(first.nan_to_num(), second.nan_to_num()), f"{name} differs from run to run"
     return {name: t for name, t in grads._asdict().items() if t is not None}
@@ -367,9 +361,8 @@ def _fp8_range() -> None:
     x[1, 5], x[2, 7] = float("nan"), float("inf")
     spec = NormSpec(RMS, False, 1e-5, 0.0, RowMap(4, 0, 0), F32, F32, E4M3, F32)
     for scale in (1.0, 200.0, 1e4, 1e38):
-        tensors = (x, *[None] * 8, spec)
-        options = {"store_z": False, "y_scale": torch.tensor(scale)}
-        ours, expected = (m.norm_forward(*tensors, **options).y.float() for m in (triton_norm, reference))
+        given = (NormTensors(x, y_scale=torch.tensor(scale)), spec, NormStores(store_z=False))
+        ours, expected = (m.norm_forward(*given).y.float() for m in (triton_norm, reference))
         torch.testing.assert_close(ours, expected, rtol=2**-3, atol=0, equal_nan=True)  # a step apart at most
         assert ours[1].isnan().all() and ours[2, 7].isnan() and (ours.nan_to_num().abs() <= 448).all()
     assert (ours[0].abs() == 448).all()

@@ -318,3 +318,16 @@ def indivisible_case() -> None:
 
 def test_sizes_that_do_not_divide(world4: World) -> None:
     world4.run(indivisible_case)
+
+
+def test_old_names_are_taken() -> None:
+    old, new = (
+        sp.TransformerLayer.llama(32, 4, intermediate_size=48, **{name: 5e5}) for name in ("rotary_base", "rope_theta")
+    )
+    assert old.rope_theta == new.rope_theta == old.rotary_base == 5e5 and old.head_size == old.head_dim == 8
+    q = torch.randn(2, 6, 8)
+    given: dict[str, Any] = {"head_size": 4, "rotary_base": 10.0}
+    expected = sp.functional.causal_attention(q, q, q, head_dim=4, rope_theta=10.0)
+    assert torch.equal(sp.functional.causal_attention(q, q, q, **given), expected)
+    with pytest.raises(ValueError, match="head_size: expected head_dim alone, got both"):
+        sp.functional.causal_attention(q, q, q, head_dim=4, **given)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import seqpar_kernels as sp
 from seqpar_kernels.comm.loopback import Loopback
+from seqpar_kernels.kernels import NormTensors
 
 from ..oracle import assert_within_budget
 from ..world import World
@@ -306,13 +307,14 @@ def opcheck_case() -> None:
     x, w, b = (torch.randn(s, requires_grad=True) for s in ((2, 8, K), (N, K), (N,)))
     residual, seed = torch.randn(2, 4, N, requires_grad=True), torch.tensor(5)
     place = (g.group_name, 1, 8, 2, "p2p")
-    scalars = (False, 1e-5, 0.1, 4, 8, 4 * g.rank(), *[torch.float32] * 3, "")
+    scalars = (False, 1e-5, 0.1, 4, 8, 4 * g.rank(), *[torch.float32] * 4, "")
     gate = torch.randn(2, 8, K, requires_grad=True)
-    check(op, (x, w, b, residual, b, b, torch.rand(8), seed, gate, *place, "silu", 1, *scalars))
-    check(op, (x, w, None, residual, b, None, None, None, None, *place, "", 2, *scalars))
-    check(op, (x, w, b, None, None, None, None, seed, None, *place, "gelu", 0, *scalars))
-    local = torch.randn(2, 8, N)
-    check(op, (x, w, b, local, b, b, None, seed, None, "", 1, 8, 1, "single", "", 1, *scalars))
+    everything = NormTensors(x, residual, b, b, x_bias=b, row_scale=torch.rand(8), seed=seed)
+    check(op, (*everything, w, gate, *place, "silu", 1, *scalars))
+    check(op, (*NormTensors(x, residual, b), w, None, *place, "", 2, *scalars))
+    check(op, (*NormTensors(x, x_bias=b, seed=seed), w, None, *place, "gelu", 0, *scalars))
+    alone = NormTensors(x, torch.randn(2, 8, N), b, b, x_bias=b, seed=seed)
+    check(op, (*alone, w, None, "", 1, 8, 1, "single", "", 1, *scalars))
 
 
 def test_opcheck(world2: World) -> None:

@@ -376,7 +376,7 @@ def test_opcheck(dynamic: str) -> None:
     x, r = (torch.randn(2, 5, 16, requires_grad=True) for _ in range(2))
     w, b = (torch.randn(16, requires_grad=True) for _ in range(2))
     seed = torch.tensor(5)
-    rest = (1, False, 1e-5, 0.3, 10, 0, 0, *[torch.float32] * 3, "")
+    rest = (1, False, 1e-5, 0.3, 10, 0, 0, *[torch.float32] * 4, "")
     if dynamic == "x":
         args: tuple[Any, ...] = (x, None, w, *[None] * 7, False, False, *rest)
     else:
@@ -396,7 +396,6 @@ def test_opcheck(dynamic: str) -> None:
             None,
             seed,
             [True] * 4 + [False] * 2 + [True],
-            torch.float32,
             *rest,
         ),
     )
