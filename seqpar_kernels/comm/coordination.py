@@ -24,7 +24,7 @@ from . import alive, protocol
 from .protocol import DONE, HINT, LEFT, MOST_GENERATIONS, MOST_KINDS, RUNNING, STUCK, WAITING, Register, Ticket
 from .steps import Transfer
 
-__all__ = ["PATIENCE_SECONDS", "Agreement", "Ticket", "agreement_of", "checked_together", "failure"]
+__all__ = ["PATIENCE_SECONDS", "Agreement", "Ticket", "agreement_of", "checked_together", "failure", "group_gone"]
 
 # A rank that refused a call which is no step may have caught its error and be on its way: so long its peers wait.
 _GRACE_SECONDS = 2.0
@@ -81,12 +81,17 @@ class Agreement:
                         self._step += 1
                         return Ticket(signature, self._epoch, self._step, self._generation, kind)
         except BaseException:
-            self._release()
+            self.end()
             raise
 
     def end(self) -> None:
-        """The step that was begun last has succeeded."""
-        self._release()
+        """The step that was begun last is over."""
+        if self._nested:
+            self._nested -= 1
+            return
+        self._caller = None
+        if self._calls.locked():
+            self._calls.release()
 
     def give_up(self, ticket: Ticket, error: BaseException) -> None:
         """The step of ``ticket`` has failed: peers that wait for this rank hear why, and the epoch is over."""
@@ -95,7 +100,7 @@ class Agreement:
             self.note_break(ticket, reason)
             _mark_told(error)
         finally:
-            self._release()
+            self.end()
 
     def require(self, signature: str) -> None:
         """Return when every rank is about to do what ``signature`` says; asks once an epoch. No step by itself.
@@ -403,14 +408,6 @@ class Agreement:
         _mark_told(error)
         raise error
 
-    def _release(self) -> None:
-        if self._nested:
-            self._nested -= 1
-            return
-        self._caller = None
-        if self._calls.locked():
-            self._calls.release()
-
 
 def _timeout_of(group: ProcessGroup) -> timedelta:
     """The group's own time-out; a subgroup may have another than the world."""
@@ -429,6 +426,11 @@ def _timeout_of(group: ProcessGroup) -> timedelta:
 def agreement_of(group: ProcessGroup) -> Agreement:
     """The one Agreement of ``group`` in this process."""
     return Agreement(group)
+
+
+def group_gone(signature: str) -> RuntimeError:
+    """The error of a call whose group nobody holds any more."""
+    return RuntimeError(f"{signature}: its process group is gone; hold the group for as long as it is used")
 
 
 def failure(rank: int, ticket: Ticket, doing: str, transfer: Transfer, cause: str) -> RuntimeError:

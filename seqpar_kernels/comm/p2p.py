@@ -6,6 +6,8 @@ With NCCL the send and the receive of one post are one coalesced group, in the s
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -14,10 +16,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..caches import per_group
-from .coordination import Ticket, agreement_of, failure
+from .coordination import Ticket, agreement_of, failure, group_gone
 from .steps import Transfer
 from .transport import Message, Room
-from .watchdog import Doing, Watch, watch_of
+from .watchdog import Blocked, Doing, Watch, watch_of
 
 _SMALL_BYTES = 1 << 16
 
@@ -34,13 +36,24 @@ def _on_nccl(group: ProcessGroup) -> bool:
 
 
 class P2PTransport:
-    """Chunks over ``torch.distributed.batch_isend_irecv`` within ``group``."""
+    """Chunks over point-to-point messages of torch.distributed within ``group``."""
 
     def __init__(self, group: ProcessGroup):
-        self._group = group
+        self._group = weakref.ref(group)  # a transport is kept as long as its group
+        self.agreement = agreement_of(group)
 
     def session(self, signature: str, room: Room) -> P2PSession:
-        return P2PSession(self._group, agreement_of(self._group).begin(signature))
+        group = self._group()
+        if group is None:
+            raise group_gone(signature)
+        return P2PSession(self, group, self.agreement.begin(signature))
+
+    @functools.cached_property
+    def watch(self) -> Watch:
+        """Looks after waits on a CPU."""
+        group = self._group()
+        assert group is not None  # a session holds it
+        return watch_of(group)
 
 
 class P2PSession:
@@ -51,9 +64,9 @@ class P2PSession:
     a wrong result.
     """
 
-    def __init__(self, group: ProcessGroup, ticket: Ticket):
-        self._group = group
-        self._ticket = ticket
+    def __init__(self, transport: P2PTransport, group: ProcessGroup, ticket: Ticket):
+        self._transport, self._group, self._ticket = transport, group, ticket
+        self._agreement = transport.agreement
         self._watch: Watch | None = None
         self._doubtful = False  # the peers were told of a wait: a dummy may come
         self._arrivals: dict[Transfer, tuple[Message, dist.Work]] = {}
@@ -68,34 +81,41 @@ class P2PSession:
             return
         group, tag = self._group, self._ticket.tag
         first = (sends or receives)[0]
-        # Receives first: gloo tells the sender that it is ready, and that message must not queue behind our own data.
-        # Where that is little, sends first: a peer that is told to send while its own thread is about to locks it out.
-        small = first.buffer.nbytes <= _SMALL_BYTES
         try:
-            if first.buffer.is_cpu:  # nothing is coalesced there, and half of the time would go into finding that out
-                self._watch = watch_of(group)
-                leaving = [group.send([m.buffer], m.transfer.target, tag) for m in sends] if small else []
-                works = [group.recv([m.buffer], m.transfer.source, tag) for m in receives]
-                works += leaving or [group.send([m.buffer], m.transfer.target, tag) for m in sends]
-            else:
+            if not first.buffer.is_cpu:
                 ops = [dist.P2POp(dist.irecv, m.buffer, None, group, tag, m.transfer.source) for m in receives]
                 ops += [dist.P2POp(dist.isend, m.buffer, None, group, tag, m.transfer.target) for m in sends]
                 works = dist.batch_isend_irecv(ops)
                 if len(works) != len(ops):  # coalesced: one work stands for the whole post
                     works = works[:1] * len(ops)
+                self._arrivals.update((m.transfer, (m, work)) for m, work in zip(receives, works, strict=False))
+                self._departures += zip(sends, works[len(receives) :], strict=True)
+                return
+            # Nothing is coalesced on a CPU, and half of the time would go into finding that out.
+            self._watch = self._transport.watch
+            # Receives first: gloo tells the sender that it is ready, and that message must not queue behind our own
+            # data. Where that is little, sends first: a peer that is told to send while its own thread is about to
+            # locks it out.
+            small = first.buffer.nbytes <= _SMALL_BYTES
+            if small:
+                for m in sends:
+                    self._departures.append((m, group.send([m.buffer], m.transfer.target, tag)))
+            for m in receives:
+                self._arrivals[m.transfer] = m, group.recv([m.buffer], m.transfer.source, tag)
+            if not small:
+                for m in sends:
+                    self._departures.append((m, group.send([m.buffer], m.transfer.target, tag)))
         except RuntimeError as error:
             raise self._failure("posting", first.transfer, error) from error
-        self._arrivals.update((m.transfer, (m, work)) for m, work in zip(receives, works, strict=False))
-        self._departures += zip(sends, works[len(receives) :], strict=True)
 
-    def all_gather(self, whole: Tensor, own: Tensor) -> bool:
-        if not gathers_itself(self._group, own.device.type):
-            return False
+    def gathers_itself(self, device_type: str) -> bool:
+        return gathers_itself(self._group, device_type)
+
+    def all_gather(self, whole: Tensor, own: Tensor) -> None:
         try:
             self._gathering = dist.all_gather_into_tensor(whole, own, self._group, async_op=True)
         except RuntimeError as error:
             raise self._gather_failure(error) from error
-        return True
 
     def all_gathered(self) -> None:
         assert self._gathering is not None
@@ -125,34 +145,34 @@ class P2PSession:
     def abort(self, error: BaseException) -> None:
         if self._watch is not None:  # the backend may still read and write what lies in unfinished works
             self._watch.abandoned += [*self._arrivals.values(), *self._departures]
-        agreement_of(self._group).give_up(self._ticket, error)
+        self._agreement.give_up(self._ticket, error)
 
     def _wait(self, message: Message, work: dist.Work, doing: Doing) -> None:
         """On CPU until the bytes have moved; on CUDA until the current stream will wait for them."""
         transfer, watch = message.transfer, self._watch
-        peer = transfer.source if doing == "receiving" else transfer.target
         try:
             if watch is None:
                 work.wait()
                 return
-            watch.begin(self._ticket, doing, peer, message.buffer.nbytes)
+            peer = transfer.source if doing == "receiving" else transfer.target
+            watch.blocked = Blocked(self._ticket, doing, peer, message.buffer.nbytes)
             try:
                 work.wait()
             finally:
-                self._doubtful |= watch.end(agreement_of(self._group))
+                self._doubtful |= watch.end(self._agreement)
         except RuntimeError as error:
             raise self._failure(doing, transfer, error) from error
         if self._doubtful:
-            void = agreement_of(self._group).void(self._ticket)
+            void = self._agreement.void(self._ticket)
             if void is not None:
                 raise failure(self._group.rank(), self._ticket, doing, transfer, void)
 
     def finish(self) -> None:
         self.drain()
-        agreement_of(self._group).end()
+        self._agreement.end()
 
     def _failure(self, doing: str, transfer: Transfer, error: RuntimeError) -> RuntimeError:
-        agreement = agreement_of(self._group)
+        agreement = self._agreement
         peer = transfer.source if doing == "receiving" else transfer.target
         cause = f"{agreement.diagnose(peer)}. {type(error).__name__}: {error}"
         failed = failure(self._group.rank(), self._ticket, doing, transfer, cause)

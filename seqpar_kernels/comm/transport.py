@@ -72,11 +72,11 @@ class Session(Protocol):
     def post(self, sends: list[Message], receives: list[Message]) -> None:
         """Start moving; buffers of sends must stay as they are until :meth:`drain` or :meth:`finish`."""
 
-    def all_gather(self, whole: Tensor, own: Tensor) -> bool:
-        """Start the backend's own all-gather of ``own`` [n], alike in size, into ``whole`` [ranks * n].
+    def gathers_itself(self, device_type: str) -> bool:
+        """Whether the backend has an all-gather of its own that is better than messages. Alike on every rank."""
 
-        False on every rank where there is none that is better than messages: nothing has been done then.
-        """
+    def all_gather(self, whole: Tensor, own: Tensor) -> None:
+        """Start that all-gather of ``own`` [n], alike in size, into ``whole`` [ranks * n]."""
 
     def all_gathered(self) -> None:
         """Return when what :meth:`all_gather` has started has come (on CUDA: when the current stream may use it)."""

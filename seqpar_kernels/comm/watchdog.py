@@ -47,7 +47,8 @@ class Watch:
     def __init__(self, group: ProcessGroup, *, thread: bool = True):
         #: Works that will never be waited for, and their buffers.
         self.abandoned: list[object] = []
-        self._blocked: Blocked | None = None
+        #: What this rank waits for; set before the wait. :meth:`end` ends it.
+        self.blocked: Blocked | None = None
         self._ending = threading.Lock()  # a wait is told of, or has ended
         self._told = 0
         self._freed: dict[int, int] = {}  # of each rank, the number of the last wait that was ended
@@ -56,14 +57,10 @@ class Watch:
         if thread:
             threading.Thread(target=_watch, args=(weakref.ref(group),), daemon=True, name="seqpar-watch").start()
 
-    def begin(self, ticket: Ticket, doing: Doing, peer: int, nbytes: int) -> None:
-        """This rank is about to wait."""
-        self._blocked = Blocked(ticket, doing, peer, nbytes)
-
     def end(self, agreement: Agreement) -> bool:
         """The wait has ended. Whether it was told of, so that a dummy may have ended it or may yet come."""
         with self._ending:
-            blocked, self._blocked = self._blocked, None
+            blocked, self.blocked = self.blocked, None
         if blocked is None or not blocked.number:
             return False
         with contextlib.suppress(Exception):
@@ -73,7 +70,7 @@ class Watch:
     def look(self, group: ProcessGroup, agreement: Agreement) -> bool:
         """What the thread does each time. Whether there is more to look after soon."""
         with self._ending:
-            blocked = self._blocked
+            blocked = self.blocked
             late = blocked is not None and time.monotonic() - blocked.since > PATIENCE_SECONDS
             if blocked is not None and late:
                 if not blocked.number:

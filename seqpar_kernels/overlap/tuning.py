@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from ..caches import Remembered, per_group
 from ..comm.coordination import agreement_of
 from ..comm.topology import on_one_host
 from ..layout import Group, resolve_group
@@ -34,6 +35,12 @@ _MESSAGE_BYTES = 2**18
 _PIECES = 16
 _ROWS_AND_WIDTH = {"cpu": (512, 2048), "cuda": (1024, 8192)}
 _PIECE_ROWS = 64
+
+
+@per_group
+def planned_calls(group: ProcessGroup) -> Remembered[tuple[Any, ...], Any]:
+    """Calls on ``group`` that have been planned with its figures, for who looks them up; forgotten when they change."""
+    return Remembered()
 
 
 def figures_of(group: ProcessGroup) -> Mapping[str, Figures]:
@@ -125,6 +132,7 @@ def tune(group: Group = None, *, device: str | torch.device | None = None) -> Fi
     dist.broadcast_object_list(answer, group_src=0, group=pg)
     assert answer[0] is not None
     figures = _known[pg][kind] = Figures.from_json(answer[0])
+    planned_calls(pg).clear()
     return figures
 
 
