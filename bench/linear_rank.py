@@ -111,9 +111,13 @@ def planned(case: LinearCase, group: dist.ProcessGroup) -> dict[str, Any]:
 
     with torch.no_grad():
         if case.op == OPS[0]:
-            settled = functional.planned_all_gather_linear(case.x, case.weight, None, group, -2, None, "auto", None)[1]
+            settled = functional.checked_all_gather_linear(case.x, case.weight, None, group, -2, None, "auto", None)[
+                0
+            ].plan
         else:
-            settled = functional.planned_linear_reduce_scatter(case.x, case.weight, None, group, -2, None, "auto")[1]
+            settled = functional.checked_linear_reduce_scatter(case.x, case.weight, None, group, -2, None, "auto")[
+                0
+            ].plan
     return {"engine": settled.engine, "chunks": settled.chunks}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from seqpar_kernels.overlap.engines import plan
-from seqpar_kernels.overlap.machine_profile import Figures, default_figures
+from seqpar_kernels.overlap.machine_profile import MachineProfile, default_profile
 from seqpar_kernels.overlap.planner import Work, estimate
 
 from .errors import BenchError
@@ -35,12 +35,12 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True)
 class Fit:
-    """Figures of one machine and dtype, and how many rows each of the fitted ones comes from."""
+    """MachineProfile of one machine and dtype, and how many rows each of the fitted ones comes from."""
 
     machine: str
     dtype: str
     threads: int
-    figures: Figures
+    figures: MachineProfile
     sources: dict[str, str]
 
 
@@ -77,7 +77,7 @@ def fit(rows: Sequence[Row], folder: Path, message_seconds: float | None = None)
     rate = statistics.median((row.flops or 0) / seconds(row) for row in rated)
     memory = statistics.median((row.bytes or 0) / seconds(row) for row in copies) / 2  # a weight is read, not written
     call = piece_seconds(wholes, cuts, memory)
-    defaults = default_figures(device)
+    defaults = default_profile(device)
     message = defaults.message_seconds if message_seconds is None else message_seconds
     width = DTYPES[dtype].itemsize
     figures = defaults._replace(

@@ -32,17 +32,20 @@ _making = threading.RLock()
 
 
 def per_group(make: Callable[[ProcessGroup], T]) -> Callable[[ProcessGroup], T]:
-    """``make`` with one result for each group of this process, kept as long as the group."""
-    made: weakref.WeakKeyDictionary[ProcessGroup, T] = weakref.WeakKeyDictionary()
+    """``make(group)``, once for each group of this process; forgotten with the group."""
+    made: dict[weakref.ref[ProcessGroup], T] = {}  # a WeakKeyDictionary's look-up takes three times as long
+
+    def forget(gone: weakref.ref[ProcessGroup]) -> None:
+        made.pop(gone, None)
 
     @functools.wraps(make)
     def of(group: ProcessGroup) -> T:
-        found = made.get(group)
+        found = made.get(weakref.ref(group))
         if found is None:
             with _making:  # two threads may come at once
-                found = made.get(group)
+                found = made.get(weakref.ref(group))
                 if found is None:
-                    found = made[group] = make(group)
+                    found = made[weakref.ref(group, forget)] = make(group)
         return found
 
     return of

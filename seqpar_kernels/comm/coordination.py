@@ -25,7 +25,7 @@ from . import alive, protocol
 from .protocol import DONE, HINT, LEFT, MOST_GENERATIONS, MOST_KINDS, RUNNING, STUCK, WAITING, Register, Ticket
 from .steps import Transfer
 
-__all__ = ["PATIENCE_SECONDS", "Coordination", "Ticket", "checked_together", "coordination_of", "failure"]
+__all__ = ["PATIENCE_SECONDS", "Coordination", "Ticket", "checked_together", "coordination_of", "failure", "group_gone"]
 
 # How long peers wait for a rank that refused a call which is no step: it may have caught the error and come later.
 _GRACE_SECONDS = 2.0
@@ -82,12 +82,17 @@ class Coordination:
                         self._step += 1
                         return Ticket(signature, self._epoch, self._step, self._generation, kind)
         except BaseException:
-            self._release()
+            self.end()
             raise
 
     def end(self) -> None:
         """Note that the current step has succeeded."""
-        self._release()
+        if self._nested:
+            self._nested -= 1
+            return
+        self._caller = None
+        if self._calls.locked():
+            self._calls.release()
 
     def give_up(self, ticket: Ticket, error: BaseException) -> None:
         """Note that the step of ``ticket`` has failed: publish ``error`` for the peers, and leave the epoch."""
@@ -96,7 +101,7 @@ class Coordination:
             self.note_break(ticket, reason)
             _mark_told(error)
         finally:
-            self._release()
+            self.end()
 
     def require(self, signature: str) -> None:
         """Return when all ranks have published ``signature``; they compare it once an epoch. This is no step.
@@ -408,14 +413,6 @@ class Coordination:
         _mark_told(error)
         raise error
 
-    def _release(self) -> None:
-        if self._nested:
-            self._nested -= 1
-            return
-        self._caller = None
-        if self._calls.locked():
-            self._calls.release()
-
 
 def _timeout_of(group: ProcessGroup) -> timedelta:
     """The group's own time-out, which may differ from that of the default group."""
@@ -436,7 +433,9 @@ def coordination_of(group: ProcessGroup) -> Coordination:
     return Coordination(group)
 
 
-agreement_of = coordination_of  # the former name, until its last callers in convert, functional and bench have changed
+def group_gone(signature: str) -> RuntimeError:
+    """The error of a call whose group nobody holds any more."""
+    return RuntimeError(f"{signature}: its process group is gone; hold the group for as long as it is used")
 
 
 def failure(rank: int, ticket: Ticket, doing: str, transfer: Transfer, cause: str) -> RuntimeError:

@@ -20,6 +20,7 @@ import itertools
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from torch._C._distributed_c10d import _register_process_group, _unregister_proc
 from torch.distributed import ProcessGroup
 
 from ..random import own_generator
-from .coordination import PATIENCE_SECONDS, Ticket, coordination_of, failure
+from .coordination import PATIENCE_SECONDS, Ticket, coordination_of, failure, group_gone
 from .steps import Transfer
 from .transport import Message, Room
 
@@ -332,10 +333,13 @@ class LoopbackTransport:
     """Moves messages between the virtual ranks of one :class:`Loopback`."""
 
     def __init__(self, group: LoopbackGroup):
-        self._group = group
+        self._group = weakref.ref(group)  # a transport is kept as long as its group
 
     def session(self, signature: str, room: Room) -> LoopbackSession:
-        return LoopbackSession(self._group, coordination_of(self._group).begin(signature))
+        group = self._group()
+        if group is None:
+            raise group_gone(signature)
+        return LoopbackSession(group, coordination_of(group).begin(signature))
 
 
 class LoopbackSession:
@@ -355,8 +359,11 @@ class LoopbackSession:
         for message in sends:
             self._bring(message.transfer, message.buffer, None)
 
-    def all_gather(self, whole: Tensor, own: Tensor) -> bool:
+    def gathers_itself(self, device_type: str) -> bool:
         return False
+
+    def all_gather(self, whole: Tensor, own: Tensor) -> None:
+        raise NotImplementedError("virtual ranks have no all-gather of their own")
 
     def all_gathered(self) -> None:
         """Nothing was started."""

@@ -1,11 +1,13 @@
-"""The transport over point-to-point messages of torch.distributed, on any backend that has them (gloo, NCCL).
+"""The first transport: torch.distributed point-to-point, on any backend it has (gloo and NCCL at least).
 
-gloo moves bytes in threads of its own, NCCL in kernels on a stream of its own, so both run beside the matmul. With NCCL
-the sends and receives of one post are one coalesced group, in the same order on all ranks.
+gloo moves bytes with threads of its own, NCCL with kernels on a stream of its own, so either runs beside the matmul.
+With NCCL the send and the receive of one post are one coalesced group, in the same order on all ranks.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -14,16 +16,16 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..caches import per_group
-from .coordination import Ticket, coordination_of, failure
+from .coordination import Ticket, coordination_of, failure, group_gone
 from .steps import Transfer
 from .transport import Message, Room
-from .watchdog import Doing, Watchdog, watchdog_of
+from .watchdog import Blocked, Doing, Watchdog, watchdog_of
 
 _SMALL_BYTES = 1 << 16
 
 
 def gathers_itself(group: ProcessGroup, device_type: str) -> bool:
-    """Whether the backend's own all-gather beats messages: NCCL's is built for the links between the devices."""
+    """Whether the backend's own all-gather is better than messages: NCCL's uses what joins the devices, gloo's not."""
     return device_type == "cuda" and _on_nccl(group)
 
 
@@ -34,27 +36,39 @@ def _on_nccl(group: ProcessGroup) -> bool:
 
 
 class P2PTransport:
-    """Chunks over ``torch.distributed.batch_isend_irecv`` within ``group``."""
+    """Chunks over point-to-point messages of torch.distributed within ``group``."""
 
     def __init__(self, group: ProcessGroup):
-        self._group = group
+        self._group = weakref.ref(group)  # a transport is kept as long as its group
+        self.coordination = coordination_of(group)
 
     def session(self, signature: str, room: Room) -> P2PSession:
-        return P2PSession(self._group, coordination_of(self._group).begin(signature))
+        group = self._group()
+        if group is None:
+            raise group_gone(signature)
+        return P2PSession(self, group, self.coordination.begin(signature))
+
+    @functools.cached_property
+    def watchdog(self) -> Watchdog:
+        """Looks after waits on a CPU."""
+        group = self._group()
+        assert group is not None  # a session holds it
+        return watchdog_of(group)
 
 
 class P2PSession:
-    """The works of one op, by transfer.
+    """One op's works, by transfer.
 
-    The tag of a message encodes step and signature. Where the backend matches tags (gloo), a receive never takes a
-    message of another op: a mismatch is an error on both sides, never an abort of the process or a wrong result.
+    The tag tells the step and what was agreed on for it: where tags are matched (gloo), messages of ops that do not
+    belong together never meet, so that a mismatch ends in an error on both sides, not in an abort of the process or in
+    a wrong result.
     """
 
-    def __init__(self, group: ProcessGroup, ticket: Ticket):
-        self._group = group
-        self._ticket = ticket
+    def __init__(self, transport: P2PTransport, group: ProcessGroup, ticket: Ticket):
+        self._transport, self._group, self._ticket = transport, group, ticket
+        self._coordination = transport.coordination
         self._watchdog: Watchdog | None = None
-        self._doubtful = False  # a wait of this op was published, so that a dummy may come
+        self._doubtful = False  # the peers were told of a wait: a dummy may come
         self._arrivals: dict[Transfer, tuple[Message, dist.Work]] = {}
         self._departures: list[tuple[Message, dist.Work]] = []  # a buffer must outlive its send
         self._gathering: dist.Work | None = None
@@ -67,34 +81,41 @@ class P2PSession:
             return
         group, tag = self._group, self._ticket.tag
         first = (sends or receives)[0]
-        # Receives first: gloo tells the sender that the receiver is ready, and this must not queue behind our own data.
-        # Small messages are sent first: a ready notice that arrives while the peer posts its send would block the post.
-        small = first.buffer.nbytes <= _SMALL_BYTES
         try:
-            if first.buffer.is_cpu:  # batch_isend_irecv coalesces nothing on a CPU and takes twice as long
-                self._watchdog = watchdog_of(group)
-                leaving = [group.send([m.buffer], m.transfer.target, tag) for m in sends] if small else []
-                works = [group.recv([m.buffer], m.transfer.source, tag) for m in receives]
-                works += leaving or [group.send([m.buffer], m.transfer.target, tag) for m in sends]
-            else:
+            if not first.buffer.is_cpu:
                 ops = [dist.P2POp(dist.irecv, m.buffer, None, group, tag, m.transfer.source) for m in receives]
                 ops += [dist.P2POp(dist.isend, m.buffer, None, group, tag, m.transfer.target) for m in sends]
                 works = dist.batch_isend_irecv(ops)
                 if len(works) != len(ops):  # coalesced: one work stands for the whole post
                     works = works[:1] * len(ops)
+                self._arrivals.update((m.transfer, (m, work)) for m, work in zip(receives, works, strict=False))
+                self._departures += zip(sends, works[len(receives) :], strict=True)
+                return
+            # Nothing is coalesced on a CPU, and half of the time would go into finding that out.
+            self._watchdog = self._transport.watchdog
+            # Receives first: gloo tells the sender that it is ready, and that message must not queue behind our own
+            # data. Where that is little, sends first: a peer that is told to send while its own thread is about to
+            # locks it out.
+            small = first.buffer.nbytes <= _SMALL_BYTES
+            if small:
+                for m in sends:
+                    self._departures.append((m, group.send([m.buffer], m.transfer.target, tag)))
+            for m in receives:
+                self._arrivals[m.transfer] = m, group.recv([m.buffer], m.transfer.source, tag)
+            if not small:
+                for m in sends:
+                    self._departures.append((m, group.send([m.buffer], m.transfer.target, tag)))
         except RuntimeError as error:
             raise self._failure("posting", first.transfer, error) from error
-        self._arrivals.update((m.transfer, (m, work)) for m, work in zip(receives, works, strict=False))
-        self._departures += zip(sends, works[len(receives) :], strict=True)
 
-    def all_gather(self, whole: Tensor, own: Tensor) -> bool:
-        if not gathers_itself(self._group, own.device.type):
-            return False
+    def gathers_itself(self, device_type: str) -> bool:
+        return gathers_itself(self._group, device_type)
+
+    def all_gather(self, whole: Tensor, own: Tensor) -> None:
         try:
             self._gathering = dist.all_gather_into_tensor(whole, own, self._group, async_op=True)
         except RuntimeError as error:
             raise self._gather_failure(error) from error
-        return True
 
     def all_gathered(self) -> None:
         assert self._gathering is not None
@@ -109,7 +130,7 @@ class P2PSession:
         return RuntimeError(f"{where} {self._group.rank()}; {type(error).__name__}: {error}")
 
     def takes_receives_early(self, device_type: str) -> bool:
-        # Works on a CPU are independent. NCCL runs them on one stream, where an early receive blocks later sends.
+        # On a CPU works are independent of one another; NCCL's stream would wait in such a receive and send nothing.
         return device_type == "cpu"
 
     def wait(self, transfer: Transfer) -> None:
@@ -122,36 +143,36 @@ class P2PSession:
         self._departures.clear()
 
     def abort(self, error: BaseException) -> None:
-        if self._watchdog is not None:  # the backend may still use the buffers of unfinished works
+        if self._watchdog is not None:  # the backend may still read and write what lies in unfinished works
             self._watchdog.abandoned += [*self._arrivals.values(), *self._departures]
-        coordination_of(self._group).give_up(self._ticket, error)
+        self._coordination.give_up(self._ticket, error)
 
     def _wait(self, message: Message, work: dist.Work, doing: Doing) -> None:
-        """Block until the bytes have moved (CPU), or until the current stream waits for them (CUDA)."""
+        """On CPU until the bytes have moved; on CUDA until the current stream will wait for them."""
         transfer, watchdog = message.transfer, self._watchdog
-        peer = transfer.source if doing == "receiving" else transfer.target
         try:
             if watchdog is None:
                 work.wait()
                 return
-            watchdog.begin(self._ticket, doing, peer, message.buffer.nbytes)
+            peer = transfer.source if doing == "receiving" else transfer.target
+            watchdog.blocked = Blocked(self._ticket, doing, peer, message.buffer.nbytes)
             try:
                 work.wait()
             finally:
-                self._doubtful |= watchdog.end(coordination_of(self._group))
+                self._doubtful |= watchdog.end(self._coordination)
         except RuntimeError as error:
             raise self._failure(doing, transfer, error) from error
         if self._doubtful:
-            void = coordination_of(self._group).void(self._ticket)
+            void = self._coordination.void(self._ticket)
             if void is not None:
                 raise failure(self._group.rank(), self._ticket, doing, transfer, void)
 
     def finish(self) -> None:
         self.drain()
-        coordination_of(self._group).end()
+        self._coordination.end()
 
     def _failure(self, doing: str, transfer: Transfer, error: RuntimeError) -> RuntimeError:
-        coordination = coordination_of(self._group)
+        coordination = self._coordination
         peer = transfer.source if doing == "receiving" else transfer.target
         cause = f"{coordination.diagnose(peer)}. {type(error).__name__}: {error}"
         failed = failure(self._group.rank(), self._ticket, doing, transfer, cause)

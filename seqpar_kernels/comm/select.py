@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from torch.distributed import ProcessGroup
 
+from ..caches import per_group
 from . import symm_mem
 from .loopback import LoopbackGroup, LoopbackTransport
 from .p2p import P2PTransport
 from .transport import Transport
 
 
+@per_group
 def messages(group: ProcessGroup) -> Transport:
-    """Point-to-point messages of torch.distributed; for virtual ranks, copies between them."""
+    """Point-to-point messages of torch.distributed; for virtual ranks, copies. One transport for each group."""
     return LoopbackTransport(group) if isinstance(group, LoopbackGroup) else P2PTransport(group)
 
 

@@ -259,8 +259,11 @@ class SymmMemSession:
             transport.watchdog.add(arrival, self._ticket, "receiving", transfer)
             self._sources[transfer.source] = transfer
 
-    def all_gather(self, whole: Tensor, own: Tensor) -> bool:
+    def gathers_itself(self, device_type: str) -> bool:
         return False
+
+    def all_gather(self, whole: Tensor, own: Tensor) -> None:
+        raise NotImplementedError("symmetric memory has no all-gather of its own")
 
     def all_gathered(self) -> None:
         """Nothing was started."""

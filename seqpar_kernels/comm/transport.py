@@ -74,12 +74,11 @@ class Session(Protocol):
     def post(self, sends: list[Message], receives: list[Message]) -> None:
         """Start these messages. Buffers of sends must not change until :meth:`drain` or :meth:`finish`."""
 
-    def all_gather(self, whole: Tensor, own: Tensor) -> bool:
-        """Start the backend's own all-gather of ``own`` [n], of one size on all ranks, into ``whole`` [ranks * n].
+    def gathers_itself(self, device_type: str) -> bool:
+        """Whether the backend has an all-gather of its own that is better than messages. Alike on all ranks."""
 
-        Returns:
-            bool: False, on every rank, where the backend has none that is better than messages. Nothing was started.
-        """
+    def all_gather(self, whole: Tensor, own: Tensor) -> None:
+        """Start that all-gather of ``own`` [n], of one size on all ranks, into ``whole`` [ranks * n]."""
 
     def all_gathered(self) -> None:
         """Return when the all-gather that was started is done (on CUDA: when the current stream may use the result)."""

@@ -48,7 +48,8 @@ class Watchdog:
     def __init__(self, group: ProcessGroup, *, thread: bool = True):
         #: Works that nobody waits for after a fault, and their buffers: the backend may still use these.
         self.abandoned: list[object] = []
-        self._blocked: Blocked | None = None
+        #: What this rank waits for; set before the wait. :meth:`end` ends it.
+        self.blocked: Blocked | None = None
         self._ending = threading.Lock()  # held while a wait is published or ends, so that one excludes the other
         self._told = 0
         self._freed: dict[int, int] = {}  # rank -> number of its last wait that this rank ended by a dummy
@@ -57,10 +58,6 @@ class Watchdog:
         if thread:
             threading.Thread(target=_watchdog, args=(weakref.ref(group),), daemon=True, name="seqpar-watchdog").start()
 
-    def begin(self, ticket: Ticket, doing: Doing, peer: int, nbytes: int) -> None:
-        """Note that this rank starts to wait."""
-        self._blocked = Blocked(ticket, doing, peer, nbytes)
-
     def end(self, coordination: Coordination) -> bool:
         """Note that the wait has ended.
 
@@ -68,7 +65,7 @@ class Watchdog:
             bool: whether the wait was published, so that a dummy may have ended it or may still come.
         """
         with self._ending:
-            blocked, self._blocked = self._blocked, None
+            blocked, self.blocked = self.blocked, None
         if blocked is None or not blocked.number:
             return False
         with contextlib.suppress(Exception):
@@ -78,7 +75,7 @@ class Watchdog:
     def look(self, group: ProcessGroup, coordination: Coordination) -> bool:
         """One pass of the watchdog thread; returns whether the next pass should come soon."""
         with self._ending:
-            blocked = self._blocked
+            blocked = self.blocked
             late = blocked is not None and time.monotonic() - blocked.since > PATIENCE_SECONDS
             if blocked is not None and late:
                 if not blocked.number:

@@ -10,7 +10,7 @@ from torch import nn
 from ..kernels import choice
 from ..nn import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
 from ..overlap import engines
-from ..overlap.tuning import figures_of
+from ..overlap.tuning import profile_of
 from ..strict import refuse, strict_enabled
 from .conversion import Conversion, conversion_of
 from .explanation import Explanation, Row
@@ -49,7 +49,7 @@ def explain(model: nn.Module) -> Explanation:
     title += f"gradients of {count} replicated parameters "
     title += "need no sum" if region.group is None else "are summed in one exchange a backward"
     if region.group is not None:
-        title += f"\nplanned with {figures_of(region.group)['cpu' if device.type == 'cpu' else 'cuda'].source}"
+        title += f"\nplanned with {profile_of(region.group)['cpu' if device.type == 'cpu' else 'cuda'].source}"
     if conversion.context is not None:
         title += f"\n{conversion.context.explained()}"
         rows += tuple(

@@ -5,9 +5,9 @@ from .decode_attention import decode_attention
 from .linear import (
     NormRecipe,
     all_gather_linear,
+    checked_all_gather_linear,
+    checked_linear_reduce_scatter,
     linear_reduce_scatter,
-    planned_all_gather_linear,
-    planned_linear_reduce_scatter,
 )
 from .linear_norm import (
     linear_reduce_scatter_dropout_add_norm,
@@ -41,6 +41,8 @@ __all__ = [
     "all_gather_linear",
     "attention_choice",
     "causal_attention",
+    "checked_all_gather_linear",
+    "checked_linear_reduce_scatter",
     "copy_to_tensor_parallel",
     "decode_attention",
     "degree_groups",
@@ -59,8 +61,6 @@ __all__ = [
     "next_token_labels",
     "pack_documents",
     "packed_attention",
-    "planned_all_gather_linear",
-    "planned_linear_reduce_scatter",
     "planned_linear_reduce_scatter_dropout_add_norm",
     "reduce_from_tensor_parallel",
     "reduce_scatter_sequence",

@@ -1,71 +1,73 @@
-"""Calls like ones that have been checked and planned before: what depends on sizes and options alone is looked up."""
+"""Calls like ones that have been checked and planned before: what depends on sizes and options alone is looked up.
+
+What is kept is the call itself, made ready. This is the one place where the linears ask whether PyTorch runs eagerly:
+nothing is looked up under torch.compile, autocast, a dispatch mode, a functorch transform or forward-mode AD.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..caches import Remembered, per_group
+from ..caches import Remembered
+from ..layout import Group, resolve_group
+from ..ops.registry import PLAIN_TYPES, eager
 from ..overlap import engines
-from ..overlap.machine_profile import Figures
-from ..overlap.planner import Plan, max_workspace_bytes
+from ..overlap.planner import max_workspace_bytes
+from ..overlap.tuning import planned_calls
 
-_Known = tuple[Plan, tuple[Any, ...]]
-
-
-@per_group
-def _known_of(group: ProcessGroup) -> Remembered[tuple[Any, ...], _Known]:
-    return Remembered()
-
+Key = tuple[Any, ...]
 
 #: Without a group.
-_known_alone: Remembered[tuple[Any, ...], _Known] = Remembered()
+_known_alone: Remembered[Key, Any] = Remembered()
 
 
-class Met:
-    """One kind of call on one group, or on none: its plan and place, if it has been met before."""
+def _known_on(group: Group) -> Remembered[Key, Any]:
+    if group is None:
+        return _known_alone
+    if type(group) is not ProcessGroup:
+        group = resolve_group(group)
+    return _known_alone if group is None else planned_calls(group)
 
-    __slots__ = ("_all", "_key", "known")
 
-    def __init__(self, group: ProcessGroup | None, key: tuple[Any, ...]):
-        self._all, self._key = _known_alone if group is None else _known_of(group), key
-        self.known = self._all.get(key)
+def known_call(name: str, group: Group, options: tuple[Any, ...], *operands: object) -> tuple[Key | None, Any]:
+    """What such a call of the function ``name`` is remembered under, and the call, None where it has not been met.
 
-    @staticmethod
-    def before(
-        group: ProcessGroup | None, figures: Mapping[str, Figures] | None, options: tuple[Any, ...], *operands: object
-    ) -> Met | None:
-        """None where nothing can be looked up: under torch.compile or autocast.
+    The key is None where nothing may be looked up. Operands are tensors, None or sequences of such; whatever else there
+    is among them, or of a kind that cannot be compared, is for the checks to refuse.
+    """
+    if not eager() or torch._C._is_any_autocast_enabled():
+        return None, None
+    try:
+        # The types of options too: True is equal to 1.
+        key: list[Any] = [name, max_workspace_bytes(), *options, *map(type, options)]
+        for operand in operands:
+            if operand is None:
+                key.append(None)
+            elif isinstance(operand, Tensor):
+                key += (type(operand), operand.shape, operand.dtype, operand.device, operand.requires_grad)
+            else:
+                several: Any = operand
+                key.append(len(several))
+                for t in several:
+                    key += (None,) if t is None else (type(t), t.shape, t.dtype, t.device, t.requires_grad)
+        found = tuple(key)
+        known = planned_calls(group) if type(group) is ProcessGroup else _known_on(group)
+        return found, known.get(found)
+    except (AttributeError, TypeError):
+        return None, None
 
-        Operands are tensors, None or sequences of such; whatever else there is among them, or of a kind that cannot be
-        compared, is for the checks to refuse.
-        """
-        if torch.compiler.is_compiling():
-            return None
-        try:
-            # The type too: True is equal to 1.
-            key: list[Any] = [max_workspace_bytes(), *options, *map(type, options)]
-            for operand in operands:
-                several: Any = (operand,)
-                if operand is not None and not isinstance(operand, Tensor):
-                    several = operand
-                    key.append(len(several))
-                for one in several:
-                    key += (None,) if one is None else (type(one), one.shape, one.dtype, one.device, one.requires_grad)
-            device: torch.device = operands[0].device  # type: ignore[attr-defined]
-            if torch.is_autocast_enabled(device.type):
-                return None
-            if figures is not None:
-                key.append(figures["cpu" if device.type == "cpu" else "cuda"])
-            return Met(group, tuple(key))
-        except (AttributeError, TypeError):
-            return None
 
-    def remember(self, settled: Plan, where: tuple[Any, ...]) -> None:
-        """The call has been checked and planned. Whether the other engines can run may change from call to call."""
-        if engines.named(settled.engine).everywhere:
-            self._all[self._key] = (settled, where)
+def are_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether kernels may read the memory of all of them, without the dispatcher."""
+    return all(t is None or (type(t) in PLAIN_TYPES and not t.is_meta) for t in tensors)
+
+
+def remember(group: Group, key: Key | None, call: Any) -> None:
+    """Keep a call that has been checked and planned; but whether some engines can run may change from call to call."""
+    if key is not None and engines.named(call.plan.engine).everywhere:
+        _known_on(group)[key] = call

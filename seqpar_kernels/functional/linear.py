@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -20,24 +20,13 @@ from ..checks import (
     check_weight,
 )
 from ..comm.coordination import checked_together
-from ..kernels import NormKind
 from ..layout import Group, SequenceShard, group_rank, group_size, resolve_group, shard_of
 from ..ops.registry import group_name
 from ..overlap.engines import settle_plan
 from ..overlap.planner import Plan
-from ..overlap.tuning import figures_of
-from .call_cache import Met
-
-
-class NormRecipe(NamedTuple):
-    """What a column-parallel input was made from: x = norm(z) * weight + bias. z [..., S/t, ..., H] is kept anyway."""
-
-    z: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    kind: NormKind
-    zero_centered: bool
-    eps: float
+from ..overlap.tuning import profile_of
+from .call_cache import are_plain, known_call, remember
+from .linear_calls import GatherLinear, LinearCall, LinearScatter, NormRecipe
 
 
 @overload
@@ -126,11 +115,12 @@ def all_gather_linear(
         True
         >>> q, k, v = sp.all_gather_linear(x, torch.randn(3, 16, 16).unbind(0), group=None)
     """
-    plan_by = (group, seq_dim, chunks, engine, seq_len)
-    return planned_all_gather_linear(x, weight, bias, *plan_by, None, main_grad, save_gathered)[0]
+    options = (group, seq_dim, chunks, engine, seq_len)
+    call, operands = checked_all_gather_linear(x, weight, bias, *options, main_grad, save_gathered)
+    return call(*operands)
 
 
-def planned_all_gather_linear(
+def checked_all_gather_linear(
     x: Tensor,
     weight: Tensor | Sequence[Tensor],
     bias: Tensor | Sequence[Tensor | None] | None,
@@ -139,60 +129,51 @@ def planned_all_gather_linear(
     chunks: int | None,
     engine: str,
     seq_len: int | None,
-    recipe: NormRecipe | None = None,
     main_grad: Tensor | Sequence[Tensor | None] | None = None,
     save_gathered: bool = False,
-) -> tuple[Any, Plan]:
-    """:func:`all_gather_linear` and the plan it ran by. With a ``recipe`` x is not kept but made again from it.
+    recipe: NormRecipe | None = None,
+) -> tuple[LinearCall, tuple[Any, ...]]:
+    """The call that :func:`all_gather_linear` makes, which knows its plan, and what to call it with.
 
-    ``save_gathered`` comes before a recipe.
+    With a ``recipe`` x is not kept but made again from it; ``save_gathered`` comes before a recipe.
     """
+    options = (seq_dim, chunks, engine, seq_len, save_gathered, recipe is None)
+    key, call = known_call("all_gather_linear", group, options, x, weight, bias, main_grad)
+    several = not isinstance(weight, Tensor) and isinstance(weight, Iterable)
+    if call is not None:
+        if not several:
+            return call, (x, [weight], [bias], [main_grad], recipe)
+        weights = list(weight)
+        biases, main_grads = _one_each("bias", bias, len(weights)), _one_each("main_grad", main_grad, len(weights))
+        return call, (x, weights, biases, main_grads, recipe)
     pg = resolve_group(group)
-    figures = None if pg is None else figures_of(pg)
-    several = isinstance(weight, Iterable) and not isinstance(weight, Tensor)
-    met = Met.before(pg, figures, (seq_dim, chunks, engine, seq_len), x, weight, bias, main_grad)
-    if met is not None and met.known is not None:
-        settled, where = met.known
-        weights: list[Tensor] = list(weight) if several else [weight]  # type: ignore[list-item]
+    figures = None if pg is None else profile_of(pg)
+    with checked_together(pg):
+        check_tensor("x", x)
+        seq_dim = check_sequence("x", x, seq_dim)
+        given: Any = weight  # of what type is for the checks to see
+        weights = list(given) if several else [given]
+        if not weights:
+            raise ValueError("weight: expected at least one weight, got an empty sequence")
         biases = _one_each("bias", bias, len(weights) if several else None)
         main_grads = _one_each("main_grad", main_grad, len(weights) if several else None)
+        x, weights, biases = autocast(x, weights, biases)
+        for i, (w, b, m) in enumerate(zip(weights, biases, main_grads, strict=True)):
+            index = f"[{i}]" if several else ""
+            check_weight(f"weight{index}", w, x.shape[-1], x)
+            check_linear_bias(f"bias{index}", b, w)
+            check_main_grad(f"main_grad{index}", m, w)
+        shard = shard_of("x", x.shape[seq_dim], pg, seq_len)
+        settled = settle_plan(
+            x, seq_dim, shard, x.shape[-1], sum(w.numel() for w in weights), engine, chunks, figures, pg
+        )
+    where = place(pg, seq_dim, shard, settled)
+    if key is not None and recipe is None and are_plain((x, *weights, *biases)):
+        call = ops.PreparedGatherLinear(settled, where, x, weights, biases, several, save_gathered)
     else:
-        with checked_together(pg):
-            check_tensor("x", x)
-            seq_dim = check_sequence("x", x, seq_dim)
-            weights = list(weight) if several else [weight]  # type: ignore[list-item]
-            if not weights:
-                raise ValueError("weight: expected at least one weight, got an empty sequence")
-            biases = _one_each("bias", bias, len(weights) if several else None)
-            main_grads = _one_each("main_grad", main_grad, len(weights) if several else None)
-            x, weights, biases = autocast(x, weights, biases)
-            for i, (w, b, m) in enumerate(zip(weights, biases, main_grads, strict=True)):
-                index = f"[{i}]" if several else ""
-                check_weight(f"weight{index}", w, x.shape[-1], x)
-                check_linear_bias(f"bias{index}", b, w)
-                check_main_grad(f"main_grad{index}", m, w)
-            shard = shard_of("x", x.shape[seq_dim], pg, seq_len)
-            settled = settle_plan(
-                x, seq_dim, shard, x.shape[-1], sum(w.numel() for w in weights), engine, chunks, figures, pg
-            )
-        where = place(pg, seq_dim, shard, settled)
-        if met is not None:
-            met.remember(settled, where)
-    into = torch.is_grad_enabled() and any(m is not None for m in main_grads)
-    keep = save_gathered and pg is not None and torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-    if keep and into:
-        outs = ops.all_gather_linear_into(main_grads, x, weights, biases, *where, keep=True)[:-1]
-    elif keep:
-        outs = ops.all_gather_linear_keeping(x, weights, biases, *where)[:-1]
-    elif recipe is not None:
-        z, norm_weight, norm_bias, kind, *scalars = recipe
-        args = (x, z, norm_weight, norm_bias, int(kind), *scalars, weights, biases, *where)
-        outs = ops.all_gather_linear_of_norm_into(main_grads, *args) if into else ops.all_gather_linear_of_norm(*args)
-    elif into:
-        outs = ops.all_gather_linear_into(main_grads, x, weights, biases, *where)
-    else:
-        outs = ops.all_gather_linear(x, weights, biases, *where)
-    return (tuple(outs) if several else outs[0]), settled
+        call = GatherLinear(settled, where, several, save_gathered)
+    remember(group, key, call)
+    return call, (x, weights, biases, main_grads, recipe)
 
 
 def _one_each(name: str, given: Tensor | Sequence[Tensor | None] | None, weights: int | None) -> list[Tensor | None]:
@@ -250,11 +231,12 @@ def linear_reduce_scatter(
         >>> torch.allclose(out, (torch.nn.functional.silu(gate) * up) @ weight.t(), atol=1e-4)
         True
     """
-    plan_by = (group, seq_dim, chunks, engine)
-    return planned_linear_reduce_scatter(x, weight, bias, *plan_by, activation, gate, main_grad)[0]
+    options = (group, seq_dim, chunks, engine, activation, gate)
+    call, operands = checked_linear_reduce_scatter(x, weight, bias, *options, main_grad)
+    return call(*operands)
 
 
-def planned_linear_reduce_scatter(
+def checked_linear_reduce_scatter(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -265,14 +247,13 @@ def planned_linear_reduce_scatter(
     activation: str | None = None,
     gate: Tensor | None = None,
     main_grad: Tensor | None = None,
-) -> tuple[Tensor, Plan]:
-    """:func:`linear_reduce_scatter` and the plan it ran by."""
-    pg = resolve_group(group)
-    figures = None if pg is None else figures_of(pg)
-    met = Met.before(pg, figures, (seq_dim, chunks, engine, activation), x, weight, bias, gate, main_grad)
-    if met is not None and met.known is not None:
-        settled, where = met.known
-    else:
+) -> tuple[LinearCall, tuple[Any, ...]]:
+    """The call that :func:`linear_reduce_scatter` makes, which knows its plan, and what to call it with."""
+    options = (seq_dim, chunks, engine, activation)
+    key, call = known_call("linear_reduce_scatter", group, options, x, weight, bias, main_grad, gate)
+    if call is None:
+        pg = resolve_group(group)
+        figures = None if pg is None else profile_of(pg)
         with checked_together(pg):
             check_tensor("x", x)
             seq_dim = check_sequence("x", x, seq_dim)
@@ -285,17 +266,12 @@ def planned_linear_reduce_scatter(
             shard = SequenceShard(length, group_size(pg), group_rank(pg))
             settled = settle_plan(x, seq_dim, shard, weight.shape[0], weight.numel(), engine, chunks, figures, pg)
         where = place(pg, seq_dim, shard, settled)
-        if met is not None:
-            met.remember(settled, where)
-    into = main_grad is not None and torch.is_grad_enabled()
-    if activation is not None:
-        args = (x, gate, weight, bias, activation, *where)
-        if into:
-            return ops.activation_linear_reduce_scatter_into(main_grad, *args), settled
-        return ops.activation_linear_reduce_scatter(*args), settled
-    if into:
-        return ops.linear_reduce_scatter_into(main_grad, x, weight, bias, *where), settled
-    return ops.linear_reduce_scatter(x, weight, bias, *where), settled
+        if key is not None and activation is None and are_plain((x, weight, bias)):
+            call = ops.PreparedLinearScatter(settled, where, x, weight, bias)
+        else:
+            call = LinearScatter(settled, where, activation)
+        remember(group, key, call)
+    return call, (x, weight, bias, main_grad, gate)
 
 
 def check_activation(x: Tensor, activation: str | None, gate: Tensor | None) -> None:

@@ -22,7 +22,7 @@ from ..kernels import NormKind, NormTensors
 from ..layout import Group, SequenceShard, group_rank, group_size, resolve_group
 from ..overlap.engines import settle_plan
 from ..overlap.planner import Plan
-from ..overlap.tuning import figures_of
+from ..overlap.tuning import profile_of
 from ..random import as_seed, debug_enabled
 from .linear import autocast, check_activation, place
 from .norm_call import Meta, NormOptions, compare_seeds, converted, metas_of, replicated, settle
@@ -172,7 +172,7 @@ def planned_linear_reduce_scatter_dropout_add_norm(
     """
     x, residual, norm_weight, norm_bias, _, _, bias, row_scale, _, _ = tensors
     pg = resolve_group(group)
-    figures = None if pg is None else figures_of(pg)
+    figures = None if pg is None else profile_of(pg)
     with checked_together(pg):
         check_tensor("x", x)
         seq_dim = check_sequence("x", x, options.seq_dim)

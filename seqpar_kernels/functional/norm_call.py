@@ -22,7 +22,7 @@ from ..checks import (
     check_tensor,
     check_vector,
 )
-from ..comm.coordination import agreement_of, checked_together
+from ..comm.coordination import checked_together, coordination_of
 from ..kernels import BACKENDS, NormKind, NormSpec, NormStores, NormTensors, RowMap
 from ..kernels.spec import accumulation_dtype
 from ..layout import Group, WrongTypeError, check_shard, resolve_group, row_map
@@ -100,7 +100,7 @@ def run_norm(
             if debug_enabled():
                 compare_seeds(seed_tensor, pg, dropped)
             else:
-                agreement_of(pg).require(dropped)
+                coordination_of(pg).require(dropped)
     settled, prepared = ready
     if settled.returned == 0:
         return tensors.x  # nothing is dropped, added or normalised
@@ -136,7 +136,7 @@ def _with_vectors(tensors: NormTensors, vectors: Sequence[Tensor | None]) -> Nor
 
 def compare_seeds(seed: Tensor, group: ProcessGroup, where: str) -> None:
     """:func:`check_seeds_alike` among ranks that all do so: SEQPAR_DEBUG on some of them alone is an error."""
-    agreement_of(group).require(f"{where}, seeds compared: SEQPAR_DEBUG=1")
+    coordination_of(group).require(f"{where}, seeds compared: SEQPAR_DEBUG=1")
     check_seeds_alike(seed, group)
 
 

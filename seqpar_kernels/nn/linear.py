@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_divides
-from ..functional import planned_all_gather_linear, planned_linear_reduce_scatter
+from ..functional import checked_all_gather_linear, checked_linear_reduce_scatter
 from ..layout import Group
 from ..ops import announced
 from ..overlap.planner import Plan
@@ -229,12 +229,11 @@ class ColumnParallelLinear(_ParallelLinear):
         if self.shared_gather is not None:
             return self.shared_gather(self, x, seq_len)
         group = None if self.input_is_whole else region.group
-        out: Tensor
-        plan_by = (group, region.seq_dim, self.chunks, self.engine, None if group is None else seq_len)
         weight, bias = self.operands()
-        out, self.ran = planned_all_gather_linear(
-            x, weight, bias, *plan_by, main_grad=self._main_grad(), save_gathered=self.save_gathered
-        )
+        options = (group, region.seq_dim, self.chunks, self.engine, None if group is None else seq_len)
+        call, operands = checked_all_gather_linear(x, weight, bias, *options, self._main_grad(), self.save_gathered)
+        self.ran = call.plan
+        out: Tensor = call(*operands)
         return out
 
 
@@ -360,10 +359,12 @@ class RowParallelLinear(_ParallelLinear):
     def summed(self, x: Tensor) -> Tensor:
         """The output, never deferred."""
         region = self.region
-        plan_by = (region.group, region.seq_dim, self.chunks, self.engine)
-        out, self.ran = planned_linear_reduce_scatter(
-            x, self._linear_weight(), self.bias, *plan_by, main_grad=self._main_grad()
+        options = (region.group, region.seq_dim, self.chunks, self.engine)
+        call, operands = checked_linear_reduce_scatter(
+            x, self._linear_weight(), self.bias, *options, main_grad=self._main_grad()
         )
+        self.ran = call.plan
+        out: Tensor = call(*operands)
         return out
 
 
@@ -418,14 +419,13 @@ class SharedGather:
                 )
             region = module.region
             weights, biases = zip(*(member.operands() for member in self.members), strict=True)
-            plan_by = (region.group, region.seq_dim, module.chunks, module.engine, seq_len)
+            options = (region.group, region.seq_dim, module.chunks, module.engine, seq_len)
             main_grads = [member._main_grad() for member in self.members]
             save = any(member.save_gathered for member in self.members)
-            outs, ran = planned_all_gather_linear(
-                x, weights, biases, *plan_by, main_grad=main_grads, save_gathered=save
-            )
+            call, operands = checked_all_gather_linear(x, weights, biases, *options, main_grads, save)
+            outs = call(*operands)
             for member in self.members:
-                member.ran = ran
+                member.ran = call.plan
             self._input, self._state = x, state
             self._waiting = dict(enumerate(outs))
         out = self._waiting.pop(key)

@@ -13,9 +13,9 @@ from ..functional import (
     NormOptions,
     NormTensors,
     causal_attention,
+    checked_all_gather_linear,
+    checked_linear_reduce_scatter,
     dropout_add,
-    planned_all_gather_linear,
-    planned_linear_reduce_scatter,
     planned_linear_reduce_scatter_dropout_add_norm,
     replicated,
 )
@@ -276,12 +276,11 @@ class TransformerLayer(nn.Module):
             weights, biases = zip(*(linear.operands() for linear in together), strict=True)
             main_grads = [linear._main_grad() for linear in together]
             save = any(linear.save_gathered for linear in together)
-            found, ran = planned_all_gather_linear(
-                y, weights, biases, group, seq_dim, self.chunks, self.engine, seq_len, recipe, main_grads, save
-            )
-            outs += found
+            options = (group, seq_dim, self.chunks, self.engine, seq_len)
+            call, operands = checked_all_gather_linear(y, weights, biases, *options, main_grads, save, recipe)
+            outs += call(*operands)
             for linear in together:
-                linear.ran = ran
+                linear.ran = call.plan
         return outs
 
     def _row(
@@ -289,10 +288,12 @@ class TransformerLayer(nn.Module):
     ) -> Tensor:
         """[..., S, ..., K/t] -> [..., S/t, ..., H]"""
         group, seq_dim = self.region.group, self.region.seq_dim
-        plan_by = (group, seq_dim, self.chunks, self.engine)
-        out, linear.ran = planned_linear_reduce_scatter(
-            x, linear._linear_weight(), linear.bias, *plan_by, activation, gate, linear._main_grad()
+        options = (group, seq_dim, self.chunks, self.engine)
+        call, operands = checked_linear_reduce_scatter(
+            x, linear._linear_weight(), linear.bias, *options, activation, gate, linear._main_grad()
         )
+        linear.ran = call.plan
+        out: Tensor = call(*operands)
         return out
 
     def _row_add_norm(

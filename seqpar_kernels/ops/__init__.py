@@ -5,9 +5,14 @@ from .attention import dropout_attention, rotary
 from .block_attention import block_attention, merge_attention
 from .decode_attention import decode_attention
 from .decompositions import decompositions, inductor_fusion
-from .gather_linear import all_gather_linear, all_gather_linear_into, all_gather_linear_keeping
+from .gather_linear import (
+    PreparedGatherLinear,
+    all_gather_linear,
+    all_gather_linear_into,
+    all_gather_linear_keeping,
+)
 from .linear_norm import linear_reduce_scatter_dropout_add_norm, linear_reduce_scatter_dropout_add_norm_into
-from .linear_scatter import linear_reduce_scatter, linear_reduce_scatter_into
+from .linear_scatter import PreparedLinearScatter, linear_reduce_scatter, linear_reduce_scatter_into
 from .main_grad import announced
 from .mappings import CopyToRegion, SumGradients, all_reduce, gather, reduce_scatter, split
 from .moe import MoeScalars, moe_mlp
@@ -28,6 +33,8 @@ __all__ = [
     "CopyToRegion",
     "MoeScalars",
     "NormCall",
+    "PreparedGatherLinear",
+    "PreparedLinearScatter",
     "PreparedNorm",
     "SumGradients",
     "activate",

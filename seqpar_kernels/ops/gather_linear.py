@@ -1,11 +1,23 @@
-"""``seqpar::all_gather_linear``: schemas, fakes, autograd.
+"""``seqpar::all_gather_linear``: schemas, fakes, autograd of the column-parallel linear.
 
-Keeps the local shard of x and gathers again in the backward (Korthikanti et al. 2022, section 4.2.2), unless all rows
-are to be kept. Bias gradients are complete on every rank, because dy is whole there.
+========  =============================================  ===================  ==========================================
+pass      computes                                       result               communication
+========  =============================================  ===================  ==========================================
+forward   y = all_gather(x) @ weight.T + bias            [..., S, ..., N/t]   all-gather of x [..., S/t, ..., K]
+dgrad     dx = reduce_scatter(sum of dy @ weight)        [..., S/t, ..., K]   reduce-scatter of dx, beside wgrad
+wgrad     dweight = dy.T @ all_gather(x)                 [N/t, K]             all-gather of x, or none if kept
+dbias     dbias = sum of dy over its rows                [N/t]                none: dy [..., S, ..., N/t] is whole here
+========  =============================================  ===================  ==========================================
+
+Sizes are those of the whole layer, t the ranks of the group. One gather feeds several weights, whose dy @ weight are
+summed before the reduce-scatter. The local shard of x is saved and gathered again in the backward (Korthikanti et al.
+2022, section 4.2.2), unless all rows are to be kept. Without a group nothing is exchanged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,33 +27,21 @@ from ..comm.steps import Compute, Transfer
 from ..overlap import engines
 from ..overlap import schedule as schedules
 from ..overlap.pipeline import Call, Partials, Sequence3D, matmul_into, run, weights_signature
+from ..overlap.planner import Plan
+from ..overlap.unchunked import GatherMatmulReady
 from ..tensors import rows_of
 from . import linear_unchunked
-from .linear_common import PLACE, rows_here, shape_with, sum_rows
+from .linear_common import PLACE, Place, rows_here, shape_with, sum_rows
 from .main_grad import weight_gradients
-from .registry import apply, group_named, register, without_autocast
+from .registry import apply, group_named, plain_apply, register, without_autocast
+
+Several = Sequence[Tensor | None]
+
+# --- forward ---------------------------------------------------------------------------------------------------------
 
 
 @without_autocast
-def _gather_kernel(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    group: str,
-    seq_dim: int,
-    seq_len: int,
-    chunks: int,
-    engine: str,
-) -> list[Tensor]:
-    return _gather_linear(x, weights, biases, group, seq_dim, seq_len, chunks, engine, keep=False)[:-1]
-
-
-@without_autocast
-def _gather_keeping_kernel(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *place: Any) -> list[Tensor]:
-    return _gather_linear(x, weights, biases, *place, keep=True)
-
-
-def _gather_linear(
+def _forward(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
@@ -51,90 +51,137 @@ def _gather_linear(
     chunks: int,
     engine: str,
     *,
-    keep: bool,
+    keep: bool = False,
 ) -> list[Tensor]:
-    """linear(all_gather(x)) for each weight; last all rows of x, which are only there for sure if ``keep``."""
+    """linear(all_gather(x)) for each weight; last all rows of x if ``keep``."""
     pg = group_named(group)
     if pg is None:
-        whole_x = x.clone() if keep else x
-        return [*(torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)), whole_x]
-    return engines.named(engine).gather_matmul(pg, x, weights, biases, seq_dim, seq_len, chunks, keep)
+        return _alone(x, weights, biases) + [x.clone()] * keep
+    outs = engines.named(engine).gather_matmul(pg, x, weights, biases, seq_dim, seq_len, chunks, keep)
+    return outs if keep else outs[:-1]
 
 
-def _gather_fake(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], group: str, seq_dim: int, seq_len: int, *plan: Any
+def _alone(x: Tensor, weights: Sequence[Tensor], biases: Several) -> list[Tensor]:
+    """linear(x) for each weight: what there is to do without a group."""
+    return list(map(torch.nn.functional.linear, [x] * len(weights), weights, biases))
+
+
+def _fake(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    group: str,
+    seq_dim: int,
+    seq_len: int,
+    chunks: int,
+    engine: str,
+    *,
+    keep: bool = False,
 ) -> list[Tensor]:
-    return [x.new_empty(shape_with(x, seq_dim, seq_len, w.shape[0])) for w in weights]
+    features = [w.shape[0] for w in weights] + [x.shape[-1]] * keep
+    return [x.new_empty(shape_with(x, seq_dim, seq_len, size)) for size in features]
 
 
-def _gather_keeping_fake(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], group: str, seq_dim: int, seq_len: int, *plan: Any
-) -> list[Tensor]:
-    outs = _gather_fake(x, weights, biases, group, seq_dim, seq_len, *plan)
-    return [*outs, x.new_empty(shape_with(x, seq_dim, seq_len, x.shape[-1]))]
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+class DispatchedGatherLinear:
+    """One kind of call as autograd needs it, its forward left to the dispatcher.
+
+    ``keep``: all rows of x are kept for the backward, and come back as one more output.
+    """
+
+    def __init__(self, place: Place, keep: bool):
+        self.place, self.keep = place, keep
+
+    def forward(self, x: Tensor, weights: Sequence[Tensor], biases: Several) -> list[Tensor]:
+        op = all_gather_linear_keeping if self.keep else all_gather_linear
+        outs: list[Tensor] = op.below_autograd(x, list(weights), list(biases), *self.place)
+        return outs
+
+
+class PreparedGatherLinear:
+    """One kind of call on plain tensors in eager mode, checked and planned, ready to run.
+
+    The sizes, dtypes and device of the operands make a kind, and so do the options. All that follows from them has been
+    worked out: a small call costs little more than its exchange, its matmul and autograd.Function.
+    """
+
+    def __init__(
+        self, plan: Plan, place: Place, x: Tensor, weights: Sequence[Tensor], biases: Several, several: bool, keep: bool
+    ):
+        """``keep``: whether all rows of x are kept where there will be a backward."""
+        self.plan, self.place, self._several = plan, place, several
+        name, seq_dim, seq_len, chunks, engine = place
+        group = group_named(name)
+        self.keep = keep and group is not None and any(w.requires_grad for w in weights)
+        self._differentiable = any(t is not None and t.requires_grad for t in (x, *weights, *biases))
+        #: As :meth:`DispatchedGatherLinear.forward`.
+        self.forward: GatherMatmulReady = _alone
+        if group is not None:
+            way = engines.named(engine)
+            self.forward = way.ready_gather_matmul(group, x, weights, seq_dim, seq_len, chunks, self.keep)
+
+    def __call__(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Several, main_grads: Several, _: None = None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """The result of each weight, or of the only one."""
+        if self._differentiable and torch.is_grad_enabled():
+            outs: Sequence[Tensor] = _apply(self, main_grads, x, *weights, *biases)
+        else:
+            outs = self.forward(x, weights, biases)
+        return tuple(outs[: len(weights)]) if self._several else outs[0]
 
 
 class _AllGatherLinear(torch.autograd.Function):
-    """``keep``: all rows of x are kept for the backward, and come back as one more output."""
-
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, main_grads: list[Tensor | None], keep: bool, place: tuple[Any, ...], *args: Tensor | None
+        ctx: Any,
+        call: DispatchedGatherLinear | PreparedGatherLinear,
+        main_grads: Several,
+        x: Tensor,
+        *operands: Tensor,
     ) -> tuple[Tensor, ...]:
+        """``operands``: the weights, then as many biases."""
         count = len(main_grads)
-        weights, biases = list(args[:count]), list(args[count:])
+        weights = operands[:count]
+        outs = call.forward(x, weights, operands[count:])
         ctx.set_materialize_grads(False)
-        ctx.main_grads, ctx.place = main_grads, place  # not saved: other micro-batches may add to them first
-        ctx.keep = keep
-        if keep:
-            outs = all_gather_linear_keeping.below_autograd(x, weights, biases, *place)
+        ctx.call, ctx.main_grads = call, main_grads  # not saved: other micro-batches may add to them first
+        if call.keep:
             ctx.mark_non_differentiable(outs[-1])
-            ctx.save_for_backward(outs[-1], *weights)
-            return tuple(outs)
+            x = outs[-1]
         ctx.save_for_backward(x, *weights)
-        return tuple(all_gather_linear.below_autograd(x, weights, biases, *place))
+        return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        main_grads, needs = ctx.main_grads, ctx.needs_input_grad
+        call, main_grads = ctx.call, ctx.main_grads
+        _, _, need_dx, *needs = ctx.needs_input_grad
         count = len(main_grads)
         grads = grads[:count]
         reached = [grad is not None for grad in grads]
         if not any(reached):
-            return (None,) * len(needs)
-        want_dw = [need and hit for need, hit in zip(needs[4 : 4 + count], reached, strict=True)]
-        want_db = [need and hit for need, hit in zip(needs[4 + count :], reached, strict=True)]
-        args = (x, list(grads), weights, needs[0], want_dw, want_db, ctx.keep, *ctx.place)
+            return (None,) * len(ctx.needs_input_grad)
+        want_dw = [need and hit for need, hit in zip(needs[:count], reached, strict=True)]
+        want_db = [need and hit for need, hit in zip(needs[count:], reached, strict=True)]
+        args = (x, list(grads), weights, need_dx, want_dw, want_db, call.keep, *call.place)
         if any(main_grad is not None for main_grad in main_grads):
             out = iter(all_gather_linear_backward_into(*args, main_grads))
         else:
             out = iter(all_gather_linear_backward(*args))
-        dx = next(out) if needs[0] else None
+        dx = next(out) if need_dx else None
         dws = [next(out) if want else None for want in returned(want_dw, main_grads)]
         dbs = [next(out) if want else None for want in want_db]
-        return (dx, None, None, None, *dws, *dbs)
+        return (None, None, dx, *dws, *dbs)
 
 
-def returned(want_dw: list[bool], main_grads: list[Tensor | None] | None) -> list[bool]:
-    """Which weight gradients come back: the others are added to their main_grad."""
-    if main_grads is None:
-        return want_dw
-    return [want and main_grad is None for want, main_grad in zip(want_dw, main_grads, strict=True)]
-
-
-def _gather_autograd(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *place: Any) -> list[Tensor]:
-    return all_gather_linear_into([None] * len(weights), x, weights, biases, *place)
-
-
-def _gather_keeping_autograd(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *place: Any
-) -> list[Tensor]:
-    return all_gather_linear_into([None] * len(weights), x, weights, biases, *place, keep=True)
+_apply = plain_apply(_AllGatherLinear)
 
 
 def all_gather_linear_into(
-    main_grads: list[Tensor | None],
+    main_grads: list[Tensor | None] | None,
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
@@ -145,12 +192,24 @@ def all_gather_linear_into(
 
     With ``keep`` it is all_gather_linear_keeping.
     """
+    if main_grads is None:
+        main_grads = [None] * len(weights)
     # Spreads the lists: autograd sees only tensors that are arguments of their own.
-    return list(apply(_AllGatherLinear, x, main_grads, keep, place, *weights, *biases))
+    return list(apply(_AllGatherLinear, DispatchedGatherLinear(place, keep), main_grads, x, *weights, *biases))
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+def returned(want_dw: list[bool], main_grads: list[Tensor | None] | None) -> list[bool]:
+    """Which weight gradients come back: the others are added to their main_grad."""
+    if main_grads is None:
+        return want_dw
+    return [want and main_grad is None for want, main_grad in zip(want_dw, main_grads, strict=True)]
 
 
 @without_autocast
-def _gather_backward_kernel(
+def _backward_kernel(
     x: Tensor,
     grads: list[Tensor | None],
     weights: list[Tensor],
@@ -241,7 +300,7 @@ def _gradients(
     return out
 
 
-def _gather_backward_fake(
+def _backward_fake(
     x: Tensor,
     grads: list[Tensor | None],
     weights: list[Tensor],
@@ -262,35 +321,37 @@ def _gather_backward_fake(
     return out + [w.new_empty(w.shape[0]) for w, want in zip(weights, want_db, strict=True) if want]
 
 
+# --- ops -------------------------------------------------------------------------------------------------------------
+
 all_gather_linear = register(
     f"all_gather_linear(Tensor x, Tensor[] weights, Tensor?[] biases, {PLACE}) -> Tensor[]",
-    _gather_kernel,
-    _gather_fake,
-    _gather_autograd,
+    _forward,
+    _fake,
+    partial(all_gather_linear_into, None),
 )
 
 #: The same for a backward that does not gather again: returns all rows of x too, last, and keeps them.
 all_gather_linear_keeping = register(
     f"all_gather_linear_keeping(Tensor x, Tensor[] weights, Tensor?[] biases, {PLACE}) -> Tensor[]",
-    _gather_keeping_kernel,
-    _gather_keeping_fake,
-    _gather_keeping_autograd,
+    partial(_forward, keep=True),
+    partial(_fake, keep=True),
+    partial(all_gather_linear_into, None, keep=True),
 )
 
-_GATHER_BACKWARD = (
+_BACKWARD = (
     f"Tensor x, Tensor?[] grads, Tensor[] weights, bool want_dx, bool[] want_dw, bool[] want_db, bool gathered, {PLACE}"
 )
 
 #: Returns dx if wanted, then the wanted weight gradients, then the wanted bias gradients. ``gathered``: x is all rows.
 all_gather_linear_backward = register(
-    f"all_gather_linear_backward({_GATHER_BACKWARD}) -> Tensor[]", _gather_backward_kernel, _gather_backward_fake, None
+    f"all_gather_linear_backward({_BACKWARD}) -> Tensor[]", _backward_kernel, _backward_fake, None
 )
 
 #: The same, but a weight gradient that has a main_grad is added to it and not returned. An op of its own, since
 #: torch.compile takes no op that both changes an argument and returns a list.
 all_gather_linear_backward_into = register(
-    f"all_gather_linear_backward_into({_GATHER_BACKWARD}, Tensor(a!)?[] main_grads) -> Tensor[]",
-    _gather_backward_kernel,
-    _gather_backward_fake,
+    f"all_gather_linear_backward_into({_BACKWARD}, Tensor(a!)?[] main_grads) -> Tensor[]",
+    _backward_kernel,
+    _backward_fake,
     None,
 )

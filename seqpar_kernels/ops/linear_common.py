@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from .registry import group_named
 
 #: Where an op runs, in every schema.
 PLACE = "str group, int seq_dim, SymInt seq_len, int chunks, str engine"
+Place = tuple[Any, ...]
 
 
 def sum_rows(dy: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,21 @@
-"""``seqpar::linear_reduce_scatter``: schemas, fakes, autograd.
+"""``seqpar::linear_reduce_scatter``: schemas, fakes, autograd of the row-parallel linear.
 
-Keeps its input and gathers dy in the backward (Korthikanti et al. 2022, section 4.2.2). The bias gradient is complete
-on every rank, because dy has been gathered anyway.
+========  ======================================  ===================  ===============================================
+pass      computes                                result               communication
+========  ======================================  ===================  ===============================================
+forward   y = reduce_scatter(x @ weight.T) + bias  [..., S/t, ..., N]   reduce-scatter of x @ weight.T [..., S, ..., N]
+dgrad     dx = all_gather(dy) @ weight            [..., S, ..., K/t]   all-gather of dy [..., S/t, ..., N]
+wgrad     dweight = all_gather(dy).T @ x          [N, K/t]             none: that of dgrad
+dbias     dbias = sum of all_gather(dy) over rows  [N]                  none: that of dgrad
+========  ======================================  ===================  ===============================================
+
+Sizes are those of the whole layer, t the ranks of the group. The input is saved, and dy is gathered in the backward
+(Korthikanti et al. 2022, section 4.2.2). Without a group nothing is exchanged.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,26 +26,29 @@ from ..comm.steps import Compute
 from ..overlap import engines
 from ..overlap import schedule as schedules
 from ..overlap.pipeline import Call, matmul_into, run, weights_signature
-from ..overlap.planner import Work, spreads_weight_gradient
-from ..overlap.tuning import figures_of
+from ..overlap.planner import Plan, Work, spreads_weight_gradient
+from ..overlap.tuning import profile_of
+from ..overlap.unchunked import MatmulScatterReady
 from ..tensors import reshaped, rows_of
 from . import linear_unchunked
-from .linear_common import PLACE, rows_here, shape_with, sum_rows
+from .linear_common import PLACE, Place, rows_here, shape_with, sum_rows
 from .main_grad import weight_gradient
-from .registry import apply, group_named, register, without_autocast
+from .registry import apply, group_named, plain_apply, register, without_autocast
+
+_NAME = "linear_reduce_scatter"
 
 
 @without_autocast
-def _scatter_kernel(
+def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, group: str, seq_dim: int, seq_len: int, chunks: int, engine: str
 ) -> Tensor:
     pg = group_named(group)
     if pg is None:
         return torch.nn.functional.linear(x, weight, bias)
-    return engines.named(engine).matmul_scatter("linear_reduce_scatter", pg, x, weight, seq_dim, chunks).reduce(bias)
+    return engines.named(engine).matmul_scatter(_NAME, pg, x, weight, seq_dim, chunks).reduce(bias)
 
 
-def _scatter_fake(
+def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, group: str, seq_dim: int, seq_len: int, chunks: int, engine: str
 ) -> Tensor:
     return x.new_empty(scattered_shape(x, weight, group, seq_dim, seq_len))
@@ -46,15 +59,60 @@ def scattered_shape(x: Tensor, weight: Tensor, group: str, seq_dim: int, seq_len
     return shape_with(x, seq_dim, rows_here(group, seq_len), weight.shape[0])
 
 
+class DispatchedLinearScatter:
+    """One kind of call as autograd needs it, its forward left to the dispatcher."""
+
+    def __init__(self, place: Place):
+        self.place = place
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = linear_reduce_scatter.below_autograd(x, weight, bias, *self.place)
+        return y
+
+
+class PreparedLinearScatter:
+    """One kind of call on plain tensors in eager mode, checked and planned, ready to run.
+
+    As :class:`.gather_linear.PreparedGatherLinear`.
+    """
+
+    def __init__(self, plan: Plan, place: Place, x: Tensor, weight: Tensor, bias: Tensor | None):
+        self.plan, self.place = plan, place
+        self._differentiable = any(t is not None and t.requires_grad for t in (x, weight, bias))
+        group = group_named(place[0])
+        self._partials: MatmulScatterReady | None = None
+        if group is not None:
+            way = engines.named(plan.engine)
+            self._partials = way.ready_matmul_scatter(_NAME, group, x, weight, place[1], plan.chunks)
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, _: None = None
+    ) -> Tensor:
+        if self._differentiable and torch.is_grad_enabled():
+            y: Tensor = _apply(x, weight, bias, main_grad, self)
+            return y
+        return self.forward(x, weight, bias)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._partials is None:
+            return torch.nn.functional.linear(x, weight, bias)
+        return self._partials(x, weight).reduce(bias)
+
+
 class _LinearReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, place: tuple[Any, ...]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        main_grad: Tensor | None,
+        call: DispatchedLinearScatter | PreparedLinearScatter,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.main_grad, ctx.place = main_grad, place  # not saved: other micro-batches may add to it first
+        ctx.main_grad, ctx.place = main_grad, call.place  # not saved: other micro-batches may add to it first
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return linear_reduce_scatter.below_autograd(x, weight, bias, *place)  # type: ignore[no-any-return]
+        return call.forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -62,6 +120,9 @@ class _LinearReduceScatter(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         dx, dweight, dbias = scatter_gradients(ctx.main_grad, dy, x, weight, ctx.bias_dtype, *needs, *ctx.place)
         return dx, dweight, dbias, None, None
+
+
+_apply = plain_apply(_LinearReduceScatter)
 
 
 def scatter_gradients(
@@ -85,19 +146,16 @@ def scatter_gradients(
     return dx, dw, db
 
 
-def _scatter_autograd(x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any) -> Tensor:
-    return linear_reduce_scatter_into(None, x, weight, bias, *place)
-
-
 def linear_reduce_scatter_into(
     main_grad: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any
 ) -> Tensor:
     """linear_reduce_scatter with the gradient of its weight added to ``main_grad``; not traceable if there is one."""
-    return apply(_LinearReduceScatter, x, weight, bias, main_grad, place)  # type: ignore[no-any-return]
+    y: Tensor = apply(_LinearReduceScatter, x, weight, bias, main_grad, DispatchedLinearScatter(place))
+    return y
 
 
 @without_autocast
-def _scatter_backward_kernel(
+def _backward_kernel(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -122,7 +180,7 @@ def _scatter_backward_kernel(
         db = sum_rows(rows_of(rows), bias_dtype) if want_db and bias_dtype is not None else None
         return [gradient for gradient in (dx, *dws, db) if gradient is not None]
     details = weights_signature([weight], f"chunks={chunks}", f"dx={want_dx} dw={want_dw} db={want_db}")
-    call = Call("linear_reduce_scatter backward", dy, seq_dim, seq_len, pg, *details)
+    call = Call(f"{_NAME} backward", dy, seq_dim, seq_len, pg, *details)
     shard = call.shard
     mine = call.mine(dy.contiguous())
     whole = call.around(mine)
@@ -172,12 +230,12 @@ def _spreads(
     summed_in = weight if main_grad is None else main_grad
     if summed_in.dtype.itemsize < 4:  # every chunk's sum would be rounded to 16 bits
         return False
-    figures = figures_of(group)["cpu" if dy.device.type == "cpu" else "cuda"]
+    figures = profile_of(group)["cpu" if dy.device.type == "cpu" else "cuda"]
     work = Work.of(dy, seq_dim, call.shard, weight.shape[0], weight.numel())
     return spreads_weight_gradient(chunks, work, figures, want_dx)
 
 
-def _scatter_backward_fake(
+def _backward_fake(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -201,28 +259,28 @@ def _scatter_backward_fake(
 
 
 linear_reduce_scatter = register(
-    f"linear_reduce_scatter(Tensor x, Tensor weight, Tensor? bias, {PLACE}) -> Tensor",
-    _scatter_kernel,
-    _scatter_fake,
-    _scatter_autograd,
+    f"{_NAME}(Tensor x, Tensor weight, Tensor? bias, {PLACE}) -> Tensor",
+    _forward,
+    _fake,
+    partial(linear_reduce_scatter_into, None),
 )
 
-_SCATTER_BACKWARD = (
+_BACKWARD = (
     "Tensor dy, Tensor x, Tensor weight, ScalarType? bias_dtype, bool want_dx, bool want_dw, bool want_db, " + PLACE
 )
 
 #: Returns the wanted ones among dx, dweight, dbias.
 linear_reduce_scatter_backward = register(
-    f"linear_reduce_scatter_backward({_SCATTER_BACKWARD}) -> Tensor[]",
-    _scatter_backward_kernel,
-    _scatter_backward_fake,
+    f"{_NAME}_backward({_BACKWARD}) -> Tensor[]",
+    _backward_kernel,
+    _backward_fake,
     None,
 )
 
 #: The same with dweight, if wanted, added to main_grad.
 linear_reduce_scatter_backward_into = register(
-    f"linear_reduce_scatter_backward_into({_SCATTER_BACKWARD}, Tensor(a!) main_grad) -> Tensor[]",
-    _scatter_backward_kernel,
-    _scatter_backward_fake,
+    f"{_NAME}_backward_into({_BACKWARD}, Tensor(a!) main_grad) -> Tensor[]",
+    _backward_kernel,
+    _backward_fake,
     None,
 )

@@ -45,7 +45,7 @@ def gather_linear_backward(
         "all_gather_linear backward", x, seq_dim, seq_len, group, features, N=outputs_of(weights), **wants
     )
     dws: list[Tensor | None] = []
-    with Unchunked(kind, group) as call:
+    with Unchunked(kind) as call:
         whole = x if gathered or not any(want_dw) else call.gather(x)
         if want_dx:
             with call.label("dgrad"):
@@ -91,7 +91,7 @@ def linear_scatter_backward(
     wants = {"K": features_in, "dx": want_dx, "dw": want_dw, "db": want_db}
     kind = unchunked_kind("linear_reduce_scatter backward", dy, seq_dim, seq_len, group, features_out, **wants)
     dx, dws = None, []
-    with Unchunked(kind, group) as call:
+    with Unchunked(kind) as call:
         whole = call.gather(dy)
         call.gathered()
         rows = rows_of(whole)

@@ -36,19 +36,25 @@ class Op:
         self._tensors = len(are_tensors) - are_tensors[::-1].index(True)  # behind them there are scalars alone
 
     def __call__(self, *args: Any) -> Any:
-        if not plain(args[: self._tensors]):
+        tensors = args[: self._tensors]
+        if not plain(tensors):
             return self.overload(*args)
-        return self.differentiable(*args)
+        if torch.is_grad_enabled() and _requires_grad(tensors):
+            return self._derived(*args)
+        return self._kernel(*args)
 
     def differentiable(self, *args: Any) -> Any:
         """What stands on the Autograd key."""
         tensors = args[: self._tensors]
         # A Function without a forward-mode derivative says so; passing it by would drop the tangent in silence.
         if (torch.is_grad_enabled() and _requires_grad(tensors)) or _has_tangent(tensors):
-            if self._autograd is None:
-                raise RuntimeError(f"{self.overload} has no derivative (second derivatives are not supported)")
-            return self._autograd(*args)
+            return self._derived(*args)
         return self.below_autograd(*args)
+
+    def _derived(self, *args: Any) -> Any:
+        if self._autograd is None:
+            raise RuntimeError(f"{self.overload} has no derivative (second derivatives are not supported)")
+        return self._autograd(*args)
 
     def below_autograd(self, *args: Any) -> Any:
         """The forward of an autograd.Function: the op without its Autograd kernel."""
@@ -87,10 +93,16 @@ def _are_plain(tensors: Sequence[Any]) -> bool:
     return True
 
 
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for plain tensors in eager mode: without its care for functorch it takes half as long."""
+    found: Callable[..., Any] = getattr(super(torch.autograd.Function, function), "apply")  # noqa: B009
+    return found
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``, which takes half as long where no functorch transform can be meant."""
+    """``function.apply(*args)``, as fast as it is right."""
     if torch._C._functorch.peek_interpreter_stack() is None:
-        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+        return plain_apply(function)(*args)
     return function.apply(*args)
 
 
@@ -131,11 +143,11 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Forward casts are made by the caller; a backward under autocast must not cast what the forward did not."""
 
     @functools.wraps(kernel)
-    def run(x: Tensor, *args: Any) -> Any:
+    def run(x: Tensor, *args: Any, **options: Any) -> Any:
         if not torch.is_autocast_enabled(x.device.type):
-            return kernel(x, *args)
+            return kernel(x, *args, **options)
         with torch.autocast(x.device.type, enabled=False):
-            return kernel(x, *args)
+            return kernel(x, *args, **options)
 
     return run
 

@@ -9,7 +9,8 @@ of the environment asks for them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,9 +24,10 @@ from ..comm import select, symm_mem
 from ..environment import flag
 from ..layout import SequenceShard
 from . import fused_gemm, pipelined, unchunked
-from .machine_profile import Figures
+from .machine_profile import MachineProfile
 from .pipeline import Partials, TransportOf
 from .planner import Plan, Work, best_count, chunks_needed, chunks_within, estimate, max_workspace_bytes, pays
+from .unchunked import GatherMatmulReady, MatmulScatterReady
 
 
 class GatherMatmul(Protocol):
@@ -70,6 +72,49 @@ class Engine:
     unavailable: Callable[[ProcessGroup, Tensor, int], str] = _never
     variable: str = ""  # of the environment: "auto" takes it where it can
     means: str = ""
+    #: Its matmuls made ready for operands of the same sizes, where their host time counts.
+    gather_matmul_ready: (
+        Callable[[ProcessGroup, Tensor, Sequence[Tensor], int, int, bool], GatherMatmulReady] | None
+    ) = None
+    matmul_scatter_ready: Callable[[str, ProcessGroup, Tensor, Tensor, int], MatmulScatterReady] | None = None
+
+    def ready_gather_matmul(
+        self,
+        group: ProcessGroup,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        seq_dim: int,
+        seq_len: int,
+        chunks: int,
+        keep: bool,
+    ) -> GatherMatmulReady:
+        """:attr:`gather_matmul` for operands of these sizes, all rows of x only if ``keep``; holds no group."""
+        if self.gather_matmul_ready is not None:
+            return self.gather_matmul_ready(group, x, weights, seq_dim, seq_len, keep)
+        held = weakref.ref(group)
+
+        def run(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+            group = held()
+            assert group is not None  # the caller passes it
+            outs = self.gather_matmul(group, x, list(weights), list(biases), seq_dim, seq_len, chunks, keep)
+            return outs if keep else outs[:-1]
+
+        return run
+
+    def ready_matmul_scatter(
+        self, name: str, group: ProcessGroup, x: Tensor, weight: Tensor, seq_dim: int, chunks: int
+    ) -> MatmulScatterReady:
+        """:attr:`matmul_scatter` likewise."""
+        if self.matmul_scatter_ready is not None:
+            return self.matmul_scatter_ready(name, group, x, weight, seq_dim)
+        held = weakref.ref(group)
+
+        def run(x: Tensor, weight: Tensor) -> Partials:
+            group = held()
+            assert group is not None
+            return self.matmul_scatter(name, group, x, weight, seq_dim, chunks)
+
+        return run
 
     @property
     def everywhere(self) -> bool:
@@ -89,7 +134,15 @@ def _no_symmetric_memory(group: ProcessGroup, x: Tensor, elements: int) -> str:
 
 
 #: Everything at once, around one matmul.
-SINGLE = Engine("single", False, select.messages, unchunked.gather_matmul, unchunked.matmul_scatter)
+SINGLE = Engine(
+    "single",
+    False,
+    select.messages,
+    unchunked.gather_matmul,
+    unchunked.matmul_scatter,
+    gather_matmul_ready=unchunked.ready_gather_matmul,
+    matmul_scatter_ready=unchunked.ready_matmul_scatter,
+)
 #: Pipelined over messages of torch.distributed.
 P2P = _pipelined("p2p", select.messages)
 #: Pipelined over symmetric memory.
@@ -138,7 +191,7 @@ def check_engine(engine: str) -> None:
         raise ValueError(f"engine: expected one of {NAMES}, got {engine!r}")
 
 
-def plan(engine: str, chunks: int | None, work: Work, figures: Figures) -> Plan:
+def plan(engine: str, chunks: int | None, work: Work, figures: MachineProfile) -> Plan:
     """Settle ``engine="auto"`` and ``chunks=None`` on two ranks or more, by the cost model.
 
     Raises:
@@ -148,7 +201,7 @@ def plan(engine: str, chunks: int | None, work: Work, figures: Figures) -> Plan:
     return settle(engine, chunks, work, figures, max_workspace_bytes())
 
 
-def _plan(engine: str, chunks: int | None, work: Work, figures: Figures, bound: int | None) -> Plan:
+def _plan(engine: str, chunks: int | None, work: Work, figures: MachineProfile, bound: int | None) -> Plan:
     needed = chunks_needed(work, bound)
     bounded = "" if needed is None else f"; max_workspace_bytes={bound} wants {needed} or more"
 
@@ -206,7 +259,7 @@ def settle_plan(
     elements: int,
     engine: str,
     chunks: int | None,
-    figures: Mapping[str, Figures] | None,
+    figures: Mapping[str, MachineProfile] | None,
     group: ProcessGroup | None,
     *,
     fusible: bool = True,

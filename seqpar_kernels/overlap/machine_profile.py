@@ -82,8 +82,3 @@ def default_profile(device_type: str, one_host: bool | None = None) -> MachinePr
         busy_seconds=0.3e-9 / threads,
         source=f"defaults for cpu: {threads} threads of a 2026 Xeon with gloo, measured; its link {link}",
     )
-
-
-# The former names, until their last callers have changed.
-Figures = MachineProfile
-default_figures = default_profile

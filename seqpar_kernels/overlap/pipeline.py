@@ -24,7 +24,7 @@ from ..layout import SequenceShard, group_rank, group_size
 from ..tensors import reshaped
 from . import planner
 from . import schedule as schedules
-from .profiling import span, traced
+from .profiling import listening, span, traced
 from .schedule import Schedule
 
 # A matmul of fewer rows than this per outer index wastes the machine: rather one matmul and a copy into place.
@@ -209,6 +209,7 @@ class Kind:
     def __init__(self, name: str, x: Tensor, seq_dim: int, length: int, group: ProcessGroup | None, *details: object):
         self.name = name
         self.shard = SequenceShard(length, group_size(group), group_rank(group))
+        self.own_rows = self.shard.size
         self.layout = layout_of(x, seq_dim)
         self.device_type = x.device.type
         bound = planner.max_workspace_bytes()
@@ -272,7 +273,7 @@ class Partials:
     def __init__(self, call: Kind, features: int, like: Tensor):
         self._call = call
         self._features = features
-        shape = (call.shard.ranks, *call.shape(call.shard.size, features))
+        shape = (call.shard.ranks, *call.layout.shape(call.own_rows, features))
         self.data = like.new_empty(shape)
 
     @functools.cached_property
@@ -296,8 +297,12 @@ class Partials:
             cols *= self._call.layout.inner
             cols = cols if cols >= 64 else max(1, self.data[0].numel())
         parts = self.data.view(self.data.shape[0], -1, cols)
-        with span(self._call.name, f"sum {parts.shape[0]} partial results"):
-            total = select_kernels(None, parts.device).reduce_shards(parts, bias)
+        kernels = select_kernels(None, parts.device)
+        if listening():
+            with span(self._call.name, f"sum {parts.shape[0]} partial results"):
+                total = kernels.reduce_shards(parts, bias)
+        else:
+            total = kernels.reduce_shards(parts, bias)
         return reshaped(total, self.data.shape[1:])
 
 

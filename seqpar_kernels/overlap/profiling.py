@@ -20,6 +20,9 @@ from ..environment import flag
 _nvtx = torch.version.cuda is not None and (flag("SEQPAR_NVTX") or "NVTX_INJECTION64_PATH" in os.environ)
 
 
+_UNLABELLED = contextlib.nullcontext()
+
+
 def listening() -> bool:
     """Whether a tracer is active."""
     return profiler._is_profiler_enabled or _nvtx
@@ -51,7 +54,7 @@ def _span(text: str) -> Iterator[None]:
 
 def span(name: str, what: str) -> contextlib.AbstractContextManager[None]:
     """A block with a label for one piece of work of op ``name``."""
-    return _span(f"seqpar::{name}: {what}") if listening() else contextlib.nullcontext()
+    return _span(f"seqpar::{name}: {what}") if listening() else _UNLABELLED
 
 
 def describe(step: Step) -> str:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..caches import Remembered, per_group
 from ..comm.coordination import coordination_of
 from ..comm.topology import on_one_host
 from ..layout import Group, process_group, resolve_group
@@ -35,6 +36,12 @@ _ROWS_AND_WIDTH = {"cpu": (512, 2048), "cuda": (1024, 8192)}
 _PIECE_ROWS = 64
 
 
+@per_group
+def planned_calls(group: ProcessGroup) -> Remembered[tuple[Any, ...], Any]:
+    """Calls on ``group`` that have been planned with its profile, for who looks them up; forgotten when they change."""
+    return Remembered()
+
+
 def profile_of(group: ProcessGroup) -> Mapping[str, MachineProfile]:
     """The profile that the ranks of ``group`` plan with, by device type.
 
@@ -46,9 +53,6 @@ def profile_of(group: ProcessGroup) -> Mapping[str, MachineProfile]:
         return {"cpu": MachineProfile(*cpu), "cuda": MachineProfile(*cuda)}
     found = _known.get(group)
     return _agree(group) if found is None else found
-
-
-figures_of = profile_of  # the former name, until its last callers have changed
 
 
 @torch.compiler.assume_constant_result
@@ -136,6 +140,7 @@ def tune(group: Group = None, *, device: str | torch.device | None = None) -> Ma
     dist.broadcast_object_list(answer, group_src=0, group=pg)
     assert answer[0] is not None
     profile = _known[pg][kind] = MachineProfile.from_json(answer[0])
+    planned_calls(pg).clear()
     return profile
 
 

@@ -8,6 +8,7 @@ those of :mod:`.pipeline`, with the same errors.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,11 @@ from .profiling import describe, listening, span
 from .schedule import Stage, partial_sums, sequence_buffers, shard_rows
 
 _UNLABELLED = contextlib.nullcontext()
+
+#: (x, weights, biases) -> linear(all_gather(x)) for each weight, and last all rows of x where they are to be kept.
+GatherMatmulReady = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None]], list[Tensor]]
+#: (x, weight) -> the partial results of every rank's linear(x, weight) for our rows.
+MatmulScatterReady = Callable[[Tensor, Tensor], Partials]
 
 
 class _Peer(NamedTuple):
@@ -52,7 +58,9 @@ class UnchunkedKind(Kind):
         agreed = {"features": features, **details}
         super().__init__(name, x, seq_dim, length, group, *(f"{k}={v}" for k, v in agreed.items()), "uncut")
         shard, outer = self.shard, self.layout.outer
+        self.transport = select.messages(group)
         self.features, self.seq_dim = features, seq_dim
+        self.whole_shape = self.shape(length, features)
         self.sizes = [shard.of(rank).size for rank in range(shard.ranks)]
         self.even = length > 0 and length % shard.ranks == 0
         row_bytes = outer * self.layout.inner * features * x.element_size()
@@ -106,11 +114,13 @@ def unchunked_kind(
 class Unchunked:
     """One uncut call. In ``with``: the op is finished at its end, or aborted where anything raised."""
 
-    def __init__(self, kind: UnchunkedKind, group: ProcessGroup):
+    def __init__(self, kind: UnchunkedKind):
         self._kind = kind
-        self._session = select.messages(group).session(kind.signature, kind.room)
+        self._session = kind.transport.session(kind.signature, kind.room)
         self._received: list[tuple[Tensor, Tensor]] = []  # window, and the packed message that belongs there
         self._at_once = False  # what is gathered comes by the backend's own all-gather
+        #: Whether somebody traces, and the call's work carries labels.
+        self.traced = listening()
 
     def __enter__(self) -> Unchunked:
         return self
@@ -121,39 +131,41 @@ class Unchunked:
     def gather(self, x: Tensor) -> Tensor:
         """Start gathering our [..., S/t, ..., H]. Returns where it goes: [..., S, ..., H], ours in its place."""
         kind = self._kind
-        whole = x.new_empty(kind.shape(kind.shard.length, kind.features))
+        whole = x.new_empty(kind.whole_shape)
         rows = x.contiguous()
-        if kind.even and self._gather_at_once(whole, rows):
+        if kind.even and self._session.gathers_itself(kind.device_type):
+            self._gather_at_once(whole, rows)
             return whole
         windows = whole.split_with_sizes(kind.sizes, kind.seq_dim)
-        sends = self._messages([(peer.sends, rows) for peer in kind.gathers])
-        receives = []
+        sends: list[Message] = []
+        receives: list[Message] = []
         for peer in kind.gathers:
             window = windows[peer.rank]
             if len(peer.receives) == 1 and not window.is_contiguous():
                 buffer = torch.empty_like(window, memory_format=torch.contiguous_format)
                 self._received.append((window, buffer))
                 window = buffer
-            receives.append((peer.receives, window))
-        self._post(sends, self._messages(receives))
+            sends += self._messages(peer.sends, rows)
+            receives += self._messages(peer.receives, window)
+        self._post(sends, receives)
         windows[kind.shard.rank].copy_(rows)
         return whole
 
-    def _gather_at_once(self, whole: Tensor, rows: Tensor) -> bool:
-        """By the backend's own all-gather, if it has one."""
+    def _gather_at_once(self, whole: Tensor, rows: Tensor) -> None:
+        """By the backend's own all-gather."""
         kind = self._kind
         lies_apart = kind.layout.outer > 1  # a rank's rows are several blocks of ``whole``
         buffer = whole.new_empty((kind.shard.ranks, *rows.shape)) if lies_apart else whole
-        self._at_once = self._session.all_gather(buffer.view(-1), rows.view(-1))
-        if self._at_once and lies_apart:
+        self._session.all_gather(buffer.view(-1), rows.view(-1))
+        self._at_once = True
+        if lies_apart:
             window = whole.unflatten(kind.seq_dim, (kind.shard.ranks, kind.sizes[0]))
             self._received.append((window, buffer.movedim(0, kind.seq_dim)))
-        return self._at_once
 
     def gathered(self) -> None:
         """Wait for what :meth:`gather` has started."""
         if self._at_once:
-            with span(self._kind.name, "wait for the rows of all ranks") if listening() else _UNLABELLED:
+            with span(self._kind.name, "wait for the rows of all ranks"):
                 self._session.all_gathered()
         else:
             self._wait(self._kind.gathers)
@@ -167,8 +179,11 @@ class Unchunked:
         partials = Partials(kind, whole.shape[-1], whole)
         windows = whole.split_with_sizes(kind.sizes, kind.seq_dim)
         parts = partials.data.unbind(0)
-        sends = self._messages([(peer.sends, windows[peer.rank]) for peer in kind.scatters])
-        receives = self._messages([(peer.receives, parts[peer.rank]) for peer in kind.scatters])
+        sends: list[Message] = []
+        receives: list[Message] = []
+        for peer in kind.scatters:
+            sends += self._messages(peer.sends, windows[peer.rank])
+            receives += self._messages(peer.receives, parts[peer.rank])
         self._post(sends, receives)
         parts[kind.shard.rank].copy_(windows[kind.shard.rank])
         return partials
@@ -177,24 +192,29 @@ class Unchunked:
         """Wait for what :meth:`scatter` has started."""
         self._wait(self._kind.scatters)
 
-    def _messages(self, moves: Sequence[tuple[tuple[Transfer, ...], Tensor]]) -> list[Message]:
-        """Each [..., rows, ..., features] as one message, or its blocks as one each."""
-        out = []
-        for transfers, rows in moves:
-            if len(transfers) == 1:
-                out.append(Message(transfers[0], rows.contiguous()))
-            elif transfers:
-                out += map(Message, transfers, rows.flatten(0, self._kind.seq_dim - 1).unbind(0))
-        return out
+    def _messages(self, transfers: tuple[Transfer, ...], rows: Tensor) -> list[Message]:
+        """[..., rows, ..., features] as one message, or its blocks as one each."""
+        if len(transfers) == 1:
+            return [Message(transfers[0], rows.contiguous())]
+        if not transfers:
+            return []
+        return list(map(Message, transfers, rows.flatten(0, self._kind.seq_dim - 1).unbind(0)))
 
     def label(self, stage: Stage) -> contextlib.AbstractContextManager[None]:
         """For traces: the work of ``stage``, on all rows."""
-        if not listening():
+        if not self.traced:
             return _UNLABELLED
         return span(self._kind.name, describe(Compute(stage, 0, self._kind.shard.length)))
 
+    def linears(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+        """The forward's matmuls: linear(x, weight, bias) for each weight."""
+        if self.traced:
+            with span(self._kind.name, describe(Compute("matmul", 0, self._kind.shard.length))):
+                return list(map(torch.nn.functional.linear, [x] * len(weights), weights, biases))
+        return list(map(torch.nn.functional.linear, [x] * len(weights), weights, biases))
+
     def _post(self, sends: list[Message], receives: list[Message]) -> None:
-        if not listening():
+        if not self.traced:
             self._session.post(sends, receives)
             return
         step = Post(tuple(m.transfer for m in sends), tuple(m.transfer for m in receives))
@@ -204,7 +224,10 @@ class Unchunked:
     def _wait(self, peers: list[_Peer]) -> None:
         for peer in peers:
             for transfer in peer.receives:
-                with span(self._kind.name, describe(Wait(transfer))) if listening() else _UNLABELLED:
+                if not self.traced:
+                    self._session.wait(transfer)
+                    continue
+                with span(self._kind.name, describe(Wait(transfer))):
                     self._session.wait(transfer)
 
 
@@ -222,28 +245,50 @@ def gather_matmul(
 
     ``chunks`` and ``keep`` make no difference here.
     """
-    features = x.shape[-1]
-    kind = unchunked_kind("all_gather_linear", x, seq_dim, seq_len, group, features, N=outputs_of(weights))
-    with Unchunked(kind, group) as call:
+    return ready_gather_matmul(group, x, weights, seq_dim, seq_len, True)(x, weights, biases)
+
+
+def ready_gather_matmul(
+    group: ProcessGroup, x: Tensor, weights: Sequence[Tensor], seq_dim: int, seq_len: int, keep: bool
+) -> GatherMatmulReady:
+    """:func:`gather_matmul` for operands of these sizes; all rows of x only where they are to be kept."""
+    n = outputs_of(weights)
+    kind = unchunked_kind("all_gather_linear", x, seq_dim, seq_len, group, x.shape[-1], N=n)
+    return functools.partial(_gather_matmul, kind, keep)
+
+
+def _gather_matmul(
+    kind: UnchunkedKind, keep: bool, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    with Unchunked(kind) as call:
         whole = call.gather(x)
         call.gathered()
-        with call.label("matmul"):
-            linear = torch.nn.functional.linear
-            return [*(linear(whole, w, b) for w, b in zip(weights, biases, strict=True)), whole]
+        outs = call.linears(whole, weights, biases)
+    if keep:
+        outs.append(whole)
+    return outs
 
 
 def matmul_scatter(
     name: str, group: ProcessGroup, x: Tensor, weight: Tensor, seq_dim: int, chunks: int = 1
 ) -> Partials:
     """The partial results of every rank's linear(x, weight) for our rows. x [..., S, ..., K/t]"""
+    return ready_matmul_scatter(name, group, x, weight, seq_dim)(x, weight)
+
+
+def ready_matmul_scatter(name: str, group: ProcessGroup, x: Tensor, weight: Tensor, seq_dim: int) -> MatmulScatterReady:
+    """:func:`matmul_scatter` for operands of these sizes."""
     kind = unchunked_kind(name, x, seq_dim, x.shape[seq_dim], group, weight.shape[0], K=weight.shape[1])
-    with Unchunked(kind, group) as call:
-        with call.label("matmul"):
-            product = torch.nn.functional.linear(x, weight)
+    return functools.partial(_matmul_scatter, kind)
+
+
+def _matmul_scatter(kind: UnchunkedKind, x: Tensor, weight: Tensor) -> Partials:
+    with Unchunked(kind) as call:
+        (product,) = call.linears(x, [weight], [None])
         partials = call.scatter(product.contiguous())
         call.scattered()
         return partials
 
 
-def outputs_of(weights: list[Tensor]) -> tuple[int, ...]:
+def outputs_of(weights: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(w.shape[0] for w in weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import seqpar_kernels as sp
-from seqpar_kernels.comm import transport
+from seqpar_kernels.comm import select, transport
 from seqpar_kernels.comm.loopback import Loopback, RankErrors
 from seqpar_kernels.comm.steps import Post
 from seqpar_kernels.comm.transport import Message
@@ -307,3 +308,11 @@ def wide_rows(g: dist.ProcessGroup, length: int) -> None:
     up = torch.ones(256, 256, requires_grad=True)
     h = sp.all_gather_linear(x, up, group=g, chunks=1, engine="p2p")
     sp.linear_reduce_scatter(h, up, group=g, chunks=1, engine="p2p").sum().backward()
+
+
+def test_a_transport_whose_group_is_gone_says_so() -> None:
+    with Loopback(1) as loopback:
+        gone = select.messages(loopback.groups[0])
+    gc.collect()
+    with pytest.raises(RuntimeError, match="an op: its process group is gone"):
+        gone.session("an op", transport.Room((), ()))

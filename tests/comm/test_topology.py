@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from seqpar_kernels.comm.loopback import Loopback
 from seqpar_kernels.comm.topology import on_one_host
-from seqpar_kernels.overlap.machine_profile import default_figures
+from seqpar_kernels.overlap.machine_profile import default_profile
 
 GROUP = cast(dist.ProcessGroup, None)  # its members are made up
 
@@ -64,11 +64,11 @@ def test_a_group_that_torch_does_not_know() -> None:
 
 
 def test_defaults_follow() -> None:
-    assert default_figures("cpu", True).link_bytes > default_figures("cpu").link_bytes
-    assert default_figures("cpu", False) == default_figures("cpu")
-    assert default_figures("cuda", False).link_bytes < default_figures("cuda").link_bytes
-    assert default_figures("cuda", True) == default_figures("cuda")
-    assert "InfiniBand" in default_figures("cuda", False).source
+    assert default_profile("cpu", True).link_bytes > default_profile("cpu").link_bytes
+    assert default_profile("cpu", False) == default_profile("cpu")
+    assert default_profile("cuda", False).link_bytes < default_profile("cuda").link_bytes
+    assert default_profile("cuda", True) == default_profile("cuda")
+    assert "InfiniBand" in default_profile("cuda", False).source
 
 
 def test_virtual_ranks_tell_nothing() -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import seqpar_kernels as sp
 from seqpar_kernels import kernels
 from seqpar_kernels.overlap.planner import Work, estimate
-from seqpar_kernels.overlap.tuning import figures_of
+from seqpar_kernels.overlap.tuning import profile_of
 
 from ..world import World
 from .test_parallelize import MODELS
@@ -53,7 +53,7 @@ def columns_case() -> tuple[Any, str, Any]:
     # q, k and v: [32, 32], [16, 32] and [16, 32] of the whole layer, half of each here
     work = Work(2, 8, 2 * 2 * 16 * 32 * 32, 32 * 32 * 4, 2 * 8 * 32 * 4, torch.float32, 2)
     chunks = int(next(row for row in table.rows if row.module == "model.layers.0.self_attn.q_proj").chunks)
-    return {row.module: row for row in table.rows}, str(table), estimate(chunks, work, figures_of(group())["cpu"])
+    return {row.module: row for row in table.rows}, str(table), estimate(chunks, work, profile_of(group())["cpu"])
 
 
 def test_bytes_and_estimate_of_every_call_site(world2: World) -> None:

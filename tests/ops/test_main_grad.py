@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import seqpar_kernels as sp
-from seqpar_kernels.functional import NormRecipe, planned_all_gather_linear
+from seqpar_kernels.functional import NormRecipe, checked_all_gather_linear
 from seqpar_kernels.kernels import NormKind
 from seqpar_kernels.nn.linear import SharedGather
 from seqpar_kernels.ops.main_grad import add_weight_gradient
@@ -276,8 +276,9 @@ def recipe_case() -> None:
     y, z = sp.dropout_add_rms_norm(z, None, torch.ones(K), prenorm=True, group=g)
     made_from = NormRecipe(z, torch.ones(K), None, NormKind.RMS, False, 1e-5)
     main_grads = [torch.ones(N, K), None]
-    common = (y, weights, None, g, -2, 2, "auto", None, made_from)
-    plain, into = (planned_all_gather_linear(*common, m)[0] for m in (None, main_grads))
+    common = (y, weights, None, g, -2, 2, "auto", None)
+    calls = [checked_all_gather_linear(*common, m, recipe=made_from) for m in (None, main_grads)]
+    plain, into = (call(*operands) for call, operands in calls)
     grads = [torch.randn_like(out) for out in plain]
     dz, *dws = torch.autograd.grad(plain, (z, *weights), grads, retain_graph=True)
     dz_into, *dws_into = torch.autograd.grad(into, (z, *weights), grads, allow_unused=True)

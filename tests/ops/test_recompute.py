@@ -13,7 +13,7 @@ from torch import Tensor
 
 import seqpar_kernels as sp
 from seqpar_kernels import functional
-from seqpar_kernels.functional import NormRecipe, causal_attention, planned_all_gather_linear
+from seqpar_kernels.functional import NormRecipe, causal_attention, checked_all_gather_linear
 from seqpar_kernels.kernels import NormKind, RowMap
 from seqpar_kernels.kernels.reference import dropout_mask
 
@@ -38,6 +38,14 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=dtype).requires_grad_()
 
 
+def of_recipe(
+    x: Tensor, weight: Tensor, g: dist.ProcessGroup | None, recipe: NormRecipe | None, chunks: int | None = None
+) -> Tensor:
+    """all_gather_linear, x made again from the recipe."""
+    call, operands = checked_all_gather_linear(x, weight, None, g, -2, chunks, "auto", None, recipe=recipe)
+    return call(*operands)  # type: ignore[no-any-return]
+
+
 def keeping_less(
     z: Tensor,
     weight: Tensor,
@@ -52,7 +60,7 @@ def keeping_less(
     vectors = (gamma,) if kind == NormKind.RMS else (gamma, beta)
     y, kept = norm(z, None, *vectors, prenorm=True, group=g, zero_centered_weight=zero_centered)
     made_from = NormRecipe(kept, gamma, beta, kind, zero_centered, 1e-5) if recipe else None
-    return planned_all_gather_linear(y, weight, None, g, -2, 2, "auto", None, made_from)[0]  # type: ignore[no-any-return]
+    return of_recipe(y, weight, g, made_from, 2)
 
 
 @pytest.mark.parametrize("zero_centered", [False, True], ids=["weight", "1 + weight"])
@@ -94,14 +102,14 @@ def wide_stream_case() -> None:
     recipe = NormRecipe(z, gamma, None, NormKind.RMS, False, 1e-5)
     for w in (weight, weight.detach()):
         wanted = [x, residual, w] if w.requires_grad else [x, residual]
-        outs = [planned_all_gather_linear(y, w, None, g, -2, None, "auto", None, r)[0] for r in (None, recipe)]
+        outs = [of_recipe(y, w, g, r) for r in (None, recipe)]
         plain, again = (torch.autograd.grad(out.sum(), wanted, retain_graph=True) for out in outs)
         torch.testing.assert_close(plain, again, rtol=0, atol=0)
     master = leaf(3, K, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y, z = sp.dropout_add_rms_norm(residual, None, gamma, prenorm=True, group=g)
         recipe = NormRecipe(z, gamma, None, NormKind.RMS, False, 1e-5)
-        outs = [planned_all_gather_linear(y, master, None, g, -2, None, "auto", None, r)[0] for r in (None, recipe)]
+        outs = [of_recipe(y, master, g, r) for r in (None, recipe)]
     plain, again = (torch.autograd.grad(out.sum(), [residual, master], retain_graph=True) for out in outs)
     torch.testing.assert_close(plain, again, rtol=0, atol=0)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import seqpar_kernels as sp
 from seqpar_kernels.comm import p2p
 from seqpar_kernels.comm.loopback import Loopback
-from seqpar_kernels.functional import planned_all_gather_linear, planned_linear_reduce_scatter
+from seqpar_kernels.functional import checked_all_gather_linear, checked_linear_reduce_scatter
 from seqpar_kernels.overlap import engines
 
 from ..comm.test_loopback import layer, one_thread_a_rank  # noqa: F401
@@ -43,10 +43,11 @@ def old_name_case() -> None:
     """A rank that says "collective" and one that says "p2p" mean the same, eager and compiled."""
     x, w = torch.ones(1, 4, 6), torch.ones(3, 6)
     name = ("collective", "p2p")[group().rank() % 2]
-    for fn in (planned_all_gather_linear, planned_linear_reduce_scatter):
-        more = (None,) if fn is planned_all_gather_linear else ()
-        plan = fn(x, w, None, group(), 1, 2, name, *more)[1]  # type: ignore[operator]
-        assert plan[:3] == ("p2p", 2, "chunks=2 given")
+    for fn in (checked_all_gather_linear, checked_linear_reduce_scatter):
+        more = (None,) if fn is checked_all_gather_linear else ()
+        call, operands = fn(x, w, None, group(), 1, 2, name, *more)  # type: ignore[operator]
+        call(*operands)
+        assert call.plan[:3] == ("p2p", 2, "chunks=2 given")
 
     @torch.compile(fullgraph=True, backend="eager")
     def compiled(x: Tensor) -> Tensor:

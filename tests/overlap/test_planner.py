@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import seqpar_kernels as sp
-from seqpar_kernels.functional import planned_all_gather_linear, planned_linear_reduce_scatter
+from seqpar_kernels.functional import checked_all_gather_linear, checked_linear_reduce_scatter
 from seqpar_kernels.overlap import planner
 from seqpar_kernels.overlap.engines import plan
 from seqpar_kernels.overlap.machine_profile import MachineProfile, default_profile
@@ -236,7 +236,7 @@ def bounded_case(batch: int, length: int) -> None:
         try:
             for got, want in zip(both(x, up, down, length), expected, strict=True):
                 torch.testing.assert_close(got, want)
-            _, ran = planned_all_gather_linear(x, up, None, group(), -2, None, "auto", length)
+            ran = checked_all_gather_linear(x, up, None, group(), -2, None, "auto", length)[0].plan
             assert ran.engine == "p2p" and (ran.chunks >= 2 or rows > 1), ran
         finally:
             sp.set_max_workspace_bytes(None)
@@ -326,8 +326,8 @@ def plans_case(rank_with_other_figures: int) -> tuple[Any, ...]:
         tuning.default_profile = lambda *of: own(*of)._replace(message_seconds=1.0)
     try:
         x, w = torch.randn(1, 512, 1024), torch.randn(1024, 1024)
-        a = planned_all_gather_linear(x, w, None, g, -2, None, "auto", None)[1]
-        b = planned_linear_reduce_scatter(x, w, None, g, -2, None, "auto")[1]
+        a = checked_all_gather_linear(x, w, None, g, -2, None, "auto", None)[0].plan
+        b = checked_linear_reduce_scatter(x, w, None, g, -2, None, "auto")[0].plan
         return a, b
     finally:
         tuning.default_profile = own
@@ -372,9 +372,9 @@ def dynamic_case() -> tuple[int, int]:
         return sp.all_gather_linear(x, w, group=group())
 
     for length in (4, 6, 8, 200, 400, 800, 1600, 2000, 3200):
-        y, ran = planned_all_gather_linear(x[:, :length], w, None, group(), -2, None, "auto", None)
-        torch.testing.assert_close(fn(x[:, :length].contiguous(), w), y)
-        plans.add(ran[:2])
+        call, operands = checked_all_gather_linear(x[:, :length], w, None, group(), -2, None, "auto", None)
+        torch.testing.assert_close(fn(x[:, :length].contiguous(), w), call(*operands))
+        plans.add(call.plan[:2])
     return len(graphs), len(plans)
 
 

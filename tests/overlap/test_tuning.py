@@ -108,18 +108,21 @@ def tuned_case(folder: str) -> dict[str, Any]:
     in_cache_of(rank, folder)
     try:
         first = dist.new_group(list(range(ranks)))
+        arguments: Any = (torch.randn(1, 8, 8), torch.randn(8, 8), None, first, -2, None, "auto", None)
+        untuned, operands = sp.functional.checked_all_gather_linear(*arguments)
+        untuned(*operands)
         profile = tune(first)
         assert profile_of(first)["cpu"] == profile
-        _, ran = sp.functional.planned_all_gather_linear(
-            torch.randn(1, 8, 8), torch.randn(8, 8), None, first, -2, None, "auto", None
-        )
+        call, operands = sp.functional.checked_all_gather_linear(*arguments)
+        call(*operands)
+        assert call.plan.estimate != untuned.plan.estimate  # planned with the new profile
         again = profile_of(dist.new_group(list(range(ranks))))  # loaded from rank 0's file
         return {
             "profile": profile,
             "later": again["cpu"],
             "cuda": again["cuda"].source,
             "files": [str(p) for p in Path(folder, str(rank)).rglob("*.json")],
-            "ran": ran,
+            "ran": call.plan,
         }
     finally:
         del os.environ["XDG_CACHE_HOME"]

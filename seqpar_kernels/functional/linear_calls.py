@@ -1,0 +1,91 @@
+"""Calls of the two linears that have been checked and planned: ready to run, and to be looked up the next time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..kernels import NormKind
+from ..overlap.planner import Plan
+
+
+class NormRecipe(NamedTuple):
+    """What a column-parallel input was made from: x = norm(z) * weight + bias. z [..., S/t, ..., H] is kept anyway."""
+
+    z: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    kind: NormKind
+    zero_centered: bool
+    eps: float
+
+
+class LinearCall(Protocol):
+    """One kind of call of a linear, checked and planned.
+
+    ``ops.PreparedGatherLinear`` and ``ops.PreparedLinearScatter`` on plain tensors in eager mode; else those below.
+    """
+
+    plan: Plan
+
+    def __call__(self, *operands: Any) -> Any:
+        """The result, or a tuple of results."""
+
+
+class GatherLinear:
+    """An all_gather_linear whose operands the dispatcher must see, or one with a recipe for its x."""
+
+    def __init__(self, plan: Plan, where: tuple[Any, ...], several: bool, save_gathered: bool):
+        self.plan, self._where, self._several = plan, where, several
+        self._save_gathered = save_gathered and where[0] != ""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weights: list[Tensor],
+        biases: list[Tensor | None],
+        main_grads: list[Tensor | None],
+        recipe: NormRecipe | None,
+    ) -> Any:
+        where, grad = self._where, torch.is_grad_enabled()
+        into = grad and any(m is not None for m in main_grads)
+        keep = self._save_gathered and grad and any(w.requires_grad for w in weights)
+        if keep and into:
+            outs = ops.all_gather_linear_into(main_grads, x, weights, biases, *where, keep=True)[:-1]
+        elif keep:
+            outs = ops.all_gather_linear_keeping(x, weights, biases, *where)[:-1]
+        elif recipe is not None:
+            z, norm_weight, norm_bias, kind, *scalars = recipe
+            args = (x, z, norm_weight, norm_bias, int(kind), *scalars, weights, biases, *where)
+            if into:
+                outs = ops.all_gather_linear_of_norm_into(main_grads, *args)
+            else:
+                outs = ops.all_gather_linear_of_norm(*args)
+        elif into:
+            outs = ops.all_gather_linear_into(main_grads, x, weights, biases, *where)
+        else:
+            outs = ops.all_gather_linear(x, weights, biases, *where)
+        return tuple(outs) if self._several else outs[0]
+
+
+class LinearScatter:
+    """A linear_reduce_scatter whose operands the dispatcher must see, or one that is fed an activation."""
+
+    def __init__(self, plan: Plan, where: tuple[Any, ...], activation: str | None):
+        self.plan, self._where, self._activation = plan, where, activation
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, gate: Tensor | None
+    ) -> Any:
+        into = main_grad is not None and torch.is_grad_enabled()
+        if self._activation is not None:
+            args = (x, gate, weight, bias, self._activation, *self._where)
+            if into:
+                return ops.activation_linear_reduce_scatter_into(main_grad, *args)
+            return ops.activation_linear_reduce_scatter(*args)
+        if into:
+            return ops.linear_reduce_scatter_into(main_grad, x, weight, bias, *self._where)
+        return ops.linear_reduce_scatter(x, weight, bias, *self._where)
