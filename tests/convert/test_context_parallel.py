@@ -57,6 +57,19 @@ def test_models_on_more_ranks_than_key_heads(world4: World, kind: str) -> None:
     world4.run(model_case, kind)
 
 
+def chunks_case() -> None:
+    """Llama 4 attends within chunks of the sequence; those that begin behind padding are refused."""
+    options = {"attention_chunk_size": 4}
+    plain, model = plain_model("llama4_text", options), shared("llama4_text", options)
+    assert_trains_alike(plain, model, batch())
+    with pytest.raises(RuntimeError, match="chunks that begin behind left padding"):
+        model(**batch(pad=True))
+
+
+def test_chunks(world2: World) -> None:
+    world2.run(chunks_case)
+
+
 def engine_case(engine: str) -> str:
     model = shared("llama", context_parallel=engine)
     assert_trains_alike(plain_model("llama"), model, batch(pad=True))

@@ -34,12 +34,13 @@ def run(ranks: int, length: int, out: Path) -> list[dict[str, Any]]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
+@pytest.mark.timeout(900)  # starts five processes, one after the other
 def test_twice_the_sequence_in_the_memory_of_one(tmp_path: Path) -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak of the resident set is Linux's")

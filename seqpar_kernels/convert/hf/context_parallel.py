@@ -85,7 +85,7 @@ class ContextParallel:
         self._loss = ContextLoss(self.group)
         if self._has_loss:
             model.loss_function = self._loss
-        self._gradients = GradientSum(self.group, model)
+        self._gradients = GradientSum(self.group)
         self._alike = None
         if self.group is not None and comparison_enabled():
             self._alike = Alike(self.group, lambda: next(model.parameters()).device)

@@ -44,9 +44,11 @@ def try_out(model: Any, ranks: int, unsharded: Callable[..., Any], whole: Callab
     """
     device = next(model.parameters()).device
     length = 4 * ranks + 1
-    ids = torch.arange(2 * length, device=device).view(2, length) * 7 % model.config.get_text_config().vocab_size
+    config = model.config.get_text_config()
+    ids = torch.arange(2 * length, device=device).view(2, length) * 7 % config.vocab_size
     mask = torch.ones_like(ids)
-    mask[0, :2] = 0
+    if "chunked_attention" not in (getattr(config, "layer_types", None) or ()):  # whose chunks would begin behind it
+        mask[0, :2] = 0
     given = {"input_ids": ids, "attention_mask": mask}
     training = model.training
     model.eval()

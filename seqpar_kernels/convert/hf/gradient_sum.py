@@ -25,9 +25,8 @@ _BUCKET = 1 << 24  # elements that travel, and are copied, together
 class GradientSum:
     """Sums the gradients of a model's parameters over ``group``."""
 
-    def __init__(self, group: ProcessGroup | None, model: nn.Module):
+    def __init__(self, group: ProcessGroup | None):
         self._group = group
-        self._tensor_parallel = [_ranks(p) for p in model.parameters()]  # over which parallelize has cut some
         self._watched: list[nn.Parameter] = []
         self._places: dict[int, int] = {}  # id -> place in _watched
         self._fired: set[int] = set()
@@ -45,9 +44,8 @@ class GradientSum:
             return
         if torch._C._current_graph_task_id() == -1:
             self._forget()
-        names = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-        watched = [p for name, p in names if not (sharded and self._sharded(name, p))]
+        sharded = self._sharded(model)
+        watched = [p for p in model.parameters() if p.requires_grad and id(p) not in sharded]
         for param in watched:
             if getattr(param, "main_grad", None) is not None:
                 raise ValueError("main_grad: expected none with context_parallel, whose ranks sum param.grad")
@@ -63,34 +61,32 @@ class GradientSum:
                     param.register_hook(self._hook(param))
             self._watched = watched
             self._places = {id(p): place for place, p in enumerate(watched)}
-        if sharded:
-            self._sum_not_average(model)
 
-    def _sharded(self, name: str, param: nn.Parameter) -> bool:
-        """Whether ``fully_shard`` sums the gradient over the group."""
-        assert self._group is not None
-        ranks = _ranks(param)
-        mine = set(torch.distributed.get_process_group_ranks(self._group))
-        if mine <= ranks:
-            return True
-        if not ranks or ranks in self._tensor_parallel:
-            return False
-        raise ValueError(
-            f"fully_shard: expected a mesh with the ranks {sorted(mine)} of context_parallel, got {name} on "
-            f"{sorted(ranks)}: shard over both, fully_shard(model, mesh=mesh['dp', 'cp']._flatten('dp_cp'))"
-        )
+    def _sharded(self, model: nn.Module) -> set[int]:
+        """Parameters whose gradients ``fully_shard`` sums, also as it shows them during a forward, by id.
 
-    def _sum_not_average(self, model: nn.Module) -> None:
-        """``fully_shard`` averages over its ranks: those that share a sequence are one batch."""
+        It averages over its ranks: those that share a sequence are one batch.
+        """
         assert self._group is not None
+        mine, found = set(torch.distributed.get_process_group_ranks(self._group)), set()
         for module in model.modules():
-            if isinstance(module, FSDPModule) and id(module) not in self._divided:
-                self._divided.add(id(module))
-                for group in module._get_fsdp_state()._fsdp_param_groups:
-                    ranks = group.mesh_info.mesh.size()
-                    if group.gradient_divide_factor is None:
-                        group.gradient_divide_factor = float(ranks // self._group.size())
-                        group.force_sum_reduction_for_comms = True  # gloo has no sum of what is divided before
+            if not isinstance(module, FSDPModule):
+                continue
+            for params in module._get_fsdp_state()._fsdp_param_groups:
+                mesh = params.mesh_info.mesh
+                ranks = set(mesh.mesh.flatten().tolist())
+                if not mine <= ranks:
+                    raise ValueError(
+                        f"fully_shard: expected a mesh with the ranks {sorted(mine)} of context_parallel, got ranks "
+                        f"{sorted(ranks)}: shard over both, fully_shard(model, mesh=mesh['dp', 'cp']._flatten('dp_cp'))"
+                    )
+                if id(params) not in self._divided and params.gradient_divide_factor is None:
+                    params.gradient_divide_factor = float(mesh.size() // self._group.size())
+                    params.force_sum_reduction_for_comms = True  # gloo has no sum of what is divided before
+                self._divided.add(id(params))
+                for param in params.fsdp_params:
+                    found |= {id(param.sharded_param), id(getattr(param, "_unsharded_param", None))}
+        return found
 
     def _hook(self, param: nn.Parameter) -> Any:
         key = id(param)
@@ -147,11 +143,6 @@ class GradientSum:
 
 def _local(tensor: Any) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def _ranks(param: Tensor) -> set[int]:
-    """Those over which a DTensor lies."""
-    return set(param.device_mesh.mesh.flatten().tolist()) if isinstance(param, DTensor) else set()
 
 
 def _buckets(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
