@@ -78,7 +78,7 @@ def errors_case(group: dist.ProcessGroup) -> None:
         ("kv_seq_len: expected a positive int", dict(kv_seq_len=0)),
         (r"q: expected the last rows of kv_seq_len=1, one or more", dict(kv_seq_len=1)),
         ("scale: expected a finite number", dict(kv_seq_len=11, scale=float("inf"))),
-        ("attn_bias: expected no gradient", dict(kv_seq_len=11, attn_bias=torch.ones(11, requires_grad=True))),
+        ("attn_bias: expected requires_grad=False", dict(kv_seq_len=11, attn_bias=torch.ones(11, requires_grad=True))),
     ]
     for message, options in wrong:
         with pytest.raises(ValueError, match=message):
