@@ -34,30 +34,34 @@ def _known_on(group: Group) -> Remembered[Key, Any]:
     return _known_alone if group is None else planned_calls(group)
 
 
-def known_call(name: str, group: Group, options: tuple[Any, ...], *operands: object) -> tuple[Key | None, Any]:
+def known_call(
+    name: str, group: Group, numbers: tuple[object, ...], options: tuple[object, ...], *operands: object
+) -> tuple[Key | None, Any]:
     """What such a call of the function ``name`` is remembered under, and the call, None where it has not been met.
 
-    The key is None where nothing may be looked up. Operands are tensors, None or sequences of such; whatever else there
-    is among them, or of a kind that cannot be compared, is for the checks to refuse.
+    The key is None where nothing may be looked up. ``numbers`` are ints or None, operands tensors, None or sequences of
+    such: whatever else there is among them, or of a kind that cannot be compared, is for the checks to refuse.
     """
     if not eager() or torch._C._is_any_autocast_enabled():
         return None, None
     try:
-        # The types of options too: True is equal to 1.
-        key: list[Any] = [name, max_workspace_bytes(), *options, *map(type, options)]
+        for number in numbers:
+            if type(number) is not int and number is not None:  # True is equal to 1
+                return None, None
+        parts: list[Any] = [name, max_workspace_bytes(), numbers, options]
         for operand in operands:
             if operand is None:
-                key.append(None)
+                parts.append(None)
             elif isinstance(operand, Tensor):
-                key += (type(operand), operand.shape, operand.dtype, operand.device, operand.requires_grad)
+                parts.append((type(operand), operand.shape, operand.dtype, operand.device, operand.requires_grad))
             else:
                 several: Any = operand
-                key.append(len(several))
+                parts.append(len(several))
                 for t in several:
-                    key += (None,) if t is None else (type(t), t.shape, t.dtype, t.device, t.requires_grad)
-        found = tuple(key)
+                    parts.append(None if t is None else (type(t), t.shape, t.dtype, t.device, t.requires_grad))
+        key = tuple(parts)
         known = planned_calls(group) if type(group) is ProcessGroup else _known_on(group)
-        return found, known.get(found)
+        return key, known.get(key)
     except (AttributeError, TypeError):
         return None, None
 

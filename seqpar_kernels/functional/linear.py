@@ -107,8 +107,9 @@ def all_gather_linear(
         ValueError: shapes, dtypes, devices or options that do not fit, by name.
         RuntimeError: ranks that disagree, a peer that failed.
     """
-    options = (group, seq_dim, chunks, engine, seq_len)
-    call, operands = checked_all_gather_linear(x, weight, bias, *options, main_grad, save_gathered)
+    call, operands = checked_all_gather_linear(
+        x, weight, bias, group, seq_dim, chunks, engine, seq_len, main_grad, save_gathered
+    )
     return call(*operands)
 
 
@@ -129,8 +130,8 @@ def checked_all_gather_linear(
 
     With a ``recipe`` x is not kept but made again from it; ``save_gathered`` comes before a recipe.
     """
-    options = (seq_dim, chunks, engine, seq_len, save_gathered, recipe is None)
-    key, call = known_call("all_gather_linear", group, options, x, weight, bias, main_grad)
+    numbers, options = (seq_dim, chunks, seq_len), (engine, save_gathered, recipe is None)
+    key, call = known_call("all_gather_linear", group, numbers, options, x, weight, bias, main_grad)
     several = not isinstance(weight, Tensor) and isinstance(weight, Iterable)
     if call is not None:
         if not several:
@@ -215,8 +216,9 @@ def linear_reduce_scatter(
         ValueError: shapes, dtypes, devices or options that do not fit, by name.
         RuntimeError: ranks that disagree, a peer that failed.
     """
-    options = (group, seq_dim, chunks, engine, activation, gate)
-    call, operands = checked_linear_reduce_scatter(x, weight, bias, *options, main_grad)
+    call, operands = checked_linear_reduce_scatter(
+        x, weight, bias, group, seq_dim, chunks, engine, activation, gate, main_grad
+    )
     return call(*operands)
 
 
@@ -233,8 +235,8 @@ def checked_linear_reduce_scatter(
     main_grad: Tensor | None = None,
 ) -> tuple[LinearCall, tuple[Any, ...]]:
     """The call that :func:`linear_reduce_scatter` makes, which knows its plan, and what to call it with."""
-    options = (seq_dim, chunks, engine, activation)
-    key, call = known_call("linear_reduce_scatter", group, options, x, weight, bias, main_grad, gate)
+    numbers, options = (seq_dim, chunks), (engine, activation)
+    key, call = known_call("linear_reduce_scatter", group, numbers, options, x, weight, bias, main_grad, gate)
     if call is None:
         pg = resolve_group(group)
         figures = None if pg is None else figures_of(pg)
