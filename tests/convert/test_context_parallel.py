@@ -119,13 +119,13 @@ def test_documents_by_their_lengths(world2: World) -> None:
 
 
 def labels_case() -> None:
-    """Labels of one rank's rows alone, of none, and none on a rank without rows."""
+    """Labels of one rank's rows alone, of none, and of one row a rank."""
     plain, model = plain_model("llama"), shared("llama")
     given = batch()
     given["labels"] = given["input_ids"].clone()
     given["labels"][:, 3:] = -100
     assert_trains_alike(plain, model, given)
-    assert_trains_alike(plain, model, batch(1, 3))
+    assert_trains_alike(plain, model, batch(1, dist.get_world_size()))
     given["labels"][:] = -100
     assert plain(**given).loss.isnan() and model(**given).loss.isnan()
     given["labels"] = given["input_ids"]
@@ -328,6 +328,7 @@ def refusals_case() -> list[str]:
         "output_router_logits: expected False": {**given, "output_router_logits": True},
         "labels: expected [2, 13]": {**given, "labels": given["labels"][:, 1:]},
         "input_ids: expected these or inputs_embeds": {"labels": given["labels"]},
+        "rows or more with context_parallel, one for each rank": {"input_ids": given["input_ids"][:, :1]},
     }
     found = []
     for text, kwargs in calls.items():

@@ -20,8 +20,9 @@ from .test_training_loops import launched
 
 def trainer_case(folder: str) -> list[float]:
     """Two steps on two accumulated batches, with labels of unlike numbers."""
-    from seqpar_kernels.convert.accelerate import parallelism_config
     from transformers import Trainer, TrainingArguments
+
+    from seqpar_kernels.convert.hf.accelerate import parallelism_config
 
     launched()
     plain, model = plain_model("llama"), shared("llama")

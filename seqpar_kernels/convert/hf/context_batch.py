@@ -45,8 +45,8 @@ class Signature:
         return dict(zip(self.names, args, strict=False)) | dict(kwargs)
 
 
-def check_arguments(given: Mapping[str, Any], config: Any) -> None:
-    """Refuse what context parallelism cannot honour, by name, before anything is sent.
+def check_arguments(given: Mapping[str, Any], config: Any, least: int) -> None:
+    """Refuse what context parallelism cannot honour, by name, before anything is sent. ``least``: rows there must be.
 
     Raises:
         ValueError: see the messages.
@@ -65,6 +65,10 @@ def check_arguments(given: Mapping[str, Any], config: Any) -> None:
     if not isinstance(stream, Tensor) or stream.dim() != dims:
         raise ValueError(f"input_ids: expected [B, S], inputs_embeds [B, S, H], got {_described(stream)}")
     batch, length = stream.shape[:2]
+    if length < least:
+        raise ValueError(
+            f"input_ids: expected {least} rows or more with context_parallel, one for each rank, got {_described(stream)}"
+        )
     for name in ("position_ids", "attention_mask", "labels", "shift_labels"):
         value = given.get(name)
         if value is None:

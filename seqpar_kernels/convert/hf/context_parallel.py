@@ -135,7 +135,8 @@ class ContextParallel:
         again = torch._C._current_graph_task_id() != -1  # recomputed in a backward
         with checked_together(self.group):
             given = self._signature.bind(args, kwargs)
-            check_arguments(given, model.config.get_text_config())
+            least = 1 if self.input_is_sharded else self.ranks
+            check_arguments(given, model.config.get_text_config(), least)
             asks_loss = given.get("labels") is not None or given.get("shift_labels") is not None
             if asks_loss and not self._has_loss:
                 raise ValueError(
