@@ -67,7 +67,8 @@ def check_arguments(given: Mapping[str, Any], config: Any, least: int) -> None:
     batch, length = stream.shape[:2]
     if length < least:
         raise ValueError(
-            f"input_ids: expected {least} rows or more with context_parallel, one for each rank, got {_described(stream)}"
+            f"input_ids: expected {least} rows or more with context_parallel, one for each rank, got "
+            f"{_described(stream)}"
         )
     for name in ("position_ids", "attention_mask", "labels", "shift_labels"):
         value = given.get(name)
