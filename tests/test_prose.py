@@ -23,8 +23,6 @@ MOST_LINES = 500
 
 #: A term that is no longer used, as a pattern -> the one that is (CONTRIBUTING, Prose: one thing has one term).
 OLD_TERMS = {
-    r"\brotary_base\b": "rope_theta",
-    r"\bhead_size\b": "head_dim",
     r"\bwatch_of\b": "watchdog_of",
     r"\bseqpar-watch\b": "seqpar-watchdog",
     r"\bengine=.(collective|peer)\b": 'engine="p2p" or "symm_mem"',

@@ -122,7 +122,7 @@ def forward_of(shape: torch.Size, device: torch.device, call: NormCall) -> Calla
 def backward_of(
     shape: torch.Size, device: torch.device, spec: NormSpec, backend: str, wants: NormWants
 ) -> Callable[[NormGiven], Results]:
-    """The backward, likewise; gradients as in :class:`NormGrads`."""
+    """The backward, likewise; gradients as in ``NormGrads``."""
     kernels = select(backend, device)
     if hasattr(kernels, "NormBackward"):
         prepared: Callable[[NormGiven], Results] = kernels.NormBackward(spec, shape, device, wants)
