@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqpar_kernels.kernels import NormKind, NormSpec, RowMap, select, why_not
+from seqpar_kernels.kernels import NormKind, NormSpec, NormTensors, RowMap, select, why_not
 
 from . import facts
 from .check import WrongResult, error_ratio
@@ -90,8 +90,8 @@ def kernels(case: ReduceCase, backend: str, device: str, steps: int, dtype: torc
             return [module.reduce_shards(b.parts, None)]
         x = b.parts if steps == 1 else module.reduce_shards(b.parts, None)
         seed = b.seed if case.p else None
-        vectors = (b.weight, b.bias, None, None)
-        out = module.norm_forward(x, None, None, b.residual, *vectors, seed, spec, store_z=True, stacked=steps == 1)
+        given = NormTensors(x, b.residual, b.weight, b.bias, seed=seed)
+        out = module.norm_forward(given, spec, stacked=steps == 1)
         return [out.y, out.z]
 
     return run
