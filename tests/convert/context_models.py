@@ -18,13 +18,15 @@ pytest.importorskip("transformers")
 from bench.zoo import small_model
 
 VOCAB = 128  # of the zoo's
+#: What the zoo leaves large.
+SMALL: dict[str, dict[str, Any]] = {"gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}}
 #: Units of a tensor's largest value. Rounding of fp32 gives about 1e-6, a lost mask or sum 1e-2 and more.
 TOLERANCE = 2e-5
 
 
 def plain_model(kind: str, options: dict[str, Any] | None = None) -> Any:
     """The unsharded model; eager attention honours all that an architecture has (SDPA drops Gemma 2's cap)."""
-    model: Any = small_model(kind, options or {})
+    model: Any = small_model(kind, {**SMALL.get(kind, {}), **(options or {})})
     model.config._attn_implementation = "eager"
     return model
 
@@ -52,7 +54,7 @@ def mesh_of(cp: int, tp: int) -> Any:
 
 def shared(kind: str, options: dict[str, Any] | None = None, *, mesh: Any = None, **context: Any) -> Any:
     """The same model over all ranks."""
-    model = small_model(kind, options or {})
+    model = small_model(kind, {**SMALL.get(kind, {}), **(options or {})})
     where = dist.group.WORLD if mesh is None else mesh
     return sp.parallelize(model, where, **{"context_parallel": "auto", **context})
 
