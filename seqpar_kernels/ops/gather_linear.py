@@ -1,13 +1,13 @@
 """``seqpar::all_gather_linear``: schemas, fakes, autograd of the column-parallel linear.
 
-=======  =======================================  ==================  ===================================================
-pass     computes                                 result              communication
-=======  =======================================  ==================  ===================================================
-forward  y = all_gather(x) @ weight.T + bias      [..., S, ..., N/t]  all-gather of x [..., S/t, ..., K]
-dgrad    dx = reduce_scatter(sum of dy @ weight)  [..., S/t, ..., K]  reduce-scatter of dx, beside wgrad
-wgrad    dweight = dy.T @ all_gather(x)           [N/t, K]            all-gather of x beside dgrad, or none if it is kept
-dbias    dbias = sum of dy over its rows          [N/t]               none: dy [..., S, ..., N/t] is whole here
-=======  =======================================  ==================  ===================================================
+========  =============================================  ===================  ==========================================
+pass      computes                                       result               communication
+========  =============================================  ===================  ==========================================
+forward   y = all_gather(x) @ weight.T + bias            [..., S, ..., N/t]   all-gather of x [..., S/t, ..., K]
+dgrad     dx = reduce_scatter(sum of dy @ weight)        [..., S/t, ..., K]   reduce-scatter of dx, beside wgrad
+wgrad     dweight = dy.T @ all_gather(x)                 [N/t, K]             all-gather of x, or none if kept
+dbias     dbias = sum of dy over its rows                [N/t]                none: dy [..., S, ..., N/t] is whole here
+========  =============================================  ===================  ==========================================
 
 Sizes are those of the whole layer, t the ranks of the group. One gather feeds several weights, whose dy @ weight are
 summed before the reduce-scatter. The local shard of x is saved and gathered again in the backward (Korthikanti et al.

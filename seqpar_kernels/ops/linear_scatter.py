@@ -1,13 +1,13 @@
 """``seqpar::linear_reduce_scatter``: schemas, fakes, autograd of the row-parallel linear.
 
-=======  ===========================================  ==================  ===============================================
-pass     computes                                     result              communication
-=======  ===========================================  ==================  ===============================================
-forward  y = reduce_scatter(x @ weight.T) + bias      [..., S/t, ..., N]  reduce-scatter of x @ weight.T [..., S, ..., N]
-dgrad    dx = all_gather(dy) @ weight                 [..., S, ..., K/t]  all-gather of dy [..., S/t, ..., N]
-wgrad    dweight = all_gather(dy).T @ x               [N, K/t]            none: that of dgrad
-dbias    dbias = sum of all_gather(dy) over its rows  [N]                 none: that of dgrad
-=======  ===========================================  ==================  ===============================================
+========  ======================================  ===================  ===============================================
+pass      computes                                result               communication
+========  ======================================  ===================  ===============================================
+forward   y = reduce_scatter(x @ weight.T) + bias  [..., S/t, ..., N]   reduce-scatter of x @ weight.T [..., S, ..., N]
+dgrad     dx = all_gather(dy) @ weight            [..., S, ..., K/t]   all-gather of dy [..., S/t, ..., N]
+wgrad     dweight = all_gather(dy).T @ x          [N, K/t]             none: that of dgrad
+dbias     dbias = sum of all_gather(dy) over rows  [N]                  none: that of dgrad
+========  ======================================  ===================  ===============================================
 
 Sizes are those of the whole layer, t the ranks of the group. The input is saved, and dy is gathered in the backward
 (Korthikanti et al. 2022, section 4.2.2). Without a group nothing is exchanged.
