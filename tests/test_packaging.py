@@ -182,9 +182,9 @@ def test_an_editable_install_has_the_benchmarks(built: SimpleNamespace, tmp_path
     path = f"{cmake.parent}{os.pathsep}{os.environ['PATH']}"
     options = ["--no-deps", "--no-index", "--no-build-isolation", "--editable"]
     call(python, "-m", "pip", "install", *options, sources, cwd=tmp_path, PATH=path, SEQPAR_CUDA="0")
-    code = "import seqpar_kernels.bench as b, seqpar_kernels.kernels.native as n; print(b.__file__, n.build_error)"
+    code = "import seqpar_kernels.bench.cli as b, seqpar_kernels.kernels.native as n; print(b.__file__, n.build_error)"
     found = call(python, "-c", code, cwd=tmp_path).stdout.split()
-    assert found == [str(sources / "bench" / "__init__.py"), "None"]
+    assert found == [str(sources / "bench" / "cli.py"), "None"]
     assert (python.parent / "seqpar-bench").is_file()
     assert "usage: python -m bench" in call(python, "-m", "bench", "--help", cwd=sources).stdout
 
