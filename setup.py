@@ -11,6 +11,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+EXTENSION = "seqpar_kernels.kernels._native"
 GIB_PER_JOB = 2.0  # what one nvcc or one optimising gcc may take
 NO_NVCC = (
     "SEQPAR_REQUIRE_CUDA=1, but no nvcc was found: looked at CUDACXX, CUDA_HOME, PATH and the nvidia-cuda-* wheels. "
@@ -101,7 +102,7 @@ def cmake_build(build_dir: Path) -> Path:
 
 
 class CMakeBuild(build_ext):
-    """One extension, ``seqpar_kernels.kernels._native``, built by CMake."""
+    """The one extension, built by CMake."""
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -115,7 +116,7 @@ if __name__ == "__main__":
         # bench/ lies beside the package, runs from there as `python -m bench`, and is installed inside of it.
         packages=[*find_packages(include=["seqpar_kernels", "seqpar_kernels.*"]), "seqpar_kernels.bench"],
         package_dir={"seqpar_kernels.bench": "bench"},
-        ext_modules=[Extension("seqpar_kernels.kernels._native", sources=[])],
+        ext_modules=[Extension(EXTENSION, sources=[])],
         cmdclass={"build_ext": CMakeBuild},
         # An editable install is a path, which type checkers follow, not an import hook, which they cannot.
         options={"editable_wheel": {"mode": "compat"}},

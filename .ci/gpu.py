@@ -76,7 +76,14 @@ NCU_KERNELS = (
     "norm_backward_chunked_kernel|sum_partials_kernel|reduce_shards_kernel|gemm_kernel)"
 )
 #: tests/ops/test_norm.py runs on either device. Other files have what only the CPU's environment has.
-KERNEL_TESTS = ("gpu/test_device.py", "gpu/test_gemm.py", "gpu/test_layer.py", "gpu/test_ops.py", "ops/test_norm.py")
+KERNEL_TESTS = (
+    "gpu/test_device.py",
+    "gpu/test_gemm.py",
+    "gpu/test_layer.py",
+    "gpu/test_ops.py",
+    "ops/test_norm.py",
+    "gpu/test_attention.py",
+)
 HIDDEN = ("2048", "4096", "8192", "16384")
 #: In the order in which they are worth having, should time run out.
 QUICK = [
@@ -173,7 +180,7 @@ def build() -> None:
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
     built = setup.cmake_build(ROOT / "build" / "gpu")
-    shutil.copy2(built, ROOT / "seqpar_kernels" / built.name)
+    shutil.copy2(built, ROOT.joinpath(*setup.EXTENSION.split(".")[:-1]) / built.name)
 
 
 def pytest_command(step: Step, report: Path, more: list[str]) -> list[str]:

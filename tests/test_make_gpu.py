@@ -78,6 +78,7 @@ def test_a_step_that_hangs_or_fails_takes_nothing_from_the_others(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").touch()  # else an editable install's own bench/ is found first
     (tmp_path / "bench" / "__main__.py").write_text(BENCH)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_three.py").write_text(SUITE)
@@ -130,6 +131,24 @@ def test_a_build_that_fails_is_in_the_results(gpu: ModuleType, tmp_path: Path, m
     steps = json.loads((tmp_path / "results.json").read_text())["steps"]
     assert list(steps) == ["build"] and steps["build"]["status"] == 1
     assert "no GPU to test on" in (tmp_path / "log.txt").read_text()
+
+
+def test_the_extension_is_built_where_the_package_looks_for_it(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere it would be ignored, and every test of a CUDA kernel skipped."""
+    from seqpar_kernels.kernels import native
+
+    build = "from pathlib import Path\ndef cmake_build(folder):\n    (Path(__file__).parent / '_native.so').touch()\n"
+    names = (ROOT / "setup.py").read_text().partition("EXTENSION = ")[2].splitlines()[0]
+    (tmp_path / "setup.py").write_text(f"{build}    return Path(__file__).parent / '_native.so'\nEXTENSION = {names}\n")
+    place = Path(native.__file__).relative_to(ROOT).parent
+    (tmp_path / place).mkdir(parents=True)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    gpu.build()
+    assert [file.name for file in (tmp_path / place).iterdir()] == ["_native.so"]
 
 
 def test_figures_in_short(gpu: ModuleType) -> None:
