@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from ..kernels.expert_activation import EXPERT_ACTIVATIONS
 from ..layout import Group, group_rank, group_size, resolve_group
 from ..ops.registry import group_name
 from ..overlap.moe_routes import WAYS, ExpertPlacement
+from .linear import autocast
 
 
 def moe_mlp(
@@ -85,8 +85,8 @@ def moe_mlp(
         check_float("x", x)
         if experts not in WAYS:
             raise ValueError(f"experts: expected one of {WAYS}, got {experts!r}")
-        x, gate_up_proj, down_proj, gate_up_bias, down_bias = _cast_as_autocast(
-            x, gate_up_proj, down_proj, gate_up_bias, down_bias
+        x, (gate_up_proj, down_proj), (gate_up_bias, down_bias) = autocast(
+            x, [gate_up_proj, down_proj], [gate_up_bias, down_bias]
         )
         ranks, rank = group_size(pg), group_rank(pg)
         total = _check_experts(x, gate_up_proj, down_proj, gate_up_bias, down_bias, gated, num_experts, experts, ranks)
@@ -207,11 +207,3 @@ def _check_activation(activation: str, gated: bool, alpha: float, limit: float |
         raise ValueError(f"alpha: expected 1.0 with activation={activation!r}, only silu has it, got {alpha}")
     if not gated and (limit is not None or up_shift != 0.0):
         raise ValueError(f"gated: expected True with limit or up_shift, got {gated}")
-
-
-def _cast_as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """As linears do under torch.autocast."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return (x, *others)
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in (x, *others))

@@ -135,15 +135,9 @@ def backward(
         return _gradients(call, x, weights, [own], wants, work.finish())
     with call.messages("backward", f"{details}, gradients of x {wants.x}, of weights {wants.weights}") as messages:
         counts: list[int] = received.counts.tolist()
-        rounds = call.rounds(call.incoming(counts))
+        rounds = call.rounds(counts)
         douts = dout.new_empty(received.rows.shape)
-        leaving = {peer: selected(dout, call.tokens[peer]) for peer in call.peers}
-        for number, pieces in enumerate(rounds):
-            out = [(peer, piece) for peer in call.peers for piece in call.leaving(peer) if piece.number == number]
-            messages.post(
-                [(peer, FIRST_PIECE + number, leaving[peer][p.start : p.stop]) for peer, p in out],
-                [(p.source, FIRST_PIECE + number, douts[p.start : p.stop]) for p in pieces],
-            )
+        call.post_rows(messages, dout, rounds, douts)
         returns = Returns(call, messages, work.columns(), x)
         own, done = _own_backward(call, work, dout, x, ids, weights, received.own_h), 0
         for number, pieces in enumerate(rounds):

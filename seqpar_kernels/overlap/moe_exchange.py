@@ -29,6 +29,10 @@ from .moe_routes import ExpertPlacement
 
 NAME = "moe_mlp"
 
+#: Messages between two ranks, in the order in which they are sent: what each index stands for.
+COUNT, IDS, WEIGHTS, FIRST_PIECE = range(4)
+_WAY_BACK = 1 << 20  # more than there are pieces
+
 
 class Experts(NamedTuple):
     """The weights of this rank's experts.
@@ -83,15 +87,11 @@ class Call:
         # Rows of a token's pairs, before and after the experts. Both ends of a message must come to the same number.
         self._token_bytes = self.top_k * 2 * self.features * x.element_size()
 
-    def pieces(self, tokens: int, source: int, at: int) -> list[Piece]:
-        """The rows that ``source`` sends here, from row ``at`` on."""
-        return list(self._cut(tokens, source, self.rank, at))
+        #: This rank's rows for each peer, counted among ``tokens[peer]``.
+        self.leaving = {peer: list(self._cut(self.tokens[peer].shape[0], self.rank, peer)) for peer in self.peers}
 
-    def leaving(self, peer: int) -> list[Piece]:
-        """This rank's rows for ``peer``, counted among ``tokens[peer]``."""
-        return list(self._cut(self.tokens[peer].shape[0], self.rank, peer, 0))
-
-    def _cut(self, tokens: int, source: int, target: int, at: int) -> Iterator[Piece]:
+    def _cut(self, tokens: int, source: int, target: int, at: int = 0) -> Iterator[Piece]:
+        """The rows that ``source`` sends to ``target``, from row ``at`` on."""
         bound = planner.max_workspace_bytes()
         pieces = self.placement.pieces(tokens, self.top_k, target, self.chunks, self._token_bytes, bound)
         cuts = [split_point(tokens, pieces, i) for i in range(pieces + 1)]
@@ -99,22 +99,33 @@ class Call:
             if stop > start:
                 yield Piece(source, i, at + start, at + stop)
 
-    def incoming(self, counts: Sequence[int]) -> list[Piece]:
-        """All pieces of all peers, first ones first."""
-        found, at = [], 0
-        for peer in self.peers:
-            found += self.pieces(counts[peer], peer, at)
-            at += counts[peer]
-        return sorted(found, key=lambda piece: (piece.number, self.peers.index(piece.source)))
+    def rounds(self, counts: Sequence[int]) -> list[list[Piece]]:
+        """What the ranks send here, by piece number: as many lists as there are numbers in either direction.
 
-    def rounds(self, incoming: Sequence[Piece]) -> list[list[Piece]]:
-        """``incoming`` by piece number, as many lists as there are numbers in either direction."""
-        leaving = [piece for peer in self.peers for piece in self.leaving(peer)]
+        Args:
+            counts: the tokens that each rank sends here.
+        """
+        incoming: list[Piece] = []
+        at = 0
+        for peer in self.peers:
+            incoming += self._cut(counts[peer], peer, self.rank, at)
+            at += counts[peer]
+        leaving = itertools.chain.from_iterable(self.leaving.values())
         numbers = max((piece.number + 1 for piece in (*incoming, *leaving)), default=0)
         return [[piece for piece in incoming if piece.number == number] for number in range(numbers)]
 
     def own(self) -> list[Piece]:
-        return self.pieces(self.tokens[self.rank].shape[0], self.rank, 0)
+        return list(self._cut(self.tokens[self.rank].shape[0], self.rank, self.rank))
+
+    def post_rows(self, messages: Messages, t: Tensor, rounds: Sequence[Sequence[Piece]], into: Tensor) -> None:
+        """Start to send the rows of t [T, H] that each peer's experts want, and to receive ``rounds`` in ``into``."""
+        rows = {peer: selected(t, self.tokens[peer]) for peer in self.peers}
+        for number, pieces in enumerate(rounds):
+            out = [(peer, piece) for peer in self.peers for piece in self.leaving[peer] if piece.number == number]
+            messages.post(
+                [(peer, FIRST_PIECE + number, rows[peer][p.start : p.stop]) for peer, p in out],
+                [(p.source, FIRST_PIECE + number, into[p.start : p.stop]) for p in pieces],
+            )
 
     def adds_bias(self) -> bool:
         """Of ranks that each have a part of all experts one adds the second bias."""
@@ -133,11 +144,6 @@ class Call:
             f"{self.placement.way}, {self.dtype}, chunks={self.chunks}, {details}, max_workspace_bytes={bound})"
         )
         return Messages(self.group, signature, "tokens")
-
-
-#: Messages between two ranks, in the order in which they are sent: what each index stands for.
-COUNT, IDS, WEIGHTS, FIRST_PIECE = range(4)
-_WAY_BACK = 1 << 20  # more than there are pieces
 
 
 class Returns:
@@ -182,7 +188,7 @@ class Returns:
         """Of the pieces of one number, or of all."""
         found = []
         for peer in self._call.peers:
-            for piece in self._call.leaving(peer):
+            for piece in self._call.leaving[peer]:
                 if number is None or piece.number == number:
                     parts = [part[piece.start : piece.stop] for part in self._parts[peer]]
                     found += self._named(peer, piece, parts)

@@ -19,7 +19,6 @@ from .moe_exchange import (
     WEIGHTS,
     Call,
     Experts,
-    Piece,
     Received,
     Returns,
     selected,
@@ -60,8 +59,9 @@ def forward(
     with call.messages("forward", details) as messages:
         counts = _exchange_counts(call, messages, x)
         rows, got_ids, got_weights = call.room(sum(counts), x)
-        rounds = call.rounds(call.incoming(counts))
-        meta = _post_tokens(call, messages, x, ids, weights, counts, rounds, (rows, got_ids, got_weights))
+        rounds = call.rounds(counts)
+        meta = _post_routing(call, messages, ids, weights, counts, (got_ids, got_weights))
+        call.post_rows(messages, x, rounds, rows)
         returns = Returns(call, messages, [(call.features, call.dtype)], x)
         own, own_h = _own_forward(call, x, ids, weights, experts, activation)
         for message in meta:
@@ -94,20 +94,17 @@ def _exchange_counts(call: Call, messages: Messages, x: Tensor) -> list[int]:
     return counts
 
 
-def _post_tokens(
+def _post_routing(
     call: Call,
     messages: Messages,
-    x: Tensor,
     ids: Tensor,
     weights: Tensor,
     counts: Sequence[int],
-    rounds: Sequence[Sequence[Piece]],
-    room: tuple[Tensor, Tensor, Tensor],
+    room: tuple[Tensor, Tensor],
 ) -> list[tuple[int, int, Tensor]]:
-    """Start this rank's tokens, and receive the peers' in ``room``; returns the messages that bring ids and weights."""
-    rows, got_ids, got_weights = room
+    """Start to send this rank's ids and weights, and to receive the peers' in ``room``; returns those messages."""
+    got_ids, got_weights = room
     sends, meta, at = [], [], 0
-    leaving = {peer: selected(x, call.tokens[peer]) for peer in call.peers}
     for peer in call.peers:
         tokens, some = call.tokens[peer], slice(at, at + counts[peer])
         sends += [
@@ -117,12 +114,6 @@ def _post_tokens(
         meta += [(peer, IDS, got_ids[some]), (peer, WEIGHTS, got_weights[some])]
         at += counts[peer]
     messages.post(sends, meta)
-    for number, pieces in enumerate(rounds):
-        out = [(peer, piece) for peer in call.peers for piece in call.leaving(peer) if piece.number == number]
-        messages.post(
-            [(peer, FIRST_PIECE + number, leaving[peer][p.start : p.stop]) for peer, p in out],
-            [(p.source, FIRST_PIECE + number, rows[p.start : p.stop]) for p in pieces],
-        )
     return meta
 
 
