@@ -4,20 +4,27 @@ Fused dropout + residual + LayerNorm/RMSNorm on sequence shards, matmuls pipelin
 reduce-scatter, and ``parallelize(model, mesh)``, which turns an existing model sequence-parallel.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .convert import (
+        ParallelPlan,
+        Verification,
+        full_state_dict,
+        gather_full_gradients,
+        load_sharded_optimizer_state_dict,
+        sharded_optimizer_state_dict,
+        sharded_state_dict,
+        unparallelize,
+    )
+    from .convert.explain import explain
+    from .convert.parallelize import parallelize
+    from .convert.verify import verify
+
 from . import megatron, nn
-from .convert import (
-    ParallelPlan,
-    Verification,
-    explain,
-    full_state_dict,
-    gather_full_gradients,
-    load_sharded_optimizer_state_dict,
-    parallelize,
-    sharded_optimizer_state_dict,
-    sharded_state_dict,
-    unparallelize,
-    verify,
-)
 from .functional import (
     DispatchedTokens,
     all_gather_linear,
@@ -140,3 +147,31 @@ __all__ = [
     "vocab_parallel_embedding",
     "vocab_parallel_linear_cross_entropy",
 ]
+
+#: Names that are imported where they are first used: conversion needs DTensor, which is slow to import.
+_CONVERSION = (
+    "ParallelPlan",
+    "Verification",
+    "explain",
+    "full_state_dict",
+    "gather_full_gradients",
+    "load_sharded_optimizer_state_dict",
+    "parallelize",
+    "sharded_optimizer_state_dict",
+    "sharded_state_dict",
+    "unparallelize",
+    "verify",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "convert":
+        return importlib.import_module(".convert", __name__)
+    if name not in _CONVERSION:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(".convert", __name__), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "convert"})

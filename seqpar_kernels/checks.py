@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .layout import WrongTypeError
+from .tensors import is_dtensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INF = math.inf
@@ -38,10 +38,11 @@ def check_tensor(name: str, t: object) -> None:
     """
     if not isinstance(t, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(t).__name__}")
-    if isinstance(t, DTensor):
+    if is_dtensor(type(t)):
+        d: Any = t
         raise WrongTypeError(
             f"{name}: expected a plain tensor, what this rank holds, got a DTensor {tuple(t.shape)} with placements "
-            f"{t.placements} on {t.device_mesh}; pass {name}.to_local() where these placements are the ones wanted "
+            f"{d.placements} on {d.device_mesh}; pass {name}.to_local() where these placements are the ones wanted "
             f"here, else redistribute it first, and DTensor.from_local(result, mesh, placements) afterwards"
         )
 

@@ -15,6 +15,15 @@ def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view.default(t, list(shape))
 
 
+def is_dtensor(kind: type) -> bool:
+    """Whether tensors of this class are DTensors. Their module, slow to import, is so for unknown classes alone."""
+    if kind is Tensor or kind is torch.nn.Parameter:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return issubclass(kind, DTensor)
+
+
 def rows_of(x: Tensor) -> Tensor:
     """[..., H] as [rows, H]."""
     return x.reshape(-1, x.shape[-1])

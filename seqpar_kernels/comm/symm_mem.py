@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..caches import per_group
+from ..compiling import constant_when_traced
 from ..layout import process_group
 from .coordination import PATIENCE_SECONDS, Coordination, Ticket, coordination_of, failure
 from .steps import Transfer
@@ -412,7 +413,7 @@ def why_not(group: ProcessGroup) -> str:
     return found
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _why_not_named(name: str) -> str:
     return why_not(process_group(name))
 

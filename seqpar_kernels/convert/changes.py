@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..compiling import is_compiled_module
 from .attributes import Attributes, alike_name
 from .dtensor_params import Parameters
 from .foreign import described, leaves_within, where_held
@@ -190,7 +190,7 @@ class Watch:
             module: Any = self._model
             for part in cut.split("."):
                 module = getattr(module, part, None)
-                if isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None:
+                if is_compiled_module(module):
                     return True
         return False
 

@@ -13,11 +13,12 @@ from itertools import chain
 from operator import attrgetter, is_not, itemgetter, methodcaller
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules import module as module_hooks
 from torch.nn.modules.dropout import _DropoutNd
+
+from ..compiling import constant_when_traced
 
 _forward, _parameters = methodcaller("get", "forward"), itemgetter("_parameters")
 _kind, _trained = attrgetter("__class__"), attrgetter("requires_grad")
@@ -60,7 +61,7 @@ class Structure:
                 "Call the model once before torch.compile: an eager forward checks it again"
             )
 
-    @torch._dynamo.assume_constant_result
+    @constant_when_traced
     def _changed_module(self) -> str:
         now = self._described()
         found = next((name for name, parts in now.items() if parts != self._by_module.get(name)), None)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from .. import ops
 from ..caches import MOST
@@ -28,6 +27,7 @@ from ..kernels.spec import accumulation_dtype
 from ..layout import Group, WrongTypeError, check_shard, resolve_group, row_map
 from ..ops.registry import PLAIN_TYPES, eager, group_name
 from ..random import as_seed, check_seeds_alike, debug_enabled, draw_seed
+from ..tensors import is_dtensor
 
 _FIRST, _LAST = NormTensors._fields.index("weight"), NormTensors._fields.index("row_scale")
 VECTORS = NormTensors._fields[_FIRST:_LAST]  # [H]
@@ -212,7 +212,7 @@ def _settle(
     for name, meta in given.items():
         if not issubclass(meta.type, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {meta.type.__name__}")
-        if issubclass(meta.type, DTensor):
+        if is_dtensor(meta.type):
             raise WrongTypeError(f"{name}: expected a plain tensor, got a DTensor; pass {name}.to_local()")
     if "x" not in given:
         check_tensor("x", None)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..checks import check_float, check_tensor
 from ..comm.coordination import checked_together
+from ..compiling import not_traced
 from ..functional.decode_attention import check_no_gradient, decode_scalars, keys_to_owners
 from ..functional.sequence_attention import cast_as_autocast, check_attention_bias, check_attention_tensors
 from ..layout import Group, group_rank, group_size, resolve_group, shard_of
@@ -73,7 +74,7 @@ class SequenceShardedCache:
 
     # --- filling -----------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @not_traced
     def prefill(
         self, k: Tensor, v: Tensor, layer_idx: int = 0, *, layout: str | None = None, seq_len: int | None = None
     ) -> None:
@@ -107,7 +108,7 @@ class SequenceShardedCache:
         keys_to_owners(self.group, source, k, v, layer.store)
         layer.length += added
 
-    @torch.compiler.disable
+    @not_traced
     def decode(
         self,
         q: Tensor,

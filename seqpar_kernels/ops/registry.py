@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from ..compiling import not_traced
+
 NAMESPACE = "seqpar"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -117,7 +119,7 @@ def register(
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     # Where torch.compile has given a frame up it goes on with the frames below: not with those of a kernel.
-    _library.impl(name, torch._disable_dynamo(kernel), "CompositeExplicitAutograd")
+    _library.impl(name, not_traced(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     op = Op(getattr(getattr(torch.ops, NAMESPACE), name).default, kernel, autograd)
     _library.impl(name, op.differentiable, "Autograd")

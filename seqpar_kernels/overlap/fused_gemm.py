@@ -24,6 +24,7 @@ from ..comm import select, symm_mem
 from ..comm.coordination import coordination_of
 from ..comm.loopback import LoopbackGroup
 from ..comm.steps import Compute, Post, Step, Transfer, Wait
+from ..compiling import constant_when_traced
 from ..tensors import reshaped
 from . import planner
 from . import schedule as schedules
@@ -169,7 +170,7 @@ def why_not(group: ProcessGroup, x: Tensor, elements: int) -> str:
     return _why_not_on(x.device) or ("" if isinstance(group, LoopbackGroup) else symm_mem.why_not(group))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _why_not_on(device: torch.device) -> str:
     try:
         from ..kernels import triton_gemm

@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 from ..caches import Remembered, per_group
 from ..comm.coordination import coordination_of
 from ..comm.topology import on_one_host
+from ..compiling import constant_when_traced
 from ..layout import Group, process_group, resolve_group
 from .machine_profile import MachineProfile, default_profile
 from .machine_profile_cache import Place, load, save
@@ -55,7 +56,7 @@ def profile_of(group: ProcessGroup) -> Mapping[str, MachineProfile]:
     return _agree(group) if found is None else found
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _profile_named(name: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     group = process_group(name)
     profile = _known.get(group) or _agree(group)
