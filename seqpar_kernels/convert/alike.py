@@ -77,8 +77,8 @@ class Alike:
     ):
         self._group, self._device, self._parameters, self._jumped = group, device, parameters, jumped
         self._ranks = group.size()
-        self._agreement = coordination_of(group)
-        self._epoch = self._agreement.epoch
+        self._coordination = coordination_of(group)
+        self._epoch = self._coordination.epoch
         self._where = ""
         #: Names of tensors that are equal but for rounding, and of those whose rows are to be compared.
         self._rounded: set[str] = set()
@@ -108,7 +108,7 @@ class Alike:
         Raises:
             RuntimeError: on every rank, where ranks differ in what they were given since the last comparison.
         """
-        if self._agreement.epoch != self._epoch:
+        if self._coordination.epoch != self._epoch:
             self._start_again()  # after an error the ranks may have counted different forwards
         self._judge_later()
         count = self._forwards
@@ -213,7 +213,7 @@ class Alike:
             while len(sums) >= _SLOTS:
                 sums[-2:] = [sums[-1] + sums[-2] * 3]
             whole = self.gathered(torch.cat([first, torch.stack(sums)]) if sums else first)
-        self._epoch = self._agreement.epoch
+        self._epoch = self._coordination.epoch
         sums_now, said_now, described = self._sums, self._said, self._described
         self._said, self._described, self._sums = {}, {}, {}
         if device.type == "cuda" and not (self._first or self._drawn):
@@ -271,13 +271,13 @@ class Alike:
 
     def _exchanged(self, text: str) -> list[str]:
         """Exchange texts over the store. All ranks call this, because all have seen the same difference."""
-        agreement = self._agreement
-        key = f"compared/{agreement.epoch}/{next(_exchanges_of(self._group))}"
-        agreement.publish(key, text)
-        end = time.monotonic() + agreement.timeout.total_seconds()
+        coordination = self._coordination
+        key = f"compared/{coordination.epoch}/{next(_exchanges_of(self._group))}"
+        coordination.publish(key, text)
+        end = time.monotonic() + coordination.timeout.total_seconds()
         found = [""] * self._ranks
         while not all(found):
-            found = [said or agreement.read(key, rank) for rank, said in enumerate(found)]
+            found = [said or coordination.read(key, rank) for rank, said in enumerate(found)]
             if time.monotonic() > end:
                 self._fail(f"what they were given (rank {found.index('')} did not say what)")
             time.sleep(0.001)

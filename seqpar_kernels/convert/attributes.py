@@ -105,7 +105,7 @@ class Attributes:
     def _now(self) -> list[Any]:
         return list(chain.from_iterable([getter(held) for getter, held in self._getters]))
 
-    def _snapshot(self) -> dict[Any, Any]:
+    def _read(self) -> dict[Any, Any]:
         return {
             (where, key): value
             for where, held in self._sources
@@ -135,7 +135,7 @@ class Attributes:
         if not self._states:
             return True
         if not self._same():
-            found = self._snapshot()
+            found = self._read()
             self._settle(found)
             at = next((i for i, (state, _) in enumerate(self._states) if state == found), None)
             if at is None:
@@ -150,7 +150,7 @@ class Attributes:
 
     def check(self) -> None:
         """Note the state in which a checked forward begins."""
-        self._begun = self._snapshot()
+        self._begun = self._read()
 
     def passed(self, key: Any) -> None:
         """Note that the checked forward was right.
@@ -163,7 +163,7 @@ class Attributes:
                 counts = [key for key, value in held.items() if type(value) is Count]
                 # Counts are the check's own: the forward stored one.
                 held.update((key, int.__int__(held[key])) for key in counts)
-        after = self._snapshot()
+        after = self._read()
         numbers = {
             name
             for name in self._begun

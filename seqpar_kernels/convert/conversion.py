@@ -17,7 +17,7 @@ from .cut import Cut
 from .plans import ParallelPlan
 from .shard_check import ShardCheck
 from .structure import Structure
-from .undo import Snapshot
+from .undo import Undo
 
 
 class LossWithoutLogits(Protocol):
@@ -71,7 +71,7 @@ class Conversion:
         self.mesh: DeviceMesh | None = None  # of the listed parameters
         self.originals: dict[str, nn.Module] = {}  # name -> the module before the conversion
         self.cuts: dict[str, Cut] = {}  # name in the state_dict -> how the tensor is cut
-        self.snapshot: Snapshot | None = None
+        self.undo: Undo | None = None
         self.before_check: list[Callable[[Conversion], None]] = []  # called before a forward is checked
         self.trusted = False  # the plan is proven for this architecture
         self.batch: tuple[int, ...] = ()  # sizes ahead of the rows of the stream, in this forward

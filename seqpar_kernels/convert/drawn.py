@@ -54,7 +54,7 @@ def _refuse_step(caller: FrameType) -> None:
 
 def cut_behind(part: Any) -> Any:
     """The listed parameter that the plain tensor ``part`` is a part of; None for other tensors."""
-    listed = getattr(part, "_seqpar_presented", None)
+    listed = getattr(part, "_seqpar_listed", None)
     return None if listed is None or listed.cut.spec is None else listed
 
 
@@ -70,7 +70,7 @@ class DrawsWhole(TorchFunctionMode):
         if listed is None:
             out = func(*args, **kwargs)
             if func == _DATA_OF and cut_behind(args[0]) is not None:
-                out._seqpar_presented = args[0]._seqpar_presented
+                out._seqpar_listed = args[0]._seqpar_listed
             return out
         # Functions of torch.nn.init depend on the shape, and have seen the part's.
         if getattr(func, "__module__", "") != "torch.nn.init":

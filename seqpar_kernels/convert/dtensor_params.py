@@ -1,4 +1,4 @@
-"""The parameters of a converted model, presented as DTensors to everyone but the modules that compute with them.
+"""The parameters of a converted model, listed as DTensors to everyone but the modules that compute with them.
 
 A module computes with plain parameters, this rank's parts: a DTensor would cost tens of microseconds of host time at
 every use. Optimizers, ``clip_grad_norm_``, ``fully_shard``, ``state_dict`` and ``torch.distributed.checkpoint`` never
@@ -50,7 +50,7 @@ class PresentedParameter(CutTensor):
         new.part, new.cut, new._group, new._shown = part, cut, mesh.get_group(), None
         new._chunks = cut.chunks(data)
         new.requires_grad = part.requires_grad
-        part._seqpar_presented = new  # type: ignore[attr-defined]
+        part._seqpar_listed = new  # type: ignore[attr-defined]
         return new
 
     def _derived(self) -> DTensor | None:
@@ -81,7 +81,7 @@ class PresentedParameter(CutTensor):
 
     @property
     def grad(self) -> Tensor | None:
-        if self.part._seqpar_presented is not self:  # type: ignore[attr-defined]
+        if self.part._seqpar_listed is not self:  # type: ignore[attr-defined]
             raise RuntimeError(
                 "this parameter has been moved or cast since it was listed (model.to); build the optimizer afterwards"
             )
@@ -228,12 +228,12 @@ def part_of(param: Any) -> Any:
     return param.to_local() if isinstance(param, DTensor) and param.device_mesh.ndim == 1 else param
 
 
-def _presented(param: Any) -> Any:
-    return getattr(param, "_seqpar_presented", param)
+def _as_listed(param: Any) -> Any:
+    return getattr(param, "_seqpar_listed", param)
 
 
 class Parameters(dict[str, Any]):
-    """``module._parameters``: taken by name, plain; listed, presented.
+    """``module._parameters``: taken by name, plain; listed, as DTensors.
 
     ``released`` is told of a plain parameter that fully_shard has put DTensors of its own in place of.
     """
@@ -261,7 +261,7 @@ class Parameters(dict[str, Any]):
         return param if type(param) is nn.Parameter else part_of(param)
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
-        return {name: _presented(param) for name, param in super().items()}.items()
+        return {name: _as_listed(param) for name, param in super().items()}.items()
 
     def values(self) -> ValuesView[Any]:  # type: ignore[override]
         return dict(self.items()).values()
@@ -300,7 +300,7 @@ def present_parameters(
         if not module._parameters or isinstance(module._parameters, Parameters):
             continue
         for param in module._parameters.values():
-            if param is not None and not hasattr(param, "_seqpar_presented"):
+            if param is not None and not hasattr(param, "_seqpar_listed"):
                 spec = specs.get(id(param))
                 PresentedParameter.of(param, Cut.of(param, spec, ranks, rank), mesh)
         module.__dict__["_parameters"] = Parameters(module._parameters, released)
@@ -308,7 +308,7 @@ def present_parameters(
 
 
 def _applier(module: nn.Module) -> Callable[..., nn.Module]:
-    """``module._apply`` (``to``, ``half``, ``cuda``) works on what is really there; what changed is presented anew."""
+    """``module._apply`` (``to``, ``half``, ``cuda``) works on what is really there; what changed is listed anew."""
 
     def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         held = module._parameters
@@ -318,7 +318,7 @@ def _applier(module: nn.Module) -> Callable[..., nn.Module]:
             type(module)._apply(module, fn, recurse)
         finally:
             for name, old in held.plain().items():
-                new, shown = plain[name], getattr(old, "_seqpar_presented", None)
+                new, shown = plain[name], getattr(old, "_seqpar_listed", None)
                 if shown is not None and (new is not old or new.data_ptr() != shown._local_tensor.data_ptr()):
                     PresentedParameter.of(new, shown.cut, shown.device_mesh)
             module.__dict__["_parameters"] = Parameters(plain, held.released, held.accessed)

@@ -46,7 +46,7 @@ CHECKS: dict[str, tuple[Step, ...]] = {
 }
 CHANGES: dict[str, tuple[Step, ...]] = {
     "replace": (
-        replacements.take_snapshot,
+        replacements.remember_whole,
         replacements.set_counts,
         replacements.cut_parameters,
         replacements.replace_modules,

@@ -13,8 +13,8 @@ from .initialising import initialise_whole
 def record(conversion: Conversion) -> None:
     """Store the conversion on the model, and release the parameters of modules that were replaced."""
     vars(conversion.model)["_seqpar"] = conversion
-    if conversion.snapshot is not None:
-        conversion.snapshot.release(conversion.model)
+    if conversion.undo is not None:
+        conversion.undo.release(conversion.model)
 
 
 def list_parameters(conversion: Conversion) -> None:

@@ -27,12 +27,12 @@ from ..nn.own_forward import follower
 from ..nn.sharding import ShardSpec, local_part
 from .conversion import Conversion
 from .plans import count_of, divided, matching
-from .undo import Snapshot
+from .undo import Undo
 
 
-def take_snapshot(conversion: Conversion) -> None:
+def remember_whole(conversion: Conversion) -> None:
     """Keep the model as it is for ``unparallelize``."""
-    conversion.snapshot = Snapshot(conversion.model)
+    conversion.undo = Undo(conversion.model)
 
 
 def set_counts(conversion: Conversion) -> None:

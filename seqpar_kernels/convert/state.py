@@ -181,8 +181,8 @@ def unparallelize(model: ModelT) -> ModelT:
     conversion = conversion_of(model)
     if any(hasattr(module, "unshard") for module in model.modules()):
         raise ValueError("model: expected no fully_shard on it; load full_state_dict(model) into a plain model instead")
-    assert conversion.snapshot is not None
-    conversion.snapshot.restore(model, full_state_dict(model))
+    assert conversion.undo is not None
+    conversion.undo.restore(model, full_state_dict(model))
     if conversion.context is not None:
         conversion.context.undo()
     return model

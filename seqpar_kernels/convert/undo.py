@@ -23,7 +23,7 @@ class _Before(NamedTuple):
     params: dict[str, int | None]
 
 
-class Snapshot:
+class Undo:
     """A model before its conversion. Holds no parameter."""
 
     def __init__(self, model: nn.Module):

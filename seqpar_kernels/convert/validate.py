@@ -129,13 +129,13 @@ def compare_calls(conversion: Conversion) -> None:
     region = conversion.region
     if region.group is None:
         return
-    agreement = coordination_of(region.group)
+    coordination = coordination_of(region.group)
     how = f"seq_dim={region.seq_dim}, engine={conversion.engine!r}, loss_parallel={conversion.loss_parallel}"
     how += f", experts={conversion.experts!r}" if conversion.expert_forms else ""
     how += "" if comparison_enabled() else ", SEQPAR_COMPARE_RANKS=0"
-    call = f"parallelize number {agreement.conversions} of {type(conversion.model).__name__}"
+    call = f"parallelize number {coordination.conversions} of {type(conversion.model).__name__}"
     plan = _short_hash(repr(conversion.plan))
-    agreement.require(f"{call}, {how}, plan {plan}, with {digest(conversion.model)}")
+    coordination.require(f"{call}, {how}, plan {plan}, with {digest(conversion.model)}")
 
 
 @torch.no_grad()

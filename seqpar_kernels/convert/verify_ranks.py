@@ -87,9 +87,9 @@ class Ranks:
     def _go_on(self) -> None:
         """Let the next op begin anew on all ranks after a failure."""
         if self.group is not None:
-            agreement = coordination_of(self.group)
-            most = max(steps for _, steps in self.neighbours(agreement.steps))
-            agreement.go_on(most, "a rank failed in verify")
+            coordination = coordination_of(self.group)
+            most = max(steps for _, steps in self.neighbours(coordination.steps))
+            coordination.go_on(most, "a rank failed in verify")
 
 
 def _gathered(values: list[tuple[int, T]], group: ProcessGroup | None) -> list[tuple[int, T]]:

@@ -10,8 +10,8 @@ from .linear import (
     linear_reduce_scatter,
 )
 from .linear_norm import (
+    checked_linear_norm,
     linear_reduce_scatter_dropout_add_norm,
-    planned_linear_reduce_scatter_dropout_add_norm,
 )
 from .mappings import (
     copy_to_tensor_parallel,
@@ -42,6 +42,7 @@ __all__ = [
     "attention_choice",
     "causal_attention",
     "checked_all_gather_linear",
+    "checked_linear_norm",
     "checked_linear_reduce_scatter",
     "copy_to_tensor_parallel",
     "decode_attention",
@@ -61,7 +62,6 @@ __all__ = [
     "next_token_labels",
     "pack_documents",
     "packed_attention",
-    "planned_linear_reduce_scatter_dropout_add_norm",
     "reduce_from_tensor_parallel",
     "reduce_scatter_sequence",
     "replicated",

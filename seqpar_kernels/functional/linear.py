@@ -148,7 +148,7 @@ def checked_all_gather_linear(
         biases, main_grads = _one_each("bias", bias, len(weights)), _one_each("main_grad", main_grad, len(weights))
         return call, (x, weights, biases, main_grads, recipe)
     pg = resolve_group(group)
-    figures = None if pg is None else profile_of(pg)
+    profiles = None if pg is None else profile_of(pg)
     with checked_together(pg):
         check_tensor("x", x)
         seq_dim = check_sequence("x", x, seq_dim)
@@ -166,7 +166,7 @@ def checked_all_gather_linear(
             check_main_grad(f"main_grad{index}", m, w)
         shard = shard_of("x", x.shape[seq_dim], pg, seq_len)
         settled = settle_plan(
-            x, seq_dim, shard, x.shape[-1], sum(w.numel() for w in weights), engine, chunks, figures, pg
+            x, seq_dim, shard, x.shape[-1], sum(w.numel() for w in weights), engine, chunks, profiles, pg
         )
     where = place(pg, seq_dim, shard, settled)
     if key is not None and recipe is None and are_plain((x, *weights, *biases)):
@@ -255,7 +255,7 @@ def checked_linear_reduce_scatter(
     key, call = known_call("linear_reduce_scatter", group, numbers, options, x, weight, bias, main_grad, gate)
     if call is None:
         pg = resolve_group(group)
-        figures = None if pg is None else profile_of(pg)
+        profiles = None if pg is None else profile_of(pg)
         with checked_together(pg):
             check_tensor("x", x)
             seq_dim = check_sequence("x", x, seq_dim)
@@ -266,7 +266,7 @@ def checked_linear_reduce_scatter(
             check_main_grad("main_grad", main_grad, weight)
             length = x.shape[seq_dim]
             shard = SequenceShard(length, group_size(pg), group_rank(pg))
-            settled = settle_plan(x, seq_dim, shard, weight.shape[0], weight.numel(), engine, chunks, figures, pg)
+            settled = settle_plan(x, seq_dim, shard, weight.shape[0], weight.numel(), engine, chunks, profiles, pg)
         where = place(pg, seq_dim, shard, settled)
         if key is not None and activation is None and are_plain((x, weight, bias)):
             call = ops.PreparedLinearScatter(settled, where, x, weight, bias)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..kernels import NormKind
+from ..kernels import NormKind, NormTensors
 from ..overlap.planner import Plan
 
 
@@ -89,3 +89,21 @@ class LinearScatter:
         if into:
             return ops.linear_reduce_scatter_into(main_grad, x, weight, bias, *self._where)
         return ops.linear_reduce_scatter(x, weight, bias, *self._where)
+
+
+class LinearNorm:
+    """A linear_reduce_scatter_dropout_add_norm, which always goes through the dispatcher."""
+
+    def __init__(self, plan: Plan, where: tuple[Any, ...], activation: str | None, norm: ops.NormCall):
+        self.plan, self._where, self._activation, self._norm = plan, where, activation, norm
+
+    def __call__(
+        self, tensors: NormTensors, weight: Tensor, gate: Tensor | None, main_grad: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        spec = self._norm.spec
+        args = (*tensors, weight, gate, *self._where, self._activation or "", *spec.flat(), self._norm.backend)
+        if main_grad is not None and torch.is_grad_enabled():
+            outs = ops.linear_reduce_scatter_dropout_add_norm_into(main_grad, *args)
+        else:
+            outs = ops.linear_reduce_scatter_dropout_add_norm(*args)
+        return (None, outs[0]) if spec.kind == NormKind.NONE else (outs[0], outs[1])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypedDict, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, overload
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..checks import (
     check_main_grad,
     check_probability,
@@ -21,10 +20,10 @@ from ..comm.coordination import checked_together
 from ..kernels import NormKind, NormTensors
 from ..layout import Group, SequenceShard, group_rank, group_size, resolve_group
 from ..overlap.engines import settle_plan
-from ..overlap.planner import Plan
 from ..overlap.tuning import profile_of
 from ..random import as_seed, debug_enabled
 from .linear import autocast, check_activation, place
+from .linear_calls import LinearNorm
 from .norm_call import Meta, NormOptions, compare_seeds, converted, metas_of, replicated, settle
 
 if TYPE_CHECKING:
@@ -146,12 +145,13 @@ def linear_reduce_scatter_dropout_add_norm(
     tensors = NormTensors(x, residual, norm_weight, norm_bias, x_bias=bias, row_scale=row_scale)
     kind = cast(NormKind, KINDS.get(norm, norm))  # an unknown name goes on, to be refused on every rank alike
     options = NormOptions(kind, p, eps, training, True, zero_centered_weight, residual_dtype, seq_dim)
-    return planned_linear_reduce_scatter_dropout_add_norm(
+    call, operands = checked_linear_norm(
         tensors, weight, options, group, seed, chunks, engine, activation, gate, main_grad
-    )[0]
+    )
+    return call(*operands)
 
 
-def planned_linear_reduce_scatter_dropout_add_norm(
+def checked_linear_norm(
     tensors: NormTensors,
     weight: Tensor,
     options: NormOptions,
@@ -164,15 +164,15 @@ def planned_linear_reduce_scatter_dropout_add_norm(
     main_grad: Tensor | None = None,
     *,
     sum_gradients: bool = True,
-) -> tuple[tuple[Tensor | None, Tensor], Plan]:
-    """:func:`linear_reduce_scatter_dropout_add_norm` and the plan it ran by.
+) -> tuple[LinearNorm, tuple[Any, ...]]:
+    """The call that :func:`linear_reduce_scatter_dropout_add_norm` makes, which knows its plan, and its operands.
 
     ``tensors``: what the norm reads, x being the input of the linear, of which the sum is made.
     ``sum_gradients=False``: the caller sums the gradients of the vectors over the ranks.
     """
     x, residual, norm_weight, norm_bias, _, _, bias, row_scale, _, _ = tensors
     pg = resolve_group(group)
-    figures = None if pg is None else profile_of(pg)
+    profiles = None if pg is None else profile_of(pg)
     with checked_together(pg):
         check_tensor("x", x)
         seq_dim = check_sequence("x", x, options.seq_dim)
@@ -201,7 +201,7 @@ def planned_linear_reduce_scatter_dropout_add_norm(
         tensors = NormTensors(x, residual, norm_weight, norm_bias, x_bias=bias, row_scale=row_scale)
         options = options._replace(prenorm=True, seq_dim=seq_dim, seq_len=shard.length)
         settled = settle(options, shard.ranks, shard.rank, tuple(out), *metas_of(tensors[1:]))
-        plan = settle_plan(x, seq_dim, shard, weight.shape[0], weight.numel(), engine, chunks, figures, pg)
+        plan = settle_plan(x, seq_dim, shard, weight.shape[0], weight.numel(), engine, chunks, profiles, pg)
         # a wrong seed is wrong in evaluation too
         seed_tensor = as_seed(seed, x.device) if settled.drop or seed is not None else None
     if not settled.drop:
@@ -209,20 +209,8 @@ def planned_linear_reduce_scatter_dropout_add_norm(
     elif pg is not None and debug_enabled() and not torch.compiler.is_compiling():
         assert seed_tensor is not None
         compare_seeds(seed_tensor, pg, "linear_reduce_scatter_dropout_add_norm")
-    args = (
-        *converted(tensors, settled)._replace(seed=seed_tensor),
-        weight,
-        gate,
-        *place(pg, seq_dim, shard, plan),
-        activation or "",
-        *settled.call.spec.flat(),
-        settled.call.backend,
-    )
-    if main_grad is not None and torch.is_grad_enabled():
-        outs = ops.linear_reduce_scatter_dropout_add_norm_into(main_grad, *args)
-    else:
-        outs = ops.linear_reduce_scatter_dropout_add_norm(*args)
-    return ((None, outs[0]) if options.kind == NormKind.NONE else (outs[0], outs[1])), plan
+    call = LinearNorm(plan, place(pg, seq_dim, shard, plan), activation, settled.call)
+    return call, (converted(tensors, settled)._replace(seed=seed_tensor), weight, gate, main_grad)
 
 
 def _check_norm(kind: NormKind, norm_weight: Tensor | None, norm_bias: Tensor | None) -> None:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from ..functional import (
     NormOptions,
     NormTensors,
-    planned_linear_reduce_scatter_dropout_add_norm,
+    checked_linear_norm,
     replicated,
 )
 from ..kernels import NormKind
@@ -158,7 +158,7 @@ class DeferredSum(Tensor):
                 (linear_bias,) = replicated([linear_bias], region.group)
             eps = norm.eps if norm.eps is not None else torch.finfo(accumulation_dtype(x.dtype)).eps
             p, training = (0.0, False) if self.dropout is None else (self.dropout.p, True)
-            (y, z), linear.ran = planned_linear_reduce_scatter_dropout_add_norm(
+            call, operands = checked_linear_norm(
                 NormTensors(x, self.residual, weight, bias, x_bias=linear_bias),
                 linear._linear_weight(),
                 NormOptions(norm.kind, p, eps, training, True, norm.zero_centered_weight, seq_dim=region.seq_dim),
@@ -169,6 +169,8 @@ class DeferredSum(Tensor):
                 main_grad=linear._main_grad(),
                 sum_gradients=not sums,
             )
+            linear.ran = call.plan
+            y, z = call(*operands)
         norm.fused = True
         if self.dropout is not None:
             self.dropout.fused = True

@@ -14,9 +14,9 @@ from ..functional import (
     NormTensors,
     causal_attention,
     checked_all_gather_linear,
+    checked_linear_norm,
     checked_linear_reduce_scatter,
     dropout_add,
-    planned_linear_reduce_scatter_dropout_add_norm,
     replicated,
 )
 from ..kernels import NormKind
@@ -309,7 +309,7 @@ class TransformerLayer(nn.Module):
     ) -> tuple[Any, Tensor]:
         """[..., S, ..., K/t] -> the norm (None without one) and the stream, [..., S/t, ..., H] each."""
         kind = NormKind.NONE if norm is None else norm.kind
-        found, linear.ran = planned_linear_reduce_scatter_dropout_add_norm(
+        call, operands = checked_linear_norm(
             NormTensors(x, residual, vectors[0], vectors[1], x_bias=bias),
             linear._linear_weight(),
             NormOptions(kind, self.dropout, self.config["eps"], self.training, seq_dim=self.region.seq_dim),
@@ -322,7 +322,8 @@ class TransformerLayer(nn.Module):
             linear._main_grad(),
             sum_gradients=False,
         )
-        return found
+        linear.ran = call.plan
+        return call(*operands)
 
     def _add(self, branch: Tensor, z: Tensor, seq_len: int) -> Tensor:
         region = self.region

@@ -230,9 +230,9 @@ def _spreads(
     summed_in = weight if main_grad is None else main_grad
     if summed_in.dtype.itemsize < 4:  # every chunk's sum would be rounded to 16 bits
         return False
-    figures = profile_of(group)["cpu" if dy.device.type == "cpu" else "cuda"]
+    profile = profile_of(group)["cpu" if dy.device.type == "cpu" else "cuda"]
     work = Work.of(dy, seq_dim, call.shard, weight.shape[0], weight.numel())
-    return spreads_weight_gradient(chunks, work, figures, want_dx)
+    return spreads_weight_gradient(chunks, work, profile, want_dx)
 
 
 def _backward_fake(

@@ -2,7 +2,7 @@
 
 An engine is an :class:`Engine`: whether it can run, who moves its bytes, its two matmuls. To add one, write its two
 matmuls in a file of their own, or take those of :mod:`.pipelined` over another transport, and list it in ENGINES.
-``engine="auto"`` takes what the cost model (:mod:`.planner`) says; engines without known figures run where a variable
+``engine="auto"`` takes what the cost model (:mod:`.planner`) says; engines without a known profile run where a variable
 of the environment asks for them.
 """
 
@@ -191,37 +191,37 @@ def check_engine(engine: str) -> None:
         raise ValueError(f"engine: expected one of {NAMES}, got {engine!r}")
 
 
-def plan(engine: str, chunks: int | None, work: Work, figures: MachineProfile) -> Plan:
+def plan(engine: str, chunks: int | None, work: Work, profile: MachineProfile) -> Plan:
     """Settle ``engine="auto"`` and ``chunks=None`` on two ranks or more, by the cost model.
 
     Raises:
         ValueError: the call cannot be cut finely enough for the workspace bound.
     """
     settle = _plan if torch.compiler.is_compiling() else _remembered_plan
-    return settle(engine, chunks, work, figures, max_workspace_bytes())
+    return settle(engine, chunks, work, profile, max_workspace_bytes())
 
 
-def _plan(engine: str, chunks: int | None, work: Work, figures: MachineProfile, bound: int | None) -> Plan:
+def _plan(engine: str, chunks: int | None, work: Work, profile: MachineProfile, bound: int | None) -> Plan:
     needed = chunks_needed(work, bound)
     bounded = "" if needed is None else f"; max_workspace_bytes={bound} wants {needed} or more"
 
-    def uncut(reason: str) -> Plan:
-        return Plan(SINGLE.name, 1, reason, work.wire_bytes, estimate(None, work, figures))
+    def unchunked(reason: str) -> Plan:
+        return Plan(SINGLE.name, 1, reason, work.wire_bytes, estimate(None, work, profile))
 
     def cut(count: int, reason: str) -> Plan:
         if needed is not None:
             count = chunks_within(work, bound, count)
-        return Plan(P2P.name, count, reason + bounded, work.wire_bytes, estimate(count, work, figures))
+        return Plan(P2P.name, count, reason + bounded, work.wire_bytes, estimate(count, work, profile))
 
     if engine == SINGLE.name:
         if bounded:
             raise ValueError(f"engine: {engine!r} moves everything at once, expected another with {bounded[2:]} chunks")
-        return uncut("asked for" if chunks in (None, 1) else f"asked for; chunks={chunks} has no effect")
+        return unchunked("asked for" if chunks in (None, 1) else f"asked for; chunks={chunks} has no effect")
     if chunks is not None:
         return cut(chunks, f"chunks={chunks} given")
-    best = cut(best_count(work, figures), "the model's best")
-    if engine == "auto" and not bounded and not pays(best.chunks, work, figures):
-        return uncut("below the size floor: cutting saves less than 5 %")
+    best = cut(best_count(work, profile), "the model's best")
+    if engine == "auto" and not bounded and not pays(best.chunks, work, profile):
+        return unchunked("below the size floor: cutting saves less than 5 %")
     return best
 
 
@@ -259,7 +259,7 @@ def settle_plan(
     elements: int,
     engine: str,
     chunks: int | None,
-    figures: Mapping[str, MachineProfile] | None,
+    profiles: Mapping[str, MachineProfile] | None,
     group: ProcessGroup | None,
     *,
     fusible: bool = True,
@@ -270,11 +270,11 @@ def settle_plan(
     """
     check_engine(engine)
     check_chunks(chunks)
-    if figures is None:
+    if profiles is None:
         return PLAIN
     engine = ALIASES.get(engine, engine)
     work = Work.of(x, seq_dim, shard, features, elements)
-    settled = plan(engine, chunks, work, figures["cpu" if x.device.type == "cpu" else "cuda"])
+    settled = plan(engine, chunks, work, profiles["cpu" if x.device.type == "cpu" else "cuda"])
     if group is None:
         return settled
     for special in (FUSED, SYMM_MEM):

@@ -56,7 +56,7 @@ class UnchunkedKind(Kind):
         details: dict[str, object],
     ):
         agreed = {"features": features, **details}
-        super().__init__(name, x, seq_dim, length, group, *(f"{k}={v}" for k, v in agreed.items()), "uncut")
+        super().__init__(name, x, seq_dim, length, group, *(f"{k}={v}" for k, v in agreed.items()), "unchunked")
         shard, outer = self.shard, self.layout.outer
         self.transport = select.messages(group)
         self.features, self.seq_dim = features, seq_dim
@@ -112,7 +112,7 @@ def unchunked_kind(
 
 
 class Unchunked:
-    """One uncut call. In ``with``: the op is finished at its end, or aborted where anything raised."""
+    """One unchunked call. In ``with``: the op is finished at its end, or aborted where anything raised."""
 
     def __init__(self, kind: UnchunkedKind):
         self._kind = kind

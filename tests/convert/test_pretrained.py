@@ -103,7 +103,7 @@ def test_unequal_sections_save_on_two_load_on_one_and_back(world2: World, tmp_pa
 
 
 def placement_case() -> None:
-    """Unequal sections lie in several rectangles: whoever puts the presented DTensor together gets the whole."""
+    """Unequal sections lie in several rectangles: whoever puts the DTensor together gets the whole."""
     model = sp.parallelize(phi3(), group())
     full, plain = sp.full_state_dict(model), phi3().state_dict()
     for name, param in model.named_parameters():

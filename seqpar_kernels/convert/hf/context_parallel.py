@@ -98,7 +98,7 @@ class ContextParallel:
         model.register_forward_hook(self._always, always_call=True)
 
     def undo(self) -> None:
-        """Give the configs their attention back; what lies in modules is for the conversion's snapshot."""
+        """Give the configs their attention back; what lies in modules is for the conversion's undo."""
         for config, name in self._configs:
             config._attn_implementation_internal = name
 
