@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..nn.linear import ColumnParallelLinear, RowParallelLinear
+from ..ops.registry import in_backward
 from .alike import REMEDY, Alike, comparison_enabled
 from .conversion import Conversion
 from .fingerprint import is_plain
@@ -100,7 +101,7 @@ def _not_now() -> bool:
     if callable(torch._C._dynamo.eval_frame.get_eval_frame_callback()):  # torch.compile would trace the comparison
         return True
     # A recomputation in the backward; a transformation of torch.func, in which tensors have no values.
-    return torch._C._current_graph_task_id() != -1 or torch._C._functorch.peek_interpreter_stack() is not None
+    return in_backward() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _captured(device: torch.device) -> bool:

@@ -45,8 +45,12 @@ class Conversion:
         seq_dim: int | None,
         engine: str,
         loss_parallel: bool,
-        experts: str = "auto",
+        experts: str,
+        sharing: Group,
+        context_parallel: str | None,
+        input_is_sharded: bool | str,
     ):
+        """As :func:`parallelize`. Ranks of ``group_or_mesh`` share heads, those of ``sharing`` the sequence."""
         # The call.
         self.model = model
         self.group_or_mesh = group_or_mesh
@@ -54,9 +58,7 @@ class Conversion:
         self.engine = engine
         self.loss_parallel = loss_parallel
         self.experts = experts
-        self.sharing: Group = None  # ranks that share the sequence, with context_parallel
-        self.context_parallel: str | None = None
-        self.input_is_sharded: bool | str = False
+        self.sharing, self.context_parallel, self.input_is_sharded = sharing, context_parallel, input_is_sharded
         self.region = Region(group_or_mesh, -2 if seq_dim is None else seq_dim)
         # What the passes found and did.
         self.styles: dict[str, str] = {}  # module name -> handling style
@@ -86,10 +88,6 @@ class Conversion:
         self.watch: Watch | None = None  # with several ranks
         self.context: Any = None  # a ContextParallel, where ranks share the sequence of a Transformers model
         self.checked: set[bool] = set()  # module.training of checked forwards
-
-    def share_sequence(self, sharing: Group, context_parallel: str | None, input_is_sharded: bool | str) -> None:
-        """The arguments of ``parallelize`` for attention over a sharded sequence."""
-        self.sharing, self.context_parallel, self.input_is_sharded = sharing, context_parallel, input_is_sharded
 
     @property
     def batch_ranks(self) -> int:

@@ -83,7 +83,7 @@ class DrawsWhole(TorchFunctionMode):
 def draw_whole(func: Callable[..., Any], listed: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Call ``func`` on a tensor of the whole shape, and keep this rank's part in ``listed``.
 
-    ``listed`` is a PresentedParameter, or a CutTensor: its ``data``, or one of a ``state_dict``.
+    ``listed`` is a ListedParameter, or a CutTensor: its ``data``, or one of a ``state_dict``.
 
     DTensor's own random functions draw for the part alone; on CPU ranks, the same part on each.
     """

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 from torch.utils._pytree import tree_leaves
 
+from ..layout import Group
 from ..nn.sharding import ShardSpec
 from .computed import Whole, autograd_backward, autograd_grad, compute, computes, names
 from .culprit import name_of
@@ -29,7 +30,7 @@ from .cut_tensor import CutTensor, cut_tensor, drawn_like, dtensor_spec, first_r
 from .drawn import draw_whole, draws_like, listed_to_draw
 
 
-class PresentedParameter(CutTensor):
+class ListedParameter(CutTensor):
     """A parameter as it is listed: a DTensor that has memory and gradient in common with ``part``.
 
     ``part`` is the plain parameter that the modules compute with, and autograd knows: what is computed from a listed
@@ -42,10 +43,10 @@ class PresentedParameter(CutTensor):
     _guarded = False  # against autograd functions that would take it for a leaf
 
     @staticmethod
-    def of(part: nn.Parameter, cut: Cut, mesh: DeviceMesh) -> PresentedParameter:
+    def of(part: nn.Parameter, cut: Cut, mesh: DeviceMesh) -> ListedParameter:
         data = part.detach()
         spec = dtensor_spec(data, cut, mesh)
-        new: PresentedParameter = PresentedParameter(data, spec, requires_grad=False)
+        new: ListedParameter = ListedParameter(data, spec, requires_grad=False)
         new._is_param = True
         new.part, new.cut, new._group, new._shown = part, cut, mesh.get_group(), None
         new._chunks = cut.chunks(data)
@@ -125,7 +126,7 @@ class PresentedParameter(CutTensor):
                 Tensor.register_hook(self, _lost)
                 self._guarded = True
 
-    def requires_grad_(self, requires_grad: bool = True) -> PresentedParameter:
+    def requires_grad_(self, requires_grad: bool = True) -> ListedParameter:
         self.requires_grad = requires_grad
         return self
 
@@ -173,7 +174,7 @@ class PresentedParameter(CutTensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.detach().__reduce_ex__(protocol)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PresentedParameter:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ListedParameter:
         raise RuntimeError("a parallelized model cannot be deep-copied; copy the model first, then parallelize")
 
     @classmethod
@@ -186,7 +187,7 @@ class PresentedParameter(CutTensor):
         if func is torch.autograd.backward:
             return autograd_backward(*args, **kwargs)
         drawn = listed_to_draw(func, args, kwargs)
-        if isinstance(drawn, PresentedParameter):
+        if isinstance(drawn, ListedParameter):
             return draw_whole(func, drawn, args, kwargs)
         if draws_like(func):
             return drawn_like(func, args, kwargs)
@@ -208,7 +209,7 @@ def _reads_places(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -
     """Whether DTensor would take elements from the wrong places, or refuse: of packed or unequal parts."""
     if name_of(func) not in _OF_PLACES:
         return False
-    listed = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, PresentedParameter)]
+    listed = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, ListedParameter)]
     return any(type(leaf.cut.placement()) is not Shard or not leaf.cut.even for leaf in listed if leaf.cut.spec)
 
 
@@ -222,10 +223,16 @@ def _lost(grad: Tensor) -> None:
 
 def part_of(param: Any) -> Any:
     """The plain tensor to compute with behind a listed parameter."""
-    if isinstance(param, PresentedParameter):
+    if isinstance(param, ListedParameter):
         return param.part
     # fully_shard puts DTensors of its own in place; on the tensor-parallel mesh alone while they are gathered.
     return param.to_local() if isinstance(param, DTensor) and param.device_mesh.ndim == 1 else param
+
+
+def mesh_of(given: Group, group: ProcessGroup, model: nn.Module) -> DeviceMesh:
+    """The mesh of listed parameters: ``given`` where it is one, else a mesh of the ranks of ``group``."""
+    device = next((param.device.type for param in model.parameters()), "cpu")
+    return given if isinstance(given, DeviceMesh) else DeviceMesh.from_group(group, device)
 
 
 def _as_listed(param: Any) -> Any:
@@ -274,7 +281,7 @@ class Parameters(dict[str, Any]):
 def cuts_of(model: nn.Module) -> dict[str, Cut]:
     """Name in ``state_dict`` -> how it is cut, of all parameters listed now."""
     listed = model.named_parameters(remove_duplicate=False)
-    return {name: param.cut for name, param in listed if isinstance(param, PresentedParameter)}
+    return {name: param.cut for name, param in listed if isinstance(param, ListedParameter)}
 
 
 def shard_specs(model: nn.Module) -> dict[int, ShardSpec]:
@@ -288,7 +295,7 @@ def shard_specs(model: nn.Module) -> dict[int, ShardSpec]:
     return specs
 
 
-def present_parameters(
+def list_as_dtensors(
     model: nn.Module, mesh: DeviceMesh, specs: dict[int, ShardSpec], released: Callable[[nn.Parameter], None]
 ) -> None:
     """List the parameters of ``model`` as DTensors on ``mesh`` from now on.
@@ -302,7 +309,7 @@ def present_parameters(
         for param in module._parameters.values():
             if param is not None and not hasattr(param, "_seqpar_listed"):
                 spec = specs.get(id(param))
-                PresentedParameter.of(param, Cut.of(param, spec, ranks, rank), mesh)
+                ListedParameter.of(param, Cut.of(param, spec, ranks, rank), mesh)
         module.__dict__["_parameters"] = Parameters(module._parameters, released)
         module.__dict__["_apply"] = _applier(module)
 
@@ -320,7 +327,7 @@ def _applier(module: nn.Module) -> Callable[..., nn.Module]:
             for name, old in held.plain().items():
                 new, shown = plain[name], getattr(old, "_seqpar_listed", None)
                 if shown is not None and (new is not old or new.data_ptr() != shown._local_tensor.data_ptr()):
-                    PresentedParameter.of(new, shown.cut, shown.device_mesh)
+                    ListedParameter.of(new, shown.cut, shown.device_mesh)
             module.__dict__["_parameters"] = Parameters(plain, held.released, held.accessed)
         return module
 

@@ -14,6 +14,7 @@ from ..functional import copy_to_tensor_parallel, gather_sequence, scatter_seque
 from ..nn.deferred_sum import settled
 from ..nn.region import mark_entrance, show_whole
 from ..nn.sequence_view import EmbeddedRows
+from ..ops.registry import in_backward
 from .conversion import Conversion
 from .marks import place_rows, rows_of
 from .plans import STREAM_NAMES, matches
@@ -51,11 +52,6 @@ def install_edge_hooks(conversion: Conversion) -> None:
             )
         if "gather_output" in edges:
             module.register_forward_hook(_gather_output_hook(name, conversion))
-
-
-def recomputing() -> bool:
-    """Whether this call is a recomputation inside a backward."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def return_to_this_forward(output: Any, conversion: Conversion) -> None:
@@ -100,11 +96,11 @@ def _scatter_hook(name: str, conversion: Conversion) -> Callable[..., Any]:
         if is_shard(x) and conversion.check is not None:
             raise RuntimeError(f"{name}: 'scatter_input' was given a sequence shard: the plan scatters twice")
         if conversion.watch is not None and not torch.compiler.is_compiling():
-            if conversion.watch.stage is None and torch.is_grad_enabled() and not recomputing():
+            if conversion.watch.stage is None and torch.is_grad_enabled() and not in_backward():
                 raise RuntimeError(_unwatched(name, conversion))
             conversion.watch.cut(name)
         length = x.shape[region.seq_dim]
-        if not conversion.running and not torch.compiler.is_compiling() and not recomputing():
+        if not conversion.running and not torch.compiler.is_compiling() and not in_backward():
             # An inner model is called on its own: the settings of the last whole forward do not hold for it.
             conversion.crossing, region.deferring, region.summed = False, None, {}
         # None where it is not needed: a recomputation must not find the length of a later forward.

@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from ..nn.deferred_sum import settled
+from ..ops.registry import in_backward
 from .attention_dropout import head_dropouts
 from .checked_forward import CheckedForward
 from .conversion import Conversion
-from .edge_hooks import recomputing, return_to_this_forward
+from .edge_hooks import return_to_this_forward
 
 Place = tuple[nn.Module, str]  # (parent of a module, its name there)
 _BY_PRODUCTS = {
@@ -100,7 +101,7 @@ def _hook_inner_models(model: nn.Module, checking: CheckedForward) -> None:
     under: list[nn.Module] = []  # the module of the current call
 
     def entered(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or _inside_compile() or recomputing():
+        if torch.compiler.is_compiling() or _inside_compile() or in_backward():
             return
         if watch.stage is None:
             under[:] = [module]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..nn.deferred_sum import DeferredSum
+from ..ops.registry import in_backward
 from .culprit import PACKAGE, user_frame, written
 from .marks import OWNED, Kind, Local, Mixed, kind_of, mark_of
 
@@ -48,7 +49,7 @@ class Kept(Tensor):
         kept = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Kept)]
         for leaf in kept:
             leaf.__class__ = Tensor  # type: ignore[assignment]
-        if torch._C._current_graph_task_id() != -1:  # a backward reads tensors that its forward has saved
+        if in_backward():  # a backward reads tensors that its forward has saved
             return func(*args, **kwargs)
         note = kept[0].__dict__[_NOTE]
         try:

@@ -9,7 +9,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .conversion import Conversion
-from .dtensor_params import PresentedParameter
+from .dtensor_params import ListedParameter
 
 _checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _installed = False
@@ -36,14 +36,14 @@ def _check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     _steps += 1
     if optimizer in _checked:
         return
-    listed = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, PresentedParameter)]
+    listed = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, ListedParameter)]
     why = _why_not(optimizer, listed) if listed else None
     if why is not None:
         raise ValueError(f"optimizer: {type(optimizer).__name__} {why}")
     _checked.add(optimizer)
 
 
-def _why_not(optimizer: torch.optim.Optimizer, listed: list[PresentedParameter]) -> str | None:
+def _why_not(optimizer: torch.optim.Optimizer, listed: list[ListedParameter]) -> str | None:
     kinds = {kind.__name__ for kind in type(optimizer).__mro__}
     if "Adafactor" in kinds:
         return (

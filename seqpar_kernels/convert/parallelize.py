@@ -135,8 +135,8 @@ def parallelize(
     """
     check_launched(group_or_mesh)
     sharing, tensor = context_passes.axes(group_or_mesh, context_parallel)
-    conversion = Conversion(model, tensor, plan, seq_dim, engine, loss_parallel, experts)
-    conversion.share_sequence(sharing, context_parallel, input_is_sharded)
+    shared = sharing, context_parallel, input_is_sharded
+    conversion = Conversion(model, tensor, plan, seq_dim, engine, loss_parallel, experts, *shared)
     group = conversion.region.group
     if group is not None:
         coordination_of(group).conversions += 1

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from torch.distributed.device_mesh import DeviceMesh
-
 from .comparison import compare_ranks
 from .conversion import Conversion
-from .dtensor_params import cut_whole_tensors, cuts_of, present_parameters, shard_specs
+from .dtensor_params import cut_whole_tensors, cuts_of, list_as_dtensors, mesh_of, shard_specs
 from .initialising import initialise_whole
 
 
@@ -22,9 +20,8 @@ def list_parameters(conversion: Conversion) -> None:
     model, given, group = conversion.model, conversion.group_or_mesh, conversion.region.group
     if group is None:
         return
-    device = next((param.device.type for param in model.parameters()), "cpu")
-    conversion.mesh = given if isinstance(given, DeviceMesh) else DeviceMesh.from_group(group, device)
-    present_parameters(model, conversion.mesh, shard_specs(model), conversion.release)
+    conversion.mesh = mesh_of(given, group, model)
+    list_as_dtensors(model, conversion.mesh, shard_specs(model), conversion.release)
     conversion.cuts = cuts_of(model)
 
 

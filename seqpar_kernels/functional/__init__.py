@@ -1,9 +1,9 @@
 """The public functions: all validation, then one op call."""
 
+from ..ops import NormRecipe
 from .attention import causal_attention
 from .decode_attention import decode_attention
 from .linear import (
-    NormRecipe,
     all_gather_linear,
     checked_all_gather_linear,
     checked_linear_reduce_scatter,

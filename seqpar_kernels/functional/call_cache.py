@@ -6,7 +6,6 @@ nothing is looked up under torch.compile, autocast, a dispatch mode, a functorch
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from ..caches import Remembered
 from ..layout import Group, resolve_group
-from ..ops.registry import PLAIN_TYPES, eager
+from ..ops.registry import eager
 from ..overlap import engines
 from ..overlap.planner import max_workspace_bytes
 from ..overlap.tuning import planned_calls
@@ -64,11 +63,6 @@ def known_call(
         return key, known.get(key)
     except (AttributeError, TypeError):
         return None, None
-
-
-def are_plain(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether kernels may read the memory of all of them, without the dispatcher."""
-    return all(t is None or (type(t) in PLAIN_TYPES and not t.is_meta) for t in tensors)
 
 
 def remember(group: Group, key: Key | None, call: Any) -> None:

@@ -21,12 +21,12 @@ from ..checks import (
 )
 from ..comm.coordination import checked_together
 from ..layout import Group, SequenceShard, group_rank, group_size, resolve_group, shard_of
-from ..ops.registry import group_name
+from ..ops.registry import are_plain, group_name
 from ..overlap.engines import settle_plan
 from ..overlap.planner import Plan
 from ..overlap.tuning import profile_of
-from .call_cache import are_plain, known_call, remember
-from .linear_calls import GatherLinear, LinearCall, LinearScatter, NormRecipe
+from .call_cache import known_call, remember
+from .linear_calls import GatherLinear, LinearCall, LinearScatter
 
 
 @overload
@@ -132,7 +132,7 @@ def checked_all_gather_linear(
     seq_len: int | None,
     main_grad: Tensor | Sequence[Tensor | None] | None = None,
     save_gathered: bool = False,
-    recipe: NormRecipe | None = None,
+    recipe: ops.NormRecipe | None = None,
 ) -> tuple[LinearCall, tuple[Any, ...]]:
     """The call that :func:`all_gather_linear` makes, which knows its plan, and what to call it with.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,17 +10,6 @@ from torch import Tensor
 from .. import ops
 from ..kernels import NormKind, NormTensors
 from ..overlap.planner import Plan
-
-
-class NormRecipe(NamedTuple):
-    """What a column-parallel input was made from: x = norm(z) * weight + bias. z [..., S/t, ..., H] is kept anyway."""
-
-    z: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    kind: NormKind
-    zero_centered: bool
-    eps: float
 
 
 class LinearCall(Protocol):
@@ -48,7 +37,7 @@ class GatherLinear:
         weights: list[Tensor],
         biases: list[Tensor | None],
         main_grads: list[Tensor | None],
-        recipe: NormRecipe | None,
+        recipe: ops.NormRecipe | None,
     ) -> Any:
         where, grad = self._where, torch.is_grad_enabled()
         into = grad and any(m is not None for m in main_grads)

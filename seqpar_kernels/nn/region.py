@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from ..functional import replicated
 from ..layout import Group, group_rank, group_size, resolve_group
+from ..ops.registry import in_backward
 
 
 class Region:
@@ -62,7 +63,7 @@ class Region:
     def parameters(self, *params: Parameter | None) -> tuple[list[Tensor | None], bool]:
         """The tensors to compute with, and whether their gradients are summed over the ranks already."""
         summed = self.summed
-        if not summed and self.kept and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if not summed and self.kept and not torch.compiler.is_compiling() and in_backward():
             summed = self.kept  # a recomputation in the backward repeats the operations of the forward
         if summed and all(p is None or p in summed for p in params):
             return [None if p is None else summed[p] for p in params], True

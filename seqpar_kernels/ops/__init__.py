@@ -19,6 +19,7 @@ from .moe import MoeScalars, moe_mlp
 from .norm import NormCall, PreparedNorm, dropout_add_norm
 from .recompute import (
     ACTIVATIONS,
+    NormRecipe,
     activate,
     activation_linear_reduce_scatter,
     activation_linear_reduce_scatter_into,
@@ -33,6 +34,7 @@ __all__ = [
     "CopyToRegion",
     "MoeScalars",
     "NormCall",
+    "NormRecipe",
     "PreparedGatherLinear",
     "PreparedLinearScatter",
     "PreparedNorm",

@@ -31,7 +31,7 @@ from ..caches import MOST
 from ..kernels import NormGiven, NormKind, NormOutputs, NormSpec, NormStores, NormTensors, NormWants, RowMap, select
 from ..kernels.spec import accumulation_dtype
 from ..tensors import reshaped
-from .registry import PLAIN_TYPES, apply, eager, register
+from .registry import PLAIN_TYPES, apply, eager, plain_apply, register
 
 # --- what the ops take -----------------------------------------------------------------------------------------------
 
@@ -272,7 +272,7 @@ class _DropoutAddNorm(torch.autograd.Function):
 
 
 #: ``Function.apply`` without its care for functorch, whose transforms take :func:`_forward_autograd`.
-_apply = getattr(super(torch.autograd.Function, _DropoutAddNorm), "apply")  # noqa: B009 - mypy knows no such super
+_apply = plain_apply(_DropoutAddNorm)
 
 
 def _forward_autograd(*args: Any) -> list[Tensor]:

@@ -52,8 +52,11 @@ from .registry import register, without_autocast
 # --- all_gather_linear_of_norm ---------------------------------------------------------------------------------------
 
 
-class _Recipe(NamedTuple):
-    """What makes x again: x = norm(z) * norm_weight + norm_bias, in the order of the op's arguments."""
+class NormRecipe(NamedTuple):
+    """What the input of a column-parallel linear was made from, in the order of the op's arguments.
+
+    x = norm(z) * norm_weight + norm_bias. z [..., S/t, ..., H] is kept anyway; the vectors are [H].
+    """
 
     z: Tensor
     norm_weight: Tensor | None
@@ -63,11 +66,11 @@ class _Recipe(NamedTuple):
     eps: float
 
 
-_RECIPE = len(_Recipe._fields)
+_RECIPE = len(NormRecipe._fields)
 
 
 @without_autocast
-def _rebuild(z: Tensor, recipe: _Recipe, dtype: torch.dtype) -> Tensor:
+def _rebuild(z: Tensor, recipe: NormRecipe, dtype: torch.dtype) -> Tensor:
     """x = norm(z), the bits of the forward: the kernel computes in fp32 and rounds once. [..., S/t, ..., H]"""
     vectors = [v for v in (recipe.norm_weight, recipe.norm_bias) if v is not None]
     wide = accumulation_dtype(z.dtype)
@@ -93,7 +96,7 @@ class _AllGatherLinearOfNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, recipe: _Recipe, main_grads: list[Tensor | None], place: tuple[Any, ...], *flat: Any
+        ctx: Any, x: Tensor, recipe: NormRecipe, main_grads: list[Tensor | None], place: tuple[Any, ...], *flat: Any
     ) -> tuple[Tensor, ...]:
         """``flat``: the weights, then the biases."""
         count = len(main_grads)
@@ -116,7 +119,7 @@ class _AllGatherLinearOfNorm(torch.autograd.Function):
         want_dw, want_db = (
             [need and hit for need, hit in zip(part, reached, strict=True)] for part in (needs[:count], needs[count:])
         )
-        recipe = _Recipe(z, norm_weight, norm_bias, *ctx.norm)
+        recipe = NormRecipe(z, norm_weight, norm_bias, *ctx.norm)
         args = (list(grads), list(weights), want_dx, want_dw, want_db)
         if any(main_grad is not None for main_grad in main_grads):
             x = (_rebuild if any(want_dw) else _unread)(z, recipe, ctx.x_dtype)
@@ -136,19 +139,19 @@ def _gather_autograd(x: Tensor, *args: Any) -> list[Tensor]:
 
 def all_gather_linear_of_norm_into(main_grads: list[Tensor | None], x: Tensor, *args: Any) -> list[Tensor]:
     """The op with gradients of weights added to ``main_grads``; not traceable where there are any."""
-    recipe, (weights, biases, *place) = _Recipe(*args[:_RECIPE]), args[_RECIPE:]
+    recipe, (weights, biases, *place) = NormRecipe(*args[:_RECIPE]), args[_RECIPE:]
     # Spreads the lists: autograd sees only tensors that are arguments of their own.
     return list(_AllGatherLinearOfNorm.apply(x, recipe, main_grads, tuple(place), *weights, *biases))
 
 
-def _unread(z: Tensor, _: _Recipe, dtype: torch.dtype) -> Tensor:
+def _unread(z: Tensor, _: NormRecipe, dtype: torch.dtype) -> Tensor:
     """Stands for x where nothing reads it: only weight gradients do."""
     return z.new_empty(z.shape, dtype=dtype)
 
 
-def _gather_backward(rebuild: Callable[[Tensor, _Recipe, torch.dtype], Tensor], *args: Any) -> list[Tensor]:
+def _gather_backward(rebuild: Callable[[Tensor, NormRecipe, torch.dtype], Tensor], *args: Any) -> list[Tensor]:
     """Kernel and fake, which differ in how x is made again."""
-    recipe, (x_dtype, grads, weights, want_dx, want_dw, want_db, *place) = _Recipe(*args[:_RECIPE]), args[_RECIPE:]
+    recipe, (x_dtype, grads, weights, want_dx, want_dw, want_db, *place) = NormRecipe(*args[:_RECIPE]), args[_RECIPE:]
     x = (rebuild if any(want_dw) else _unread)(recipe.z, recipe, x_dtype)
     given = (x, grads, weights, want_dx, want_dw, want_db, False, *place)
     out: list[Tensor] = gather_linear.all_gather_linear_backward.below_autograd(*given)
@@ -300,7 +303,7 @@ def _scatter_backward(
 
 
 all_gather_linear_of_norm = register(
-    f"all_gather_linear_of_norm(Tensor x, {declared(_Recipe)}, Tensor[] weights, Tensor?[] biases, {PLACE}) "
+    f"all_gather_linear_of_norm(Tensor x, {declared(NormRecipe)}, Tensor[] weights, Tensor?[] biases, {PLACE}) "
     "-> Tensor[]",
     _gather,
     _gather,
@@ -309,8 +312,8 @@ all_gather_linear_of_norm = register(
 
 #: Returns dx if wanted, then the wanted weight gradients, then the wanted bias gradients.
 all_gather_linear_of_norm_backward = register(
-    f"all_gather_linear_of_norm_backward({declared(_Recipe)}, ScalarType x_dtype, Tensor?[] grads, Tensor[] weights, "
-    f"bool want_dx, bool[] want_dw, bool[] want_db, {PLACE}) -> Tensor[]",
+    f"all_gather_linear_of_norm_backward({declared(NormRecipe)}, ScalarType x_dtype, Tensor?[] grads, "
+    f"Tensor[] weights, bool want_dx, bool[] want_dw, bool[] want_db, {PLACE}) -> Tensor[]",
     without_autocast(partial(_gather_backward, _rebuild)),
     partial(_gather_backward, _unread),
     None,

@@ -80,17 +80,23 @@ def eager() -> bool:
     )
 
 
+def in_backward() -> bool:
+    """A backward is under way: what runs now belongs to it, or is recomputed for it."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def plain(tensors: Sequence[Any]) -> bool:
     """Eager PyTorch alone has to do with these, and with sequences of them: memory that kernels may read."""
-    return eager() and _are_plain(tensors)
+    return eager() and are_plain(tensors)
 
 
-def _are_plain(tensors: Sequence[Any]) -> bool:
+def are_plain(tensors: Sequence[Any]) -> bool:
+    """No tensor among these, and in lists of them, has Python code or no memory behind it."""
     for t in tensors:
         if type(t) in PLAIN_TYPES:
             if t.is_meta:
                 return False
-        elif isinstance(t, Tensor) or (type(t) in (list, tuple) and not _are_plain(t)):
+        elif isinstance(t, Tensor) or (type(t) in (list, tuple) and not are_plain(t)):
             return False
     return True
 

@@ -22,6 +22,7 @@ from ...comm.coordination import checked_together, coordination_of
 from ...functional import unshard_sequence
 from ...functional.sequence_attention import attention_choice
 from ...layout import Group, group_rank, group_size, resolve_group
+from ...ops.registry import in_backward
 from ...overlap.attention_choice import ENGINES, Choice
 from ...random import draw_seed
 from ...sequence_layout import LAYOUTS
@@ -132,7 +133,7 @@ class ContextParallel:
             self._tried = True
             try_out(model, self.ranks, lambda **given: self._unsharded(model, given), self.whole)
         self._end()
-        again = torch._C._current_graph_task_id() != -1  # recomputed in a backward
+        again = in_backward()  # recomputed
         with checked_together(self.group):
             given = self._signature.bind(args, kwargs)
             least = 1 if self.input_is_sharded else self.ranks
@@ -172,7 +173,7 @@ class ContextParallel:
     def _finished(self, model: Any, args: Any, output: Any) -> None:
         if self._alike is not None and not self._aside and not torch.compiler.is_compiling():
             self._restore_random()
-            if torch._C._current_graph_task_id() == -1:
+            if not in_backward():
                 self._alike.end()
         self._running = False
 

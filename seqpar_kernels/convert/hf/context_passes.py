@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...comm.coordination import coordination_of
 from ...layout import Group, resolve_group
 from ..conversion import Conversion
+from ..dtensor_params import mesh_of
 from ..validate import digest
 from .pretrained import describe_ranks
 
@@ -71,11 +70,6 @@ def install_context(conversion: Conversion) -> None:
     conversion.context.install(model, conversion.region.rank)
     group = resolve_group(conversion.sharing)
     if group is not None and conversion.region.group is None:
-        describe_ranks(model, _mesh_of(conversion.sharing, group, model))
+        describe_ranks(model, mesh_of(conversion.sharing, group, model))
     elif group is not None and hasattr(model, "_tp_size"):
         model._tp_size = conversion.batch_ranks
-
-
-def _mesh_of(given: Group, group: ProcessGroup, model: torch.nn.Module) -> DeviceMesh:
-    device = next((param.device.type for param in model.parameters()), "cpu")
-    return given if isinstance(given, DeviceMesh) else DeviceMesh.from_group(group, device)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ...ops.mappings import sum_over_ranks
-from ...ops.registry import group_name
+from ...ops.registry import group_name, in_backward
 
 _BUCKET = 1 << 24  # elements that travel, and are copied, together
 
@@ -42,7 +42,7 @@ class GradientSum:
         """
         if self._group is None:
             return
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             self._forget()
         sharded = self._sharded(model)
         watched = [p for p in model.parameters() if p.requires_grad and id(p) not in sharded]
