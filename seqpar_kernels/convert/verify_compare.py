@@ -121,7 +121,9 @@ def _entries(theirs: dict[Key, Tensor], measure: Measure) -> list[_Entry]:
     largest = {key: difference(tensor, torch.zeros_like(tensor)) for key, tensor in theirs.items()}
     gradients = [size for (what, _), size in largest.items() if what == "gradient" and size < math.inf]
     least = _LEAST_MAGNITUDE * max(gradients, default=0.0)
-    scales = {key: max(size, least) if key[0] == "gradient" else size for key, size in largest.items()}
+    # A loss may cancel to nearly nothing; it is then a difference of numbers that were rounded.
+    smallest = {"gradient": least, "loss": measure.exact.sensitivity}
+    scales = {key: max(size, smallest.get(key[0], 0.0)) for key, size in largest.items()}
     scales = {key: scale if 0 < scale < math.inf else 1.0 for key, scale in scales.items()}
     tolerances = dict.fromkeys(theirs, measure.flat)
     if measure.own is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -99,6 +100,14 @@ def some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+@torch.no_grad()
+def _sensitivity(plain: nn.Module, gradients: dict[str, Tensor]) -> float:
+    """The root of the sum of (gradient * weight)^2: by that the loss moves when weights are rounded independently."""
+    params = dict(plain.named_parameters())
+    parts = [(grad.double() * params[name].double()).square().sum().item() for name, grad in gradients.items()]
+    return math.sqrt(math.fsum(parts))
+
+
 class Reference:
     """Runs the reference on first ranks, in the modes of ``model``."""
 
@@ -114,7 +123,9 @@ class Reference:
             for name, module in plain.named_modules():
                 module.training = self._modes.get(name, module.training) and not evaluated
             without_dropout(plain)
-            return run(plain, self._batches, self._loss_fn, dtype=dtype)
+            found = run(plain, self._batches, self._loss_fn, dtype=dtype)
+            found.sensitivity = _sensitivity(plain, found.gradients)
+            return found
 
     def dtype(self) -> torch.dtype:
         """The coarsest dtype of the parameters, which decides the tolerance."""

@@ -27,6 +27,8 @@ class Run:
     # As each parameter holds it; parameters without one are left out.
     gradients: dict[str, Tensor] = field(default_factory=dict)
     input_gradients: dict[str, Tensor] = field(default_factory=dict)
+    # How far a loss moves, by unit of relative rounding of the trained weights. No loss is known better than that.
+    sensitivity: float = 0.0
     left_out: set[str] = field(default_factory=set)
     drew: bool = False  # whether forward or backward drew random numbers
 

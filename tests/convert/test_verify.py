@@ -107,6 +107,32 @@ def own_case() -> str:
     return str(found)
 
 
+def cancelling_case() -> tuple[str, float]:
+    """A loss that is what rounding leaves of numbers that cancel; then the same, to which the converted model adds."""
+    plain, running = Own(), [""]
+    cut = sp.parallelize(copy.deepcopy(plain), group(), PLAN)
+    ids = ids_of(9, 11)
+    with torch.no_grad():
+        sum_of_all = plain(ids).double().sum().item()
+    for name, model in (("plain", plain), ("cut", cut)):
+        model.register_forward_pre_hook(lambda *_, name=name: running.append(name))
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        return output.sum() - sum_of_all
+
+    def shifted(output: Tensor, batch: Any) -> Tensor:
+        return loss(output, batch) + (1e-3 if running[-1] == "cut" else 0.0)
+
+    right = sp.verify(cut, plain, ids, loss_fn=loss, verbose=False, raise_on_mismatch=True)
+    wrong = sp.verify(cut, plain, ids, loss_fn=shifted, verbose=False)
+    return rows_of(wrong)["loss", "loss"].verdict, rows_of(right)["loss", "loss"].error
+
+
+def test_a_loss_that_cancels(world2: World) -> None:
+    for verdict, error in world2.run(cancelling_case):
+        assert verdict == "wrong" and error < 1e-6
+
+
 def test_own_module_with_a_loss_function(world2: World) -> None:
     assert "verify Own: 2 ranks" in world2.run(own_case)[0]
 
