@@ -15,6 +15,9 @@ from .attention_spec import (
     AttentionSpec,
     AttentionState,
     empty_like_heads,
+    new_grads,
+    new_state,
+    readable,
     visible,
 )
 from .native import DTYPE_CODE
@@ -28,11 +31,6 @@ def unavailable(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the compiled attention kernels run on cpu, not on {device.type}"
     return native.unavailable(device)
-
-
-def _readable(t: Tensor) -> Tensor:
-    """A tensor with contiguous columns; a copy only where they are not."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _rows(t: Tensor | None, like: Tensor) -> Tensor | None:
@@ -81,13 +79,6 @@ def _extras(q: Tensor, k: Tensor, spec: AttentionSpec, masks: AttentionMasks) ->
     return made, alive
 
 
-def new_state(q: Tensor, value_dim: int) -> AttentionState:
-    """An uninitialised state."""
-    acc = empty_like_heads(q, value_dim, accumulation_dtype(q.dtype))
-    maxima, sums = torch.empty(2, q.shape[0], q.shape[2], q.shape[1], dtype=torch.float64, device=q.device)
-    return AttentionState(acc, maxima, sums)
-
-
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -100,7 +91,7 @@ def attention_forward(
     finish: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, AttentionState | None]:
     """See :func:`.attention_reference.attention_forward`; a given state is overwritten and returned."""
-    q, k, v = _readable(q), _readable(k), _readable(v)
+    q, k, v = readable(q), readable(k), readable(v)
     extras, _alive = _extras(q, k, spec, masks)
     resume = state is not None
     if state is None and keep_state:
@@ -131,15 +122,12 @@ def attention_backward(
     grad_dtype: torch.dtype | None = None,
 ) -> AttentionGrads:
     """See :func:`.attention_reference.attention_backward`."""
-    dout, q, k, v = _readable(dout), _readable(q), _readable(k), _readable(v)
-    out = None if out is None else _readable(out)
+    dout, q, k, v = readable(dout), readable(q), readable(k), readable(v)
+    out = None if out is None else readable(out)
     extras, _alive = _extras(q, k, spec, masks)
     if into is None:
         dtype = grad_dtype or q.dtype
-        made = (
-            empty_like_heads(t, t.shape[3], dtype) if want else None for t, want in zip((q, k, v), wants, strict=True)
-        )
-        grads = AttentionGrads(*made)
+        grads = new_grads((q, k, v), wants, dtype)
     else:
         dtype, grads = accumulation_dtype(q.dtype), into
     native._native.attention_backward(
@@ -169,6 +157,6 @@ def merge_attention(
     wide = accumulation_dtype(first.dtype)
     lse = torch.empty(lses[0].shape, dtype=wide, device=first.device)
     codes = DTYPE_CODE[first.dtype], DTYPE_CODE[out.dtype]
-    read = [_readable(t) for t in outs], [t.to(wide).contiguous() for t in lses]
+    read = [readable(t) for t in outs], [t.to(wide).contiguous() for t in lses]
     native._native.attention_merge(torch.get_num_threads(), *codes, *read, out, lse)
     return out, lse

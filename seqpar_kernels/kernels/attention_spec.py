@@ -5,10 +5,13 @@ accumulation dtype. Hq is a multiple of Hkv; query head h reads key head h // (H
 a [B, H, S, D] tensor comes as its transpose(1, 2).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .spec import accumulation_dtype
 
 
 class AttentionSpec(NamedTuple):
@@ -147,3 +150,21 @@ def empty_like_heads(like: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     if not like.is_contiguous() and like.transpose(1, 2).is_contiguous():
         return torch.empty(batch, heads, rows, columns, dtype=dtype, device=like.device).transpose(1, 2)
     return torch.empty(batch, rows, heads, columns, dtype=dtype, device=like.device)
+
+
+def new_state(q: Tensor, value_dim: int) -> AttentionState:
+    """An uninitialised state."""
+    acc = empty_like_heads(q, value_dim, accumulation_dtype(q.dtype))
+    maxima, sums = torch.empty(2, q.shape[0], q.shape[2], q.shape[1], dtype=torch.float64, device=q.device)
+    return AttentionState(acc, maxima, sums)
+
+
+def new_grads(tensors: Sequence[Tensor], wants: Sequence[bool], dtype: torch.dtype) -> AttentionGrads:
+    """Uninitialised gradients of q, k and v: None where not wanted."""
+    made = (empty_like_heads(t, t.shape[3], dtype) if want else None for t, want in zip(tensors, wants, strict=True))
+    return AttentionGrads(*made)
+
+
+def readable(t: Tensor) -> Tensor:
+    """A tensor with contiguous columns; a copy only where they are not."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()

@@ -23,6 +23,9 @@ from .attention_spec import (
     AttentionState,
     Visible,
     empty_like_heads,
+    new_grads,
+    new_state,
+    readable,
     visible,
 )
 from .spec import dropout_scale, dropout_threshold
@@ -79,11 +82,6 @@ def _tf32(dtype: torch.dtype) -> bool:
 
 def _tiles(wide: Widths, dtype: torch.dtype, device: torch.device) -> AttentionTiles | None:
     return attention_tiles(wide, dtype, _tf32(dtype), _capability(device))
-
-
-def _readable(t: Tensor) -> Tensor:
-    """Columns side by side; copies only where they are not."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _strides(t: Tensor | None) -> tuple[int, int, int]:
@@ -163,13 +161,6 @@ def _block(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, masks: Attentio
     )
 
 
-def new_state(q: Tensor, value_dim: int) -> AttentionState:
-    """Memory for a state, its contents free."""
-    acc = empty_like_heads(q, value_dim, torch.float32)
-    maxima, sums = torch.empty(2, q.shape[0], q.shape[2], q.shape[1], dtype=torch.float64, device=q.device)
-    return AttentionState(acc, maxima, sums)
-
-
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -182,7 +173,7 @@ def attention_forward(
     finish: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, AttentionState | None]:
     """See :func:`.attention_reference.attention_forward`; a state given is written over and comes back."""
-    q, k, v = _readable(q), _readable(k), _readable(v)
+    q, k, v = readable(q), readable(k), readable(v)
     block = _block(q, k, v, spec, masks)
     resume = state is not None
     if state is None and keep_state:
@@ -223,7 +214,7 @@ def attention_backward(
     grad_dtype: torch.dtype | None = None,
 ) -> AttentionGrads:
     """See :func:`.attention_reference.attention_backward`."""
-    dout, q, k, v = _readable(dout), _readable(q), _readable(k), _readable(v)
+    dout, q, k, v = readable(dout), readable(q), readable(k), readable(v)
     block = _block(q, k, v, spec, masks)
     if delta is None:
         assert out is not None
@@ -234,8 +225,7 @@ def attention_backward(
         dtype = grad_dtype or q.dtype
         if dtype not in (q.dtype, torch.float32):
             raise ValueError(f"attention: grad_dtype: expected {q.dtype} as q, or torch.float32, got {dtype}")
-        like = zip((q, k, v), wants, strict=True)
-        dq, dk, dv = (empty_like_heads(t, t.shape[3], dtype) if want else None for t, want in like)
+        dq, dk, dv = new_grads((q, k, v), wants, dtype)
     else:
         dq, dk, dv = into
     fraction, exponent = math.frexp(spec.scale)

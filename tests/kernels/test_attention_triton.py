@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import triton_attention_cases as cases
 from interpreted import Interpreted
 
-from seqpar_kernels.kernels.attention_spec import AttentionGrads, AttentionMasks, AttentionSpec
+from seqpar_kernels.kernels.attention_spec import AttentionGrads, AttentionMasks, AttentionSpec, new_state
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -74,7 +74,7 @@ def _launch(variant: Variant, sm: int, monkeypatch: pytest.MonkeyPatch) -> Any:
         seed=torch.tensor(1) if "dropout" in on else None,
     )
     if variant.what == "forward":
-        state = triton_attention.new_state(q, value_dim) if "resume" in on else None
+        state = new_state(q, value_dim) if "resume" in on else None
         return record(triton_attention.attention_forward, q, k, v, spec, masks, state=state)[0]
     into = AttentionGrads(*(torch.empty(t.shape) for t in (q, k, v))) if "resume" in on else None
     launches = record(triton_attention.attention_backward, dout, q, k, v, None, lse, spec, masks, delta=lse, into=into)
