@@ -41,10 +41,13 @@ class ExpertForm(NamedTuple):
         names = (self.first, "down_proj")
         return (*names, *(f"{name}_bias" for name in names)) if self.bias else names
 
-    def sharding(self, experts: str) -> dict[str, ShardSpec]:
-        """How ``"ep"`` or ``"tp"`` cuts them. A down_proj_bias is whole with ``"tp"``."""
+    def sharding(self, experts: str, uneven: int | None = None) -> dict[str, ShardSpec]:
+        """How ``"ep"`` or ``"tp"`` cuts them. A down_proj_bias is whole with ``"tp"``.
+
+        ``uneven``: the number of experts, where it is no multiple of the ranks of ``"ep"``.
+        """
         if experts == "ep":
-            return {name: ShardSpec(0) for name in self.names()}
+            return {name: ShardSpec(0, size=uneven, balanced=uneven is not None) for name in self.names()}
         packed = 2 if self.activation.gated and not self.activation.interleaved else 1
         out, inside = (2, 1) if self.transposed else (1, 2)
         specs = {self.first: ShardSpec(out, packed), "down_proj": ShardSpec(inside)}
@@ -61,7 +64,7 @@ class Experts(nn.Module):
     the same module on one rank.
 
     Args:
-        num_experts: E, a multiple of t with ``experts="ep"``.
+        num_experts: E; with ``experts="ep"`` rank r has part r of ``tensor_split`` of them.
         hidden_size: H.
         intermediate_size: I, a multiple of t with ``experts="tp"``.
         group: ProcessGroup or 1-D DeviceMesh of t ranks, None for this one alone.
@@ -71,7 +74,7 @@ class Experts(nn.Module):
         transposed: weights lie as [E, in, out].
 
     Raises:
-        ValueError: sizes that do not divide by the ranks.
+        ValueError: an inner dimension that does not divide by the ranks of ``"tp"``.
 
     Examples:
         >>> import torch, seqpar_kernels as sp
@@ -128,9 +131,9 @@ class Experts(nn.Module):
             raise ValueError(f"experts: expected 'ep' or 'tp', got {experts!r}")
         self.form, self.region, self.experts = form, region, experts
         self.num_experts, self.intermediate_size, self.chunks = num_experts, inner, chunks
-        self.sharded = form.sharding(experts)
-        what, size = ("num_experts", num_experts) if experts == "ep" else ("intermediate_size", inner)
-        check_shardable(what, size, ShardSpec(0), region.ranks)
+        self.sharded = form.sharding(experts, num_experts if num_experts % region.ranks else None)
+        if experts == "tp":
+            check_shardable("intermediate_size", inner, ShardSpec(0), region.ranks)
 
     def _set(self, name: str, full: Tensor, requires_grad: bool = True) -> None:
         """Register this rank's part of ``full``."""
@@ -152,7 +155,8 @@ class Experts(nn.Module):
             chunks: see :func:`seqpar_kernels.moe_mlp`.
 
         Raises:
-            ValueError: parameters that are not there or do not fit, sizes that do not divide by the ranks.
+            ValueError: parameters that are not there or do not fit; with ``"tp"`` an inner dimension that does
+                not divide by the ranks.
         """
         found: dict[str, nn.Parameter] = {}
         for name in form.names():
@@ -167,8 +171,9 @@ class Experts(nn.Module):
         nn.Module.__init__(new)
         inner = down.shape[1 if form.transposed else 2]
         new._begin(form, Region(group), experts, down.shape[0], inner, chunks)
-        for name, param in found.items():
-            new._set(name, param, param.requires_grad)
+        for name, param in module._parameters.items():  # their order is that of an optimizer's state
+            if name in found and param is not None:
+                new._set(name, found[name], param.requires_grad)
         return new.train(module.training)
 
     @own_forward

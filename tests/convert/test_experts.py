@@ -213,16 +213,13 @@ def refused_case() -> None:
     model = sp.parallelize(Own(), group(), forgotten)
     with pytest.raises(RuntimeError, match=r"reaches parameter 'block\.router\.weight', which the plan does not cover"):
         model(torch.randn(3, 11, 16))
-    for way, text, options in (
-        ("ep", "experts", dict(num_local_experts=9)),
-        ("tp", "inner dimension", dict(intermediate_size=25)),
-    ):
-        with pytest.raises(ValueError, match=rf"multiple of the {group().size()} ranks for its .*{text}"):
-            sp.parallelize(mixtral(**options), group(), experts=way)
+    with pytest.raises(ValueError, match=rf"multiple of the {group().size()} ranks for the .*inner dimension, got 25"):
+        sp.parallelize(mixtral(intermediate_size=25), group(), experts="tp")
     with pytest.raises(ValueError, match="experts: expected 'auto', 'ep' or 'tp'"):
         sp.parallelize(mixtral(), group(), experts="both")
-    model = sp.parallelize(mixtral(num_local_experts=9), group())
-    assert {way for _, way in conversion_of(model).expert_forms.values()} == {"tp"}
+    for count, way in ((9, "ep"), (1, "tp")):
+        model = sp.parallelize(mixtral(num_local_experts=count, num_experts_per_tok=1), group())
+        assert {chosen for _, chosen in conversion_of(model).expert_forms.values()} == {way}
     with pytest.raises(ValueError, match="style 'experts': expected experts that are written for"):
         sp.parallelize(Own(), group(), {**PLAN, "first": "experts"})
 

@@ -89,7 +89,7 @@ def find_forms(conversion: Conversion) -> None:
     """Find what the modules of style 'experts' compute, and how they are divided.
 
     Raises:
-        ValueError: a module whose experts cannot be converted; sizes that do not divide.
+        ValueError: a module whose experts cannot be converted; with ``"tp"`` an inner dimension that does not divide.
     """
     ranks = conversion.region.ranks
     for name, style in conversion.styles.items():
@@ -101,13 +101,15 @@ def find_forms(conversion: Conversion) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: style 'experts': {error}") from error
         count, inner = module.down_proj.shape[0], module.down_proj.shape[1 if form.transposed else 2]
-        way = conversion.experts
-        if way == "auto":
-            way = "tp" if count % ranks and inner % ranks == 0 else "ep"
-        size, what = (count, "experts") if way == "ep" else (inner, "columns of each expert's inner dimension")
-        if size % ranks:
-            raise ValueError(f"{name}: expected a multiple of the {ranks} ranks for its {what}, got {size}")
-        if way == "tp" and getattr(module, "has_post_expert_norm", False):
+        way, normalizes = conversion.experts, getattr(module, "has_post_expert_norm", False)
+        if way == "auto":  # each of K experts' ranks gets a token with "ep", all ranks with "tp"
+            way = "tp" if count < ranks and inner % ranks == 0 and not normalizes else "ep"
+        if way == "tp" and inner % ranks:
+            raise ValueError(
+                f"{name}: expected a multiple of the {ranks} ranks for the columns of each expert's inner dimension, "
+                f"got {inner}; experts='ep' leaves experts whole"
+            )
+        if way == "tp" and normalizes:
             raise ValueError(
                 f"{name}: normalizes what each expert gives, which experts='tp' would have in parts; take experts='ep'"
             )
