@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..functional import moe_mlp
+from ..functional.moe import counted_moe_mlp
 from ..kernels.expert_activation import ExpertActivation
 from ..layout import Group
+from ..ops import announced
 from .own_forward import own_forward
 from .region import Region
 from .sharding import ShardSpec, check_shardable, local_part
@@ -56,6 +57,30 @@ class ExpertForm(NamedTuple):
         return specs
 
 
+class ExpertTraffic(NamedTuple):
+    """What travelled in one forward of :class:`Experts`: the same on every rank."""
+
+    counts: Tensor  # [t, t, 2] int64: tokens of rank i that went to j, and pairs of a token and an expert there
+    row_bytes: int  # of a token
+    top_k: int
+
+    def sent(self) -> list[int]:
+        """Tokens that each rank sent to others."""
+        tokens = self.counts[:, :, 0]
+        return (tokens.sum(1) - tokens.diagonal()).tolist()  # type: ignore[no-any-return]
+
+    def wire_bytes(self) -> int:
+        """What the rank that sent most has sent: its tokens, with numbers and weights of experts, and results."""
+        tokens = self.counts[:, :, 0]
+        out, back = (tokens.sum(dim) - tokens.diagonal() for dim in (1, 0))
+        return int((out * (self.row_bytes + 8 * self.top_k) + back * self.row_bytes).max())
+
+    def fullest(self) -> float:
+        """Pairs on the fullest rank over their mean; 1 where there is none."""
+        pairs = self.counts[:, :, 1].sum(0).double()
+        return float(pairs.max() / pairs.mean()) if bool(pairs.any()) else 1.0
+
+
 class Experts(nn.Module):
     """The experts of a mixture on tokens that ranks share: :func:`seqpar_kernels.moe_mlp` with its parameters.
 
@@ -72,6 +97,8 @@ class Experts(nn.Module):
         activation, gated, interleaved, alpha, limit, up_shift, chunks: see :func:`seqpar_kernels.moe_mlp`.
         bias: whether both projections have one.
         transposed: weights lie as [E, in, out].
+        accumulate_into_main_grad: gradients of the two projections are added to their ``main_grad``, as those of
+            :class:`seqpar_kernels.ColumnParallelLinear`; those of biases are not. May also be set later.
 
     Raises:
         ValueError: an inner dimension that does not divide by the ranks of ``"tp"``.
@@ -103,6 +130,7 @@ class Experts(nn.Module):
         limit: float | None = None,
         up_shift: float = 0.0,
         chunks: int | None = None,
+        accumulate_into_main_grad: bool = False,
     ):
         super().__init__()
         for label, size in (
@@ -114,6 +142,7 @@ class Experts(nn.Module):
                 raise ValueError(f"{label}: expected a positive int, got {size!r}")
         act = ExpertActivation(activation, gated, interleaved, alpha, limit, up_shift)
         self._begin(ExpertForm(act, bias, transposed), Region(group), experts, num_experts, intermediate_size, chunks)
+        self.accumulate_into_main_grad = accumulate_into_main_grad
         width = act.width(intermediate_size)
         sizes = {self.form.first: (width, hidden_size), "down_proj": (hidden_size, intermediate_size)}
         for name, (outs, ins) in sizes.items():
@@ -131,6 +160,8 @@ class Experts(nn.Module):
             raise ValueError(f"experts: expected 'ep' or 'tp', got {experts!r}")
         self.form, self.region, self.experts = form, region, experts
         self.num_experts, self.intermediate_size, self.chunks = num_experts, inner, chunks
+        self.accumulate_into_main_grad = False
+        self.ran: ExpertTraffic | None = None  # what travelled in the last forward
         self.sharded = form.sharding(experts, num_experts if num_experts % region.ranks else None)
         if experts == "tp":
             check_shardable("intermediate_size", inner, ShardSpec(0), region.ranks)
@@ -179,29 +210,51 @@ class Experts(nn.Module):
     @own_forward
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[..., H], [..., K], [..., K] -> [..., H]: this rank's tokens."""
-        form, params = self.form, self._parameters
-        first, second = params[form.first], params["down_proj"]
-        assert first is not None and second is not None
-        weights = (first.transpose(1, 2), second.transpose(1, 2)) if form.transposed else (first, second)
-        biases = [params.get(f"{form.first}_bias"), params.get("down_proj_bias")]
-        act = form.activation
-        return moe_mlp(
+        first, second = (self._laid_out(name) for name in (self.form.first, "down_proj"))
+        first_bias, second_bias = (self._parameters.get(f"{n}_bias") for n in (self.form.first, "down_proj"))
+        main_grads = [self._main_grad(name) for name in (self.form.first, "down_proj")]
+        act = self.form.activation
+        out, counts = counted_moe_mlp(
             hidden_states,
             top_k_index,
             top_k_weights,
-            *weights,
-            *biases,
-            group=self.region.group,
-            num_experts=self.num_experts,
-            experts=self.experts,
-            activation=act.name,
-            gated=act.gated,
-            interleaved=act.interleaved,
-            alpha=act.alpha,
-            limit=act.limit,
-            up_shift=act.up_shift,
-            chunks=self.chunks,
+            (first, first_bias, second, second_bias),
+            self.region.group,
+            self.num_experts,
+            self.experts,
+            (act.name, act.gated, act.interleaved, act.alpha, act.limit, act.up_shift),
+            self.chunks,
+            main_grads if any(m is not None for m in main_grads) else None,
         )
+        if not torch.compiler.is_compiling():
+            row_bytes = hidden_states.shape[-1] * out.element_size()
+            self.ran = ExpertTraffic(counts, row_bytes, top_k_index.shape[-1])
+        return out
+
+    def _laid_out(self, name: str) -> Tensor:
+        """A projection as [e, out, in]."""
+        weight = self._parameters[name]
+        assert weight is not None
+        used = announced(weight) if self.accumulate_into_main_grad else weight
+        return used.transpose(1, 2) if self.form.transposed else used
+
+    def _main_grad(self, name: str) -> Tensor | None:
+        """Where the gradient of a projection goes, as [e, out, in]; None: to the parameter.
+
+        Raises:
+            ValueError: it was asked for, and the parameter has none.
+        """
+        weight = self._parameters[name]
+        assert weight is not None
+        if not self.accumulate_into_main_grad or not (torch.is_grad_enabled() and weight.requires_grad):
+            return None
+        main_grad: Tensor | None = getattr(weight, "main_grad", None)
+        if main_grad is None:
+            raise ValueError(
+                f"accumulate_into_main_grad: expected {name}.main_grad, a float32 tensor {tuple(weight.shape)}, found "
+                "none; allocate it before the first forward"
+            )
+        return main_grad.transpose(1, 2) if self.form.transposed else main_grad
 
     def extra_repr(self) -> str:
         local = tuple(self._parameters["down_proj"].shape)  # type: ignore[union-attr]
