@@ -20,7 +20,8 @@ from .sharding import ShardSpec, check_shardable, local_part
 class ExpertForm(NamedTuple):
     """What experts compute, and how their weights lie.
 
-    ``transposed``: [E, in, out] instead of [E, out, in].
+    ``transposed``: [E, in, out] instead of [E, out, in]. ``by_expert``: the module is given each expert's rows in turn,
+    scaled (:class:`RowsByExpert`).
 
     Examples:
         >>> import seqpar_kernels as sp
@@ -31,6 +32,7 @@ class ExpertForm(NamedTuple):
     activation: ExpertActivation = ExpertActivation()
     bias: bool = False
     transposed: bool = False
+    by_expert: bool = False
 
     @property
     def first(self) -> str:
@@ -210,6 +212,9 @@ class Experts(nn.Module):
     @own_forward
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[..., H], [..., K], [..., K] -> [..., H]: this rank's tokens."""
+        return self._run(hidden_states, top_k_index, top_k_weights)
+
+    def _run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         first, second = (self._laid_out(name) for name in (self.form.first, "down_proj"))
         first_bias, second_bias = (self._parameters.get(f"{n}_bias") for n in (self.form.first, "down_proj"))
         main_grads = [self._main_grad(name) for name in (self.form.first, "down_proj")]
@@ -262,3 +267,29 @@ class Experts(nn.Module):
             f"num_experts={self.num_experts}, intermediate_size={self.intermediate_size}, experts={self.experts!r}, "
             f"local down_proj {local}, {self.region!r}"
         )
+
+
+class RowsByExpert(Experts):
+    """Experts that are given all tokens for the first expert, then all for the second, ..., as those of Llama 4.
+
+    A row is scaled by the token's weight for the expert, and 0 where the token has not chosen it. An expert makes 0 of
+    such a row, and its gradients are 0, so that only the others travel and are multiplied.
+
+    Examples:
+        >>> import torch, seqpar_kernels as sp
+        >>> from seqpar_kernels.nn import RowsByExpert
+        >>> experts = RowsByExpert(2, 16, 32)
+        >>> rows = torch.stack([torch.randn(16), torch.zeros(16), torch.zeros(16), torch.randn(16)])
+        >>> experts(rows).any(1)  # two tokens: the first is expert 0's, the second expert 1's
+        tensor([ True, False, False,  True])
+    """
+
+    @own_forward
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """[E * T, H] -> [E * T, H]"""
+        experts = torch.arange(self.num_experts, device=hidden_states.device)
+        experts = experts.repeat_interleave(hidden_states.shape[0] // self.num_experts)
+        rows = hidden_states.detach().any(1).nonzero().view(-1)
+        index = experts[rows, None]
+        out = self._run(hidden_states.index_select(0, rows), index, torch.ones_like(index, dtype=hidden_states.dtype))
+        return out.new_zeros(hidden_states.shape).index_add(0, rows, out)

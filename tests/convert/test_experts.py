@@ -239,3 +239,15 @@ def test_gates_are_told_by_what_they_compute() -> None:
     changed.act_fn = nn.Tanh()
     with pytest.raises(ValueError, match="computes nothing that moe_mlp knows"):
         experts_form(changed)
+
+
+def test_experts_that_take_rows_by_expert_are_told_by_what_they_compute() -> None:
+    sizes = dict(intermediate_size=24, intermediate_size_mlp=24, num_local_experts=4, moe_layers=[0, 1], head_dim=8)
+    config = transformers.Llama4TextConfig(**{**SMALL, **sizes})
+    experts = spread(transformers.Llama4ForCausalLM(config)).model.layers[0].feed_forward.experts
+    form = experts_form(experts)
+    assert form.by_expert and form.transposed and form.activation.name == "silu"
+    forward = experts.forward
+    experts.forward = lambda hidden_states: 2 * forward(hidden_states)
+    with pytest.raises(ValueError, match="Llama4TextExperts computes nothing that moe_mlp knows"):
+        experts_form(experts)
