@@ -10,7 +10,6 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from ..layout import vocabulary_range
 from ..nn.sharding import ShardSpec
 
 
@@ -47,8 +46,10 @@ class Cut(NamedTuple):
 
     @property
     def unequal(self) -> bool:
-        """Whether no placement of torch's describes the sections. ``Shard`` stands in, and is right in sizes only."""
-        return self.spec is not None and isinstance(self.spec.sections, tuple) and len(set(self.spec.sections)) > 1
+        """Whether no placement of torch's describes the sections, or parts as even as can be. ``Shard`` stands in."""
+        if self.spec is None:
+            return False
+        return self.spec.balanced or (isinstance(self.spec.sections, tuple) and len(set(self.spec.sections)) > 1)
 
     @property
     def even(self) -> bool:
@@ -62,14 +63,15 @@ class Cut(NamedTuple):
         """Whether some rank holds nothing, as of a vocabulary that the first ranks use up."""
         if self.spec is None or self.spec.size is None:
             return False
-        return -(-self.spec.size // self.ranks) * (self.ranks - 1) >= self.spec.size
+        start, stop = self.spec.range(self.ranks, self.ranks - 1)
+        return start == stop
 
     def pieces(self) -> list[Piece]:
         """This rank's pieces along ``spec.dim``."""
         assert self.spec is not None
         size = self.shape[self.spec.dim]
         if self.spec.size is not None:
-            start, stop = vocabulary_range(size, self.ranks, self.rank)
+            start, stop = self.spec.range(self.ranks, self.rank)
             return [Piece(0, start, stop - start)]
         out, local, whole = [], 0, 0
         for section in self.spec.sizes(size):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..kernels import choice
-from ..nn import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
+from ..nn import ColumnParallelLinear, Experts, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
 from ..overlap import engines
 from ..overlap.tuning import profile_of
 from ..strict import refuse, strict_enabled
@@ -16,6 +16,7 @@ from .conversion import Conversion, conversion_of
 from .explanation import Explanation, Row
 from .plans import matches
 
+_RANKS_LISTED = 8
 _VOCABULARY = (VocabParallelEmbedding, VocabParallelHead)
 
 
@@ -104,6 +105,8 @@ def _row(name: str, module: nn.Module, conversion: Conversion, device: torch.dev
         if family is not None and name != family[0]:
             wire = model = ""  # the first of the family has them
         return Row(name, style, engine, chunks, fused, why, wire, model)
+    if isinstance(module, Experts):
+        return _experts_row(name, style, module)
     if isinstance(module, _VOCABULARY):
         if isinstance(module, VocabParallelHead):
             why = "head and loss in one, logits never exist; whole logits without labels"
@@ -133,6 +136,21 @@ def _row(name: str, module: nn.Module, conversion: Conversion, device: torch.dev
     remark = next((why for pattern, why in conversion.plan.remarks.items() if matches(pattern, name)), "left as it is")
     why = remark if handling else "edge of the sharded residual stream"
     return Row(name, style, "", "", "", why)
+
+
+def _experts_row(name: str, style: str, module: Experts) -> Row:
+    ran, ranks = module.ran, module.region.ranks
+    how = "whole experts, tokens travel to theirs" if module.experts == "ep" else "a part of each expert on every rank"
+    if ranks == 1:
+        return Row(name, style, "", "", "yes", "all experts are here")
+    if ran is None:
+        return Row(name, style, module.experts, "", "", f"{how}; not run yet")
+    sent = ran.sent()
+    listed = ", ".join(map(str, sent)) if ranks <= _RANKS_LISTED else f"{min(sent)} to {max(sent)}"
+    why = (
+        f"{how}; tokens sent by the ranks: {listed}; the fullest rank has {ran.fullest():.2f} x the mean of their work"
+    )
+    return Row(name, style, module.experts, "", "yes", why, _bytes(ran.wire_bytes()))
 
 
 def _bytes(count: int) -> str:

@@ -104,9 +104,9 @@ def parallelize(
         loss_parallel: cut the embedding and the head of a Hugging Face causal language model by vocabulary. A forward
             with labels then returns the loss and no logits (``output.logits`` is None): they are never computed. A
             forward without labels returns whole logits, as before.
-        experts: how the experts of a mixture are divided. ``"ep"``: whole ones, tokens travel to the ranks that have
-            theirs; their number is a multiple of the ranks. ``"tp"``: every rank has a part of each, every token
-            travels to all. ``"auto"``: ``"ep"`` where the number divides.
+        experts: how the experts of a mixture are divided. ``"ep"``: whole ones, cut by number as
+            ``torch.tensor_split`` cuts, tokens travel to the ranks that have theirs. ``"tp"``: every rank has a part of
+            each, every token travels to all. ``"auto"``: ``"ep"`` where there is an expert for every rank.
         context_parallel: share the sequence of a Transformers model between the ranks of a mesh or group, or of the
             dimension "cp" of a mesh of "cp" and "tp": "auto", "ulysses", "ring" or "all_gather", the engine of
             :func:`seqpar_kernels.sequence_parallel_attention`. Logits are then those of this rank's rows, the loss is

@@ -18,6 +18,7 @@ from ..nn import (
     Region,
     RMSNorm,
     RowParallelLinear,
+    RowsByExpert,
     SharedGather,
     SharedHeadsLinear,
     SplitRMSNorm,
@@ -139,7 +140,7 @@ def _twin(old: Any, name: str, style: str, conversion: Conversion) -> nn.Module:
         new = Dropout.from_torch(old, region.group, seq_dim=region.seq_dim)
     elif style == "experts":
         form, way = conversion.expert_forms[name]
-        new = Experts.from_torch(old, region.group, form=form, experts=way)
+        new = (RowsByExpert if form.by_expert else Experts).from_torch(old, region.group, form=form, experts=way)
     elif style in ("replicated", "conditioning"):
         return old
     else:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check_chunks, check_float, check_same_device, check_tensor
+from ..checks import check_chunks, check_float, check_main_grad, check_same_device, check_tensor
 from ..comm.coordination import checked_together
 from ..kernels.expert_activation import EXPERT_ACTIVATIONS
 from ..layout import Group, group_rank, group_size, resolve_group
@@ -36,6 +37,7 @@ def moe_mlp(
     limit: float | None = None,
     up_shift: float = 0.0,
     chunks: int | None = None,
+    main_grad: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """The experts of a mixture on this rank's tokens: for each token the weighted sum of its K experts.
 
@@ -63,6 +65,9 @@ def moe_mlp(
         limit: gates are cut off above it, ups beyond it on both sides (gpt-oss: 7, alpha 1.702, up_shift 1).
         up_shift: see ``gated``.
         chunks: pieces that a message to a rank is cut into; None: as many as leave the experts' matmuls full.
+        main_grad: for ``gate_up_proj`` and ``down_proj``, each float32 (float64 for float64) of its shape, or None. The
+            backward adds the weight's gradient to it and leaves ``weight.grad`` alone, as
+            :func:`seqpar_kernels.all_gather_linear` does. Not under torch.compile.
 
     Returns:
         [..., H], like ``x``. Gradients of the experts' tensors are complete: they hold the tokens of all ranks.
@@ -79,6 +84,35 @@ def moe_mlp(
         >>> sp.moe_mlp(x, index, weights, gate_up, down, group=None).shape
         torch.Size([10, 16])
     """
+    return counted_moe_mlp(
+        x,
+        top_k_index,
+        top_k_weights,
+        (gate_up_proj, gate_up_bias, down_proj, down_bias),
+        group,
+        num_experts,
+        experts,
+        (activation, gated, interleaved, alpha, limit, up_shift),
+        chunks,
+        main_grad,
+    )[0]
+
+
+def counted_moe_mlp(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    tensors: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    group: Group,
+    num_experts: int | None,
+    experts: str,
+    act: tuple[str, bool, bool, float, float | None, float],
+    chunks: int | None,
+    main_grad: Sequence[Tensor | None] | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`moe_mlp`, and how many tokens and pairs went where: ``Received.counts``."""
+    gate_up_proj, gate_up_bias, down_proj, down_bias = tensors
+    activation, gated, interleaved, alpha, limit, up_shift = act
     pg = resolve_group(group)
     with checked_together(pg):
         check_tensor("x", x)
@@ -99,10 +133,11 @@ def moe_mlp(
         check_routing(x, top_k_index, top_k_weights, total)
         _check_activation(activation, gated, alpha, limit, up_shift)
         check_chunks(chunks)
+        main_grads = _check_main_grads(main_grad, gate_up_proj, down_proj)
     options = (total, experts, chunks, group_name(pg), activation, gated, interleaved)
     numbers = (float(alpha), None if limit is None else float(limit), float(up_shift))
     top_k = top_k_index.shape[-1]
-    out = ops.moe_mlp(
+    args = (
         x.reshape(-1, x.shape[-1]),
         top_k_index.reshape(-1, top_k),
         top_k_weights.reshape(-1, top_k),
@@ -111,8 +146,25 @@ def moe_mlp(
         down_proj,
         down_bias,
         *ops.MoeScalars(*options, *numbers),
-    )[0]
-    return out.view(x.shape)  # type: ignore[no-any-return]
+    )
+    if torch.is_grad_enabled() and any(m is not None for m in main_grads):
+        out, counts, *_ = ops.moe_mlp_into(main_grads, *args)
+    else:
+        out, counts, *_ = ops.moe_mlp(*args)
+    return out.view(x.shape), counts
+
+
+def _check_main_grads(
+    main_grad: Sequence[Tensor | None] | None, gate_up_proj: Tensor, down_proj: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    if main_grad is None:
+        return None, None
+    if isinstance(main_grad, Tensor) or len(main_grad) != 2:
+        raise ValueError(f"main_grad: expected two, for gate_up_proj and down_proj, or None, got {type(main_grad)}")
+    first, second = main_grad
+    check_main_grad("main_grad[0]", first, gate_up_proj)
+    check_main_grad("main_grad[1]", second, down_proj)
+    return first, second
 
 
 def check_routing(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor | None, experts: int) -> None:

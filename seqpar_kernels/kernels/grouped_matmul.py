@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .spec import accumulation_dtype
+from .weight_gradient import add_weight_gradient
 
 _ALIGNMENT = 16  # bytes: of every row and of the first one, for PyTorch's grouped kernel
 
@@ -74,6 +75,12 @@ def grouped_weight_gradient(dy: Tensor, x: Tensor, counts: Sequence[int], weight
             target[e].zero_()
         start += count
     return out
+
+
+def add_grouped_weight_gradient(main_grad: Tensor, dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
+    """main_grad [E, N, K] += ``dy.T @ x`` over the rows of each run; products and sums in main_grad's dtype."""
+    for e, run in _runs(counts):
+        add_weight_gradient(main_grad[e], dy[run], x[run])
 
 
 def grouped_row_sums(dy: Tensor, counts: Sequence[int], weights: Tensor | None = None) -> Tensor:

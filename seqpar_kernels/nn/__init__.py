@@ -2,7 +2,7 @@
 
 from .embedding import VocabParallelEmbedding, VocabParallelHead
 from .linear import ColumnParallelLinear, RowParallelLinear, SharedGather, SharedHeadsLinear
-from .moe import ExpertForm, Experts
+from .moe import ExpertForm, Experts, RowsByExpert
 from .norm import Dropout, DropoutAddNorm, LayerNorm, RMSNorm
 from .region import Region
 from .sequence_attention import SequenceParallelAttention
@@ -21,6 +21,7 @@ __all__ = [
     "RMSNorm",
     "Region",
     "RowParallelLinear",
+    "RowsByExpert",
     "SequenceParallelAttention",
     "SequenceShardedCache",
     "ShardSpec",

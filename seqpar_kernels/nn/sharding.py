@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..checks import check_divides
-from ..layout import group_rank, group_size, vocabulary_range
+from ..layout import SequenceShard, group_rank, group_size, vocabulary_range
 from ..ops import gather
 from ..ops.registry import group_name
 
@@ -18,8 +18,8 @@ class ShardSpec(NamedTuple):
     """Dimension ``dim`` is cut into sections (q|k|v of a packed projection), each of them over all ranks.
 
     ``sections`` is the number of equal sections, or their sizes. ``size`` is set for a dimension that need not be a
-    multiple of the ranks (a vocabulary): it is the whole size, cut as ``torch.chunk`` cuts, with less on the last
-    ranks.
+    multiple of the ranks: it is the whole size, cut as ``torch.chunk`` cuts, with less on the last ranks (a
+    vocabulary), or with ``balanced`` as ``torch.tensor_split`` cuts, with one more on the first ranks (experts).
 
     Examples:
         >>> from seqpar_kernels.nn import ShardSpec
@@ -30,12 +30,21 @@ class ShardSpec(NamedTuple):
     dim: int
     sections: int | tuple[int, ...] = 1
     size: int | None = None
+    balanced: bool = False
 
     def sizes(self, size: int) -> list[int]:
         """The sizes of the sections of a dimension of ``size``."""
         if isinstance(self.sections, tuple):
             return list(self.sections)
         return [size // self.sections] * self.sections
+
+    def range(self, ranks: int, rank: int) -> tuple[int, int]:
+        """Which entries of a dimension of ``size`` a rank holds: start and stop."""
+        assert self.size is not None
+        if self.balanced:
+            shard = SequenceShard(self.size, ranks, rank)
+            return shard.start, shard.stop
+        return vocabulary_range(self.size, ranks, rank)
 
 
 def check_shardable(name: str, size: int, spec: ShardSpec, ranks: int) -> None:
@@ -63,7 +72,7 @@ def local_part(full: Tensor, spec: ShardSpec, group: ProcessGroup | None) -> Ten
     if ranks == 1:
         return full.detach().clone(memory_format=torch.contiguous_format)
     if spec.size is not None:
-        start, stop = vocabulary_range(spec.size, ranks, rank)
+        start, stop = spec.range(ranks, rank)
         return full.detach().narrow(spec.dim, start, stop - start).clone(memory_format=torch.contiguous_format)
     sections = full.detach().split(spec.sizes(full.shape[spec.dim]), spec.dim)
     return torch.cat([section.chunk(ranks, spec.dim)[rank] for section in sections], spec.dim).contiguous()
@@ -83,6 +92,8 @@ def full_tensor(local: Tensor, spec: ShardSpec, group: ProcessGroup | None) -> T
     if ranks == 1:
         return local.detach().clone()
     local = local.detach()
+    if spec.size is not None and spec.balanced:
+        return gather(local.contiguous(), spec.dim, spec.size, group_name(group), False)
     if spec.size is not None:
         most = -(-spec.size // ranks)
         missing = list(local.shape)

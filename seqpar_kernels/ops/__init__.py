@@ -15,7 +15,7 @@ from .linear_norm import linear_reduce_scatter_dropout_add_norm, linear_reduce_s
 from .linear_scatter import PreparedLinearScatter, linear_reduce_scatter, linear_reduce_scatter_into
 from .main_grad import announced
 from .mappings import CopyToRegion, SumGradients, all_reduce, gather, reduce_scatter, split
-from .moe import MoeScalars, moe_mlp
+from .moe import MoeScalars, moe_mlp, moe_mlp_into
 from .norm import NormCall, PreparedNorm, dropout_add_norm
 from .recompute import (
     ACTIVATIONS,
@@ -64,6 +64,7 @@ __all__ = [
     "linear_reduce_scatter_into",
     "merge_attention",
     "moe_mlp",
+    "moe_mlp_into",
     "reduce_scatter",
     "rotary",
     "sequence_attention",

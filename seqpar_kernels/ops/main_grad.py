@@ -1,7 +1,7 @@
 """Weight gradients that are added to a float32 buffer: Megatron's ``main_grad`` convention.
 
 A sum of 16-bit gradients of many micro-batches loses low bits. Here the matmul accumulates in float32 and adds to the
-buffer, and no gradient of the weight's own dtype exists.
+buffer (:func:`add_weight_gradient`), and no gradient of the weight's own dtype exists.
 """
 
 from __future__ import annotations
@@ -12,20 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The number of rows widened at a time on devices without a matmul from 16-bit factors to float32.
-_ROWS_WIDENED = 1024
+from ..kernels.weight_gradient import add_weight_gradient
+
 _FLAG = "grad_added_to_main_grad"
-
-
-def add_weight_gradient(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
-    """main_grad [N, K] += dy.T @ x for dy [rows, N], x [rows, K]; products and sums in main_grad's dtype."""
-    if main_grad.dtype == x.dtype:
-        main_grad.addmm_(dy.t(), x)
-    elif x.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads():  # one kernel: 16-bit in, float32 in place
-        torch.ops.aten.addmm.dtype_out(main_grad, dy.t(), x, main_grad.dtype, out=main_grad)
-    else:
-        for dy_rows, x_rows in zip(dy.split(_ROWS_WIDENED), x.split(_ROWS_WIDENED), strict=True):
-            main_grad.addmm_(dy_rows.to(main_grad.dtype).t(), x_rows.to(main_grad.dtype))
 
 
 def weight_gradient(main_grad: Tensor | None, dy: Tensor, x: Tensor) -> Tensor | None:

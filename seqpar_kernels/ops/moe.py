@@ -21,7 +21,7 @@ from ..kernels.expert_activation import ExpertActivation
 from ..kernels.spec import accumulation_dtype
 from ..layout import group_size
 from ..overlap import moe_backward, moe_forward
-from ..overlap.moe_backward import Wants
+from ..overlap.moe_backward import MainGrads, Wants
 from ..overlap.moe_exchange import Experts, Received
 from ..overlap.moe_routes import ExpertPlacement
 from .registry import apply, group_named, register, without_autocast
@@ -48,6 +48,7 @@ class MoeScalars(NamedTuple):
         return ExpertPlacement(self.experts, group_size(group_named(self.group)), self.way)
 
 
+_SCALARS_COUNT = len(MoeScalars._fields)
 _SCHEMA = "Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
 _SCALARS = (
     "int experts, str way, int? chunks, str group, str name, bool gated, bool interleaved, float alpha, float? limit, "
@@ -85,7 +86,7 @@ def _fake(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, 
     ranks, top_k, width = scalars.placement().ranks, ids.shape[1], experts.w1.shape[1]
     return (
         x.new_empty(x.shape),
-        torch.empty(ranks, dtype=torch.int64),
+        torch.empty(ranks, ranks, 2, dtype=torch.int64),
         x.new_empty(tokens, x.shape[1]),
         ids.new_empty((tokens, top_k), dtype=torch.int32),
         weights.new_empty((tokens, top_k), dtype=accumulation_dtype(x.dtype)),
@@ -96,9 +97,12 @@ def _fake(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, 
 
 class _MoeMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, main_grads: MainGrads, x: Tensor, ids: Tensor, weights: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
         out, *received = moe_mlp.below_autograd(x, ids, weights, *rest)
         ctx.scalars = rest[4:]
+        ctx.main_grads = main_grads  # not saved: other micro-batches may add to them first
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, ids, weights, *rest[:4], *received)
         ctx.mark_non_differentiable(*received)
@@ -106,20 +110,36 @@ class _MoeMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *nothing: None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad
+        _, *needs = ctx.needs_input_grad
         wants = [needs[i] for i in (0, 2, 3, 4, 5, 6)]
         tensors = ctx.saved_tensors
         if dout is None:  # peers wait for this rank's messages even where nobody used its result
             dout = torch.zeros_like(tensors[0])
-        made = iter(moe_mlp_backward(dout, *tensors, wants, *ctx.scalars))
-        grads = [next(made) if want else None for want in wants]
-        return (grads[0], None, *grads[1:], *(None for _ in ctx.scalars))
+        if any(main_grad is not None for main_grad in ctx.main_grads):
+            made = iter(moe_mlp_backward_into(dout, *tensors, wants, *ctx.scalars, list(ctx.main_grads)))
+        else:
+            made = iter(moe_mlp_backward(dout, *tensors, wants, *ctx.scalars))
+        grads = [next(made) if want else None for want in _returned(wants, ctx.main_grads)]
+        return (None, grads[0], None, *grads[1:], *(None for _ in ctx.scalars))
+
+
+def moe_mlp_into(main_grads: MainGrads, *args: Any) -> tuple[Tensor, ...]:
+    """moe_mlp with gradients of w1 and w2 added to ``main_grads``; not traceable where there are any."""
+    out: tuple[Tensor, ...] = apply(_MoeMLP, main_grads, *args)
+    return out
+
+
+def _returned(wants: list[bool], main_grads: MainGrads) -> list[bool]:
+    """Which gradients come back, of x, weights, w1, b1, w2 and b2: the others are added to their main_grad."""
+    into = dict(zip((2, 4), main_grads, strict=True))
+    return [want and into.get(i) is None for i, want in enumerate(wants)]
 
 
 @without_autocast
 def _backward_kernel(dout: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
     experts, received = Experts(*rest[:4]), Received(*rest[4:10])
-    wants, scalars = Wants(*rest[10]), MoeScalars(*rest[11:])
+    wants, scalars = Wants(*rest[10]), MoeScalars(*rest[11 : 11 + _SCALARS_COUNT])
+    main_grads = rest[11 + _SCALARS_COUNT] if len(rest) > 11 + _SCALARS_COUNT else (None, None)
     made = moe_backward.backward(
         group_named(scalars.group),
         dout.contiguous(),
@@ -133,6 +153,7 @@ def _backward_kernel(dout: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *res
         scalars.chunks,
         wants,
         _details(experts, scalars),
+        tuple(main_grads),
     )
     if made.weights is not None:
         made = made._replace(weights=made.weights.to(weights.dtype))
@@ -141,7 +162,8 @@ def _backward_kernel(dout: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *res
 
 def _backward_fake(dout: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
     of = (x, weights, *rest[:4])
-    return [torch.empty_like(t) for t, want in zip(of, rest[10], strict=True) if want]
+    main_grads = rest[11 + _SCALARS_COUNT] if len(rest) > 11 + _SCALARS_COUNT else (None, None)
+    return [torch.empty_like(t) for t, want in zip(of, _returned(rest[10], main_grads), strict=True) if want]
 
 
 #: x [T, H], ids and weights [T, K]. Returns out [T, H] and what the backward wants: ``Received``.
@@ -149,12 +171,17 @@ moe_mlp = register(
     f"moe_mlp({_SCHEMA}, {_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _kernel,
     _fake,
-    lambda *args: apply(_MoeMLP, *args),
+    lambda *args: moe_mlp_into((None, None), *args),
+)
+_BACKWARD = (
+    f"Tensor dout, {_SCHEMA}, Tensor counts, Tensor rows, Tensor got_ids, Tensor got_weights, "
+    f"Tensor own_h, Tensor h, bool[] wants, {_SCALARS}"
 )
 #: Returns the wanted gradients of x, weights, w1, b1, w2, b2.
-moe_mlp_backward = register(
-    f"moe_mlp_backward(Tensor dout, {_SCHEMA}, Tensor counts, Tensor rows, Tensor got_ids, Tensor got_weights, "
-    f"Tensor own_h, Tensor h, bool[] wants, {_SCALARS}) -> Tensor[]",
+moe_mlp_backward = register(f"moe_mlp_backward({_BACKWARD}) -> Tensor[]", _backward_kernel, _backward_fake, None)
+#: The same, but a gradient of w1 or w2 that has a main_grad is added to it and not returned.
+moe_mlp_backward_into = register(
+    f"moe_mlp_backward_into({_BACKWARD}, Tensor(a!)?[] main_grads) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
     None,

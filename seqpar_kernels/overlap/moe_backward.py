@@ -10,7 +10,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..kernels.expert_activation import ExpertActivation, activate_experts_backward
-from ..kernels.grouped_matmul import grouped_matmul, grouped_row_sums, grouped_weight_gradient
+from ..kernels.grouped_matmul import (
+    add_grouped_weight_gradient,
+    grouped_matmul,
+    grouped_row_sums,
+    grouped_weight_gradient,
+)
 from ..kernels.spec import accumulation_dtype
 from .moe_exchange import (
     FIRST_PIECE,
@@ -37,8 +42,15 @@ class Wants(NamedTuple):
     b2: bool
 
 
+#: Where gradients of w1 and w2 are added, in the accumulation dtype; None: nowhere, they are returned.
+MainGrads = tuple[Tensor | None, Tensor | None]
+
+
 class Gradients(NamedTuple):
-    """None where not wanted. ``x`` [T, H], ``weights`` [T, K] in the accumulation dtype; the others as in Experts."""
+    """None where not wanted, or added to a main_grad.
+
+    ``x`` [T, H], ``weights`` [T, K] in the accumulation dtype; the others as in Experts.
+    """
 
     x: Tensor | None
     weights: Tensor | None
@@ -51,8 +63,9 @@ class Gradients(NamedTuple):
 class _Backward:
     """The experts' backward, piece by piece; gradients of what the experts are made of come at the end."""
 
-    def __init__(self, call: Call, experts: Experts, activation: ExpertActivation, wants: Wants):
+    def __init__(self, call: Call, experts: Experts, activation: ExpertActivation, wants: Wants, main_grads: MainGrads):
         self._call, self._experts, self._activation, self._wants = call, experts, activation, wants
+        self._main_grads = main_grads
         self._pieces: list[tuple[Pairs, Tensor, Tensor, Tensor, Tensor]] = []
         shapes = (experts.w1.shape[:2], wants.b1), (experts.w2.shape[:2], wants.b2)
         self._db1, self._db2 = (
@@ -91,22 +104,23 @@ class _Backward:
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of w1, b1, w2, b2: one matmul an expert, over the rows of all ranks."""
+        into1, into2 = self._main_grads
         experts, pieces = self._experts, self._pieces
         counts = [sum(piece[0].counts[e] for piece in pieces) for e in range(self._call.local)]
         all_pairs = [piece[0] for piece in pieces]
-        dw1 = torch.zeros_like(experts.w1) if self._wants.w1 and not pieces else None
-        dw2 = torch.zeros_like(experts.w2) if self._wants.w2 and not pieces else None
+        dw1 = torch.zeros_like(experts.w1) if self._wants.w1 and not pieces and into1 is None else None
+        dw2 = torch.zeros_like(experts.w2) if self._wants.w2 and not pieces and into2 is None else None
         with span(NAME, "wgrad"):
             if self._wants.w2 and pieces:
                 dys = _by_expert(all_pairs, [piece[2] for piece in pieces], self._call.local)
                 scaled = _by_expert(all_pairs, [piece[3] for piece in pieces], self._call.local)
-                dw2 = grouped_weight_gradient(dys, scaled, counts, experts.w2)
+                dw2 = _weight_gradient(into2, dys, scaled, counts, experts.w2)
                 del dys, scaled
             if self._wants.w1 and pieces:
                 rows = [piece[1].index_select(0, piece[0].rows) for piece in pieces]
                 xs = _by_expert(all_pairs, rows, self._call.local)
                 dhs = _by_expert(all_pairs, [piece[4] for piece in pieces], self._call.local)
-                dw1 = grouped_weight_gradient(dhs, xs, counts, experts.w1)
+                dw1 = _weight_gradient(into1, dhs, xs, counts, experts.w1)
         db1 = None if self._db1 is None or experts.b1 is None else self._db1.to(experts.b1.dtype)
         db2 = None if self._db2 is None or experts.b2 is None else self._db2.to(experts.b2.dtype)
         return dw1, db1, dw2, db2
@@ -125,16 +139,17 @@ def backward(
     chunks: int | None,
     wants: Wants,
     details: str,
+    main_grads: MainGrads = (None, None),
 ) -> Gradients:
     """The gradients of :func:`.moe_forward.forward`; ``dout`` [T, H], the other tensors as there."""
     call = Call(group, x, ids, placement, chunks)
     weights = weights.to(call.wide)
-    work = _Backward(call, experts, activation, wants)
+    work = _Backward(call, experts, activation, wants, main_grads)
     if group is None:
         own = _own_backward(call, work, dout, x, ids, weights, received.own_h)
         return _gradients(call, x, weights, [own], wants, work.finish())
     with call.messages("backward", f"{details}, gradients of x {wants.x}, of weights {wants.weights}") as messages:
-        counts: list[int] = received.counts.tolist()
+        counts = call.from_peers(received.counts)
         rounds = call.rounds(counts)
         douts = dout.new_empty(received.rows.shape)
         call.post_rows(messages, dout, rounds, douts)
@@ -186,6 +201,13 @@ def _gradients(
     dx = summed(call, x, [part[0] for part in parts]) if wants.x else None
     dweights = summed(call, weights, [part[-1] for part in parts]) if wants.weights else None
     return Gradients(dx, dweights, *of_experts)
+
+
+def _weight_gradient(into: Tensor | None, dy: Tensor, x: Tensor, counts: list[int], weight: Tensor) -> Tensor | None:
+    if into is None:
+        return grouped_weight_gradient(dy, x, counts, weight)
+    add_grouped_weight_gradient(into, dy, x, counts)
+    return None
 
 
 def _by_expert(pairs: Sequence[Pairs], tensors: Sequence[Tensor], experts: int) -> Tensor:

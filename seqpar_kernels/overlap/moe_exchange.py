@@ -49,7 +49,7 @@ class Experts(NamedTuple):
 class Received(NamedTuple):
     """What a rank keeps of its peers' tokens for the backward. Sources lie one after the other, the next rank first."""
 
-    counts: Tensor  # [t] int64 on the CPU, tokens of each source; 0 for this rank
+    counts: Tensor  # [t, t, 2] int64 on the CPU: tokens of rank i that go to j, and pairs of a token and an expert
     rows: Tensor  # [N, H]
     ids: Tensor  # [N, K] int32, numbers among this rank's experts, -1 for none
     weights: Tensor  # [N, K] in the accumulation dtype
@@ -98,6 +98,15 @@ class Call:
         for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
             if stop > start:
                 yield Piece(source, i, at + start, at + stop)
+
+    def from_peers(self, counts: Tensor) -> list[int]:
+        """How many tokens each rank sends here, of ``Received.counts``; 0 for this rank."""
+        return [0 if source == self.rank else int(row[self.rank, 0]) for source, row in enumerate(counts)]
+
+    def counts(self, ids: Tensor) -> Tensor:
+        """This rank's row of ``Received.counts``."""
+        tokens = [some.shape[0] for some in self.tokens]
+        return torch.tensor(list(zip(tokens, self.placement.loads(ids), strict=True)))
 
     def rounds(self, counts: Sequence[int]) -> list[list[Piece]]:
         """What the ranks send here, by piece number: as many lists as there are numbers in either direction.

@@ -54,10 +54,12 @@ def forward(
     weights = weights.to(call.wide)
     if group is None:
         own, own_h = _own_forward(call, x, ids, weights, experts, activation)
-        nothing = torch.zeros(1, dtype=torch.int64)
-        return summed(call, x, [own]), Received(nothing, *call.room(0, x), own_h, torch.empty_like(own_h[:0]))
+        return summed(call, x, [own]), Received(
+            call.counts(ids)[None], *call.room(0, x), own_h, torch.empty_like(own_h[:0])
+        )
     with call.messages("forward", details) as messages:
-        counts = _exchange_counts(call, messages, x)
+        all_counts = _exchange_counts(call, messages, ids)
+        counts = call.from_peers(all_counts)
         rows, got_ids, got_weights = call.room(sum(counts), x)
         rounds = call.rounds(counts)
         meta = _post_routing(call, messages, ids, weights, counts, (got_ids, got_weights))
@@ -79,18 +81,20 @@ def forward(
                 returns.answer(piece, [made])
             returns.close_round(number)
         parts = [part for (part,) in returns.wait([own])]
-        return summed(call, x, parts), Received(torch.tensor(counts), rows, got_ids, got_weights, own_h, h)
+        return summed(call, x, parts), Received(all_counts, rows, got_ids, got_weights, own_h, h)
 
 
-def _exchange_counts(call: Call, messages: Messages, x: Tensor) -> list[int]:
-    """How many tokens each rank sends here."""
-    sends = [(peer, COUNT, torch.tensor([call.tokens[peer].shape[0]], device=x.device)) for peer in call.peers]
-    receives = [(peer, COUNT, torch.empty(1, dtype=torch.int64, device=x.device)) for peer in call.peers]
-    messages.post(sends, receives)
-    counts = [0] * call.ranks
+def _exchange_counts(call: Call, messages: Messages, ids: Tensor) -> Tensor:
+    """``Received.counts``. Ranks tell each other all of their counts, for :func:`explain`: 16 bytes for each rank."""
+    own = call.counts(ids)
+    sent = own.to(ids.device)
+    receives = [(peer, COUNT, torch.empty_like(sent)) for peer in call.peers]
+    messages.post([(peer, COUNT, sent) for peer in call.peers], receives)
+    counts = torch.empty(call.ranks, *own.shape, dtype=torch.int64)
+    counts[call.rank] = own
     for peer, index, buffer in receives:
         messages.wait(peer, index, buffer)
-        counts[peer] = int(buffer)
+        counts[peer] = buffer
     return counts
 
 

@@ -44,6 +44,12 @@ class ExpertPlacement(NamedTuple):
         here = self.of(rank)
         return ((ids >= here.start) & (ids < here.stop)).any(1).nonzero().view(-1)
 
+    def loads(self, ids: Tensor) -> list[int]:
+        """How many pairs of a token and an expert each rank gets of ``ids`` [T, K]."""
+        known = ids[(ids >= 0) & (ids < self.experts)]
+        of_expert: list[int] = torch.bincount(known, minlength=self.experts).tolist()
+        return [sum(of_expert[here.start : here.stop]) for here in map(self.of, range(self.ranks))]
+
     def pieces(
         self, tokens: int, top_k: int, rank: int, chunks: int | None, token_bytes: int, bound: int | None
     ) -> int:

@@ -213,16 +213,13 @@ def refused_case() -> None:
     model = sp.parallelize(Own(), group(), forgotten)
     with pytest.raises(RuntimeError, match=r"reaches parameter 'block\.router\.weight', which the plan does not cover"):
         model(torch.randn(3, 11, 16))
-    for way, text, options in (
-        ("ep", "experts", dict(num_local_experts=9)),
-        ("tp", "inner dimension", dict(intermediate_size=25)),
-    ):
-        with pytest.raises(ValueError, match=rf"multiple of the {group().size()} ranks for its .*{text}"):
-            sp.parallelize(mixtral(**options), group(), experts=way)
+    with pytest.raises(ValueError, match=rf"multiple of the {group().size()} ranks for the .*inner dimension, got 25"):
+        sp.parallelize(mixtral(intermediate_size=25), group(), experts="tp")
     with pytest.raises(ValueError, match="experts: expected 'auto', 'ep' or 'tp'"):
         sp.parallelize(mixtral(), group(), experts="both")
-    model = sp.parallelize(mixtral(num_local_experts=9), group())
-    assert {way for _, way in conversion_of(model).expert_forms.values()} == {"tp"}
+    for count, way in ((9, "ep"), (1, "tp")):
+        model = sp.parallelize(mixtral(num_local_experts=count, num_experts_per_tok=1), group())
+        assert {chosen for _, chosen in conversion_of(model).expert_forms.values()} == {way}
     with pytest.raises(ValueError, match="style 'experts': expected experts that are written for"):
         sp.parallelize(Own(), group(), {**PLAN, "first": "experts"})
 
@@ -242,3 +239,15 @@ def test_gates_are_told_by_what_they_compute() -> None:
     changed.act_fn = nn.Tanh()
     with pytest.raises(ValueError, match="computes nothing that moe_mlp knows"):
         experts_form(changed)
+
+
+def test_experts_that_take_rows_by_expert_are_told_by_what_they_compute() -> None:
+    sizes = dict(intermediate_size=24, intermediate_size_mlp=24, num_local_experts=4, moe_layers=[0, 1], head_dim=8)
+    config = transformers.Llama4TextConfig(**{**SMALL, **sizes})
+    experts = spread(transformers.Llama4ForCausalLM(config)).model.layers[0].feed_forward.experts
+    form = experts_form(experts)
+    assert form.by_expert and form.transposed and form.activation.name == "silu"
+    forward = experts.forward
+    experts.forward = lambda hidden_states: 2 * forward(hidden_states)
+    with pytest.raises(ValueError, match="Llama4TextExperts computes nothing that moe_mlp knows"):
+        experts_form(experts)

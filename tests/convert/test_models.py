@@ -26,7 +26,8 @@ FEW: list[tuple[str, dict[str, Any]]] = [
     ("olmo2", {}),  # q/k norms across all heads
     ("phi3", {}),  # packed q|k|v of unequal sections, packed gate|up
     ("qwen3_5_text", {}),  # linear attention runs whole
-    ("mixtral", {}),  # refused
+    ("mixtral", {}),  # experts
+    ("llama4_text", {}),  # experts that take scaled rows of all tokens for each of them
 ]
 
 

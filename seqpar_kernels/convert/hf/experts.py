@@ -7,8 +7,9 @@ matmuls is found by trying it: the gate of the class on numbers of all sizes, ag
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,10 +28,39 @@ _GATHERED = "_seqpar_all_tokens"
 
 
 def are_experts(module: nn.Module) -> bool:
-    """Whether ``module`` is written for Transformers' experts interface, or ours."""
-    return isinstance(module, Experts) or all(
-        hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj")
-    )
+    """Whether ``module`` is written for Transformers' experts interface, or ours, or takes its rows by expert."""
+    if isinstance(module, Experts) or _takes_rows_by_expert(module):
+        return True
+    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj"))
+
+
+def _takes_rows_by_expert(module: Any) -> bool:
+    """Whether ``module`` has the parameters and the argument of Llama 4's experts."""
+    params = dict(module.named_parameters())
+    if set(params) != {"gate_up_proj", "down_proj"} or hasattr(module, "has_gate") or not hasattr(module, "act_fn"):
+        return False
+    first, second = params["gate_up_proj"], params["down_proj"]
+    if first.dim() != 3 or second.dim() != 3 or len(inspect.signature(module.forward).parameters) != 1:
+        return False
+    experts, inner, features = second.shape
+    return tuple(first.shape) == (experts, features, 2 * inner)
+
+
+@torch.no_grad()
+def _form_by_expert(module: Any) -> ExpertForm:
+    """The form of experts that take their rows by expert, tried on two rows of each.
+
+    Raises:
+        ValueError: it computes something else.
+    """
+    activation = _activation_of(module, lambda h: h.chunk(2, -1)[1] * module.act_fn(h.chunk(2, -1)[0]))
+    first, second = module.gate_up_proj, module.down_proj
+    rows = torch.linspace(-1, 1, first.shape[0] * 2 * first.shape[1]).sin().to(first.dtype).to(first.device)
+    rows = rows.view(first.shape[0], 2, first.shape[1])
+    expected = activate_experts((rows @ first).flatten(0, 1), activation).view(first.shape[0], 2, -1) @ second
+    if not torch.allclose(module(rows.flatten(0, 1)).view(expected.shape), expected, rtol=1e-2, atol=1e-3):
+        raise ValueError(f"{type(module).__name__} computes nothing that moe_mlp knows")
+    return ExpertForm(activation, transposed=True, by_expert=True)
 
 
 def experts_form(module: Any) -> ExpertForm:
@@ -47,7 +77,10 @@ def experts_form(module: Any) -> ExpertForm:
             f"expected experts that are written for Transformers' experts interface (use_experts_implementation), or "
             f"seqpar_kernels.nn.Experts, got {kind}"
         )
-    activation = _activation_of(module)
+    if _takes_rows_by_expert(module):
+        return _form_by_expert(module)
+    gated = bool(module.has_gate)
+    activation = _activation_of(module, module._apply_gate if gated else module.act_fn, gated)
     form = ExpertForm(activation, bool(module.has_bias), bool(module.is_transposed))
     listed = {name for name, _ in module.named_parameters()}
     if listed != set(form.names()):
@@ -56,13 +89,13 @@ def experts_form(module: Any) -> ExpertForm:
 
 
 @torch.no_grad()
-def _activation_of(module: Any) -> ExpertActivation:
-    gated = bool(module.has_gate)
+def _activation_of(module: Any, applied: Callable[[Tensor], Tensor], gated: bool = True) -> ExpertActivation:
+    """What ``applied`` computes of a first projection."""
     # Pairs of a gate and an up of all signs and sizes, also beyond limits; the last dimension is chunked or strided.
     line = torch.cat([torch.linspace(-30, 30, _SAMPLES // 2), torch.linspace(-2, 2, _SAMPLES // 2)]).double()
     h = torch.stack([line, line.flip(0), -line, line.roll(7)]) * 0.7
     try:
-        expected = module._apply_gate(h) if gated else module.act_fn(h)
+        expected = applied(h)
     except Exception as error:
         raise ValueError(f"its gate could not be tried: {type(error).__name__}: {error}") from error
     alphas = [1.0, *_numbers(module, _ALPHAS)]
@@ -89,7 +122,7 @@ def find_forms(conversion: Conversion) -> None:
     """Find what the modules of style 'experts' compute, and how they are divided.
 
     Raises:
-        ValueError: a module whose experts cannot be converted; sizes that do not divide.
+        ValueError: a module whose experts cannot be converted; with ``"tp"`` an inner dimension that does not divide.
     """
     ranks = conversion.region.ranks
     for name, style in conversion.styles.items():
@@ -101,13 +134,15 @@ def find_forms(conversion: Conversion) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: style 'experts': {error}") from error
         count, inner = module.down_proj.shape[0], module.down_proj.shape[1 if form.transposed else 2]
-        way = conversion.experts
-        if way == "auto":
-            way = "tp" if count % ranks and inner % ranks == 0 else "ep"
-        size, what = (count, "experts") if way == "ep" else (inner, "columns of each expert's inner dimension")
-        if size % ranks:
-            raise ValueError(f"{name}: expected a multiple of the {ranks} ranks for its {what}, got {size}")
-        if way == "tp" and getattr(module, "has_post_expert_norm", False):
+        way, normalizes = conversion.experts, getattr(module, "has_post_expert_norm", False)
+        if way == "auto":  # each of K experts' ranks gets a token with "ep", all ranks with "tp"
+            way = "tp" if count < ranks and inner % ranks == 0 and not normalizes else "ep"
+        if way == "tp" and inner % ranks:
+            raise ValueError(
+                f"{name}: expected a multiple of the {ranks} ranks for the columns of each expert's inner dimension, "
+                f"got {inner}; experts='ep' leaves experts whole"
+            )
+        if way == "tp" and normalizes:
             raise ValueError(
                 f"{name}: normalizes what each expert gives, which experts='tp' would have in parts; take experts='ep'"
             )
