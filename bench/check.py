@@ -30,18 +30,21 @@ def running_sum_error(rows: int) -> float:
     return rows**0.5 / 8 * torch.finfo(torch.float32).eps
 
 
-def error_ratio(got: Tensor, reference: Tensor, oracle: Tensor, relative: float = 0.0) -> float:
+def error_ratio(
+    got: Tensor, reference: Tensor, oracle: Tensor, relative: float = 0.0, part: Tensor | None = None
+) -> float:
     """The error in units of what PyTorch in the same dtype, or one rounding of the result, would make.
 
-    ``relative`` is granted on top of the rounding.
+    ``relative`` is granted on top of the rounding. ``part`` is what of ``oracle`` to compare with; None: all of it.
     """
-    if got.shape != oracle.shape:
-        raise WrongResult(f"shape {tuple(got.shape)}, expected {tuple(oracle.shape)}")
+    want = oracle if part is None else part
+    if got.shape != want.shape:
+        raise WrongResult(f"shape {tuple(got.shape)}, expected {tuple(want.shape)}")
     if not torch.isfinite(got).all():
         raise WrongResult("not finite")
     rounding = (torch.finfo(got.dtype).eps + relative) * oracle.abs().amax()
     unit = (reference.double() - oracle).abs().amax() + rounding
-    return float((got.double() - oracle).abs().amax() / unit.clamp(min=1e-300))
+    return float((got.double() - want).abs().amax() / unit.clamp(min=1e-300))
 
 
 def kept_elements(fn: NormFunction, inputs: Sequence[Tensor | None], p: float) -> Tensor:

@@ -30,6 +30,9 @@ STYLES = {
     "yunchang": ("#98df8a", "1"),
     "ring-flash-attn": ("#aec7e8", "2"),
     "async-input-mm": ("#dbdb8d", "3"),
+    "all-gather": ("#ffbb78", ">"),
+    "transformers": ("#c5b0d5", "4"),
+    "torch-grouped": ("#9edae5", "+"),
 }
 #: Ours with a part of it otherwise; anybody else.
 OTHERS = {True: ("#eb9394", "o"), False: ("#b0b0b0", ".")}

@@ -155,6 +155,20 @@ def draw_attention(rows: Sequence[Row]) -> Any:
     return figure
 
 
+def draw_moe(rows: Sequence[Row]) -> Any:
+    """Experts of a mixture: everybody's time, beside unsharded experts divided by the ranks; grouped matmuls alone."""
+    panels = by_panel(rows, Row.question)
+    figure, axes = grid(rows, [0.8 + 0.24 * len(inside) for inside in panels.values()], 2, 6.4)
+    for axis, inside in zip(axes, panels.values(), strict=True):
+        ideal = next((row.metrics["ideal_ms"] for row in inside if is_number(row.metrics.get("ideal_ms"))), None)
+        times(axis, inside, {} if ideal is None else {"unsharded / ranks": ideal})
+        row = inside[0]
+        where = f", {row.ranks} ranks, {row.params.get('link')}" if row.ranks > 1 else ""
+        title = f"{row.op.removeprefix('moe.')} {row.direction} {size_of(row)} {row.dtype}{where}"
+        axis.set_title(title, fontsize=8)
+    return figure
+
+
 def draw_overview(rows: Sequence[Row]) -> Any:
     """Bars for ours and its peers over the time of the matmul alone: the picture of the README."""
     import matplotlib.pyplot as plt

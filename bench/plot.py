@@ -14,6 +14,7 @@ from .figures import (
     draw_layer,
     draw_linear,
     draw_memory,
+    draw_moe,
     draw_norm,
     draw_overview,
     draw_reduce,
@@ -46,6 +47,7 @@ PICTURES: dict[str, Callable[[Sequence[Row]], Any]] = {
     "loopback": draw_linear,
     "layer": draw_layer,
     "attention": draw_attention,
+    "moe": draw_moe,
     "memory": draw_memory,
     "host": draw_host,
 }

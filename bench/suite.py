@@ -34,6 +34,7 @@ BENCHMARKS = (
     "gemm",
     "guards",
     "attention",
+    "moe",
 )
 TOOLS = ("plot", "tables", "project", "compare", "soak")
 

@@ -73,6 +73,14 @@ class ExpertPlacement(NamedTuple):
         return max(1, min(pieces, tokens))
 
 
+def best_way(experts: int, inner: int, ranks: int) -> str:
+    """The member of :data:`WAYS` that sends fewer rows: each of the ranks of K experts gets a token, or all ranks.
+
+    ``"tp"`` where some ranks would have no expert and ``inner`` divides, else ``"ep"``.
+    """
+    return "tp" if experts < ranks and inner % ranks == 0 else "ep"
+
+
 class Pairs(NamedTuple):
     """Pairs of a row and one of its experts, sorted by expert, for one piece of rows."""
 

@@ -19,6 +19,7 @@ from ...functional import gather_sequence
 from ...kernels.expert_activation import EXPERT_ACTIVATIONS, ExpertActivation, activate_experts
 from ...nn import ExpertForm, Experts
 from ...nn.own_forward import trusted
+from ...overlap.moe_routes import best_way
 from ..conversion import Conversion
 
 #: Attributes by which classes of experts name the constants of their gate.
@@ -135,8 +136,8 @@ def find_forms(conversion: Conversion) -> None:
             raise ValueError(f"{name}: style 'experts': {error}") from error
         count, inner = module.down_proj.shape[0], module.down_proj.shape[1 if form.transposed else 2]
         way, normalizes = conversion.experts, getattr(module, "has_post_expert_norm", False)
-        if way == "auto":  # each of K experts' ranks gets a token with "ep", all ranks with "tp"
-            way = "tp" if count < ranks and inner % ranks == 0 and not normalizes else "ep"
+        if way == "auto":
+            way = "ep" if normalizes else best_way(count, inner, ranks)
         if way == "tp" and inner % ranks:
             raise ValueError(
                 f"{name}: expected a multiple of the {ranks} ranks for the columns of each expert's inner dimension, "
