@@ -6,10 +6,10 @@ no memory traffic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .spec import accumulation_dtype
@@ -17,7 +17,8 @@ from .spec import accumulation_dtype
 #: Functions of the gate, or of the only projection where there is no gate.
 EXPERT_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2", "silu")
 
-_BLOCK_ELEMENTS = 1 << 16
+_BLOCK_ELEMENTS = 1 << 17
+_GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # its formula's name in PyTorch
 
 
 class ExpertActivation(NamedTuple):
@@ -41,8 +42,11 @@ def activate_experts(h: Tensor, activation: ExpertActivation) -> Tensor:
     out = h.new_empty(h.shape[0], inner)
     for rows in _blocks(h):
         gate, up = _split(h[rows].to(accumulation_dtype(h.dtype)), activation)
-        value = _function(gate, activation)[0]()
-        out[rows] = value if up is None else value * (up + activation.up_shift)
+        value = _function(gate, activation)
+        if up is None:
+            out[rows] = value
+        else:
+            _product(value, _shifted(up, activation), out[rows])
     return out
 
 
@@ -68,23 +72,24 @@ def activate_experts_backward(h: Tensor, da: Tensor, weights: Tensor, activation
     for rows in _blocks(h):
         whole, dout, weight = h[rows].to(wide), da[rows].to(wide), weights[rows, None]
         gate, up = _split(whole, activation)
-        value, slope = _function(gate, activation)
-        f = value()
-        shifted = None if up is None else up + activation.up_shift
+        f = _function(gate, activation)
+        shifted = None if up is None else _shifted(up, activation)
         a = f if shifted is None else f * shifted
-        scaled[rows] = a * weight
-        dweights[rows] = (dout * a).sum(1)
+        _product(a, weight, scaled[rows])
+        torch.linalg.vecdot(dout, a, out=dweights[rows])
         dout = dout * weight
         if shifted is None:
-            dh[rows] = dout * slope()
+            dh[rows] = _function_backward(dout, gate, activation)
             continue
-        dgate, dup = dout * shifted * slope(), dout * f
-        if activation.limit is not None:  # beyond the limits nothing moves
-            raw_gate, raw_up = _columns(whole, activation)
-            dgate = dgate.masked_fill(raw_gate > activation.limit, 0)
-            dup = dup.masked_fill(raw_up.abs() > activation.limit, 0)
-        for target, grad in zip(_columns(dh[rows], activation), (dgate, dup), strict=True):
-            target.copy_(grad)
+        into_gate, into_up = _columns(dh[rows], activation)
+        dgate = _function_backward(dout * shifted, gate, activation)
+        if activation.limit is None:
+            into_gate.copy_(dgate)
+            _product(dout, f, into_up)
+            continue
+        raw_gate, raw_up = _columns(whole, activation)  # beyond the limits nothing moves
+        into_gate.copy_(dgate.masked_fill_(raw_gate > activation.limit, 0))
+        into_up.copy_((dout * f).masked_fill_(raw_up.abs() > activation.limit, 0))
     return ActivationGrads(scaled, dh, dweights)
 
 
@@ -111,22 +116,47 @@ def _split(h: Tensor, activation: ExpertActivation) -> tuple[Tensor, Tensor | No
     return gate, up
 
 
-def _function(g: Tensor, activation: ExpertActivation) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """f(g) and f'(g), computed when they are called for."""
-    aten = torch.ops.aten
+def _shifted(up: Tensor, activation: ExpertActivation) -> Tensor:
+    return up if activation.up_shift == 0 else up + activation.up_shift
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a * b``, rounded once."""
+    if a.dtype == out.dtype:
+        torch.mul(a, b, out=out)
+    else:
+        out.copy_(a * b)
+
+
+def _function(g: Tensor, activation: ExpertActivation) -> Tensor:
+    """f(g)"""
     match activation.name:
         case "silu":
-            sigmoid = torch.sigmoid(activation.alpha * g)
-            return lambda: g * sigmoid, lambda: sigmoid * (1 + activation.alpha * g * (1 - sigmoid))
+            return F.silu(g) if activation.alpha == 1 else g * torch.sigmoid(activation.alpha * g)
         case "gelu" | "gelu_tanh":
-            kind = "tanh" if activation.name == "gelu_tanh" else "none"
-            return (
-                lambda: aten.gelu(g, approximate=kind),
-                lambda: aten.gelu_backward(torch.ones_like(g), g, approximate=kind),
-            )
+            return F.gelu(g, approximate=_GELU[activation.name])
         case "relu":
-            return lambda: g.relu(), lambda: (g > 0).to(g.dtype)
+            return g.relu()
         case "relu2":
-            return lambda: g.relu().square(), lambda: 2 * g.relu()
+            return g.relu().square()
+        case _:
+            raise ValueError(f"activation: expected one of {EXPERT_ACTIVATIONS}, got {activation.name!r}")
+
+
+def _function_backward(df: Tensor, g: Tensor, activation: ExpertActivation) -> Tensor:
+    """df * f'(g)"""
+    aten = torch.ops.aten
+    match activation.name:
+        case "silu" if activation.alpha == 1:
+            return aten.silu_backward(df, g)
+        case "silu":
+            sigmoid = torch.sigmoid(activation.alpha * g)
+            return df * (sigmoid * (1 + activation.alpha * g * (1 - sigmoid)))
+        case "gelu" | "gelu_tanh":
+            return aten.gelu_backward(df, g, approximate=_GELU[activation.name])
+        case "relu":
+            return aten.threshold_backward(df, g, 0)
+        case "relu2":
+            return df * (2 * g.relu())
         case _:
             raise ValueError(f"activation: expected one of {EXPERT_ACTIVATIONS}, got {activation.name!r}")

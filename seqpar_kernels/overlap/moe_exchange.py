@@ -93,7 +93,8 @@ class Call:
     def _cut(self, tokens: int, source: int, target: int, at: int = 0) -> Iterator[Piece]:
         """The rows that ``source`` sends to ``target``, from row ``at`` on."""
         bound = planner.max_workspace_bytes()
-        pieces = self.placement.pieces(tokens, self.top_k, target, self.chunks, self._token_bytes, bound)
+        chunks = 1 if source == target else self.chunks  # own tokens travel nowhere: only the bound cuts them
+        pieces = self.placement.pieces(tokens, self.top_k, target, chunks, self._token_bytes, bound)
         cuts = [split_point(tokens, pieces, i) for i in range(pieces + 1)]
         for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
             if stop > start:
