@@ -237,6 +237,8 @@ def rows_of_all_families() -> list[Row]:
         found.append(timed_row("host.norm.layer", provider, [4, 64]))
         found.append(timed_row("layer.gpt", provider, [8, 1, 32, 4]))
         found.append(timed_row("attention.causal", provider, [64, 4, 4, 8], metrics={"ideal_ms": 0.5}, ranks=2))
+        found.append(timed_row("moe.experts", provider, [64, 4, 2, 8, 16], metrics={"ideal_ms": 0.5}, ranks=2))
+        found.append(timed_row("moe.grouped_matmul", provider, [128, 4, 8, 32], params={}))
     found.append(timed_row("layer.gpt", "matmul", [8, 1, 32, 4]))
     for chunks in (1, 2):
         cut = {**paced, "params": {"ratio": 1.0, "chunks": chunks}}
@@ -300,7 +302,10 @@ def test_plot_leaves_out_what_it_cannot_draw(tmp_path: Path, capsys: pytest.Capt
     memory[0].provider, linear[0].params = "ours", {"chunks": None}
     save(tmp_path / "a.jsonl", [norm_row(bytes=None), linear[0], memory[0]])
     assert main(["plot", str(tmp_path)]) == 2
-    assert "no norm, reduce, linear, loopback, layer, attention, memory or host rows to draw" in capsys.readouterr().err
+    assert (
+        "no norm, reduce, linear, loopback, layer, attention, moe, memory or host rows to draw"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_tables_are_what_the_committed_results_say() -> None:

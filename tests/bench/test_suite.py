@@ -20,6 +20,9 @@ from bench import (
     layer_providers,
     linear,
     linear_rank,
+    moe,
+    moe_grouped,
+    moe_providers,
     norm,
     providers,
     report,
@@ -54,7 +57,9 @@ def test_peers_are_those_that_are_timed() -> None:
     assert tuple(linear_rank.PEERS) == linear.PEERS
     assert tuple(attention_providers.PEERS) == attention.PEERS
     assert set(layer.PEERS) == {*layer_providers.SINGLE, *layer_providers.PEERS}
-    assert {*norm.PEERS, *linear.PEERS, *layer.PEERS, *gemm.PEERS, *attention.PEERS} == set(suite.peers())
+    assert (*moe_providers.PEERS, moe_grouped.TORCH) == moe.PEERS
+    everybody = {*norm.PEERS, *linear.PEERS, *layer.PEERS, *gemm.PEERS, *attention.PEERS, *moe.PEERS}
+    assert everybody == set(suite.peers())
     assert tuple(layer_loopback.SIZES) == layer.SIZES
 
 

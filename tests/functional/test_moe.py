@@ -13,6 +13,7 @@ from torch import Tensor
 import seqpar_kernels as sp
 from seqpar_kernels import ops
 from seqpar_kernels.overlap.messages import Messages
+from seqpar_kernels.overlap.moe_routes import ExpertPlacement, best_way
 
 from ..kernels.test_norm_cpu import poison  # noqa: F401
 from ..world import World
@@ -96,6 +97,30 @@ def in_rounds_case(group: dist.ProcessGroup) -> None:
 
 def test_posts_in_rounds(world4: World) -> None:
     world4.run(on_ranks, in_rounds_case)
+
+
+def kept_case(group: dist.ProcessGroup) -> None:
+    """For the backward: own tokens, the peers' rows once each, and the first matmul's result; by number of bytes."""
+    features, inner, top_k = 16, 56, 2  # Mixtral's proportions
+    problem = Problem((40,) * group.size(), experts=8, top_k=top_k, features=features, inner=inner, dtype=BF16)
+    placement = ExpertPlacement(8, group.size(), "ep")
+    of_ranks = problem.index.split(40)
+    mine = of_ranks[group.rank()]
+    got = sum(placement.tokens(index, group.rank()).shape[0] for index in of_ranks if index is not mine)
+    pairs = int((placement.local(problem.index, group.rank()) >= 0).sum())
+    t = {n: problem.mine(n, problem.tensors[n], group, "ep").clone() for n in ("x", "weights", "w1", "w2")}
+    x, weights = t["x"].requires_grad_(), t["weights"].requires_grad_()
+    w1, w2 = torch.nn.Parameter(t["w1"]), torch.nn.Parameter(t["w2"])
+    index = mine.contiguous()
+    report = sp.activation_bytes(lambda: sp.moe_mlp(x, index, weights, w1, w2, group=group, num_experts=8))
+    report.result.sum().backward()
+    tokens = 40 * (features * 2 + top_k * (8 + 4)) + got * (features * 2 + top_k * (4 + 4))
+    counts = 8 * group.size()
+    assert report.total == tokens + pairs * 2 * inner * 2 + counts
+
+
+def test_bytes_kept_for_the_backward(world4: World) -> None:
+    world4.run(on_ranks, kept_case)
 
 
 def bits_case(group: dist.ProcessGroup) -> None:
@@ -232,6 +257,12 @@ def refused_case(group: dist.ProcessGroup) -> None:
 
 def test_refused_on_every_rank(world4: World) -> None:
     world4.run(on_ranks, refused_case)
+
+
+def test_the_way_that_auto_takes() -> None:
+    """Whole experts, unless they do not divide and their columns do."""
+    ways = {(8, 64, 4): "ep", (6, 64, 4): "tp", (6, 63, 4): "ep", (64, 64, 3): "ep", (64, 63, 3): "tp"}
+    assert {sizes: best_way(*sizes) for sizes in ways} == ways
 
 
 def test_registered_op() -> None:
