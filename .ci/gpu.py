@@ -79,6 +79,7 @@ NCU_KERNELS = (
 KERNEL_TESTS = (
     "gpu/test_device.py",
     "gpu/test_gemm.py",
+    "gpu/test_grouped.py",
     "gpu/test_layer.py",
     "gpu/test_ops.py",
     "ops/test_norm.py",
@@ -98,6 +99,7 @@ QUICK = [
     bench("norm", 130.0, "--quick", "--rows", "8192", "--hidden", "4096", "16384", "--kind", "rms"),
     bench("reduce", 40.0, "--quick", "--dtype", "bf16", "--rows", "2048", "--hidden", "8192", "--p", "0.1"),
     bench("gemm", 60.0, "--quick"),
+    bench("moe", 40.0, "--quick", "--dtype", "bf16", "fp32"),
     bench("loopback", 100.0, "--quick", "--chunks", "2"),
     bench("layer", 100.0, "--quick", "--size", "llama-8b", "--virtual-ranks", "8"),
     Step("ncu", ["ncu", "tests.gpu.profile"], 60.0),

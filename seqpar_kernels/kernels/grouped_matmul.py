@@ -3,14 +3,20 @@
 Row runs are given by ``counts`` on the host, which whoever exchanges tokens knows already: no weight is read for a run
 without rows, nothing is padded, and there is no [tokens, experts] one-hot.
 
-On CUDA in 16 bit, where PyTorch's own grouped kernel takes the strides, that is one launch; else one matmul a run, in
-every dtype. The PyTorch kernel leaves rows behind the last run as they were in memory: here every row belongs to a run.
+On CUDA that is one launch: of PyTorch's own grouped kernel in bfloat16, where it takes the strides, else and for
+weights' gradients of ours in Triton (:mod:`.triton_grouped`; 16 bit and fp32). On a CPU, in fp64 and without Triton it
+is one matmul a run. The PyTorch kernel leaves rows behind the last run as they were in memory: here every row belongs
+to a run.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +48,9 @@ def grouped_matmul(
             assert bias is not None
             made[run] += bias[e]
         return made if out is None else out.copy_(made)
+    kernels = triton_kernels(weight, *(t for t in (x, bias, out) if t is not None))
+    if kernels is not None:
+        return kernels.grouped_matmul(x, weight, counts, bias, out=out)  # type: ignore[no-any-return]
     out = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out
     for e, run in _runs(counts):
         if bias is None:
@@ -60,6 +69,9 @@ def grouped_weight_gradient(dy: Tensor, x: Tensor, counts: Sequence[int], weight
         counts: rows of each run, as in :func:`grouped_matmul`.
         weight: [E, N, K]; the gradient of a run without rows is 0.
     """
+    kernels = triton_kernels(weight, dy, x)
+    if kernels is not None:
+        return kernels.grouped_weight_gradient(dy, x, counts, weight)  # type: ignore[no-any-return]
     out = torch.empty_like(weight)
     if not out.transpose(1, 2).is_contiguous() or out.is_contiguous():
         first, second = dy, x
@@ -109,6 +121,22 @@ def one_launch(x: Tensor, weight: Tensor) -> bool:
     if not x.is_cuda or x.dtype != torch.bfloat16 or weight.dtype != x.dtype:
         return False
     return torch.cuda.get_device_capability(x.device) >= (8, 0) and all(map(_aligned, (x, weight)))
+
+
+def triton_kernels(weight: Tensor, *matrices: Tensor) -> Any:
+    """:mod:`.triton_grouped` where its kernels take these: on CUDA, in a dtype and with strides that they know."""
+    module = _triton_module() if weight.is_cuda else None
+    if module is None or module.unavailable(weight.device) is not None or not module.takes(weight, *matrices):
+        return None
+    return module
+
+
+@cache
+def _triton_module() -> Any:
+    """None without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(".triton_grouped", __package__)
 
 
 def _aligned(t: Tensor) -> bool:

@@ -87,3 +87,30 @@ def test_sums_of_rows(dtype: torch.dtype) -> None:
         scaled = dy.double() if given is None else dy.double() * given.double()[:, None]
         want = torch.stack([run.sum(0) for run in scaled.split(counts)])
         torch.testing.assert_close(got.double(), want, rtol=1e-5 if dtype != F64 else 1e-13, atol=1e-5)
+
+
+def test_triton_s_kernels_are_taken_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA takes, on a CPU: the result is that of the chosen kernels, written where it is wanted."""
+    asked: list[str] = []
+
+    class Kernels:
+        @staticmethod
+        def grouped_matmul(x: Tensor, weight: Tensor, counts: list[int], bias: Tensor | None, *, out: Tensor) -> Tensor:
+            asked.append("matmul")
+            return out.copy_(by_hand(x, weight, counts, bias))
+
+        @staticmethod
+        def grouped_weight_gradient(dy: Tensor, x: Tensor, counts: list[int], weight: Tensor) -> Tensor:
+            asked.append("gradient")
+            return torch.stack([d.t() @ r for d, r in zip(dy.split(counts), x.split(counts))])
+
+    counts = [3, 0, 2]
+    x, weight, bias = problem(counts, F32)
+    out, dy = torch.empty(5, 16), torch.randn(5, 16)
+    plain = grouped.grouped_matmul(x, weight, counts, bias), grouped.grouped_weight_gradient(dy, x, counts, weight)
+    assert grouped.triton_kernels(weight, x, bias, out) is None and not asked
+    monkeypatch.setattr(grouped, "triton_kernels", lambda *tensors: Kernels)
+    assert grouped.grouped_matmul(x, weight, counts, bias, out=out) is out
+    torch.testing.assert_close(out, plain[0])
+    torch.testing.assert_close(grouped.grouped_weight_gradient(dy, x, counts, weight), plain[1])
+    assert asked == ["matmul", "gradient"]
