@@ -17,6 +17,7 @@ from .main_grad import announced
 from .mappings import CopyToRegion, SumGradients, all_reduce, gather, reduce_scatter, split
 from .moe import MoeScalars, moe_mlp
 from .norm import NormCall, PreparedNorm, dropout_add_norm
+from .projected_attention import projected_attention
 from .recompute import (
     ACTIVATIONS,
     activate,
@@ -62,6 +63,7 @@ __all__ = [
     "linear_reduce_scatter_into",
     "merge_attention",
     "moe_mlp",
+    "projected_attention",
     "reduce_scatter",
     "rotary",
     "sequence_attention",
