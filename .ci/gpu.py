@@ -73,7 +73,8 @@ NCU_SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchSt
 NCU_KERNELS = (
     "^(forward_kernel|backward_kernel|reduce_partials_kernel|reduce_vectors_kernel|generic_forward_kernel|"
     "generic_backward_kernel|norm_forward_kernel|norm_forward_chunked_kernel|norm_backward_kernel|"
-    "norm_backward_chunked_kernel|sum_partials_kernel|reduce_shards_kernel|gemm_kernel)"
+    "norm_backward_chunked_kernel|sum_partials_kernel|reduce_shards_kernel|gemm_kernel|attention_forward_kernel|"
+    "attention_queries_kernel|attention_keys_kernel)"
 )
 #: tests/ops/test_norm.py runs on either device. Other files have what only the CPU's environment has.
 KERNEL_TESTS = (
@@ -102,6 +103,7 @@ QUICK = [
     bench("moe", 40.0, "--quick", "--dtype", "bf16", "fp32"),
     bench("loopback", 100.0, "--quick", "--chunks", "2"),
     bench("layer", 100.0, "--quick", "--size", "llama-8b", "--virtual-ranks", "8"),
+    bench("attention", 60.0, "--quick", "--virtual-ranks", "2", "--kv-heads", "8"),
     Step("ncu", ["ncu", "tests.gpu.profile"], 60.0),
     bench("host", 60.0, "--quick"),
 ]
@@ -113,6 +115,13 @@ FIGURES = [
     bench("gemm", 50.0, "--seconds", "0.2"),
     bench("reduce", 50.0, "--seconds", "0.1", "--dtype", "bf16"),
     bench("loopback", 110.0, "--seconds", "0.2", "--chunks", "1", "2", "4"),
+    bench("attention", 110.0, "--seconds", "0.2", "--seq", "16384", "--kv-heads", "8", "--virtual-ranks", "2", "8"),
+    bench(
+        "attention, window",
+        60.0,
+        *("--quick", "--seq", "16384", "--kv-heads", "8", "--window", "1024", "--virtual-ranks", "4"),
+        of="attention",
+    ),
     bench("norm, p 0", 80.0, "--quick", "--rows", "16384", "--hidden", *HIDDEN, "--p", "0", "--kind", "rms", of="norm"),
     Step("ncu", ["ncu", "tests.gpu.profile"], 60.0),
     # Processes that take turns on one device: which of them are right, not how well they overlap.

@@ -2,6 +2,7 @@
 
 The ideal is what the whole sequence takes on one rank, divided by the ranks: PyTorch's SDPA, on all ranks at once, each
 for itself. With a window, for which SDPA computes a full matrix, it is the faster of SDPA and ours without a group.
+On CUDA the ranks are virtual (:mod:`bench.attention_loopback`); ``--virtual-ranks`` makes them so on a CPU.
 Bytes are those that the kernel counted on each rank's connections in one call; a row has those of the busiest rank.
 """
 
@@ -31,10 +32,14 @@ _LINK_BYTES = 2**22  # a message that times the link
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=positive, default=2, help="processes, one thread each (default: 2)")
-    parser.add_argument("--seq", type=positive, nargs="+", help="length of the whole sequence (default: 4096)")
-    parser.add_argument("--heads", type=positive, default=8, help="of queries (default: 8)")
+    parser.add_argument(
+        "--seq", type=positive, nargs="+", help="length of the whole sequence (default: 4096; cuda: 8192)"
+    )
+    text = "virtual ranks of one process on one device, links paced (default on cuda: 2 4 8; cpu: processes)"
+    parser.add_argument("--virtual-ranks", type=positive, nargs="+", help=text)
+    parser.add_argument("--heads", type=positive, help="of queries (default: 8; cuda: 32)")
     parser.add_argument("--kv-heads", type=positive, help="of keys and values (default: as many as of queries)")
-    parser.add_argument("--head-dim", type=positive, default=64, help="features of a head (default: 64)")
+    parser.add_argument("--head-dim", type=positive, help="features of a head (default: 64; cuda: 128)")
     parser.add_argument("--window", type=positive, help="keys that a row sees, itself among them (default: all before)")
     parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of ours and of torch's ring")
     text = "links of 1gbit, or ratio:R: the wire R times as long as the ideal, for the bytes that ours sends"
@@ -45,6 +50,16 @@ def run_command(args: argparse.Namespace, session: Session) -> None:
     from .links import parse_link
 
     planned = cases(args, session)
+    virtual = virtual_ranks(args, session)
+    if virtual:
+        from . import attention_loopback
+        from .report import timing_table
+
+        dtypes = args.dtype or (["bf16"] if session.device == "cuda" else ["fp32"])
+        for text in args.wire or ["ratio:1"]:
+            found = attention_loopback.run(session, planned, dtypes, virtual, parse_link(text))
+            timing_table(found, f"attention over virtual ranks on {found[-1].machine}, wire {text}")
+        return
     links = [parse_link(text) for text in args.wire] if args.wire else [None]
     for link in links:
         show(run(session, planned, args.dtype or ["bf16", "fp32"], args.ranks, link), args.ranks)
@@ -54,24 +69,33 @@ def cases(args: argparse.Namespace, session: Session) -> list[AttentionCase]:
     """
     Raises:
         BenchError: sizes that do not fit together.
-        NotHere: a device that is no CPU.
     """
     from .attention_providers import AttentionCase
-    from .errors import BenchError, NotHere
+    from .errors import BenchError
 
-    if session.device != "cpu":
-        raise NotHere("attention is measured on CPU ranks (gloo): leave out --device")
+    virtual, cuda = virtual_ranks(args, session), session.device == "cuda"
     if args.ranks < 2:
         raise BenchError(f"--ranks {args.ranks}: attention needs at least 2 ranks; one rank is plain SDPA")
-    kv_heads = args.kv_heads or args.heads
-    if args.heads % kv_heads:
-        raise BenchError(f"--kv-heads {kv_heads}: expected a divisor of --heads {args.heads}")
+    heads, head_dim = args.heads or (32 if cuda else 8), args.head_dim or (128 if cuda else 64)
+    kv_heads = args.kv_heads or heads
+    if heads % kv_heads:
+        raise BenchError(f"--kv-heads {kv_heads}: expected a divisor of --heads {heads}")
+    if any(count < 2 or count > heads for count in virtual):
+        raise BenchError(f"--virtual-ranks: expected 2 or more, no more than --heads {heads}, got {virtual}")
+    default = 256 if args.quick else 1024 if session.command == "all" else 4096
+    default = 2048 if cuda and args.quick else 8192 if cuda else default
     found = []
-    for seq in args.seq or [256 if args.quick else 1024 if session.command == "all" else 4096]:
-        if seq % (2 * args.ranks):
-            raise BenchError(f"--seq {seq}: expected a multiple of {2 * args.ranks}, twice --ranks (the peers need it)")
-        found.append(AttentionCase(seq, args.heads, kv_heads, args.head_dim, args.window, args.layout))
+    for seq in args.seq or [default]:
+        for option, count in [("--virtual-ranks", n) for n in virtual] or [("--ranks", args.ranks)]:
+            if seq % (2 * count):
+                raise BenchError(f"--seq {seq}: expected a multiple of {2 * count}, twice {option} (the peers need it)")
+        found.append(AttentionCase(seq, heads, kv_heads, head_dim, args.window, args.layout))
     return found
+
+
+def virtual_ranks(args: argparse.Namespace, session: Session) -> list[int]:
+    """Numbers of virtual ranks, none where ranks are processes."""
+    return args.virtual_ranks or ([2, 4, 8] if session.device == "cuda" else [])
 
 
 def run(

@@ -68,9 +68,9 @@ def heads_first(*tensors: Tensor) -> list[Tensor]:
     return [t.transpose(1, 2) for t in tensors]
 
 
-def whole_mask(case: AttentionCase) -> Tensor | None:
+def whole_mask(case: AttentionCase, device: torch.device | str = "cpu") -> Tensor | None:
     """What SDPA needs beside its causal flag: None where that says everything. A mask it pays for in full."""
-    every = torch.arange(case.seq)
+    every = torch.arange(case.seq, device=device)
     return None if case.window is None else case.mask(every, every)
 
 
@@ -84,13 +84,19 @@ def sdpa(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
 
 def unsharded(case: AttentionCase) -> Provider:
     """SDPA over the whole sequence, each rank for itself: the ideal is this over the ranks."""
-    mask = whole_mask(case)
-    return Provider(lambda q, k, v: sdpa(case, q, k, v, mask), WHOLE)
+    masks: dict[torch.device, Tensor | None] = {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.device not in masks:
+            masks[q.device] = whole_mask(case, q.device)
+        return sdpa(case, q, k, v, masks[q.device])
+
+    return Provider(attend, WHOLE)
 
 
-def ours_unsharded(case: AttentionCase, group: dist.ProcessGroup) -> Provider:
+def ours_unsharded(case: AttentionCase, group: dist.ProcessGroup | None, always: bool = False) -> Provider:
     """Ours without a group: with a window the better measure of the work, since SDPA pays for its mask in full."""
-    if case.window is None:
+    if case.window is None and not always:
         raise Absent("without a window the unsharded one is SDPA's causal attention")
     return Provider(_ours(case, None, "auto"), WHOLE)
 

@@ -154,7 +154,7 @@ def check(provider: Provider, inputs: Inputs, truth: list[Tensor], reference: li
 
 def oracle(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
     """out, dq, dk, dv in fp64, from the formulas alone, some rows at a time over the keys that they see."""
-    found = [torch.zeros(t.shape, dtype=torch.float64) for t in (grad, q, k, v)]
+    found = [torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in (grad, q, k, v)]
     out, dq, dk, dv = found
     shared, scale = case.heads // case.kv_heads, case.head_dim**-0.5
     for head in range(case.heads):
@@ -164,7 +164,8 @@ def oracle(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -
             stop = min(start + _BLOCK, case.seq)
             first = 0 if case.window is None else max(0, start - case.window + 1)
             rows, seen = slice(start, stop), slice(first, stop)
-            hidden = ~case.mask(torch.arange(start, stop), torch.arange(first, stop))
+            positions = torch.arange(first, stop, device=q.device)
+            hidden = ~case.mask(positions[start - first :], positions)
             weights = (queries[rows] @ keys[seen].t()).masked_fill_(hidden, float("-inf")).softmax(-1)
             y = weights @ values[seen]
             inner = (do[rows] * y).sum(-1, keepdim=True)

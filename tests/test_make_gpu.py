@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,15 @@ def test_what_is_profiled_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     profile.norms("native", torch.device("cpu"), [(5, 64)])
     profile.sums("native", torch.device("cpu"), (3, 5, 64))
+    profile.attention(torch.device("cpu"), (5, 4, 2, 16))
+
+
+def test_profiled_attention_kernels_are_those_that_there_are(gpu: ModuleType) -> None:
+    """By the names that Triton gives them, which are those of the functions."""
+    there = set()
+    for path in (ROOT / "seqpar_kernels" / "kernels").glob("triton_attention*.py"):
+        there |= set(re.findall(r"^def (attention_\w+_kernel)\(", path.read_text(), re.MULTILINE))
+    assert len(there) == 3 and all(re.match(gpu.NCU_KERNELS, name) for name in there)
 
 
 def test_every_file_of_gpu_tests_is_in_a_step(gpu: ModuleType) -> None:

@@ -8,8 +8,16 @@ import torch
 from torch import nn
 
 from ..kernels import choice
-from ..nn import ColumnParallelLinear, Experts, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
+from ..nn import (
+    ColumnParallelLinear,
+    Experts,
+    RowParallelLinear,
+    SequenceParallelAttention,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+)
 from ..overlap import engines
+from ..overlap.attention_choice import Choice
 from ..overlap.tuning import profile_of
 from ..strict import refuse, strict_enabled
 from .conversion import Conversion, conversion_of
@@ -18,6 +26,7 @@ from .plans import matches
 
 _RANKS_LISTED = 8
 _VOCABULARY = (VocabParallelEmbedding, VocabParallelHead)
+_LISTED = (*_VOCABULARY, SequenceParallelAttention)  # whatever the plan says
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -40,7 +49,7 @@ def explain(model: nn.Module) -> Explanation:
     names = [
         name
         for name, module in model.named_modules()
-        if name in conversion.styles or name in conversion.edges or isinstance(module, _VOCABULARY)
+        if name in conversion.styles or name in conversion.edges or isinstance(module, _LISTED)
     ]
     rows = tuple(_row(name, model.get_submodule(name), conversion, device) for name in names)
     region = conversion.region
@@ -60,7 +69,7 @@ def explain(model: nn.Module) -> Explanation:
                 choice.engine,
                 "",
                 "",
-                choice.reason,
+                _why(choice),
                 _bytes(choice.wire.forward),
             )
             for kind, choice in conversion.context.explained_calls()
@@ -117,6 +126,8 @@ def _row(name: str, module: nn.Module, conversion: Conversion, device: torch.dev
         if not module.scattered:
             why = f"summed over the ranks, then cut: {module.taken_whole_by} takes it whole"
         return Row(name, "vocabulary", "", "", "yes" if module.scattered else "no", why)
+    if isinstance(module, SequenceParallelAttention):
+        return _attention_row(name, module)
     handling = conversion.styles.get(name)
     if handling in ("norm", "dropout"):
         backend, kernel = _kernel(device)
@@ -151,6 +162,23 @@ def _experts_row(name: str, style: str, module: Experts) -> Row:
         f"{how}; tokens sent by the ranks: {listed}; the fullest rank has {ran.fullest():.2f} x the mean of their work"
     )
     return Row(name, style, module.experts, "", "yes", why, _bytes(ran.wire_bytes()))
+
+
+def _why(choice: Choice) -> str:
+    return f"{choice.reason}; the busiest rank has {choice.imbalance:.2f} x the mean work"
+
+
+def _attention_row(name: str, module: SequenceParallelAttention) -> Row:
+    """Chunks are the groups of heads, where those travel while others are computed with."""
+    planned = module.planned()
+    if planned is None:
+        return Row(name, "attention", "not run yet", "", "", "")
+    choice, groups = planned
+    why, wire = _why(choice), _bytes(choice.wire.forward)
+    if groups is None:
+        return Row(name, "attention", choice.engine, "", "", why, wire)
+    why = f"groups of heads: {groups.reason}; {why}"
+    return Row(name, "attention", choice.engine, str(len(groups.groups)), "yes", why, wire)
 
 
 def _bytes(count: int) -> str:

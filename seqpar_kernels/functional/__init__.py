@@ -29,6 +29,7 @@ from .moe_loss import load_balancing_loss, router_z_loss
 from .norm import dropout_add, dropout_add_layer_norm, dropout_add_rms_norm
 from .norm_call import NormOptions, NormTensors, replicated, run_norm
 from .packing import degree_groups, pack_documents, packed_attention
+from .projected_attention import self_attention_choice, sequence_parallel_self_attention
 from .sequence_attention import attention_choice, sequence_parallel_attention
 from .sequence_layout import next_token_labels, sequence_positions, shard_sequence, unshard_sequence
 from .vocab import vocab_parallel_cross_entropy, vocab_parallel_embedding, vocab_parallel_linear_cross_entropy
@@ -69,7 +70,9 @@ __all__ = [
     "run_norm",
     "scatter_sequence",
     "scatter_tensor_parallel",
+    "self_attention_choice",
     "sequence_parallel_attention",
+    "sequence_parallel_self_attention",
     "sequence_positions",
     "shard_sequence",
     "unshard_sequence",

@@ -110,11 +110,11 @@ def sequence_parallel_attention(
     with checked_together(pg):
         q, k, v, attn_bias = cast_as_autocast(q, k, v, attn_bias)
         check_attention_tensors(q, k, v, sinks)
-        q_len, k_len = _lengths(q, k, pg, seq_len, kv_seq_len)
+        q_len, k_len = attention_lengths(q, k, pg, seq_len, kv_seq_len)
         bias, mask = check_attention_bias(attn_bias, q, k_len)
         left, right = mask_bounds(window_size, is_causal, k_len - q_len)
-        _check_options(layout, engine, dropout_p, scale, softcap, chunks, save_kv, ulysses_degree, ring_degree)
-        _check_documents(cu_seqlens, q_len, k_len, q)
+        check_attention_options(layout, engine, dropout_p, scale, softcap, chunks, save_kv, ulysses_degree, ring_degree)
+        check_cu_seqlens(cu_seqlens, q_len, k_len, q)
         scalars = Scalars(
             q_len,
             k_len,
@@ -162,7 +162,7 @@ def attention_choice(
 ) -> Choice:
     """How :func:`sequence_parallel_attention` runs with these arguments: engine, grid, bytes, balance and reason."""
     pg = resolve_group(group)
-    q_len, k_len = _lengths(q, k, pg, seq_len, kv_seq_len)
+    q_len, k_len = attention_lengths(q, k, pg, seq_len, kv_seq_len)
     bias, mask = check_attention_bias(attn_bias, q, k_len)
     left, right = mask_bounds(window_size, is_causal, k_len - q_len)
     asked = (layout, engine, ulysses_degree, ring_degree, save_kv, chunks, False, False, group_name(pg))
@@ -214,7 +214,7 @@ def check_attention_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | Non
             raise ValueError(f"sinks: expected ({q.shape[2]},), one for each query head, got {tuple(sinks.shape)}")
 
 
-def _lengths(
+def attention_lengths(
     q: Tensor, k: Tensor, pg: ProcessGroup | None, seq_len: int | None, kv_seq_len: int | None
 ) -> tuple[int, int]:
     for name, length in (("seq_len", seq_len), ("kv_seq_len", kv_seq_len)):
@@ -260,7 +260,7 @@ def mask_bounds(window_size: Sequence[int], is_causal: bool, ahead: int) -> tupl
     return (None if left < 0 else left - ahead), (None if right < 0 else right + ahead)
 
 
-def _check_options(
+def check_attention_options(
     layout: str,
     engine: str,
     dropout_p: float,
@@ -291,7 +291,7 @@ def check_scores(scale: float | None, softcap: float) -> None:
         raise ValueError(f"softcap: expected a finite number, 0 or more, got {softcap!r}")
 
 
-def _check_documents(cu_seqlens: Tensor | None, q_len: int, k_len: int, q: Tensor) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor | None, q_len: int, k_len: int, q: Tensor) -> None:
     if cu_seqlens is None:
         return
     check_tensor("cu_seqlens", cu_seqlens)

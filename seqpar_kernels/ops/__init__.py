@@ -17,6 +17,7 @@ from .main_grad import announced
 from .mappings import CopyToRegion, SumGradients, all_reduce, gather, reduce_scatter, split
 from .moe import MoeScalars, moe_mlp, moe_mlp_into
 from .norm import NormCall, PreparedNorm, dropout_add_norm
+from .projected_attention import projected_attention
 from .recompute import (
     ACTIVATIONS,
     NormRecipe,
@@ -65,6 +66,7 @@ __all__ = [
     "merge_attention",
     "moe_mlp",
     "moe_mlp_into",
+    "projected_attention",
     "reduce_scatter",
     "rotary",
     "sequence_attention",

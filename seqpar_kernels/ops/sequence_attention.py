@@ -27,7 +27,15 @@ from ..layout import group_rank, group_size
 from ..overlap import attention_choice, attention_run
 from ..overlap.attention_choice import Choice, Problem
 from ..overlap.attention_column import Column, Extras, kept_elements
-from ..overlap.attention_exchange import Part, heads_to_rows, rows_to_heads
+from ..overlap.attention_exchange import (
+    Part,
+    expanded,
+    expansion,
+    heads_to_rows,
+    key_of_each,
+    rows_to_heads,
+    summed,
+)
 from ..overlap.attention_plan import check_documents
 from ..overlap.messages import agree
 from ..sequence_layout import count
@@ -193,33 +201,6 @@ class Call:
         return Extras(sinks, found["bias"], found["mask"], seed)
 
 
-def _key_of_each(choice: Choice, column: int) -> list[int] | None:
-    """The key head that each query head of a column reads; None where all key heads have as many query heads.
-
-    Kernels need equal groups. Where groups differ, each query head gets a copy of its key head.
-    """
-    queries, keys = choice.sizes.heads(column)
-    group = choice.sizes.q_heads // max(1, choice.sizes.kv_heads)
-    read = [h // group - keys.start for h in queries]
-    return None if len({read.count(i) for i in range(len(keys))}) <= 1 else read
-
-
-def _expansion(call: Call, device: torch.device) -> Tensor | None:
-    read = _key_of_each(call.choice, call.me)
-    return None if read is None else torch.tensor(read, device=device)
-
-
-def _expanded(t: Tensor, index: Tensor | None) -> Tensor:
-    return t if index is None else t.index_select(2, index)
-
-
-def _summed(grad: Tensor, index: Tensor | None, heads: int) -> Tensor:
-    if index is None:
-        return grad
-    shape = (*grad.shape[:2], heads, grad.shape[3])
-    return torch.zeros(shape, dtype=grad.dtype, device=grad.device).index_add_(2, index, grad)
-
-
 @without_autocast
 def _kernel(
     q: Tensor,
@@ -237,8 +218,8 @@ def _kernel(
     with call.column.messages("rows to heads") as messages:
         parts = [call.part(q, sizes.q_len, 0), call.part(k, sizes.k_len, 1), call.part(v, sizes.k_len, 1)]
         q_column, k_column, v_column = rows_to_heads(messages, call.ranks, call.me, parts)
-    index = _expansion(call, q.device)
-    keys, values = _expanded(k_column, index), _expanded(v_column, index)
+    index = expansion(call.sizes, call.me, q.device)
+    keys, values = expanded(k_column, index), expanded(v_column, index)
     out_column, lse_column, kept = attention_run.forward(call.column, q_column, keys, values, extras, s.save)
     parts = [call.part(out_column, sizes.q_len, 0)]
     outs = [empty_like_heads(q, v.shape[3], q.dtype)]
@@ -278,7 +259,7 @@ def _fake(
     q_rows, k_rows = (count(sizes.rows(n, row)) for n in (sizes.q_len, sizes.k_len))
     q_column = q.new_empty((q.shape[0], q_rows, q_heads, q.shape[3]))
     k_column, v_column = (t.new_empty((t.shape[0], k_rows, kv_heads, t.shape[3])) for t in (k, v))
-    each = kv_heads if _key_of_each(choice, column) is None else q_heads
+    each = kv_heads if key_of_each(sizes, column) is None else q_heads
     expanded = [t.new_empty((t.shape[0], k_rows, each, t.shape[3])) for t in (k, v)]
     kept = k.new_empty(kept_elements(choice, rank, *expanded) if keeps else 0)
     return out, lse, q_column, k_column, v_column, q.new_empty((q.shape[0], q_heads, q_rows), dtype=wide), kept
@@ -313,17 +294,17 @@ def _backward_kernel(
         with call.column.messages("gradients of rows to heads") as messages:
             dout, inner = rows_to_heads(messages, call.ranks, call.me, parts)
         delta = inner[..., 0].transpose(1, 2).contiguous()
-        index = _expansion(call, q.device)
-    keys, values = _expanded(k, index), _expanded(v, index)
+        index = expansion(call.sizes, call.me, q.device)
+    keys, values = expanded(k, index), expanded(v, index)
     kv_dtype = wide if call.shares_keys else k.dtype
     args = (call.column, dout, delta, q, keys, values, lse, kept, extras, bias_grad, kv_dtype)
     grads = attention_run.backward(*args)
-    dq, dk, dv = grads.dq, _summed(grads.dk, index, k.shape[2]), _summed(grads.dv, index, k.shape[2])
+    dq, dk, dv = grads.dq, summed(grads.dk, index, k.shape[2]), summed(grads.dv, index, k.shape[2])
     dsinks = q.new_empty(0)
     if sinks is not None and sinks_grad:
         dsinks = torch.zeros(sinks.shape, dtype=sinks.dtype, device=sinks.device)
         heads = call.heads[call.me][0]
-        dsinks[heads.start : heads.stop] = sink_gradient(sinks[heads.start : heads.stop], lse, delta)
+        dsinks[heads.start : heads.stop] = attention_run.sink_gradient(sinks[heads.start : heads.stop], lse, delta)
     dbias = grads.dbias
     if call.exchanges:
         parts = [call.part(dq, sizes.q_len, 0), call.part(dk, sizes.k_len, 1), call.part(dv, sizes.k_len, 1)]
@@ -336,12 +317,6 @@ def _backward_kernel(
             dbias = _bias_rows(call, bias, dbias, q_rows)
     dbias = q.new_empty(0) if dbias is None or bias is None else dbias.sum_to_size(bias.shape).to(bias.dtype)
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks, dbias.contiguous()
-
-
-def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """-sum over this rank's rows of exp(sink - lse) * delta. [Hq]"""
-    weights = torch.exp(sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf))
-    return -(weights.double() * delta.double()).sum((0, 2)).to(sinks.dtype)
 
 
 def _bias_rows(call: Call, bias: Tensor, dbias: Tensor, rows: int) -> Tensor:

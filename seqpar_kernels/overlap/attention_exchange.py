@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.spec import accumulation_dtype
 from ..sequence_layout import Intervals, common, count, places
+from .attention_plan import Sizes
 from .messages import Messages, message_buffer
 
 
@@ -41,11 +42,42 @@ class Part(NamedTuple):
         return self.like
 
 
-def rows_to_heads(messages: Messages, ranks: range, me: int, parts: Sequence[Part]) -> list[Tensor]:
-    """From each rank's rows of all heads to all rows of its heads, contiguous; ``me``: this rank's index."""
+class Exchange:
+    """An all-to-all under way: :meth:`finish` waits for it and returns the tensors that it fills."""
+
+    def __init__(
+        self,
+        messages: Messages | None,
+        receives: list[tuple[int, int, Tensor]],
+        outs: Sequence[Tensor],
+        put: Callable[[], None],
+    ):
+        self._messages, self._receives, self._outs, self._put = messages, receives, outs, put
+
+    def finish(self) -> Sequence[Tensor]:
+        for peer, index, buffer in self._receives:
+            assert self._messages is not None
+            self._messages.wait(peer, index, buffer)
+        self._put()
+        return self._outs
+
+
+def post_rows_to_heads(
+    messages: Messages | None,
+    ranks: range,
+    me: int,
+    parts: Sequence[Part],
+    outs: Sequence[Tensor] | None = None,
+    index: int = 0,
+) -> Exchange:
+    """Start what :func:`rows_to_heads` does, into ``outs`` where given.
+
+    ``index`` tells the exchanges of one step of an op apart. ``messages`` is None where there is one rank.
+    """
     assert parts[0].tensor is not None
     device = parts[0].tensor.device
-    outs = [torch.empty(p.shape(count(p.whole), len(p.heads[me])), dtype=p.dtype, device=device) for p in parts]
+    if outs is None:
+        outs = [torch.empty(p.shape(count(p.whole), len(p.heads[me])), dtype=p.dtype, device=device) for p in parts]
     sends, receives, arrivals = [], [], []
     for other, peer in enumerate(ranks):
         if other == me:
@@ -55,27 +87,36 @@ def rows_to_heads(messages: Messages, ranks: range, me: int, parts: Sequence[Par
         for view, part in zip(views, parts, strict=True):
             assert part.tensor is not None
             view.copy_(_narrow_heads(part.tensor, part.heads[other]))
-        sends.append((peer, 0, buffer))
+        sends.append((peer, index, buffer))
         shapes = [(p.shape(count(p.rows[other]), len(p.heads[me])), p.dtype) for p in parts]
         buffer, views = message_buffer(shapes, device)
-        receives.append((peer, 0, buffer))
+        receives.append((peer, index, buffer))
         arrivals.append((other, views))
-    messages.post(sends, receives)
+    if messages is not None:
+        messages.post(sends, receives)
     for out, part in zip(outs, parts, strict=True):
         assert part.tensor is not None
         _put_rows(out, part, me, _narrow_heads(part.tensor, part.heads[me]))
-    for (peer, index, buffer), (other, views) in zip(receives, arrivals, strict=True):
-        messages.wait(peer, index, buffer)
-        for out, part, view in zip(outs, parts, views, strict=True):
-            _put_rows(out, part, other, view)
+
+    def put() -> None:
+        for other, views in arrivals:
+            for out, part, view in zip(outs, parts, views, strict=True):
+                _put_rows(out, part, other, view)
+
+    return Exchange(messages, receives, outs, put)
+
+
+def rows_to_heads(messages: Messages, ranks: range, me: int, parts: Sequence[Part]) -> list[Tensor]:
+    """From each rank's rows of all heads to all rows of its heads, contiguous; ``me``: this rank's index."""
+    outs = post_rows_to_heads(messages, ranks, me, parts).finish()
     messages.drain()
-    return outs
+    return list(outs)
 
 
-def heads_to_rows(
-    messages: Messages, ranks: range, me: int, parts: Sequence[Part], outs: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    """The inverse, into ``outs``. A head that several ranks have is summed in rank order in fp32 (fp64)."""
+def post_heads_to_rows(
+    messages: Messages | None, ranks: range, me: int, parts: Sequence[Part], outs: Sequence[Tensor], index: int = 0
+) -> Exchange:
+    """Start what :func:`heads_to_rows` does."""
     assert parts[0].tensor is not None
     device = parts[0].tensor.device
     sends, receives, arrived = [], [], dict[int, list[Tensor]]()
@@ -87,17 +128,63 @@ def heads_to_rows(
         buffer, views = message_buffer(shapes, device)
         for view, part in zip(views, parts, strict=True):
             view.copy_(_rows_of(part, other))
-        sends.append((peer, 0, buffer))
+        sends.append((peer, index, buffer))
         shapes = [(p.shape(count(p.rows[me]), len(p.heads[other])), p.dtype) for p in parts]
         buffer, arrived[other] = message_buffer(shapes, device)
-        receives.append((peer, 0, buffer))
-    messages.post(sends, receives)
-    for peer, index, buffer in receives:
-        messages.wait(peer, index, buffer)
-    for i, (part, out) in enumerate(zip(parts, outs, strict=True)):
-        _sum_heads(out, [(part.heads[other], arrived[other][i]) for other in sorted(arrived)])
+        receives.append((peer, index, buffer))
+    if messages is not None:
+        messages.post(sends, receives)
+
+    def put() -> None:
+        for i, (part, out) in enumerate(zip(parts, outs, strict=True)):
+            _sum_heads(out, [(part.heads[other], arrived[other][i]) for other in sorted(arrived)])
+
+    return Exchange(messages, receives, outs, put)
+
+
+def heads_to_rows(
+    messages: Messages, ranks: range, me: int, parts: Sequence[Part], outs: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """The inverse, into ``outs``. A head that several ranks have is summed in rank order in fp32 (fp64)."""
+    outs = post_heads_to_rows(messages, ranks, me, parts, outs).finish()
     messages.drain()
     return outs
+
+
+# --- query heads in groups of different sizes ------------------------------------------------------------------------
+
+
+def expansion(sizes: Sizes, column: int, device: torch.device) -> Tensor | None:
+    """The key head that each query head of a column reads; None where all key heads have as many query heads.
+
+    Kernels need equal groups. Where groups differ, each query head gets a copy of its key head.
+    """
+    read = key_of_each(sizes, column)
+    return None if read is None else torch.tensor(read, device=device)
+
+
+def key_of_each(sizes: Sizes, column: int) -> list[int] | None:
+    """The values of :func:`expansion`."""
+    queries, keys = sizes.heads(column)
+    group = sizes.q_heads // max(1, sizes.kv_heads)
+    read = [h // group - keys.start for h in queries]
+    return None if len({read.count(i) for i in range(len(keys))}) <= 1 else read
+
+
+def expanded(t: Tensor, index: Tensor | None) -> Tensor:
+    """A key head for each query head, as ``index`` says."""
+    return t if index is None else t.index_select(2, index)
+
+
+def summed(grad: Tensor, index: Tensor | None, heads: int) -> Tensor:
+    """The gradient of :func:`expanded`'s argument."""
+    if index is None:
+        return grad
+    shape = (*grad.shape[:2], heads, grad.shape[3])
+    return torch.zeros(shape, dtype=grad.dtype, device=grad.device).index_add_(2, index, grad)
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
 
 
 def _sum_heads(out: Tensor, pieces: list[tuple[range, Tensor]]) -> None:

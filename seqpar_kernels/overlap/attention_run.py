@@ -238,6 +238,12 @@ class _Backward:
             self._block(self._k[:, rows], self._v[:, rows], keys, AttentionGrads(dq, dk[:, rows], dv[:, rows]))
 
 
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """-sum over this rank's rows of exp(sink - lse) * delta. [Hq]"""
+    weights = torch.exp(sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf))
+    return -(weights.double() * delta.double()).sum((0, 2)).to(sinks.dtype)
+
+
 def _own_halves(column: Column) -> Iterator[Interval]:
     """This rank's own keys in two halves, each a list of blocks."""
     rows = column.k_rows

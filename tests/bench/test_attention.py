@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bench import attention, attention_providers, attention_rank, cli, links
+from bench import attention, attention_loopback, attention_providers, attention_rank, cli, links
 from bench.attention_providers import AttentionCase, Provider
 from bench.cli import main
 from bench.schema import Row, load
 from bench.session import Session
+from bench.timing import Effort
 from tests.world import World
 
 BRIEF = ["--quick", "--seconds", "0.001", "--dtype", "fp32"]
@@ -81,9 +82,45 @@ def test_shaped_links(tmp_path: Path) -> None:
         assert rows["ours", "fwd"].metrics["wire_ms"] == pytest.approx(wire, rel=0.01, abs=1e-3)
 
 
+@pytest.mark.parametrize("window", [None, "7"])
+def test_virtual_ranks(window: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a GPU machine runs, on the CPU's kernels."""
+    options = ["--virtual-ranks", "2", "4", "--kv-heads", "2", *(["--window", window] if window else [])]
+    assert main(["attention", *BRIEF, *SIZES, *options, "--save", str(tmp_path)]) == 0
+    rows = {(r.provider, r.direction, r.ranks): r for r in load(tmp_path) if r.op == "attention.loopback"}
+    names = {"unsharded", "ours/unsharded", *ENGINES}
+    assert rows.keys() == {(n, d, t) for n in names for d in ("fwd", "fwd+bwd") for t in (2, 4)}
+    for (name, _, ranks), row in rows.items():
+        assert row.status == "ok", row.reason
+        assert name == "unsharded" or row.metrics["error"] <= 2
+        assert (row.bytes is None) == (name in ("unsharded", "ours/unsharded"))
+        if name == "ours/ulysses":
+            assert row.metrics["grid"] == f"{ranks}x1" and row.metrics["engine"] == "ulysses"
+    assert "attention over virtual ranks" in capsys.readouterr().out
+
+
+def test_an_engine_that_is_wrong_over_virtual_ranks_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention_loopback.ours
+
+    def spoilt(case: AttentionCase, group: Any, engine: str = "auto") -> Provider:
+        made = right(case, group, engine)
+        factor = 1.01 if engine == "ring" else 1.0
+        return Provider(lambda *tensors: made.attend(*tensors) * factor, made.layout)
+
+    monkeypatch.setattr(attention_loopback, "ours", spoilt)
+    session = Session("attention")
+    session.effort = Effort(seconds=0.001, warmup=0.001, least=2, most=2)
+    attention_loopback.run(session, [CASE], ["fp32"], [2], links.parse_link("ratio:1"))
+    status = {row.provider: row.status for row in session.rows}
+    assert status.pop("ours/ring") == "wrong" and set(status.values()) <= {"ok", "wrong"}
+    assert status["ours/ulysses"] == status["ours/all_gather"] == "ok"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--virtual-ranks", "9"], "--virtual-ranks: expected 2 or more, no more than --heads 8"),
+        (["--virtual-ranks", "3", "--seq", "32"], "--seq 32: expected a multiple of 6, twice --virtual-ranks"),
         (["--ranks", "1"], "at least 2 ranks"),
         (["--seq", "34"], "--seq 34: expected a multiple of 4"),
         (["--heads", "4", "--kv-heads", "3"], "--kv-heads 3: expected a divisor of --heads 4"),

@@ -11,6 +11,7 @@ from seqpar_kernels.kernels import NormGiven, NormKind, NormSpec, NormTensors, N
 
 SHAPES = [(16384, 4096), (16384, 16384), (8192, 1024), (4096, 32768)]  # [rows, hidden], tensors beyond the cache
 SHARDS = (8, 2048, 8192)
+ATTENTION = (8192, 32, 8, 128)  # rows, query heads, key heads, features: a layer of Llama-8B
 MATMUL = (8192, 7168, 8192)  # M, N, K: gate and up of Llama-70B on 8 ranks
 DTYPE = torch.bfloat16
 
@@ -41,6 +42,25 @@ def matmul(device: torch.device, sizes: tuple[int, int, int]) -> None:
         matmul(torch.randn(m, k, device=device).to(DTYPE), torch.randn(n, k, device=device).to(DTYPE))
 
 
+def attention(device: torch.device, sizes: tuple[int, int, int, int]) -> None:
+    """Causal attention, forward and backward; nothing where the device has no kernel."""
+    from seqpar_kernels.kernels.attention import backward, forward, row_dots, select_attention
+    from seqpar_kernels.kernels.attention_spec import NO_MASKS, AttentionSpec
+
+    try:
+        select_attention(device)
+    except RuntimeError:
+        return
+    rows, heads, kv_heads, head_dim = sizes
+    q, k, v, dout = (
+        torch.randn(1, rows, count, head_dim, device=device).to(DTYPE) for count in (heads, kv_heads, kv_heads, heads)
+    )
+    spec = AttentionSpec(head_dim**-0.5, right=0)
+    out, lse, _ = forward(q, k, v, spec, NO_MASKS)
+    assert out is not None and lse is not None
+    backward(dout, q, k, v, lse, row_dots(dout, out), spec, NO_MASKS)
+
+
 if __name__ == "__main__":
     cuda = torch.device("cuda", 0)
     for name in ("native", "triton"):
@@ -48,4 +68,5 @@ if __name__ == "__main__":
             norms(name, cuda, SHAPES)
             sums(name, cuda, SHARDS)
     matmul(cuda, MATMUL)
+    attention(cuda, ATTENTION)
     torch.cuda.synchronize()

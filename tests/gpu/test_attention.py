@@ -99,3 +99,36 @@ def test_over_virtual_ranks(engine: str, dtype: torch.dtype) -> None:
         assert equal(first, second)
         for got, want in zip(first, one, strict=True):
             torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_projections_over_virtual_ranks(dtype: torch.dtype) -> None:
+    """y and all gradients of one rank, whatever the groups of heads; sums over heads in blocks of 1024 features."""
+    rows, heads, features, dim = 500, 32, 256, 128
+    generator = torch.Generator().manual_seed(4)
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype) * shape[-1] ** -0.5
+
+    x, dy = made(1, rows, features) * 16, made(1, rows, features)
+    weights = [made(heads * dim, features) for _ in range(3)] + [made(features, heads * dim)]
+
+    def on_rank(group: dist.ProcessGroup, groups: int | None) -> list[Tensor]:
+        mine = sp.shard_sequence(x, group, 1, layout="zigzag").clone().requires_grad_()
+        leaves = [mine, *(w.clone().requires_grad_() for w in weights)]
+        y = sp.sequence_parallel_self_attention(
+            *leaves, group=group, num_heads=heads, seq_len=rows, layout="zigzag", engine="ulysses", head_groups=groups,
+            is_causal=True,
+        )  # fmt: skip
+        dx, *grads = torch.autograd.grad(y, leaves, sp.shard_sequence(dy, group, 1, layout="zigzag"))
+        joined = [sp.unshard_sequence(t.detach(), group, 1, layout="zigzag", seq_len=rows) for t in (y, dx)]
+        return [*joined, *(sp.reduce_from_tensor_parallel(g.float(), group) for g in grads)]
+
+    with Loopback(1, DEVICE) as loopback:
+        (one,) = loopback.run(on_rank, None)
+    tolerance = {F32: 1e-3, BF16: 5e-2}[dtype]
+    with Loopback(2, DEVICE) as loopback:
+        for groups in (1, 2, 4):
+            for found in loopback.run(on_rank, groups):
+                for got, want in zip(found, one, strict=True):
+                    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
