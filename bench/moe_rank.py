@@ -129,7 +129,7 @@ def planned(inputs: Inputs, provider: Provider) -> dict[str, Any]:
     out = sum(placement.tokens(of_ranks[rank], r).shape[0] for r in others)
     into = sum(placement.tokens(of_ranks[r], rank).shape[0] for r in others)
     row, meta = case.hidden * inputs.x.element_size(), 4 * case.top_k
-    forward = out * (row + 2 * meta) + into * row + 8 * len(others)
+    forward = out * (row + 2 * meta) + into * row + 16 * ranks * len(others)
     return {"experts": way, "fwd": forward, "fwd+bwd": forward + out * row + into * (row + meta)}
 
 
