@@ -59,6 +59,56 @@ def _never_empty(tensor: Any, value: float) -> Any:
     return DTensor(part, tensor._spec, requires_grad=False)
 
 
+#: Functions of all elements whose results over the parts torch combines without counting elements.
+_REDUCTIONS = frozenset(
+    {"sum", "linalg_vector_norm", "_foreach_norm", "max", "amax", "min", "amin", "all", "any", "prod"}
+)
+#: Functions that make a tensor like another, beside those that torch tags as pointwise.
+_LIKE = frozenset({
+    "_local_scalar_dense", "_to_copy", "alias", "clone", "copy_", "detach", "empty_like", "fill_", "full_like",
+    "is_same_size", "lift_fresh", "ones_like", "zero_", "zeros_like",
+})  # fmt: skip
+
+
+def _balanced(args: Any) -> list[Any]:
+    """Arguments that are cut as tensor_split cuts, which torch takes for parts as chunk cuts."""
+    found = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(t, CutTensor)]
+    return [t for t in found if t.cut.spec is not None and t.cut.spec.balanced and t.device_mesh.ndim == 1]
+
+
+def _runs_on_parts(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether what torch makes of the parts is right whatever their sizes."""
+    name = func._schema.name.partition("::")[2]
+    if torch.Tag.pointwise in func.tags or name in _LIKE:
+        return True
+    if name in _REDUCTIONS:
+        dims = {"dim", "dims"} & {argument.name for argument in func._schema.arguments}
+        given = any((kwargs or {}).get(dim) is not None for dim in dims)
+        return not given and (name in ("linalg_vector_norm", "_foreach_norm") or len(args) == 1) and len(args) < 3
+    return name.startswith("_foreach_")
+
+
+def _with_cuts(out: Any, args: Any, balanced: list[Any]) -> Any:
+    """``out`` as CutTensors, where its parts are as those of the arguments."""
+    lists = [arg for arg in args if isinstance(arg, (list, tuple))]
+    if isinstance(out, (list, tuple)):
+        likes = [next(iter(_balanced(some)), None) for some in zip(*lists, strict=False)] if lists else []
+        return [_with_cut(one, like) for one, like in zip(out, likes, strict=True)] if len(likes) == len(out) else out
+    return _with_cut(out, balanced[0])
+
+
+def _with_cut(out: Any, like: Any) -> Any:
+    if like is None or type(out) is not DTensor or out.shape != like.shape or out.placements != like.placements:
+        return out
+    return for_checkpoint(out, like.cut)
+
+
+def _gathered(value: Any) -> Any:
+    if isinstance(value, CutTensor) and value.cut.spec is not None:
+        return CutTensor.redistribute(value, placements=[Replicate()])
+    return value
+
+
 class CutTensor(DTensor):
     """A DTensor that gives torch.distributed.checkpoint every rectangle it holds; a plain DTensor knows one only."""
 
@@ -93,7 +143,17 @@ class CutTensor(DTensor):
         if func in _NORMS and len(args) > 1 and args[1] in (math.inf, -math.inf):
             args = tree_map(functools.partial(_never_empty, value=0.0 if args[1] > 0 else math.inf), args)
             return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        balanced = _balanced(args)
+        if not balanced:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        if _runs_on_parts(func, args, kwargs):
+            return _with_cuts(super().__torch_dispatch__(func, types, args, kwargs), args, balanced)
+        if _written(func):
+            raise NotImplementedError(
+                f"{func}: not possible on a tensor of shape {tuple(balanced[0].shape)} that is cut as tensor_split "
+                "cuts (experts that ranks do not divide); work on full_tensor() or to_local()"
+            )
+        return super().__torch_dispatch__(func, types, *tree_map(_gathered, (args, kwargs or {})))
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self._local_tensor)

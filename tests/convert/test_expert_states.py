@@ -69,6 +69,50 @@ def test_experts_that_ranks_do_not_divide(world4: World, name: str, count: int) 
     world4.run(on_ranks, uneven_case, name, count)
 
 
+OF_ALL: dict[str, Any] = {
+    "sum": lambda t: t.sum(),
+    "mean": lambda t: t.mean(),
+    "largest": lambda t: t.abs().max(),
+    "norm": lambda t: t.norm(1),
+    "infinite norm": lambda t: torch.linalg.vector_norm(t, float("inf")),
+    "std": lambda t: t.std(),
+    "median": lambda t: t.median(),
+    "finite": lambda t: t.isfinite().all(),
+    "mean of dimension 0": lambda t: t.mean(0),
+    "sum of dimension 1": lambda t: t.sum(1),
+    "rows": lambda t: t[4],
+    "flat": lambda t: t.flatten(),
+    "scaled": lambda t: t * 2 + t,
+    "foreach": lambda t: torch._foreach_mul([t, t], 3.0)[1],
+    "foreach norm": lambda t: torch._foreach_norm([t])[0],
+    "zeros": torch.zeros_like,
+}
+
+
+@torch.no_grad()
+def functions_case() -> None:
+    """6 experts on 4 ranks are 2 2 1 1, for torch 2 2 2 0: what it makes of listed parameters and their gradients."""
+    plain = mixtral(num_hidden_layers=1, num_local_experts=6)
+    model = sp.parallelize(mixtral(num_hidden_layers=1, num_local_experts=6), dist.group.WORLD, experts="ep")
+    for some in (plain, model):
+        with torch.enable_grad():
+            trained(some)
+    name = "model.layers.0.mlp.experts.down_proj"
+    listed, whole = (dict(some.named_parameters())[name] for some in (model, plain))
+    assert listed.grad is not None and whole.grad is not None
+    for what, function in OF_ALL.items():
+        for ours, theirs in ((listed, whole), (listed.grad, whole.grad), (model.state_dict()[name], whole)):
+            got, expected = function(ours), function(theirs)
+            full = got.full_tensor() if isinstance(got, DTensor) else got
+            torch.testing.assert_close(full, expected, rtol=1e-4, atol=1e-6, msg=lambda m, w=what: f"{w}: {m}")
+    with pytest.raises(NotImplementedError, match=r"cut as tensor_split cuts \(experts that ranks do not divide\)"):
+        listed.grad.index_fill_(0, torch.tensor([5]), 0.0)
+
+
+def test_functions_of_uneven_parts(world4: World) -> None:
+    world4.run(functions_case)
+
+
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"model": sp.sharded_state_dict(model), "optimizer": sp.sharded_optimizer_state_dict(model, optimizer)}
 

@@ -276,3 +276,29 @@ def extreme_case(group: dist.ProcessGroup, way: str) -> None:
 @pytest.mark.parametrize("way", ["ep", "tp"])
 def test_ranks_and_experts_without_tokens(world4: World, way: str) -> None:
     world4.run(on_ranks, extreme_case, way)
+
+
+def converted_case() -> None:
+    """Experts of a converted mixture that accumulate over two micro-batches; all else has its gradients as before."""
+    for way in ("ep", "tp"):
+        plain = gpt_oss(num_local_experts=5)
+        model = sp.parallelize(gpt_oss(num_local_experts=5), dist.group.WORLD, experts=way)
+        experts = [module for module in model.modules() if isinstance(module, sp.Experts)]
+        for module in experts:
+            module.accumulate_into_main_grad = True
+            for weight in (module.gate_up_proj, module.down_proj):
+                weight.main_grad = torch.zeros_like(weight)
+        for _ in range(2):
+            trained(plain)
+            trained(model)
+        for module in experts:
+            for weight in (module.gate_up_proj, module.down_proj):
+                assert weight.grad is None
+                weight.grad = weight.main_grad
+        gradients = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+        assert len(experts) == 2
+        assert_same_gradients(sp.gather_full_gradients(model), gradients)
+
+
+def test_a_converted_mixture(world2: World) -> None:
+    world2.run(converted_case)
