@@ -4,6 +4,7 @@ The ideal is what the whole sequence takes on one rank, divided by the ranks: Py
 for itself. With a window, for which SDPA computes a full matrix, it is the faster of SDPA and ours without a group.
 On CUDA the ranks are virtual (:mod:`bench.attention_loopback`); ``--virtual-ranks`` makes them so on a CPU.
 Bytes are those that the kernel counted on each rank's connections in one call; a row has those of the busiest rank.
+Memory is that of a rank: what autograd keeps beyond q, k and v, and the most of PyTorch's allocator at one time.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def measure(
     if link is not None and network is not None:
         rate = settle_rate(session, order, ranks, link, network, title)
         order["link_bytes"] = int(min(order["link_bytes"], max(rate / 80, 2**14)))  # a tenth of a second
-    session.progress.plan(5 + len(ENGINES) + len(peers))
+    session.progress.plan(6 + len(ENGINES) + len(peers))
     answers = run_ranks(
         ".attention_rank:run",
         order,
@@ -238,6 +239,9 @@ def report(
             row.metrics |= {"ideal_ms": round(ideal, 3), "x_ideal": round(stats.p50 / ideal, 3)}
             if name in answers[0]["errors"]:
                 row.metrics["error"] = round(max(answer["errors"][name] for answer in answers), 3)
+            if direction == "fwd+bwd" and name in answers[0]["memory"]:
+                kept, peak = (max(answer["memory"][name][i] for answer in answers) for i in (0, 1))
+                row.metrics |= {"kept_bytes": kept, "peak_bytes": peak}
             if name not in (UNSHARDED, OURS_UNSHARDED):
                 wire = 8e3 * (row.bytes or 0) / (rate or measured)
                 row.percent, row.ceiling = 100 * max(ideal, wire) / stats.p50, "the slower of the ideal and its wire"
@@ -265,7 +269,7 @@ def show(rows: Sequence[Row], ranks: int) -> None:
         for i, row in enumerate(asked):
             lines.append([row.label().removeprefix("attention.") if i == 0 else "", row.who(), *_figures(row)])
     header = ["what", "who", "ms", "p20..p80", "x ideal", "CPU x ideal", "KiB sent", "wire ms", "GFLOP/s", "% ceiling"]
-    header.append("remark")
+    header += ["kept MiB", "peak MiB", "remark"]
     table(f"attention on {rows[0].machine}, {ranks} ranks, one thread each", header, lines, left=2)
     remark_on_percents(rows)
     links = {row.params["link"]: row.metrics["mbit"] for row in rows if row.op == "ceiling.link"}
@@ -278,7 +282,7 @@ def _figures(row: Row) -> list[str]:
     from .report import number, percent
 
     if row.p50_ms is None:
-        return [""] * 8 + [f"{row.status}: {row.reason}"]
+        return [""] * 10 + [f"{row.status}: {row.reason}"]
     m = row.metrics
     remark = [f"error {number(m['error'])}"] if "error" in m else []
     remark += [f"{m['engine']} {m['grid']}"] if "engine" in m else []
@@ -291,5 +295,6 @@ def _figures(row: Row) -> list[str]:
         number(m.get("wire_ms")),
         number((row.flops or 0) / row.p50_ms / 1e6),
         "" if row.percent is None else percent(row.percent),
+        *(f"{m[name] / 2**20:.2f}" if name in m else "" for name in ("kept_bytes", "peak_bytes")),
         ", ".join(remark),
     ]

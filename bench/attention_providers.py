@@ -101,16 +101,24 @@ def ours_unsharded(case: AttentionCase, group: dist.ProcessGroup | None, always:
     return Provider(_ours(case, None, "auto"), WHOLE)
 
 
-def ours(case: AttentionCase, group: dist.ProcessGroup, engine: str = "auto") -> Provider:
-    return Provider(_ours(case, group, engine), case.layout)
+def ours(case: AttentionCase, group: dist.ProcessGroup, engine: str = "auto", save_kv: bool | None = None) -> Provider:
+    return Provider(_ours(case, group, engine, save_kv), case.layout)
 
 
-def _ours(case: AttentionCase, group: dist.ProcessGroup | None, engine: str) -> Attend:
+def _ours(case: AttentionCase, group: dist.ProcessGroup | None, engine: str, save_kv: bool | None = None) -> Attend:
     layout = "contiguous" if group is None else case.layout
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = sp.sequence_parallel_attention(
-            q, k, v, group=group, is_causal=True, window_size=case.bounds(), layout=layout, engine=engine
+            q,
+            k,
+            v,
+            group=group,
+            is_causal=True,
+            window_size=case.bounds(),
+            layout=layout,
+            engine=engine,
+            save_kv=save_kv,
         )
         assert isinstance(out, Tensor)
         return out

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bench import attention, attention_loopback, attention_providers, attention_rank, cli, links
+from bench import attention, attention_loopback, attention_memory, attention_providers, attention_rank, cli, links
 from bench.attention_providers import AttentionCase, Provider
 from bench.cli import main
 from bench.schema import Row, load
@@ -21,7 +21,8 @@ from tests.world import World
 
 BRIEF = ["--quick", "--seconds", "0.001", "--dtype", "fp32"]
 SIZES = ["--seq", "32", "--heads", "4", "--head-dim", "8"]
-ENGINES = {"ours", "ours/ring", "ours/ulysses", "ours/all_gather"}
+VIRTUAL = {"ours", "ours/ring", "ours/ulysses", "ours/all_gather"}
+ENGINES = {*VIRTUAL, "ours/refetch"}
 HEADERS = 2048  # of gloo's messages, in all of a call
 
 
@@ -55,6 +56,11 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert row.metrics["x_ideal"] == 2
         else:
             assert row.metrics["error"] <= 2 and row.percent > 0
+        if name in ENGINES and direction == "fwd+bwd":
+            result, lse = 16 * 4 * 8 * 4, 16 * 4 * 4  # of a rank
+            kept = row.metrics["kept_bytes"]
+            assert kept == result + lse if name == "ours/refetch" else kept > result + lse
+            assert row.metrics["peak_bytes"] >= row.metrics["kept_bytes"] + 2 * result  # dq, dk and dv
         if name in ENGINES and row.bytes is not None:
             assert 0 <= row.bytes - row.metrics["planned_bytes"] < HEADERS
     if rows["by-hand", "fwd"].bytes is not None:
@@ -88,7 +94,7 @@ def test_virtual_ranks(window: str | None, tmp_path: Path, capsys: pytest.Captur
     options = ["--virtual-ranks", "2", "4", "--kv-heads", "2", *(["--window", window] if window else [])]
     assert main(["attention", *BRIEF, *SIZES, *options, "--save", str(tmp_path)]) == 0
     rows = {(r.provider, r.direction, r.ranks): r for r in load(tmp_path) if r.op == "attention.loopback"}
-    names = {"unsharded", "ours/unsharded", *ENGINES}
+    names = {"unsharded", "ours/unsharded", *VIRTUAL}
     assert rows.keys() == {(n, d, t) for n in names for d in ("fwd", "fwd+bwd") for t in (2, 4)}
     for (name, _, ranks), row in rows.items():
         assert row.status == "ok", row.reason
@@ -148,6 +154,19 @@ def test_the_oracle_is_autograd_in_fp64(window: int | None, monkeypatch: pytest.
     want = [y, *torch.autograd.grad(y, [q, k, v], grad)]
     for got, expected in zip(attention_rank.oracle(case, *(t.detach() for t in (q, k, v, grad))), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_memory_is_what_is_kept_and_the_most_at_one_time() -> None:
+    q, k, v = (torch.randn(1, 512, 4, 16, requires_grad=True) for _ in range(3))
+    size = q.nbytes
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q * k).exp() + v
+
+    # exp keeps its result; a product keeps its factors, which are given.
+    kept, peak = attention_memory.kept_and_peak(attend, [q, k, v], torch.ones_like(q))
+    assert kept == size and 3 * size <= peak <= 6 * size
+    assert attention_memory.peak_of(lambda: torch.empty(1000, dtype=torch.uint8).add(1)) in range(2000, 2200)
 
 
 class _WrongBackward(torch.autograd.Function):
