@@ -1,7 +1,8 @@
 """``bench attention``: causal attention over a sequence that R ranks share, over loopback or links of a chosen rate.
 
 The ideal is what the whole sequence takes on one rank, divided by the ranks: PyTorch's SDPA, on all ranks at once, each
-for itself. With a window, for which SDPA computes a full matrix, it is the faster of SDPA and ours without a group.
+for itself. With a window or documents, for which SDPA computes a full
+matrix, it is the faster of SDPA and ours without a group.
 On CUDA the ranks are virtual (:mod:`bench.attention_loopback`); ``--virtual-ranks`` makes them so on a CPU.
 Bytes are those that the kernel counted on each rank's connections in one call; a row has those of the busiest rank.
 Memory is that of a rank: what autograd keeps beyond q, k and v, and the most of PyTorch's allocator at one time.
@@ -42,6 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-heads", type=positive, help="of keys and values (default: as many as of queries)")
     parser.add_argument("--head-dim", type=positive, help="features of a head (default: 64; cuda: 128)")
     parser.add_argument("--window", type=positive, help="keys that a row sees, itself among them (default: all before)")
+    text = "packed documents, the i-th i parts long, whose rows see their own keys (default: 1)"
+    parser.add_argument("--documents", type=positive, default=1, help=text)
     parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of ours and of torch's ring")
     text = "links of 1gbit, or ratio:R: the wire R times as long as the ideal, for the bytes that ours sends"
     parser.add_argument("--wire", nargs="+", metavar="RATE", help=text)
@@ -79,6 +82,8 @@ def cases(args: argparse.Namespace, session: Session) -> list[AttentionCase]:
         raise BenchError(f"--ranks {args.ranks}: attention needs at least 2 ranks; one rank is plain SDPA")
     heads, head_dim = args.heads or (32 if cuda else 8), args.head_dim or (128 if cuda else 64)
     kv_heads = args.kv_heads or heads
+    if args.documents > min(args.seq or [32]):
+        raise BenchError(f"--documents {args.documents}: expected no more than rows")
     if heads % kv_heads:
         raise BenchError(f"--kv-heads {kv_heads}: expected a divisor of --heads {heads}")
     if any(count < 2 or count > heads for count in virtual):
@@ -90,7 +95,7 @@ def cases(args: argparse.Namespace, session: Session) -> list[AttentionCase]:
         for option, count in [("--virtual-ranks", n) for n in virtual] or [("--ranks", args.ranks)]:
             if seq % (2 * count):
                 raise BenchError(f"--seq {seq}: expected a multiple of {2 * count}, twice {option} (the peers need it)")
-        found.append(AttentionCase(seq, heads, kv_heads, head_dim, args.window, args.layout))
+        found.append(AttentionCase(seq, heads, kv_heads, head_dim, args.window, args.layout, args.documents))
     return found
 
 
@@ -214,6 +219,8 @@ def report(
     params: dict[str, Any] = {"link": link, "layout": case.layout}
     if case.window is not None:
         params["window"] = case.window
+    if case.documents > 1:
+        params["documents"] = case.documents
     for direction in ("fwd", "fwd+bwd"):
         ideal, ideal_cpu = ideal_of(answers, direction)
 

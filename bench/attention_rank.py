@@ -66,7 +66,7 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
     out: dict[str, Any] = {"times": {}, "cpu": {}, "sent": {}, "errors": {}, "notes": {}, "planned": {}, "memory": {}}
     runners = {UNSHARDED: runner(unsharded(case), inputs)}
     if job["calibrate"]:
-        if case.window is not None:
+        if case.is_masked:
             runners[OURS_UNSHARDED] = runner(ours_unsharded(case, group), inputs)
         out["times"] = rounds({name: partial(call, True) for name, call in runners.items()}, effort, group, "cpu")
         out["planned"] = planned(inputs, "auto")
@@ -74,7 +74,7 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
     step("fp64")
     truth, reference = oracle(case, *inputs.whole), results(unsharded(case), inputs)
     providers: dict[str, Provider] = {}
-    for name, build in builders(job["peers"], case.window is not None).items():
+    for name, build in builders(job["peers"], case.is_masked).items():
         step(f"check {name}")
 
         def attempt(name: str = name, build: attention_providers.Build = build) -> None:
@@ -106,13 +106,13 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
     return out
 
 
-def builders(peers: list[str], windowed: bool) -> dict[str, attention_providers.Build]:
+def builders(peers: list[str], masked: bool) -> dict[str, attention_providers.Build]:
     """Everybody to check and time; looked up when called, for tests that put a wrong one in somebody's place."""
     ours = attention_providers.ours
     found: dict[str, attention_providers.Build] = {"ours": ours}
     found.update({f"ours/{engine}": partial(ours, engine=engine) for engine in ENGINES})
     found[REFETCH] = partial(ours, engine="ring", save_kv=False)
-    if windowed:
+    if masked:
         found[OURS_UNSHARDED] = ours_unsharded
     found.update({name: attention_providers.PEERS[name] for name in peers})
     return found

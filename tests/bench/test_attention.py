@@ -88,10 +88,22 @@ def test_shaped_links(tmp_path: Path) -> None:
         assert rows["ours", "fwd"].metrics["wire_ms"] == pytest.approx(wire, rel=0.01, abs=1e-3)
 
 
-@pytest.mark.parametrize("window", [None, "7"])
-def test_virtual_ranks(window: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_packed_documents(tmp_path: Path) -> None:
+    options = ["--documents", "3", "--peers", "by-hand", "torch-ring"]
+    assert main(["attention", *BRIEF, *SIZES, *options, "--save", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path)
+    assert {name for (name, _), row in rows.items() if row.status == "ok"} == {
+        "unsharded", "ours/unsharded", *ENGINES, "by-hand",
+    }  # fmt: skip
+    assert rows["torch-ring", "fwd"].reason == "torch's ring has no window and no documents"
+    row = rows["ours", "fwd"]
+    assert row.params["documents"] == 3 and row.flops == (5 * 6 + 11 * 12 + 16 * 17) // 2 * 4 * 8 * 4 // 2
+
+
+@pytest.mark.parametrize("options", [[], ["--window", "7"], ["--documents", "3"]])
+def test_virtual_ranks(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What a GPU machine runs, on the CPU's kernels."""
-    options = ["--virtual-ranks", "2", "4", "--kv-heads", "2", *(["--window", window] if window else [])]
+    options = ["--virtual-ranks", "2", "4", "--kv-heads", "2", *options]
     assert main(["attention", *BRIEF, *SIZES, *options, "--save", str(tmp_path)]) == 0
     rows = {(r.provider, r.direction, r.ranks): r for r in load(tmp_path) if r.op == "attention.loopback"}
     names = {"unsharded", "ours/unsharded", *VIRTUAL}
@@ -142,10 +154,10 @@ def test_bad_input_says_what_to_do(options: list[str], message: str, capsys: pyt
 CASE = AttentionCase(24, 2, 1, 8, None, "zigzag")
 
 
-@pytest.mark.parametrize("window", [None, 1, 7, 100])
-def test_the_oracle_is_autograd_in_fp64(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("window", "documents"), [(None, 1), (1, 1), (7, 1), (100, 1), (None, 3), (4, 3)])
+def test_the_oracle_is_autograd_in_fp64(window: int | None, documents: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_rank, "_BLOCK", 5)
-    case = dataclasses.replace(CASE, window=window)
+    case = dataclasses.replace(CASE, window=window, documents=documents)
     q, k, v, grad = (torch.randn(1, 24, h, 8, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1, 2))
     mask = case.mask(torch.arange(24), torch.arange(24))
     assert mask.sum() == case.pairs()
@@ -235,7 +247,7 @@ def test_wrong_providers_are_found_out_and_not_timed(world2: World) -> None:
     fastest = min(rows[name].p50_ms or 0.0 for name in ("unsharded", "ours/unsharded"))
     assert rows["ours"].metrics["ideal_ms"] == pytest.approx(fastest / 2, abs=1e-3)
     assert rows["unsharded"].flops == 2 * rows["ours"].flops == 14 * (7 * 8 // 2 + 17 * 7) * 2 * 8
-    assert rows["torch-ring"].reason == "torch's ring has no window"
+    assert rows["torch-ring"].reason == "torch's ring has no window and no documents"
     attention.show(session.rows, 2)
 
 
