@@ -1,9 +1,11 @@
 """``bench attention``: causal attention over a sequence that R ranks share, over loopback or links of a chosen rate.
 
 The ideal is what the whole sequence takes on one rank, divided by the ranks: PyTorch's SDPA, on all ranks at once, each
-for itself. With a window, for which SDPA computes a full matrix, it is the faster of SDPA and ours without a group.
+for itself. With a window or documents, for which SDPA computes a full
+matrix, it is the faster of SDPA and ours without a group.
 On CUDA the ranks are virtual (:mod:`bench.attention_loopback`); ``--virtual-ranks`` makes them so on a CPU.
 Bytes are those that the kernel counted on each rank's connections in one call; a row has those of the busiest rank.
+Memory is that of a rank: what autograd keeps beyond q, k and v, and the most of PyTorch's allocator at one time.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-heads", type=positive, help="of keys and values (default: as many as of queries)")
     parser.add_argument("--head-dim", type=positive, help="features of a head (default: 64; cuda: 128)")
     parser.add_argument("--window", type=positive, help="keys that a row sees, itself among them (default: all before)")
+    text = "packed documents, the i-th i parts long, whose rows see their own keys (default: 1)"
+    parser.add_argument("--documents", type=positive, default=1, help=text)
     parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of ours and of torch's ring")
     text = "links of 1gbit, or ratio:R: the wire R times as long as the ideal, for the bytes that ours sends"
     parser.add_argument("--wire", nargs="+", metavar="RATE", help=text)
@@ -78,6 +82,8 @@ def cases(args: argparse.Namespace, session: Session) -> list[AttentionCase]:
         raise BenchError(f"--ranks {args.ranks}: attention needs at least 2 ranks; one rank is plain SDPA")
     heads, head_dim = args.heads or (32 if cuda else 8), args.head_dim or (128 if cuda else 64)
     kv_heads = args.kv_heads or heads
+    if args.documents > min(args.seq or [32]):
+        raise BenchError(f"--documents {args.documents}: expected no more than rows")
     if heads % kv_heads:
         raise BenchError(f"--kv-heads {kv_heads}: expected a divisor of --heads {heads}")
     if any(count < 2 or count > heads for count in virtual):
@@ -89,7 +95,7 @@ def cases(args: argparse.Namespace, session: Session) -> list[AttentionCase]:
         for option, count in [("--virtual-ranks", n) for n in virtual] or [("--ranks", args.ranks)]:
             if seq % (2 * count):
                 raise BenchError(f"--seq {seq}: expected a multiple of {2 * count}, twice {option} (the peers need it)")
-        found.append(AttentionCase(seq, heads, kv_heads, head_dim, args.window, args.layout))
+        found.append(AttentionCase(seq, heads, kv_heads, head_dim, args.window, args.layout, args.documents))
     return found
 
 
@@ -135,7 +141,7 @@ def measure(
     if link is not None and network is not None:
         rate = settle_rate(session, order, ranks, link, network, title)
         order["link_bytes"] = int(min(order["link_bytes"], max(rate / 80, 2**14)))  # a tenth of a second
-    session.progress.plan(5 + len(ENGINES) + len(peers))
+    session.progress.plan(6 + len(ENGINES) + len(peers))
     answers = run_ranks(
         ".attention_rank:run",
         order,
@@ -213,6 +219,8 @@ def report(
     params: dict[str, Any] = {"link": link, "layout": case.layout}
     if case.window is not None:
         params["window"] = case.window
+    if case.documents > 1:
+        params["documents"] = case.documents
     for direction in ("fwd", "fwd+bwd"):
         ideal, ideal_cpu = ideal_of(answers, direction)
 
@@ -238,6 +246,9 @@ def report(
             row.metrics |= {"ideal_ms": round(ideal, 3), "x_ideal": round(stats.p50 / ideal, 3)}
             if name in answers[0]["errors"]:
                 row.metrics["error"] = round(max(answer["errors"][name] for answer in answers), 3)
+            if direction == "fwd+bwd" and name in answers[0]["memory"]:
+                kept, peak = (max(answer["memory"][name][i] for answer in answers) for i in (0, 1))
+                row.metrics |= {"kept_bytes": kept, "peak_bytes": peak}
             if name not in (UNSHARDED, OURS_UNSHARDED):
                 wire = 8e3 * (row.bytes or 0) / (rate or measured)
                 row.percent, row.ceiling = 100 * max(ideal, wire) / stats.p50, "the slower of the ideal and its wire"
@@ -265,7 +276,7 @@ def show(rows: Sequence[Row], ranks: int) -> None:
         for i, row in enumerate(asked):
             lines.append([row.label().removeprefix("attention.") if i == 0 else "", row.who(), *_figures(row)])
     header = ["what", "who", "ms", "p20..p80", "x ideal", "CPU x ideal", "KiB sent", "wire ms", "GFLOP/s", "% ceiling"]
-    header.append("remark")
+    header += ["kept MiB", "peak MiB", "remark"]
     table(f"attention on {rows[0].machine}, {ranks} ranks, one thread each", header, lines, left=2)
     remark_on_percents(rows)
     links = {row.params["link"]: row.metrics["mbit"] for row in rows if row.op == "ceiling.link"}
@@ -278,7 +289,7 @@ def _figures(row: Row) -> list[str]:
     from .report import number, percent
 
     if row.p50_ms is None:
-        return [""] * 8 + [f"{row.status}: {row.reason}"]
+        return [""] * 10 + [f"{row.status}: {row.reason}"]
     m = row.metrics
     remark = [f"error {number(m['error'])}"] if "error" in m else []
     remark += [f"{m['engine']} {m['grid']}"] if "engine" in m else []
@@ -291,5 +302,6 @@ def _figures(row: Row) -> list[str]:
         number(m.get("wire_ms")),
         number((row.flops or 0) / row.p50_ms / 1e6),
         "" if row.percent is None else percent(row.percent),
+        *(f"{m[name] / 2**20:.2f}" if name in m else "" for name in ("kept_bytes", "peak_bytes")),
         ", ".join(remark),
     ]

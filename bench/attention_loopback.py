@@ -104,6 +104,9 @@ def measure(
                 runners[name] = partial(_on_all, world, call)
         timed = interleave(runners, session.device, session.effort)
     ideal = min(timed[name].p50 for name in alone)
+    params: dict[str, Any] = {"link": link.text, "layout": case.layout}
+    params |= {"window": case.window} if case.window else {}
+    params |= {"documents": case.documents} if case.documents > 1 else {}
     for name in (*alone, *choices):
         row = Row(
             op="attention.loopback",
@@ -112,7 +115,7 @@ def measure(
             shape=[case.seq, case.heads, case.kv_heads, case.head_dim],
             dtype=dtype,
             ranks=ranks,
-            params={"link": link.text, "layout": case.layout} | ({"window": case.window} if case.window else {}),
+            params=params,
             clock="cuda" if session.device == "cuda" else "wall",
             flops=flops(case, direction),
         )

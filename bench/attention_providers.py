@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One question: causal attention over S rows, of which each sees ``window`` keys at most, or all before it."""
+    """One question: causal attention over S rows, of which each sees ``window`` keys at most, or all before it.
+
+    With ``documents`` > 1 these are packed, i parts long for the i-th, and rows see the keys of their own.
+    """
 
     seq: int
     heads: int
@@ -35,6 +39,20 @@ class AttentionCase:
     head_dim: int
     window: int | None
     layout: str
+    documents: int = 1
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether SDPA needs a mask for it, which it pays for in full."""
+        return self.window is not None or self.documents > 1
+
+    def ends(self) -> list[int]:
+        """cu_seqlens."""
+        n = self.documents
+        return [self.seq * i * (i + 1) // (n * (n + 1)) for i in range(n + 1)]
+
+    def cu_seqlens(self, device: torch.device | str = "cpu") -> Tensor | None:
+        return None if self.documents == 1 else torch.tensor(self.ends(), dtype=torch.int32, device=device)
 
     def bounds(self) -> tuple[int, int]:
         """(left, right) in the package's words."""
@@ -43,12 +61,20 @@ class AttentionCase:
     def mask(self, rows: Tensor, keys: Tensor) -> Tensor:
         """Which of the positions ``keys`` each of the positions ``rows`` sees: booleans [rows, keys]."""
         behind = rows[:, None] - keys
-        return (behind >= 0) if self.window is None else (behind >= 0) & (behind < self.window)
+        seen = behind >= 0 if self.window is None else (behind >= 0) & (behind < self.window)
+        if self.documents == 1:
+            return seen
+        ends = torch.tensor(self.ends()[1:], device=rows.device)
+        mine, theirs = (torch.searchsorted(ends, at, right=True) for at in (rows, keys))
+        return seen & (mine[:, None] == theirs)
 
     def pairs(self) -> int:
         """Pairs of a row and a key that it sees, of one head."""
-        w = min(self.window or self.seq, self.seq)
-        return w * (w + 1) // 2 + (self.seq - w) * w
+        total = 0
+        for start, stop in itertools.pairwise(self.ends()):
+            w = min(self.window or self.seq, stop - start)
+            total += w * (w + 1) // 2 + (stop - start - w) * w
+        return total
 
 
 #: The layout of those who attend over the whole sequence on every rank.
@@ -71,7 +97,7 @@ def heads_first(*tensors: Tensor) -> list[Tensor]:
 def whole_mask(case: AttentionCase, device: torch.device | str = "cpu") -> Tensor | None:
     """What SDPA needs beside its causal flag: None where that says everything. A mask it pays for in full."""
     every = torch.arange(case.seq, device=device)
-    return None if case.window is None else case.mask(every, every)
+    return case.mask(every, every) if case.is_masked else None
 
 
 def sdpa(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -95,22 +121,31 @@ def unsharded(case: AttentionCase) -> Provider:
 
 
 def ours_unsharded(case: AttentionCase, group: dist.ProcessGroup | None, always: bool = False) -> Provider:
-    """Ours without a group: with a window the better measure of the work, since SDPA pays for its mask in full."""
-    if case.window is None and not always:
-        raise Absent("without a window the unsharded one is SDPA's causal attention")
+    """Ours without a group: with a mask the better measure of the work, since SDPA pays for its mask in full."""
+    if not case.is_masked and not always:
+        raise Absent("without a window or documents the unsharded one is SDPA's causal attention")
     return Provider(_ours(case, None, "auto"), WHOLE)
 
 
-def ours(case: AttentionCase, group: dist.ProcessGroup, engine: str = "auto") -> Provider:
-    return Provider(_ours(case, group, engine), case.layout)
+def ours(case: AttentionCase, group: dist.ProcessGroup, engine: str = "auto", save_kv: bool | None = None) -> Provider:
+    return Provider(_ours(case, group, engine, save_kv), case.layout)
 
 
-def _ours(case: AttentionCase, group: dist.ProcessGroup | None, engine: str) -> Attend:
+def _ours(case: AttentionCase, group: dist.ProcessGroup | None, engine: str, save_kv: bool | None = None) -> Attend:
     layout = "contiguous" if group is None else case.layout
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = sp.sequence_parallel_attention(
-            q, k, v, group=group, is_causal=True, window_size=case.bounds(), layout=layout, engine=engine
+            q,
+            k,
+            v,
+            group=group,
+            is_causal=True,
+            window_size=case.bounds(),
+            cu_seqlens=case.cu_seqlens(q.device),
+            layout=layout,
+            engine=engine,
+            save_kv=save_kv,
         )
         assert isinstance(out, Tensor)
         return out
@@ -175,8 +210,8 @@ class _TorchRing(torch.autograd.Function):
 
 def torch_ring(case: AttentionCase, group: dist.ProcessGroup) -> Provider:
     """``_templated_ring_attention`` with torch's own default: K and V gathered at once, load balanced if zigzag."""
-    if case.window is not None:
-        raise Absent("torch's ring has no window")
+    if case.is_masked:
+        raise Absent("torch's ring has no window and no documents")
     try:
         from torch.distributed.tensor.experimental._context_parallel import _attention
     except ImportError as error:
@@ -220,8 +255,8 @@ def deepspeed(case: AttentionCase, group: dist.ProcessGroup) -> Provider:
 def yunchang(case: AttentionCase, group: dist.ProcessGroup) -> Provider:
     """Its ring over torch's attention, the one of its kernels that a CPU has."""
     _need("yunchang", "yunchang")
-    if case.window is not None:
-        raise Absent("its ring over torch's attention has no window")
+    if case.is_masked:
+        raise Absent("its ring over torch's attention has no window and no documents")
     from yunchang import LongContextAttention, set_seq_parallel_pg
     from yunchang.kernels import AttnType
 

@@ -19,6 +19,7 @@ import seqpar_kernels as sp
 from seqpar_kernels.functional.sequence_attention import attention_choice
 
 from . import attention_providers
+from .attention_memory import kept_and_peak
 from .attention_providers import WHOLE, AttentionCase, Provider, ours_unsharded, unsharded
 from .check import WrongResult, error_ratio
 from .facts import DTYPES
@@ -26,6 +27,7 @@ from .linear_rank import link_runner, rounds, why_not_timed
 from .timing import Effort, with_cpu_time
 
 ENGINES = ("ring", "ulysses", "all_gather")
+REFETCH = "ours/refetch"  # a ring that sends keys and values again for the backward, and keeps none
 UNSHARDED, OURS_UNSHARDED = "unsharded", "ours/unsharded"
 _RESULTS = ("out", "dq", "dk", "dv")
 _BLOCK = 512  # rows of the oracle at one time: its scores then take megabytes, whatever S is
@@ -61,30 +63,35 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
     beside the CPU's milliseconds, bytes sent, errors, and why who is missing is missing."""
     case = AttentionCase(**job["case"])
     inputs, effort = Inputs(case, DTYPES[job["dtype"]], group), Effort(**job["effort"])
-    out: dict[str, Any] = {"times": {}, "cpu": {}, "sent": {}, "errors": {}, "notes": {}, "planned": {}}
+    out: dict[str, Any] = {"times": {}, "cpu": {}, "sent": {}, "errors": {}, "notes": {}, "planned": {}, "memory": {}}
     runners = {UNSHARDED: runner(unsharded(case), inputs)}
     if job["calibrate"]:
-        if case.window is not None:
+        if case.is_masked:
             runners[OURS_UNSHARDED] = runner(ours_unsharded(case, group), inputs)
         out["times"] = rounds({name: partial(call, True) for name, call in runners.items()}, effort, group, "cpu")
         out["planned"] = planned(inputs, "auto")
         return out
     step("fp64")
     truth, reference = oracle(case, *inputs.whole), results(unsharded(case), inputs)
-    for name, build in builders(job["peers"], case.window is not None).items():
+    providers: dict[str, Provider] = {}
+    for name, build in builders(job["peers"], case.is_masked).items():
         step(f"check {name}")
 
         def attempt(name: str = name, build: attention_providers.Build = build) -> None:
             provider = build(case, group)
             out["errors"][name] = check(provider, inputs, truth, reference)
-            runners[name] = runner(provider, inputs)
+            runners[name], providers[name] = runner(provider, inputs), provider
 
         note = why_not_timed(attempt, group)
         if note:
             runners.pop(name, None)
             out["notes"][name] = note
-        elif name.startswith("ours") and name != OURS_UNSHARDED:
-            out["planned"][name] = planned(inputs, name.partition("/")[2] or "auto")
+            continue
+        *leaves, grad = inputs.shards(providers[name].layout)  # all ranks: each has found it right
+        out["memory"][name] = kept_and_peak(providers[name].attend, leaves, grad)
+        if name.startswith("ours") and name != OURS_UNSHARDED:
+            engine, save_kv = ("ring", False) if name == REFETCH else (name.partition("/")[2] or "auto", None)
+            out["planned"][name] = planned(inputs, engine, save_kv)
     for direction, both in (("fwd", False), ("fwd+bwd", True)):
         step(f"time {direction}")
         calls = {f"{name} {direction}": partial(call, both) for name, call in runners.items()}
@@ -99,22 +106,23 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
     return out
 
 
-def builders(peers: list[str], windowed: bool) -> dict[str, attention_providers.Build]:
+def builders(peers: list[str], masked: bool) -> dict[str, attention_providers.Build]:
     """Everybody to check and time; looked up when called, for tests that put a wrong one in somebody's place."""
     ours = attention_providers.ours
     found: dict[str, attention_providers.Build] = {"ours": ours}
     found.update({f"ours/{engine}": partial(ours, engine=engine) for engine in ENGINES})
-    if windowed:
+    found[REFETCH] = partial(ours, engine="ring", save_kv=False)
+    if masked:
         found[OURS_UNSHARDED] = ours_unsharded
     found.update({name: attention_providers.PEERS[name] for name in peers})
     return found
 
 
-def planned(inputs: Inputs, engine: str) -> dict[str, Any]:
+def planned(inputs: Inputs, engine: str, save_kv: bool | None = None) -> dict[str, Any]:
     """What the package chooses here, and the bytes that it expects its busiest rank to send."""
     case = inputs.case
     q, k, v, _ = inputs.shards(case.layout)
-    bounds = {"window_size": case.bounds(), "layout": case.layout, "engine": engine}
+    bounds = {"window_size": case.bounds(), "layout": case.layout, "engine": engine, "save_kv": save_kv}
     choice = attention_choice(q, k, v, group=inputs.group, is_causal=True, **bounds)
     grid = f"{choice.sizes.ulysses}x{choice.sizes.ring}"
     return {"engine": choice.engine, "grid": grid, "fwd": choice.wire.forward, "fwd+bwd": choice.wire.total}

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bench import attention, attention_loopback, attention_providers, attention_rank, cli, links
+from bench import attention, attention_loopback, attention_memory, attention_providers, attention_rank, cli, links
 from bench.attention_providers import AttentionCase, Provider
 from bench.cli import main
 from bench.schema import Row, load
@@ -21,7 +21,8 @@ from tests.world import World
 
 BRIEF = ["--quick", "--seconds", "0.001", "--dtype", "fp32"]
 SIZES = ["--seq", "32", "--heads", "4", "--head-dim", "8"]
-ENGINES = {"ours", "ours/ring", "ours/ulysses", "ours/all_gather"}
+VIRTUAL = {"ours", "ours/ring", "ours/ulysses", "ours/all_gather"}
+ENGINES = {*VIRTUAL, "ours/refetch"}
 HEADERS = 2048  # of gloo's messages, in all of a call
 
 
@@ -55,6 +56,11 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert row.metrics["x_ideal"] == 2
         else:
             assert row.metrics["error"] <= 2 and row.percent > 0
+        if name in ENGINES and direction == "fwd+bwd":
+            result, lse = 16 * 4 * 8 * 4, 16 * 4 * 4  # of a rank
+            kept = row.metrics["kept_bytes"]
+            assert kept == result + lse if name == "ours/refetch" else kept > result + lse
+            assert row.metrics["peak_bytes"] >= row.metrics["kept_bytes"] + 2 * result  # dq, dk and dv
         if name in ENGINES and row.bytes is not None:
             assert 0 <= row.bytes - row.metrics["planned_bytes"] < HEADERS
     if rows["by-hand", "fwd"].bytes is not None:
@@ -82,13 +88,25 @@ def test_shaped_links(tmp_path: Path) -> None:
         assert rows["ours", "fwd"].metrics["wire_ms"] == pytest.approx(wire, rel=0.01, abs=1e-3)
 
 
-@pytest.mark.parametrize("window", [None, "7"])
-def test_virtual_ranks(window: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_packed_documents(tmp_path: Path) -> None:
+    options = ["--documents", "3", "--peers", "by-hand", "torch-ring"]
+    assert main(["attention", *BRIEF, *SIZES, *options, "--save", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path)
+    assert {name for (name, _), row in rows.items() if row.status == "ok"} == {
+        "unsharded", "ours/unsharded", *ENGINES, "by-hand",
+    }  # fmt: skip
+    assert rows["torch-ring", "fwd"].reason == "torch's ring has no window and no documents"
+    row = rows["ours", "fwd"]
+    assert row.params["documents"] == 3 and row.flops == (5 * 6 + 11 * 12 + 16 * 17) // 2 * 4 * 8 * 4 // 2
+
+
+@pytest.mark.parametrize("options", [[], ["--window", "7"], ["--documents", "3"]])
+def test_virtual_ranks(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What a GPU machine runs, on the CPU's kernels."""
-    options = ["--virtual-ranks", "2", "4", "--kv-heads", "2", *(["--window", window] if window else [])]
+    options = ["--virtual-ranks", "2", "4", "--kv-heads", "2", *options]
     assert main(["attention", *BRIEF, *SIZES, *options, "--save", str(tmp_path)]) == 0
     rows = {(r.provider, r.direction, r.ranks): r for r in load(tmp_path) if r.op == "attention.loopback"}
-    names = {"unsharded", "ours/unsharded", *ENGINES}
+    names = {"unsharded", "ours/unsharded", *VIRTUAL}
     assert rows.keys() == {(n, d, t) for n in names for d in ("fwd", "fwd+bwd") for t in (2, 4)}
     for (name, _, ranks), row in rows.items():
         assert row.status == "ok", row.reason
@@ -136,10 +154,10 @@ def test_bad_input_says_what_to_do(options: list[str], message: str, capsys: pyt
 CASE = AttentionCase(24, 2, 1, 8, None, "zigzag")
 
 
-@pytest.mark.parametrize("window", [None, 1, 7, 100])
-def test_the_oracle_is_autograd_in_fp64(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("window", "documents"), [(None, 1), (1, 1), (7, 1), (100, 1), (None, 3), (4, 3)])
+def test_the_oracle_is_autograd_in_fp64(window: int | None, documents: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_rank, "_BLOCK", 5)
-    case = dataclasses.replace(CASE, window=window)
+    case = dataclasses.replace(CASE, window=window, documents=documents)
     q, k, v, grad = (torch.randn(1, 24, h, 8, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1, 2))
     mask = case.mask(torch.arange(24), torch.arange(24))
     assert mask.sum() == case.pairs()
@@ -148,6 +166,19 @@ def test_the_oracle_is_autograd_in_fp64(window: int | None, monkeypatch: pytest.
     want = [y, *torch.autograd.grad(y, [q, k, v], grad)]
     for got, expected in zip(attention_rank.oracle(case, *(t.detach() for t in (q, k, v, grad))), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_memory_is_what_is_kept_and_the_most_at_one_time() -> None:
+    q, k, v = (torch.randn(1, 512, 4, 16, requires_grad=True) for _ in range(3))
+    size = q.nbytes
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q * k).exp() + v
+
+    # exp keeps its result; a product keeps its factors, which are given.
+    kept, peak = attention_memory.kept_and_peak(attend, [q, k, v], torch.ones_like(q))
+    assert kept == size and 3 * size <= peak <= 6 * size
+    assert attention_memory.peak_of(lambda: torch.empty(1000, dtype=torch.uint8).add(1)) in range(2000, 2200)
 
 
 class _WrongBackward(torch.autograd.Function):
@@ -216,7 +247,7 @@ def test_wrong_providers_are_found_out_and_not_timed(world2: World) -> None:
     fastest = min(rows[name].p50_ms or 0.0 for name in ("unsharded", "ours/unsharded"))
     assert rows["ours"].metrics["ideal_ms"] == pytest.approx(fastest / 2, abs=1e-3)
     assert rows["unsharded"].flops == 2 * rows["ours"].flops == 14 * (7 * 8 // 2 + 17 * 7) * 2 * 8
-    assert rows["torch-ring"].reason == "torch's ring has no window"
+    assert rows["torch-ring"].reason == "torch's ring has no window and no documents"
     attention.show(session.rows, 2)
 
 

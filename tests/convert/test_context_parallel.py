@@ -57,6 +57,22 @@ def test_models_on_more_ranks_than_key_heads(world4: World, kind: str) -> None:
     world4.run(model_case, kind)
 
 
+def three_ranks_case(kind: str) -> None:
+    """Ranks that divide neither the length nor the heads."""
+    group = dist.new_group([0, 1, 2])
+    try:
+        if dist.get_rank() < 3:
+            plain, model = plain_model(kind), shared(kind, mesh=group)
+            assert_trains_alike(plain, model, batch(pad=True))
+    finally:
+        dist.barrier()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_models_on_three_ranks(world4: World, kind: str) -> None:
+    world4.run(three_ranks_case, kind)
+
+
 def chunks_case() -> None:
     """Llama 4 attends within chunks of the sequence; those that begin behind padding are refused."""
     options = {"attention_chunk_size": 4}
