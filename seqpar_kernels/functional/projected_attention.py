@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..checks import check_float, check_linear_bias, check_same_device, check_tensor, check_weight
 from ..comm.coordination import checked_together
+from ..compiling import constant_when_traced
 from ..layout import Group, resolve_group
 from ..ops.projected_attention import ProjectedScalars, grouped, heads_like
 from ..ops.registry import group_name
@@ -177,7 +178,7 @@ def self_attention_choice(
     return choice, None if has_attn_bias or choice.sizes.ring > 1 else grouped(x, own, scalars)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _goes_in_groups(
     own: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scalars: tuple[Any, ...]
 ) -> bool:
