@@ -2,6 +2,7 @@
 
 The virtual ranks share the device, so the ideal is the whole sequence's attention once, by the faster of SDPA and our
 kernels, or the paced wire where that is slower. The pace stands for a network; what one costs its host is not in it.
+Unsharded rows are in percent of the rate of a matmul of squares in the same dtype, timed in the same rounds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from .session import Session
 from .timing import Runner, interleave
 
 UNSHARDED, OURS_UNSHARDED = "unsharded", "ours/unsharded"
+MATMUL = "matmul"  # of squares in the same dtype: the rate beside which kernels are read
+_SQUARE = 2048
 
 
 def flops(case: AttentionCase, direction: str) -> int:
@@ -88,6 +91,9 @@ def measure(
     both = direction == "fwd+bwd"
     alone: dict[str, Callable[..., Tensor]] = {UNSHARDED: unsharded(case).attend, OURS_UNSHARDED: on_one(case)}
     runners: dict[str, Runner] = {name: partial(_again, attend, tensors, both) for name, attend in alone.items()}
+    size = min(_SQUARE, case.seq)
+    square = torch.randn(size, size, device=session.device).to(facts.DTYPES[dtype])
+    runners[MATMUL] = lambda _: torch.mm(square, square)
     errors = {OURS_UNSHARDED: worst(attended(alone[OURS_UNSHARDED], tensors, both), reference, truth)}
     choices: dict[str, Any] = {}
     with Loopback(ranks, session.device) as free:
@@ -98,12 +104,13 @@ def measure(
     rate = link.rate / 8 if link.rate else max(1, sent["ours"]) / ((link.ratio or 1.0) * seconds)
     with Loopback(ranks, session.device, bytes_per_second=rate) as world:
         for name, engine in names():
-            call = partial(on_rank, case, tensors, engine, both)
+            call = partial(on_rank, case, tensors, engine, both, torch.get_num_threads())
             errors[name] = worst(gathered(world.run(call), case, ranks), reference, truth)
             if errors[name] <= 2:
                 runners[name] = partial(_on_all, world, call)
         timed = interleave(runners, session.device, session.effort)
     ideal = min(timed[name].p50 for name in alone)
+    matmul_rate = 2 * size**3 / timed[MATMUL].p50  # of FLOPs a millisecond
     params: dict[str, Any] = {"link": link.text, "layout": case.layout}
     params |= {"window": case.window} if case.window else {}
     params |= {"documents": case.documents} if case.documents > 1 else {}
@@ -125,6 +132,8 @@ def measure(
             session.add(row)
             continue
         row.metrics |= {"ideal_ms": round(ideal, 3), "x_ideal": round(timed[name].p50 / ideal, 3)}
+        if name in alone:
+            row.percent, row.ceiling = 100 * (row.flops or 0) / timed[name].p50 / matmul_rate, "matmul of squares"
         if name in choices:
             row.bytes = sent[name]
             wire = 1e3 * row.bytes / rate
@@ -151,7 +160,12 @@ def planned(case: AttentionCase, tensors: list[Tensor], engine: str, group: Proc
     return attention_choice(q, k, v, group=group, is_causal=True, **options)
 
 
-def on_rank(case: AttentionCase, tensors: list[Tensor], engine: str, both: bool, group: ProcessGroup) -> list[Tensor]:
+def on_rank(
+    case: AttentionCase, tensors: list[Tensor], engine: str, both: bool, threads: int, group: ProcessGroup
+) -> list[Tensor]:
+    """One virtual rank's results; on a CPU the ranks share ``threads``."""
+    if tensors[0].device.type == "cpu":
+        torch.set_num_threads(max(1, threads // group.size()))  # of this thread
     shards = [sp.shard_sequence(t, group, 1, layout=case.layout) for t in tensors]
     return attended(ours(case, group, engine).attend, shards, both)
 

@@ -111,7 +111,8 @@ def test_virtual_ranks(options: list[str], tmp_path: Path, capsys: pytest.Captur
     for (name, _, ranks), row in rows.items():
         assert row.status == "ok", row.reason
         assert name == "unsharded" or row.metrics["error"] <= 2
-        assert (row.bytes is None) == (name in ("unsharded", "ours/unsharded"))
+        alone = name in ("unsharded", "ours/unsharded")
+        assert (row.bytes is None) == alone and (row.ceiling == "matmul of squares") == alone and row.percent > 0
         if name == "ours/ulysses":
             assert row.metrics["grid"] == f"{ranks}x1" and row.metrics["engine"] == "ulysses"
     assert "attention over virtual ranks" in capsys.readouterr().out
