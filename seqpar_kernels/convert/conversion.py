@@ -40,7 +40,7 @@ class Conversion:
     def __init__(
         self,
         model: nn.Module,
-        group_or_mesh: ProcessGroup | DeviceMesh | None,
+        device_mesh: ProcessGroup | DeviceMesh | None,
         plan: ParallelPlan | Mapping[str, str] | None,
         seq_dim: int | None,
         engine: str,
@@ -50,16 +50,16 @@ class Conversion:
         context_parallel: str | None,
         input_is_sharded: bool | str,
     ):
-        """As :func:`parallelize`. Ranks of ``group_or_mesh`` share heads, those of ``sharing`` the sequence."""
+        """As :func:`parallelize`. Ranks of ``device_mesh`` share heads, those of ``sharing`` the sequence."""
         # The call.
         self.model = model
-        self.group_or_mesh = group_or_mesh
+        self.device_mesh = device_mesh
         self.given_plan, self.given_seq_dim = plan, seq_dim
         self.engine = engine
         self.loss_parallel = loss_parallel
         self.experts = experts
         self.sharing, self.context_parallel, self.input_is_sharded = sharing, context_parallel, input_is_sharded
-        self.region = Region(group_or_mesh, -2 if seq_dim is None else seq_dim)
+        self.region = Region(device_mesh, -2 if seq_dim is None else seq_dim)
         # What the passes found and did.
         self.styles: dict[str, str] = {}  # module name -> handling style
         self.owned: dict[nn.Module, tuple[str, str]] = {}  # module -> (name, its style for the check)

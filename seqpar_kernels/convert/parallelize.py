@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from ..checks import renamed
 from ..comm.coordination import checked_together, coordination_of
 from ..layout import Group, check_launched, resolve_group
 from . import edge_hooks, grad_scaler, hooks, optimizers, register, replacements, resolve, validate
@@ -74,9 +75,10 @@ CHANGES: dict[str, tuple[Step, ...]] = {
 }
 
 
+@renamed(group_or_mesh="device_mesh")
 def parallelize(
     model: ModelT,
-    group_or_mesh: Group,
+    device_mesh: Group,
     plan: ParallelPlan | Mapping[str, str] | None = None,
     *,
     seq_dim: int | None = None,
@@ -86,7 +88,7 @@ def parallelize(
     context_parallel: str | None = None,
     input_is_sharded: bool | str = False,
 ) -> ModelT:
-    """Make ``model`` tensor- and sequence-parallel over ``group_or_mesh``, in place.
+    """Make ``model`` tensor- and sequence-parallel over ``device_mesh``, in place.
 
     Every rank passes the same whole model (same weights) and keeps its part. Afterwards the model is called as before,
     with the whole batch on every rank, and returns what the whole model returns; ``backward`` leaves complete gradients
@@ -95,8 +97,9 @@ def parallelize(
     Args:
         model: a Hugging Face decoder that carries a tensor-parallel plan (docs/models.md), GPT-2, or any module with a
             ``plan``.
-        group_or_mesh: ProcessGroup or 1-D DeviceMesh; None converts to the same kernels without communication.
-            Not before ``init_process_group`` in one of several processes of a launcher (WORLD_SIZE).
+        device_mesh: 1-D DeviceMesh or ProcessGroup; None converts to the same kernels without communication.
+            Not before ``init_process_group`` in one of several processes of a launcher (WORLD_SIZE). Also taken under
+            its old name, ``group_or_mesh``.
         plan: name pattern -> style (:mod:`seqpar_kernels.convert.plans`), or a ParallelPlan; None: the built-in one,
             else the one that follows from the model's own (:func:`seqpar_kernels.convert.derive_plan`).
         seq_dim: sequence dimension of the residual stream; default -2, [B, S, H].
@@ -133,8 +136,8 @@ def parallelize(
         >>> ids = torch.tensor([[3, 1, 4, 1]])
         >>> model(ids, labels=ids).loss.backward()
     """
-    check_launched(group_or_mesh)
-    sharing, tensor = context_passes.axes(group_or_mesh, context_parallel)
+    check_launched(device_mesh)
+    sharing, tensor = context_passes.axes(device_mesh, context_parallel)
     shared = sharing, context_parallel, input_is_sharded
     conversion = Conversion(model, tensor, plan, seq_dim, engine, loss_parallel, experts, *shared)
     group = conversion.region.group

@@ -17,7 +17,7 @@ def record(conversion: Conversion) -> None:
 
 def list_parameters(conversion: Conversion) -> None:
     """Let ``model.parameters()`` list DTensors on the mesh."""
-    model, given, group = conversion.model, conversion.group_or_mesh, conversion.region.group
+    model, given, group = conversion.model, conversion.device_mesh, conversion.region.group
     if group is None:
         return
     conversion.mesh = mesh_of(given, group, model)

@@ -336,6 +336,14 @@ def refusals_case() -> None:
     assert t == 2
 
 
+def test_the_mesh_is_taken_under_its_old_name() -> None:
+    given: dict[str, Any] = {"group_or_mesh": None}
+    model = Own()
+    assert sp.parallelize(model, plan=PLAN, **given) is model
+    with pytest.raises(ValueError, match="group_or_mesh: expected device_mesh alone, got both"):
+        sp.parallelize(Own(), device_mesh=None, plan=PLAN, **given)
+
+
 def test_refusals_leave_the_model_as_it_was(world2: World) -> None:
     world2.run(refusals_case)
 

@@ -32,6 +32,7 @@ reveal_type(sp.linear_reduce_scatter_dropout_add_norm(x, x, group=None))
 reveal_type(sp.linear_reduce_scatter_dropout_add_norm(x, x, norm=None, group=None))
 reveal_type(sp.all_gather_linear(x, x, group=None))
 reveal_type(sp.all_gather_linear(x, [x, x], group=None))
+reveal_type(sp.parallelize(torch.nn.Linear(2, 2), None, {}))
 """
 T = "Tensor"
 REVEALED = [
@@ -49,6 +50,7 @@ REVEALED = [
     f"tuple[None, {T}]",
     T,
     f"tuple[{T}, ...]",
+    "Linear",
 ]
 
 
@@ -76,7 +78,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_overloads_say_what_is_returned(said: str) -> None:
     found = re.findall(r'Revealed type is "(.*)"', said)
-    plain = [re.sub(r"torch\._tensor\.|builtins\.", "", kind) for kind in found]
+    plain = [re.sub(r"torch\._tensor\.|torch\.nn\.modules\.linear\.|builtins\.", "", kind) for kind in found]
     union = re.compile(r"Union\[(.*?), (tuple\[.*\])\]")  # as older versions of mypy write it
     assert [union.sub(r"\1 | \2", kind) for kind in plain] == REVEALED, said
 

@@ -14,23 +14,23 @@ from ..validate import digest
 from .pretrained import describe_ranks
 
 
-def axes(group_or_mesh: Group, context_parallel: str | None) -> tuple[Group, Group]:
+def axes(device_mesh: Group, context_parallel: str | None) -> tuple[Group, Group]:
     """(ranks that share the sequence, ranks that share heads) of what ``parallelize`` was given.
 
     Raises:
         ValueError: a mesh of several dimensions that are not "cp" and "tp".
     """
     if context_parallel is None:
-        return None, group_or_mesh
-    if not isinstance(group_or_mesh, DeviceMesh) or group_or_mesh.ndim == 1:
-        return group_or_mesh, None
-    names = group_or_mesh.mesh_dim_names
+        return None, device_mesh
+    if not isinstance(device_mesh, DeviceMesh) or device_mesh.ndim == 1:
+        return device_mesh, None
+    names = device_mesh.mesh_dim_names
     if names is None or sorted(names) != ["cp", "tp"]:
         raise ValueError(
-            f"group_or_mesh: expected a ProcessGroup, a 1-D mesh, or one of the dimensions 'cp' and 'tp' with "
+            f"device_mesh: expected a ProcessGroup, a 1-D mesh, or one of the dimensions 'cp' and 'tp' with "
             f"context_parallel, got {names}; pass mesh['cp', 'tp']"
         )
-    return group_or_mesh["cp"], group_or_mesh["tp"]
+    return device_mesh["cp"], device_mesh["tp"]
 
 
 def find_context(conversion: Conversion) -> None:
@@ -50,7 +50,7 @@ def find_context(conversion: Conversion) -> None:
 
     asked = conversion.context_parallel, conversion.input_is_sharded
     conversion.context = ContextParallel(conversion.model, conversion.sharing, *asked)
-    if conversion.group_or_mesh is None and conversion.given_plan is None:
+    if conversion.device_mesh is None and conversion.given_plan is None:
         conversion.given_plan = {}  # modules stay as they are
 
 
