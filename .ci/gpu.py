@@ -76,7 +76,7 @@ NCU_KERNELS = (
     "norm_backward_chunked_kernel|sum_partials_kernel|reduce_shards_kernel|gemm_kernel|attention_forward_kernel|"
     "attention_queries_kernel|attention_keys_kernel)"
 )
-#: tests/ops/test_norm.py runs on either device. Other files have what only the CPU's environment has.
+#: Those of tests/ops run on either device. Its other files have what only the CPU's environment has.
 KERNEL_TESTS = (
     "gpu/test_device.py",
     "gpu/test_gemm.py",
@@ -84,6 +84,7 @@ KERNEL_TESTS = (
     "gpu/test_layer.py",
     "gpu/test_ops.py",
     "ops/test_norm.py",
+    "ops/test_decompositions.py",
     "gpu/test_attention.py",
 )
 HIDDEN = ("2048", "4096", "8192", "16384")

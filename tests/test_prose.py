@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "seqpar_kernels"
 FOLDERS = ("seqpar_kernels", "bench", "csrc", "docs", "examples", "findings", "tests")
 MOST_LINES = 500
+CODE = (".py", ".pyi", ".cpp", ".h", ".cu", ".cuh")
 
 #: A term that is no longer used, as a pattern -> the one that is (CONTRIBUTING, Prose: one thing has one term).
 OLD_TERMS = {
@@ -172,5 +173,7 @@ def test_roles_name_what_exists() -> None:
 
 
 def test_no_file_is_too_long() -> None:
-    lengths = {path: len(path.read_text().splitlines()) for path in sorted(PACKAGE.rglob("*.py"))}
+    sources = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*")) if path.suffix in CODE]
+    assert sources
+    lengths = {path: len(path.read_text().splitlines()) for path in sources}
     assert not [f"{path.relative_to(ROOT)}: {n}" for path, n in lengths.items() if n > MOST_LINES]

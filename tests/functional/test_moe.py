@@ -15,7 +15,7 @@ from seqpar_kernels import ops
 from seqpar_kernels.overlap.messages import Messages
 from seqpar_kernels.overlap.moe_routes import ExpertPlacement, best_way
 
-from ..kernels.test_norm_cpu import poison  # noqa: F401
+from ..kernels.norm_cases import poison  # noqa: F401
 from ..world import World
 from .groups import on_ranks
 from .moe_problem import BF16, F16, F32, F64, Problem

@@ -16,7 +16,7 @@ from seqpar_kernels import ops
 from seqpar_kernels.kernels import attention_native
 from seqpar_kernels.ops.sequence_attention import Scalars
 
-from ..kernels.test_norm_cpu import poison  # noqa: F401
+from ..kernels.norm_cases import poison  # noqa: F401
 from ..world import World
 from .attention_cases import CASES, ENGINES, ends
 from .attention_problem import BF16, F32, F64, NAMES, Problem

@@ -10,7 +10,7 @@ from seqpar_kernels.kernels import attention_reference as reference
 from seqpar_kernels.kernels.attention_spec import AttentionMasks, AttentionSpec
 from seqpar_kernels.kernels.spec import dropout_scale
 
-from .test_norm_cpu import BF16, EPS, F16, F32, F64, within
+from .norm_cases import BF16, EPS, F16, F32, F64, within
 
 DTYPES = [F32, BF16, F16, F64]
 SEED = torch.tensor(-0x123456789ABCDEF)

@@ -13,7 +13,7 @@ from seqpar_kernels.kernels import attention_reference as reference
 from seqpar_kernels.kernels.attention_spec import CANONICAL_KEYS, AttentionGrads
 
 from .attention_cases import BF16, DTYPES, F16, F32, F64, SEED, Case, check, finite, zigzag
-from .test_norm_cpu import poison, python  # noqa: F401
+from .norm_cases import poison, python  # noqa: F401
 
 if native.unavailable(torch.device("cpu")) is not None:
     pytest.skip(str(native.unavailable(torch.device("cpu"))), allow_module_level=True)

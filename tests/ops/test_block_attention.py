@@ -13,7 +13,7 @@ from seqpar_kernels.kernels import attention_native, attention_reference
 from seqpar_kernels.kernels.attention_spec import AttentionMasks, AttentionSpec
 
 from ..kernels.attention_cases import BF16, F32, F64, SEED, Case
-from ..kernels.test_norm_cpu import poison, within  # noqa: F401
+from ..kernels.norm_cases import poison, within  # noqa: F401
 
 if attention_native.unavailable(torch.device("cpu")) is not None:
     pytest.skip(str(attention_native.unavailable(torch.device("cpu"))), allow_module_level=True)
