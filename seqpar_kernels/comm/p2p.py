@@ -79,34 +79,48 @@ class P2PSession:
     def post(self, sends: list[Message], receives: list[Message]) -> None:
         if not sends and not receives:
             return
-        group, tag = self._group, self._ticket.tag
         first = (sends or receives)[0]
-        try:
-            if not first.buffer.is_cpu:
-                ops = [dist.P2POp(dist.irecv, m.buffer, None, group, tag, m.transfer.source) for m in receives]
-                ops += [dist.P2POp(dist.isend, m.buffer, None, group, tag, m.transfer.target) for m in sends]
-                works = dist.batch_isend_irecv(ops)
-                if len(works) != len(ops):  # coalesced: one work stands for the whole post
-                    works = works[:1] * len(ops)
-                self._arrivals.update((m.transfer, (m, work)) for m, work in zip(receives, works, strict=False))
-                self._departures += zip(sends, works[len(receives) :], strict=True)
-                return
-            # Nothing is coalesced on a CPU, and half of the time would go into finding that out.
-            self._watchdog = self._transport.watchdog
-            # Receives first: gloo tells the sender that it is ready, and that message must not queue behind our own
-            # data. Where that is little, sends first: a peer that is told to send while its own thread is about to
-            # locks it out.
-            small = first.buffer.nbytes <= _SMALL_BYTES
-            if small:
-                for m in sends:
-                    self._departures.append((m, group.send([m.buffer], m.transfer.target, tag)))
-            for m in receives:
+        if not first.buffer.is_cpu:
+            self._post_together(sends, receives)
+            return
+        # Nothing is coalesced on a CPU, and half of the time would go into finding that out.
+        self._watchdog = self._transport.watchdog
+        # Receives first: gloo tells the sender that it is ready, and that message must not queue behind our own data.
+        # Where that is little, sends first: a peer that is told to send while its own thread is about to locks it out.
+        small = first.buffer.nbytes <= _SMALL_BYTES
+        if small:
+            self._send(sends)
+        group, tag = self._group, self._ticket.tag
+        for m in receives:
+            try:
                 self._arrivals[m.transfer] = m, group.recv([m.buffer], m.transfer.source, tag)
-            if not small:
-                for m in sends:
-                    self._departures.append((m, group.send([m.buffer], m.transfer.target, tag)))
+            except RuntimeError as error:
+                raise self._failure("receiving", m.transfer, error) from error
+        if not small:
+            self._send(sends)
+
+    def _send(self, sends: list[Message]) -> None:
+        group, tag = self._group, self._ticket.tag
+        for m in sends:
+            try:
+                self._departures.append((m, group.send([m.buffer], m.transfer.target, tag)))
+            except RuntimeError as error:
+                raise self._failure("sending", m.transfer, error) from error
+
+    def _post_together(self, sends: list[Message], receives: list[Message]) -> None:
+        """On CUDA, where a backend may make one work of all."""
+        group, tag = self._group, self._ticket.tag
+        try:
+            ops = [dist.P2POp(dist.irecv, m.buffer, None, group, tag, m.transfer.source) for m in receives]
+            ops += [dist.P2POp(dist.isend, m.buffer, None, group, tag, m.transfer.target) for m in sends]
+            works = dist.batch_isend_irecv(ops)
         except RuntimeError as error:
-            raise self._failure("posting", first.transfer, error) from error
+            doing: Doing = "sending" if sends else "receiving"
+            raise self._failure(doing, (sends or receives)[0].transfer, error) from error
+        if len(works) != len(ops):  # coalesced: one work stands for the whole post
+            works = works[:1] * len(ops)
+        self._arrivals.update((m.transfer, (m, work)) for m, work in zip(receives, works, strict=False))
+        self._departures += zip(sends, works[len(receives) :], strict=True)
 
     def gathers_itself(self, device_type: str) -> bool:
         return gathers_itself(self._group, device_type)
@@ -171,7 +185,7 @@ class P2PSession:
         self.drain()
         self._coordination.end()
 
-    def _failure(self, doing: str, transfer: Transfer, error: RuntimeError) -> RuntimeError:
+    def _failure(self, doing: Doing, transfer: Transfer, error: RuntimeError) -> RuntimeError:
         coordination = self._coordination
         peer = transfer.source if doing == "receiving" else transfer.target
         cause = f"{coordination.diagnose(peer)}. {type(error).__name__}: {error}"

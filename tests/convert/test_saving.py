@@ -135,7 +135,7 @@ def test_a_saved_state_dict_is_loaded_by_default(world2: World, tmp_path: Path, 
 
 
 def test_a_file_is_read_without_ranks(world2: World, tmp_path: Path) -> None:
-    """By a process that has imported the package, and no other: torch says what to import."""
+    """By a process that has imported the conversion, and no other: torch says what to import."""
     world2.run(file_case, "phi3", str(tmp_path))
     script = (
         "import sys, torch\n{}\nstate = torch.load(sys.argv[1])[0]\n"
@@ -143,7 +143,7 @@ def test_a_file_is_read_without_ranks(world2: World, tmp_path: Path) -> None:
     )
     rows, columns = next(p.shape for n, p in phi3().named_parameters() if "qkv_proj" in n)
     for line, answer in (
-        ("import seqpar_kernels", f"({rows // 2}, {columns})"),
+        ("import seqpar_kernels.convert", f"({rows // 2}, {columns})"),
         ("", "torch.distributed.tensor`` must be imported"),
     ):
         command = [sys.executable, "-c", script.format(line), str(tmp_path / "phi30.pt")]
