@@ -22,7 +22,6 @@ import contextlib
 import logging
 import os
 import socket
-import threading
 import time
 import weakref
 from collections import Counter, deque
@@ -36,6 +35,7 @@ from torch.distributed import ProcessGroup
 from ..caches import per_group
 from ..compiling import constant_when_traced
 from ..layout import process_group
+from .background import pause, start_watching
 from .coordination import PATIENCE_SECONDS, Coordination, Ticket, coordination_of, failure
 from .steps import Transfer
 from .transport import Message, Room
@@ -323,8 +323,7 @@ class _Overdue:
     def __init__(self, coordination: Coordination, rank: int, device: Device):
         self._rank, self._device = rank, device
         self._waits: deque[_Wait] = deque()
-        args = (weakref.ref(coordination),)
-        threading.Thread(target=self._look, args=args, daemon=True, name="seqpar-overdue").start()
+        start_watching(self._look, weakref.ref(coordination), name="seqpar-overdue")
 
     def add(self, event: Event, ticket: Ticket, doing: str, transfer: Transfer) -> None:
         if not self._device.capturing():
@@ -336,8 +335,7 @@ class _Overdue:
 
     def _look(self, owner: weakref.ref[Coordination]) -> None:
         told: set[Ticket] = set()
-        while True:
-            time.sleep(PATIENCE_SECONDS / 2)
+        while pause(PATIENCE_SECONDS / 2):
             coordination = owner()
             if coordination is None:
                 return

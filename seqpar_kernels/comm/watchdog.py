@@ -21,6 +21,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from ..caches import per_group
+from .background import pause, start_watching
 from .coordination import PATIENCE_SECONDS, Coordination, coordination_of
 from .gloo_threads import calm_gloo
 from .protocol import Ticket
@@ -56,7 +57,7 @@ class Watchdog:
         self._rank, self._ranks = group.rank(), group.size()
         calm_gloo()  # gloo starts its thread at the group's first use, which is now
         if thread:
-            threading.Thread(target=_watchdog, args=(weakref.ref(group),), daemon=True, name="seqpar-watchdog").start()
+            start_watching(_watchdog, weakref.ref(group), name="seqpar-watchdog")
 
     def end(self, coordination: Coordination) -> bool:
         """Note that the wait has ended.
@@ -104,8 +105,7 @@ class Watchdog:
 
 def _watchdog(group_ref: weakref.ref[ProcessGroup]) -> None:
     busy = False
-    while True:
-        time.sleep(PATIENCE_SECONDS / (8 if busy else 2))
+    while pause(PATIENCE_SECONDS / (8 if busy else 2)):
         group = group_ref()
         if group is None:
             return

@@ -118,6 +118,8 @@ def run(program: tuple[str, ...], delays: Mapping[int, float], late: Callable[[]
         patched.setattr(module, "threading", turns.threading())
     patched.setattr(dist, "PrefixStore", made_up.Prefix)
     patched.setattr(watchdog, "calm_gloo", lambda: 0)
+    patched.setattr(watchdog, "pause", turns.pause)
+    patched.setattr(watchdog, "start_watching", turns.start_watching)
     try:
         server, wire = made_up.Server(turns, late), made_up.Wire(turns)
         groups: list[Any] = [made_up.Group(r, len(program), made_up.Client(server), wire) for r in range(len(program))]

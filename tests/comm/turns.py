@@ -118,6 +118,13 @@ class Turns:
     def sleep(self, seconds: float) -> None:
         self._pause(self.now + seconds)
 
+    def pause(self, seconds: float) -> bool:
+        self.sleep(seconds)
+        return True
+
+    def start_watching(self, look: Callable[..., None], *args: Any, name: str) -> None:
+        self.threading().Thread(target=look, args=args, daemon=True, name=name).start()
+
     def wait_for(self, ready: Callable[[], bool], seconds: float) -> bool:
         if not ready():
             self._pause(self.now + seconds, ready)
