@@ -1,8 +1,8 @@
 """Threads that watch in the background, and end before the interpreter does.
 
 A daemon thread that comes back from C++ after the interpreter has been finalised is ended by force inside of C++. If
-one of its frames is a destructor, the process aborts ("terminate called without an active exception"), whatever its exit
-status was to be.
+one of its frames is a destructor, the process aborts ("terminate called without an active exception"), whatever its
+exit status was to be.
 """
 
 from __future__ import annotations
