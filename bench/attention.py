@@ -10,8 +10,6 @@ Memory is that of a rank: what autograd keeps beyond q, k and v, and the most of
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
 from typing import TYPE_CHECKING, Any
 
 from .options import positive
@@ -24,12 +22,10 @@ if TYPE_CHECKING:  # torch is imported late: --help is instant
     from .links import Link, Network
     from .schema import Row
     from .session import Session
-    from .timing import Effort
 
 TEXT = "causal attention over a sequence that several ranks share, by engine, beside unsharded SDPA and the peers"
 PEERS = ("by-hand", "torch-ring", "deepspeed", "yunchang", "ring-flash-attn")
 LAYOUTS = ("zigzag", "contiguous")
-_LINK_BYTES = 2**22  # a message that times the link
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_command(args: argparse.Namespace, session: Session) -> None:
     from .links import parse_link
+    from .sharded import measure_all
 
     planned = cases(args, session)
     virtual = virtual_ranks(args, session)
@@ -66,7 +63,7 @@ def run_command(args: argparse.Namespace, session: Session) -> None:
         return
     links = [parse_link(text) for text in args.wire] if args.wire else [None]
     for link in links:
-        show(run(session, planned, args.dtype or ["bf16", "fp32"], args.ranks, link), args.ranks)
+        show(measure_all(session, planned, args.dtype or ["bf16", "fp32"], args.ranks, link, measure), args.ranks)
 
 
 def cases(args: argparse.Namespace, session: Session) -> list[AttentionCase]:
@@ -104,88 +101,17 @@ def virtual_ranks(args: argparse.Namespace, session: Session) -> list[int]:
     return args.virtual_ranks or ([2, 4, 8] if session.device == "cuda" else [])
 
 
-def run(
-    session: Session, planned: Sequence[AttentionCase], dtypes: Sequence[str], ranks: int, link: Link | None
-) -> list[Row]:
-    """Measure every case in every dtype; returns the rows added."""
-    import contextlib
-
-    from .links import Network
-
-    first = len(session.rows)
-    with Network(ranks) if link else contextlib.nullcontext() as network:
-        for case in planned:
-            for dtype in dtypes:
-                measure(session, case, dtype, ranks, link, network)
-    return session.rows[first:]
-
-
 def measure(
     session: Session, case: AttentionCase, dtype: str, ranks: int, link: Link | None, network: Network | None
 ) -> None:
     from .attention_rank import ENGINES
-    from .ranks import run_ranks
+    from .sharded import Question, ask
 
     peers = [name for name in PEERS if session.wanted(name)]
-    effort = dataclasses.replace(session.effort, least=min(session.effort.least, 7))
-    order: dict[str, Any] = {
-        "case": dataclasses.asdict(case),
-        "dtype": dtype,
-        "peers": peers,
-        "effort": dataclasses.asdict(effort),
-        "calibrate": False,
-        "link_bytes": _LINK_BYTES >> (6 if session.quick else 0),
-    }
     title = f"attention S={case.seq} {dtype} {ranks} ranks"
-    rate = None
-    if link is not None and network is not None:
-        rate = settle_rate(session, order, ranks, link, network, title)
-        order["link_bytes"] = int(min(order["link_bytes"], max(rate / 80, 2**14)))  # a tenth of a second
-    session.progress.plan(6 + len(ENGINES) + len(peers))
-    answers = run_ranks(
-        ".attention_rank:run",
-        order,
-        ranks,
-        network=network,
-        on_step=lambda text: session.progress.step(f"{title}: {text}"),
-    )
-    report(session, case, dtype, answers, link.text if link else "loopback", rate, order["link_bytes"])
-
-
-def settle_rate(session: Session, order: dict[str, Any], ranks: int, link: Link, network: Network, title: str) -> float:
-    """Bits a second; for a ratio the unsharded attention is timed first. The links are shaped to it."""
-    from .ranks import run_ranks
-    from .timing import Effort
-
-    rate = link.rate
-    if rate is None:
-        assert link.ratio is not None
-        session.progress.plan(1)
-        session.progress.step(f"{title}: unsharded alone")
-        effort: Effort = Effort(seconds=1.0, least=5)
-        calibrating = {**order, "calibrate": True, "effort": dataclasses.asdict(effort)}
-        answers = run_ranks(".attention_rank:run", calibrating, ranks, network=network)
-        seconds = ideal_of(answers, "")[0] / 1e3
-        rate = 8 * answers[0]["planned"]["fwd+bwd"] / (link.ratio * seconds)
-    network.shape(rate)
-    return rate
-
-
-def ideal_of(answers: list[dict[str, Any]], direction: str) -> tuple[float, float]:
-    """The ideal's milliseconds, and those of CPU time where that was taken."""
-    from .attention_rank import OURS_UNSHARDED, UNSHARDED
-    from .linear import stats_of
-
-    names = [f"{name} {direction}".strip() for name in (UNSHARDED, OURS_UNSHARDED)]
-    there = [name for name in names if name in answers[0]["times"]]
-    fastest = min(there, key=lambda name: stats_of(answers, name).p50)
-    cpu = cpu_of(answers, fastest) if fastest in answers[0]["cpu"] else 0.0
-    return stats_of(answers, fastest).p50 / len(answers), cpu / len(answers)
-
-
-def cpu_of(answers: list[dict[str, Any]], name: str) -> float:
-    """CPU time of the rank that spent most, milliseconds."""
-    return max(statistics.median(answer["cpu"][name]) for answer in answers)
+    question = Question(".attention_rank:run", case, dtype, peers, title, 6 + len(ENGINES) + len(peers))
+    answers, rate, link_bytes = ask(session, question, ranks, link, network)
+    report(session, case, dtype, answers, link.text if link else "loopback", rate, link_bytes)
 
 
 def flops(case: AttentionCase, direction: str) -> int:
@@ -207,6 +133,7 @@ def report(
     from .linear import stats_of
     from .links import BURST, MTU
     from .schema import Row
+    from .sharded import cpu_of, ideal_of
 
     ranks = len(answers)
     base: dict[str, Any] = {"ranks": ranks, "dtype": dtype, "threads": 1}

@@ -92,6 +92,19 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
         if name.startswith("ours") and name != OURS_UNSHARDED:
             engine, save_kv = ("ring", False) if name == REFETCH else (name.partition("/")[2] or "auto", None)
             out["planned"][name] = planned(inputs, engine, save_kv)
+    time_and_count(out, runners, group, effort, job["link_bytes"], step)
+    return out
+
+
+def time_and_count(
+    out: dict[str, Any],
+    runners: dict[str, Callable[[bool], object]],
+    group: dist.ProcessGroup,
+    effort: Effort,
+    link_bytes: int,
+    step: Callable[[str], None],
+) -> None:
+    """Add times, CPU times and bytes sent of all ``runners`` to ``out``, in both directions, and times of the link."""
     for direction, both in (("fwd", False), ("fwd+bwd", True)):
         step(f"time {direction}")
         calls = {f"{name} {direction}": partial(call, both) for name, call in runners.items()}
@@ -102,8 +115,7 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
         out["times"].update(times)
         out["cpu"].update({name: cpu[name][-len(spans) :] for name, spans in times.items()})  # warm-up left out
     step("time link")
-    out["times"].update(rounds({"link": link_runner(job["link_bytes"], group, "cpu")}, effort, group, "cpu"))
-    return out
+    out["times"].update(rounds({"link": link_runner(link_bytes, group, "cpu")}, effort, group, "cpu"))
 
 
 def builders(peers: list[str], masked: bool) -> dict[str, attention_providers.Build]:

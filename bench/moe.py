@@ -7,7 +7,6 @@ connections in one call; a row has those of the busiest rank. A row also has wha
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:  # torch is imported late: --help is instant
 
 TEXT = "the experts of a mixture on tokens that several ranks share, by division, beside two by hand and Transformers"
 PEERS = ("by-hand", "all-gather", "transformers", "torch-grouped")
-_LINK_BYTES = 2**22  # a message that times the link
 _MIXTRAL, _DEEPSEEK = 3.5, 11 / 16  # I / H of experts few and large, many and small
 
 
@@ -45,6 +43,7 @@ def run_command(args: argparse.Namespace, session: Session) -> None:
     from .links import parse_link
     from .report import timing_table
     from .schema import Row
+    from .sharded import measure_all
 
     planned, dtypes = cases(args, session.command == "all"), args.dtype or ["fp32"]
     links = [parse_link(text) for text in args.wire] if args.wire else [None]
@@ -57,7 +56,7 @@ def run_command(args: argparse.Namespace, session: Session) -> None:
         return
     for ranks, of_ranks in planned.items():
         for link in links:
-            show(run(session, of_ranks, dtypes, ranks, link), ranks)
+            show(measure_all(session, of_ranks, dtypes, ranks, link, measure), ranks)
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -101,83 +100,18 @@ def cases(args: argparse.Namespace, small: bool) -> dict[int, list[MoeCase]]:
     return found
 
 
-def run(
-    session: Session, planned: Sequence[MoeCase], dtypes: Sequence[str], ranks: int, link: Link | None
-) -> list[Row]:
-    """Measure every case in every dtype; returns the rows added."""
-    import contextlib
-
-    from .links import Network
-
-    first = len(session.rows)
-    with Network(ranks) if link else contextlib.nullcontext() as network:
-        for case in planned:
-            for dtype in dtypes:
-                measure(session, case, dtype, ranks, link, network)
-    return session.rows[first:]
-
-
 def measure(
     session: Session, case: MoeCase, dtype: str, ranks: int, link: Link | None, network: Network | None
 ) -> None:
     from . import moe_providers
     from .moe_rank import OWN
-    from .ranks import run_ranks
+    from .sharded import Question, ask
 
     peers = [name for name in moe_providers.PEERS if session.wanted(name)]
-    effort = dataclasses.replace(session.effort, least=min(session.effort.least, 7))
-    order: dict[str, Any] = {
-        "case": dataclasses.asdict(case),
-        "dtype": dtype,
-        "peers": peers,
-        "effort": dataclasses.asdict(effort),
-        "calibrate": False,
-        "link_bytes": _LINK_BYTES >> (6 if session.quick else 0),
-    }
     title = f"moe {case.experts}x{case.top_k} T={case.tokens} {dtype} {ranks} ranks"
-    rate = None
-    if link is not None and network is not None:
-        rate = settle_rate(session, order, ranks, link, network, title)
-        order["link_bytes"] = int(min(order["link_bytes"], max(rate / 80, 2**14)))  # a tenth of a second
-    session.progress.plan(4 + len(OWN) + len(peers))
-    answers = run_ranks(
-        ".moe_rank:run",
-        order,
-        ranks,
-        network=network,
-        on_step=lambda text: session.progress.step(f"{title}: {text}"),
-    )
-    report(session, case, dtype, answers, link.text if link else "loopback", rate, order["link_bytes"])
-
-
-def settle_rate(session: Session, order: dict[str, Any], ranks: int, link: Link, network: Network, title: str) -> float:
-    """Bits a second; for a ratio the unsharded experts are timed first. The links are shaped to it."""
-    from .ranks import run_ranks
-    from .timing import Effort
-
-    rate = link.rate
-    if rate is None:
-        assert link.ratio is not None
-        session.progress.plan(1)
-        session.progress.step(f"{title}: unsharded alone")
-        calibrating = {**order, "calibrate": True, "effort": dataclasses.asdict(Effort(seconds=1.0, least=5))}
-        answers = run_ranks(".moe_rank:run", calibrating, ranks, network=network)
-        seconds = ideal_of(answers, "")[0] / 1e3
-        rate = 8 * max(answer["planned"]["fwd+bwd"] for answer in answers) / (link.ratio * seconds)
-    network.shape(rate)
-    return rate
-
-
-def ideal_of(answers: list[dict[str, Any]], direction: str) -> tuple[float, float]:
-    """The ideal's milliseconds, and those of CPU time where that was taken."""
-    from .attention import cpu_of
-    from .linear import stats_of
-    from .moe_rank import OURS_UNSHARDED, UNSHARDED
-
-    names = [f"{name} {direction}".strip() for name in (UNSHARDED, OURS_UNSHARDED)]
-    fastest = min(names, key=lambda name: stats_of(answers, name).p50)
-    cpu = cpu_of(answers, fastest) if fastest in answers[0]["cpu"] else 0.0
-    return stats_of(answers, fastest).p50 / len(answers), cpu / len(answers)
+    question = Question(".moe_rank:run", case, dtype, peers, title, 4 + len(OWN) + len(peers))
+    answers, rate, link_bytes = ask(session, question, ranks, link, network)
+    report(session, case, dtype, answers, link.text if link else "loopback", rate, link_bytes)
 
 
 def flops(case: MoeCase, direction: str) -> int:
@@ -195,11 +129,11 @@ def report(
     link_bytes: int,
 ) -> None:
     """Rows of one case: the link, unsharded, then everybody beside the ideal and the bytes they sent and kept."""
-    from .attention import cpu_of
     from .linear import stats_of
     from .links import BURST, MTU
     from .moe_rank import OURS_UNSHARDED, UNSHARDED
     from .schema import Row
+    from .sharded import cpu_of, ideal_of
 
     ranks = len(answers)
     base: dict[str, Any] = {"ranks": ranks, "dtype": dtype, "threads": 1}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,15 +14,14 @@ import seqpar_kernels as sp
 from seqpar_kernels.overlap.moe_routes import ExpertPlacement
 
 from . import moe_providers
-from .attention_rank import sent_by
+from .attention_rank import OURS_UNSHARDED, UNSHARDED, time_and_count
 from .check import WrongResult, error_ratio, running_sum_error
 from .facts import DTYPES
-from .linear_rank import link_runner, rounds, why_not_timed
+from .linear_rank import rounds, why_not_timed
 from .moe_providers import MoeCase, Provider, ours_unsharded, plain, unsharded
-from .timing import Effort, with_cpu_time
+from .timing import Effort
 
 OWN = ("auto", "ep", "tp")
-UNSHARDED, OURS_UNSHARDED = "unsharded", "ours/unsharded"
 _RESULTS = ("out", "dx", "dweights", "dw1", "dw2")
 
 
@@ -95,17 +93,7 @@ def run(job: dict[str, Any], group: dist.ProcessGroup, step: Callable[[str], Non
         runners[name] = runner(provider, inputs)
         if name.startswith("ours"):
             out["planned"][name] = planned(inputs, provider)
-    for direction, both in (("fwd", False), ("fwd+bwd", True)):
-        step(f"time {direction}")
-        calls = {f"{name} {direction}": partial(call, both) for name, call in runners.items()}
-        out["sent"].update({name: sent_by(call, group) for name, call in calls.items()})
-        cpu: dict[str, list[float]] = {name: [] for name in calls}
-        clocked = {name: with_cpu_time(call, cpu[name], time.process_time_ns) for name, call in calls.items()}
-        times = rounds(clocked, effort, group, "cpu")
-        out["times"].update(times)
-        out["cpu"].update({name: cpu[name][-len(spans) :] for name, spans in times.items()})  # warm-up left out
-    step("time link")
-    out["times"].update(rounds({"link": link_runner(job["link_bytes"], group, "cpu")}, effort, group, "cpu"))
+    time_and_count(out, runners, group, effort, job["link_bytes"], step)
     return out
 
 

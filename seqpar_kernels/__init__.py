@@ -150,26 +150,12 @@ __all__ = [
     "vocab_parallel_linear_cross_entropy",
 ]
 
-#: Names that are imported where they are first used: conversion needs DTensor, which is slow to import.
-_CONVERSION = (
-    "ParallelPlan",
-    "Verification",
-    "explain",
-    "full_state_dict",
-    "gather_full_gradients",
-    "load_sharded_optimizer_state_dict",
-    "parallelize",
-    "sharded_optimizer_state_dict",
-    "sharded_state_dict",
-    "unparallelize",
-    "verify",
-)
-
 
 def __getattr__(name: str) -> Any:
+    """Names of the conversion, imported where they are first used: it needs DTensor, which is slow to import."""
     if name == "convert":
         return importlib.import_module(".convert", __name__)
-    if name not in _CONVERSION:
+    if name not in __all__:  # all other names of it are there already
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = globals()[name] = getattr(importlib.import_module(".convert", __name__), name)
     return found
