@@ -18,6 +18,8 @@ class NormKind(IntEnum):
     LAYER = 1
     RMS = 2
 
+    __hash__ = int.__hash__  # Enum's own is Python code, and a call of the norm is looked up by its kind
+
 
 class RowMap(NamedTuple):
     """Local row ``r`` is row ``(r // block) * stride + r % block + offset`` of the unsharded tensor."""

@@ -63,6 +63,8 @@ def _forward(
 
 def _alone(x: Tensor, weights: Sequence[Tensor], biases: Several) -> list[Tensor]:
     """linear(x) for each weight: what there is to do without a group."""
+    if len(weights) == 1:  # map takes longer than the call
+        return [torch.nn.functional.linear(x, weights[0], biases[0])]
     return list(map(torch.nn.functional.linear, [x] * len(weights), weights, biases))
 
 
