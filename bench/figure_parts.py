@@ -19,6 +19,7 @@ STYLES = {
     "compile": ("#2ca02c", "^"),
     "copy": ("#7f7f7f", "x"),
     "by-hand": ("#17becf", "<"),
+    "by-hand-parts": ("#1b7f8c", "<"),
     "dtensor": ("#9467bd", "D"),
     "megatron": ("#8c564b", "P"),
     "symm-mem": ("#bcbd22", "X"),

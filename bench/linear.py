@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch is imported late: --help is instant
 
 TEXT = "all-gather -> matmul and matmul -> reduce-scatter on several ranks"
 OPS = ("all_gather_linear", "linear_reduce_scatter")
-PEERS = ("by-hand", "dtensor", "megatron", "symm-mem", "deepspeed")
+PEERS = ("by-hand", "by-hand-parts", "dtensor", "megatron", "symm-mem", "deepspeed")
 #: Who keeps all of x for the backward: one exchange the fewer, paid in memory.
 KEEPS_GATHERED = ("ours-kept", "dtensor")
 #: S, K, F that no planner cuts: ours must then be what one matmul and one collective are.
@@ -241,9 +241,9 @@ def report(session: Session, job: LinearJob, answers: list[dict[str, Any]], rate
             row.metrics["error"] = round(max(answer["errors"][name] for answer in answers), 3)
             if name == "ours":
                 row.metrics.update(answers[0]["planned"])
-                if "by-hand" in names:
-                    uncut = stats_of(answers, f"by-hand {direction}").p50
-                    row.metrics["x_by_hand"] = round(stats.p50 / uncut, 3)
+                by_hand = [stats_of(answers, f"{who} {direction}").p50 for who in names if who.startswith("by-hand")]
+                if by_hand:
+                    row.metrics["x_by_hand"] = round(stats.p50 / min(by_hand), 3)
             session.add_timed(row, stats)
         for name, note in answers[0]["notes"].items():
             row = session.add(new_row("ours", **own_params(name)) if name.startswith("ours/") else new_row(name))

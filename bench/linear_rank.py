@@ -24,6 +24,7 @@ from .linear_providers import (
     Forward,
     LinearCase,
     by_hand,
+    by_hand_in_parts,
     deepspeed,
     dtensor,
     make_case,
@@ -37,6 +38,7 @@ from .timing import Effort, synchronize
 
 PEERS = {
     "by-hand": by_hand,
+    "by-hand-parts": by_hand_in_parts,
     "dtensor": dtensor,
     "megatron": megatron,
     "symm-mem": symmetric_memory,

@@ -89,8 +89,9 @@ def chapter(name: str, rows: Sequence[Row]) -> str:
         "of the ceiling of the same run: of the best memory bandwidth that copies and reads showed for norms, of the "
         "slower of matmul and wire for linears, of the linears and attention alone for layers. *copy* (one tensor "
         "read, one written) and *matmul* (alone, everything at hand) are floors. *by-hand* is one collective and one "
-        "matmul, one after the other; *ours-kept* keeps the gathered input, like DTensor, which saves an exchange and "
-        "costs memory."
+        "matmul, one after the other, *by-hand-parts* the same with each part of a sum sent to its owner, since gloo's "
+        "reduce-scatter sends twice the bytes; *ours-kept* keeps the gathered input, like DTensor, which saves an "
+        "exchange and costs memory."
     )
     text = [textwrap.fill(intro, 118) + "\n"]
     for write in (norm, linear, layer, memory, host):
