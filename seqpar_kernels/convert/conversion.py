@@ -25,6 +25,10 @@ class LossWithoutLogits(Protocol):
 
     active: bool  # whether the current forward computes it
 
+    @property
+    def hides(self) -> bool:
+        """Whether the current forward has a stand-in for the hidden state."""
+
     def hide(self, shard: Tensor) -> Tensor:
         """Keep ``shard`` and return a stand-in of the whole shape."""
 

@@ -223,7 +223,7 @@ def _gather_output_hook(name: str, conversion: Conversion) -> Callable[..., Any]
     region = conversion.region
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        loss = conversion.loss if conversion.loss is not None and conversion.loss.active else None
+        loss = conversion.loss if conversion.loss is not None and conversion.loss.hides else None
         if region.group is None and loss is None:
             return None
         if conversion.watch is not None and not torch.compiler.is_compiling():

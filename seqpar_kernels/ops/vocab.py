@@ -12,9 +12,9 @@ logits again together with their gradient (Wijmans et al. 2024, "Cut Your Losses
 | | dweight | [V/t, H] | all-gather of dy [..., S/t, ..., H] |
 | vocab_embedding, whole | out | [..., S, ..., H] | all-reduce |
 | | dweight | [V/t, H] | none |
-| vocab_cross_entropy | loss, lse | [...] | all-gather of 4 numbers a row |
+| vocab_cross_entropy | loss, lse, correct | [...] | all-gather of 4 numbers a row |
 | | dlogits | [..., V/t] | none |
-| linear_cross_entropy | loss, lse | [..., S, ...] | all-gather of x [..., S/t, ..., H], and of 4 numbers a row |
+| linear_cross_entropy | loss, lse, correct | [..., S, ...] | all-gather of x [..., S/t, ..., H]; 4 numbers a row |
 | | dx | [..., S/t, ..., H] | all-gather of x, reduce-scatter of dx |
 | | dweight, dbias | [V/t, H], [V/t] | that of dx; without dx the all-gather of x |
 """
@@ -112,55 +112,60 @@ def _embedding_backward_fake(
 
 # --- cross-entropy of logits -----------------------------------------------------------------------------------------
 
-_LOSS = "str group, SymInt vocab, int ignore_index, float label_smoothing, float z_loss"
+_LOSS = (
+    "Tensor? class_weight, str group, SymInt vocab, int ignore_index, float label_smoothing, float z_loss, "
+    "float logit_scale, float softcap"
+)
+#: How many arguments of an op those are.
+_LOSS_ARGUMENTS = 8
+
+Losses = tuple[Tensor, Tensor, Tensor]  # loss, log-sum-exp, whether no logit is above the target's
 
 
-def _logits_kernel(
-    logits: Tensor, target: Tensor, group: str, vocab: int, ignore_index: int, label_smoothing: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
-    loss = Loss.on(group, vocab, ignore_index, label_smoothing, z_loss)
+def _loss(class_weight: Tensor | None, *options: Any) -> Loss:
+    return Loss.on(*options, class_weight)
+
+
+def _logits_kernel(logits: Tensor, target: Tensor, *options: Any) -> Losses:
+    loss = _loss(*options)
     matrix, classes = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1)
     loss.check(classes)
     statistics = matrix.new_empty(4, matrix.shape[0], dtype=wide_dtype(logits.dtype))
     for rows in pieces(matrix.shape[0], 0, matrix.shape[1]):
         loss.statistics(matrix[rows], classes[rows], statistics[:, rows])
-    losses, lse = loss.combine(all_statistics(statistics, group), classes)
-    return reshaped(losses, target.shape), reshaped(lse, target.shape)
+    return _combined(loss, statistics, options, target)
 
 
-def _logits_fake(logits: Tensor, target: Tensor, *place: Any) -> tuple[Tensor, Tensor]:
+def _combined(loss: Loss, statistics: Tensor, options: tuple[Any, ...], target: Tensor) -> Losses:
+    """From this rank's statistics [4, rows]."""
+    _, group, *_ = options
+    losses, lse, correct = loss.combine(all_statistics(statistics, group), target.reshape(-1))
+    return reshaped(losses, target.shape), reshaped(lse, target.shape), reshaped(correct, target.shape)
+
+
+def _logits_fake(logits: Tensor, target: Tensor, *options: Any) -> Losses:
     losses = logits.new_empty(target.shape, dtype=wide_dtype(logits.dtype))
-    return losses, torch.empty_like(losses)
+    return losses, torch.empty_like(losses), torch.empty_like(losses, dtype=torch.bool)
 
 
 class _LogitsCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, *place: Any) -> tuple[Tensor, Tensor]:
-        losses, lse = vocab_cross_entropy.below_autograd(logits, target, *place)
-        ctx.save_for_backward(logits, target, lse)
-        ctx.place = place
-        ctx.mark_non_differentiable(lse)
-        return losses, lse
+    def forward(ctx: Any, logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any) -> Losses:
+        losses, lse, correct = vocab_cross_entropy.below_autograd(logits, target, class_weight, *options)
+        ctx.save_for_backward(logits, target, class_weight, lse)
+        ctx.options = options
+        ctx.mark_non_differentiable(lse, correct)
+        return losses, lse, correct
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, lse = ctx.saved_tensors
-        dlogits = vocab_cross_entropy_backward(dloss, logits, target, lse, *ctx.place)
-        return dlogits, None, *(None,) * len(ctx.place)
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        logits, target, class_weight, lse = ctx.saved_tensors
+        dlogits = vocab_cross_entropy_backward(dloss, logits, target, lse, class_weight, *ctx.options)
+        return dlogits, None, None, *(None,) * len(ctx.options)
 
 
-def _logits_backward_kernel(
-    dloss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    group: str,
-    vocab: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-) -> Tensor:
-    loss = Loss.on(group, vocab, ignore_index, label_smoothing, z_loss)
+def _logits_backward_kernel(dloss: Tensor, logits: Tensor, target: Tensor, lse: Tensor, *options: Any) -> Tensor:
+    loss = _loss(*options)
     matrix = logits.reshape(target.numel(), logits.shape[-1])
     classes, lses, dlosses = target.reshape(-1), lse.reshape(-1), dloss.reshape(-1)
     d = torch.empty_like(matrix, memory_format=torch.contiguous_format)
@@ -169,7 +174,7 @@ def _logits_backward_kernel(
     return reshaped(d, logits.shape)
 
 
-def _logits_backward_fake(dloss: Tensor, logits: Tensor, target: Tensor, lse: Tensor, *place: Any) -> Tensor:
+def _logits_backward_fake(dloss: Tensor, logits: Tensor, target: Tensor, lse: Tensor, *options: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -182,28 +187,20 @@ def _details(weight: Tensor, bias: Tensor | None, vocab: int, *more: object) -> 
     return (f"H={weight.shape[1]}", f"V={vocab}", f"bias={bias is not None}", *more)
 
 
+def _split(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments of the loss, and where and how it is computed."""
+    return arguments[:_LOSS_ARGUMENTS], arguments[_LOSS_ARGUMENTS:]
+
+
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(rows, weight, bias)
 
 
 @without_autocast
-def _head_kernel(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    group: str,
-    vocab: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    seq_dim: int,
-    seq_len: int,
-    chunks: int,
-    engine: str,
-    rows: int,
-) -> tuple[Tensor, Tensor]:
-    loss = Loss.on(group, vocab, ignore_index, label_smoothing, z_loss)
+def _head_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *arguments: Any) -> Losses:
+    options, (seq_dim, seq_len, chunks, engine, rows) = _split(arguments)
+    _, group, vocab, *_ = options
+    loss = _loss(*options)
     loss.check(target)
     details = _details(weight, bias, vocab, f"chunks={chunks}", f"engine={engine}")
     call = Call("linear_cross_entropy", x, seq_dim, seq_len, group_named(group), *details)
@@ -239,30 +236,36 @@ def _head_kernel(
         target=target_of,
         compute=compute,
     )
-    losses, lse = loss.combine(all_statistics(statistics.view(4, -1), group), target.reshape(-1))
-    return reshaped(losses, target.shape), reshaped(lse, target.shape)
+    return _combined(loss, statistics.view(4, -1), options, target)
 
 
-def _head_fake(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *place: Any) -> tuple[Tensor, Tensor]:
+def _head_fake(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *arguments: Any) -> Losses:
     return _logits_fake(x, target)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *place: Any
-    ) -> tuple[Tensor, Tensor]:
-        losses, lse = linear_cross_entropy.below_autograd(x, weight, bias, target, *place)
-        ctx.save_for_backward(x, weight, bias, target, lse)
-        ctx.place = place
-        ctx.mark_non_differentiable(lse)
-        return losses, lse
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        class_weight: Tensor | None,
+        *arguments: Any,
+    ) -> Losses:
+        losses, lse, correct = linear_cross_entropy.below_autograd(x, weight, bias, target, class_weight, *arguments)
+        ctx.save_for_backward(x, weight, bias, target, lse, class_weight)
+        ctx.arguments = arguments
+        ctx.mark_non_differentiable(lse, correct)
+        return losses, lse, correct
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
-        out = iter(linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *needs, *ctx.place))
-        return (*(next(out) if need else None for need in needs), *(None,) * (1 + len(ctx.place)))
+        *tensors, class_weight = ctx.saved_tensors
+        out = iter(linear_cross_entropy_backward(dloss, *tensors, *needs, class_weight, *ctx.arguments))
+        return (*(next(out) if need else None for need in needs), None, None, *(None,) * len(ctx.arguments))
 
 
 @without_autocast
@@ -276,18 +279,11 @@ def _head_backward_kernel(
     want_dx: bool,
     want_dw: bool,
     want_db: bool,
-    group: str,
-    vocab: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    seq_dim: int,
-    seq_len: int,
-    chunks: int,
-    engine: str,
-    rows: int,
+    *arguments: Any,
 ) -> list[Tensor]:
-    loss = Loss.on(group, vocab, ignore_index, label_smoothing, z_loss)
+    options, (seq_dim, seq_len, chunks, engine, rows) = _split(arguments)
+    _, group, vocab, *_ = options
+    loss = _loss(*options)
     details = _details(weight, bias, vocab, f"chunks={chunks}", f"dx={want_dx} dw={want_dw} db={want_db}")
     call = Call("linear_cross_entropy backward", x, seq_dim, seq_len, group_named(group), *details)
     shard, features = call.shard, x.shape[-1]
@@ -377,9 +373,9 @@ vocab_embedding_backward = register(
     None,
 )
 
-#: Returns the loss and the log-sum-exp of each row.
+#: Returns the loss and the log-sum-exp of each row, and whether no logit is above the target's.
 vocab_cross_entropy = register(
-    f"vocab_cross_entropy(Tensor logits, Tensor target, {_LOSS}) -> (Tensor, Tensor)",
+    f"vocab_cross_entropy(Tensor logits, Tensor target, {_LOSS}) -> (Tensor, Tensor, Tensor)",
     _logits_kernel,
     _logits_fake,
     _LogitsCrossEntropy.apply,
@@ -391,7 +387,7 @@ vocab_cross_entropy_backward = register(
     None,
 )
 linear_cross_entropy = register(
-    f"linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, {_PLACE}) -> (Tensor, Tensor)",
+    f"linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, {_PLACE}) -> (Tensor, Tensor, Tensor)",
     _head_kernel,
     _head_fake,
     _LinearCrossEntropy.apply,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import seqpar_kernels as sp
 
 from ..world import World
+from .context_models import small_model
 from .models import MODELS, VOCAB, assert_same_gradients, assert_same_loss, gpt2, group, llama
 
 
@@ -140,9 +141,6 @@ def refusals_case() -> None:
         assert shapes == {n: p.shape for n, p in model.named_parameters()}, "the model was changed"
 
     model = llama()
-    model.config.logits_scaling = 4.0
-    refused(r"LlamaForCausalLM changes its logits before the loss \(config.logits_scaling=4.0\)", model)
-    model = llama()
     model.loss_function = nn.functional.cross_entropy
     refused("expected a Hugging Face model with a head and the loss ForCausalLMLoss", model)
     refused("expected a Hugging Face model with a head", llama().base_model)
@@ -154,7 +152,7 @@ def refusals_case() -> None:
     model.transformer.extra.weight = model.lm_head.weight
     refused("is cut by vocabulary, but its weight is tied to", model)
     changed = sp.parallelize(llama(), g, loss_parallel=True)
-    changed.lm_head.register_forward_hook(lambda module, args, out: out / 2)
+    changed.lm_head.register_forward_hook(lambda module, args, out: out + 2)
     ids = torch.randint(VOCAB, (2, 8))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="the model changes its logits before the loss"):
@@ -164,6 +162,99 @@ def refusals_case() -> None:
 
 def test_refusals(world2: World) -> None:
     world2.run(refusals_case)
+
+
+#: Architectures that scale or cap their logits -> options by which that is not nothing.
+CHANGED: dict[str, dict[str, Any]] = {
+    "gemma2": {"final_logit_softcapping": 0.7},
+    "cohere2": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 3.0},
+    "nanochat": {"final_logit_softcapping": 0.7},  # its norm without weight runs before the blocks too
+}
+#: What changes nothing.
+NEUTRAL: dict[str, float | None] = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+
+
+def changed_logits_case(kind: str, compiled: bool) -> None:
+    ids = torch.randint(3, 120, (2, 7))
+    plain, cut = small_model(kind, CHANGED[kind]), small_model(kind, CHANGED[kind])
+    sp.parallelize(cut, group(), loss_parallel=True)
+    expected = plain(ids, labels=ids)
+    got = (torch.compile(cut, backend="aot_eager") if compiled else cut)(ids, labels=ids)
+    assert got.logits is None
+    assert_same_loss(got.loss.item(), expected.loss.item())
+    expected.loss.backward()
+    got.loss.backward()
+    full = sp.gather_full_gradients(cut)
+    for name, param in plain.named_parameters():
+        torch.testing.assert_close(full[name], param.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    other = small_model(kind, {name: NEUTRAL[name] for name in CHANGED[kind]})(ids, labels=ids).loss  # it matters
+    assert abs(other.item() - expected.loss.item()) > 1e-2
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", CHANGED)
+def test_scaled_and_capped_logits(world2: World, kind: str, compiled: bool) -> None:
+    world2.run(changed_logits_case, kind, compiled)
+
+
+def shown_case(kind: str) -> None:
+    """The blocks' result is gathered where the last norm has no weight or is one of several."""
+    ids = torch.randint(3, 120, (2, 7))
+    plain, cut = small_model(kind, {}), sp.parallelize(small_model(kind, {}), group(), loss_parallel=True)
+    losses = [model(ids, labels=ids).loss for model in (plain, cut)]
+    assert_same_loss(losses[1].item(), losses[0].item())
+    for loss in losses:
+        loss.backward()
+    full = sp.gather_full_gradients(cut)
+    for name, param in plain.named_parameters():
+        if param.grad is not None:
+            torch.testing.assert_close(full[name], param.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    with pytest.raises(RuntimeError, match="expected one label for each of the 6 rows that the head was given, got 14"):
+        cut(ids, labels=ids, logits_to_keep=3)
+
+
+@pytest.mark.parametrize("kind", ["olmo", "gemma4_text"])
+def test_a_last_norm_that_runs_on_all_rows(world2: World, kind: str) -> None:
+    world2.run(shown_case, kind)
+
+
+def hooked_case() -> None:
+    """What a hook multiplies and squashes counts too, in place or not."""
+    ids = torch.randint(VOCAB, (2, 8))
+
+    def bend(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        out = (-2 * out.float() / 4).mul(1.5)
+        out /= 3.0
+        return torch.tanh(out) * -0.5
+
+    models = llama(), sp.parallelize(llama(), group(), loss_parallel=True)
+    for model in models:
+        model.lm_head.register_forward_hook(bend)
+        model.lm_head.weight.data.mul_(30)
+    losses = [model(ids, labels=ids).loss for model in models]
+    assert_same_loss(losses[1].item(), losses[0].item())
+    models[0].lm_head.register_forward_hook(lambda module, args, out: out.tanh())
+    models[1].lm_head.register_forward_hook(lambda module, args, out: out.tanh())
+    with pytest.raises(RuntimeError, match="changes its logits before the loss by more than a number and one tanh"):
+        models[1](ids, labels=ids)
+
+
+def test_hooks_that_change_logits(world2: World) -> None:
+    world2.run(hooked_case)
+
+
+def other_change_compiled_case() -> None:
+    """Under torch.compile the change is the config's, and a model that does another one is told."""
+    ids = torch.randint(3, 120, (2, 7))
+    cut = sp.parallelize(small_model("granite", CHANGED["granite"]), group(), loss_parallel=True)
+    cut.config.logits_scaling = 5.0
+    with pytest.raises(RuntimeError, match="the logits changed otherwise than by scale"):
+        torch.compile(cut, backend="aot_eager")(ids, labels=ids)
+
+
+def test_another_change_under_compile(world2: World) -> None:
+    world2.run(other_change_compiled_case)
 
 
 def test_without_a_group() -> None:

@@ -81,15 +81,26 @@ def test_gradients_of_many_pieces_are_added_up_in_fp32() -> None:
 
 
 def reference_loss(logits: Tensor, target: Tensor, reduction: str, options: dict[str, Any]) -> Tensor:
-    """torch's cross_entropy in fp64 or fp32, plus z-loss."""
-    z_loss, options = options.get("z_loss", 0.0), {k: v for k, v in options.items() if k != "z_loss"}
-    classes, flat = target.reshape(-1), logits.reshape(-1, logits.shape[-1])
-    losses = F.cross_entropy(flat, classes, reduction="none", **options)
-    counted = classes != options.get("ignore_index", -100)
-    losses = losses + z_loss * flat.logsumexp(-1).square() * counted
+    """torch's cross_entropy in fp64 or fp32, of changed logits, plus z-loss."""
+    classes, flat, vocab = target.reshape(-1), logits.reshape(-1, logits.shape[-1]), logits.shape[-1]
+    flat = flat * options.get("logit_scale", 1.0)
+    cap = options.get("softcap", 0.0)
+    flat = cap * (flat / cap).tanh() if cap else flat
+    smoothing, ignored = options.get("label_smoothing", 0.0), options.get("ignore_index", -100)
+    weight = options.get("class_weight")
+    losses = F.cross_entropy(flat, classes, weight, label_smoothing=smoothing, ignore_index=ignored, reduction="none")
+    if options.get("label_smoothing_over") == "others":
+        logs = flat.log_softmax(-1)
+        at = classes.clamp(min=0).unsqueeze(-1)
+        own = logs.gather(-1, at).squeeze(-1)
+        losses = -(1 - smoothing) * own - smoothing / (vocab - 1) * (logs.sum(-1) - own)
+        losses = losses.masked_fill(classes == ignored, 0)
+    counted = classes != ignored
+    losses = losses + options.get("z_loss", 0.0) * flat.logsumexp(-1).square() * counted
     if reduction == "none":
         return losses.view(target.shape)
-    return losses.sum() if reduction == "sum" else losses.sum() / counted.sum()
+    count = counted.sum() if weight is None else weight[classes[counted]].sum()
+    return losses.sum() if reduction == "sum" else losses.sum() / count
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -97,7 +108,17 @@ OPTIONS: list[dict[str, Any]] = [
     {"label_smoothing": 0.2},
     {"z_loss": 0.3, "ignore_index": 1},
     {"label_smoothing": 0.1, "z_loss": 0.1, "ignore_index": -1},
+    {"logit_scale": 0.25},
+    {"softcap": 2.0, "z_loss": 0.1, "logit_scale": -1.5},
+    {"label_smoothing": 0.1, "label_smoothing_over": "others"},
+    {"class_weight": None},
+    {"class_weight": None, "label_smoothing": 0.2, "z_loss": 0.1, "softcap": 3.0, "ignore_index": 0},
 ]
+
+
+def made(options: dict[str, Any], vocab: int) -> dict[str, Any]:
+    """``options`` with class weights of the size of the vocabulary where they have any."""
+    return {**options, "class_weight": torch.rand(vocab).double()} if "class_weight" in options else options
 
 
 def targets(vocab: int, shape: Any, options: dict[str, Any]) -> Tensor:
@@ -109,6 +130,7 @@ def targets(vocab: int, shape: Any, options: dict[str, Any]) -> Tensor:
 def logits_case(vocab: int, options: dict[str, Any], reduction: str) -> Tensor:
     g = group()
     logits = leaf(torch.randn(2, 5, vocab, dtype=torch.float64) * 3)
+    options = made(options, vocab)
     target = targets(vocab, (2, 5), options)
     expected = reference_loss(logits, target, reduction, options)
     grad = torch.randn_like(expected)
@@ -136,6 +158,7 @@ def head_case(
     shape = [2, 2, H]
     shape[seq_dim] = length
     x, w, b = (leaf(torch.randn(s, dtype=torch.float64)) for s in (shape, (vocab, H), (vocab,)))
+    options = made(options, vocab)
     target = targets(vocab, shape[:-1], options)
     expected = reference_loss(F.linear(x, w, b), target, reduction, options)
     grad = torch.randn_like(expected)
@@ -219,11 +242,65 @@ def memory_case() -> None:
     t, vocab, length, rows = g.size(), 4000, 64, 8
     x, w = torch.randn(2, length // t, H), torch.randn(vocab // t, H)
     target = torch.randint(vocab, (2, length))
-    place = (g.group_name, vocab, -100, 0.1, 0.1, 1, length, 2, "p2p", rows)
+    place = (None, g.group_name, vocab, -100, 0.1, 0.1, 0.5, 3.0, 1, length, 2, "p2p", rows)
     with Largest() as seen:
-        _, lse = vocab_ops._head_kernel(x, w, None, target, *place)
+        _, lse, _ = vocab_ops._head_kernel(x, w, None, target, *place)
         vocab_ops._head_backward_kernel(torch.ones_like(lse), x, w, None, target, lse, True, True, False, *place)
     assert seen.elements == max(rows * w.shape[0], w.numel()) < 2 * length * w.shape[0] / 4
+
+
+def parts_case(reduction: str) -> None:
+    g = group()
+    x, w = torch.randn(2, 3 * g.size(), H).double(), torch.randn(7, H).double()
+    target = targets(7, x.shape[:-1], {})
+    logits = 0.5 * F.linear(x, w)
+    options = {"z_loss": 0.3, "logit_scale": 0.5, "reduction": reduction}
+    counted = target != -100
+    z = 0.3 * logits.logsumexp(-1).square() * counted
+    right = (logits.argmax(-1) == target) & counted
+    expected = {
+        "none": (z, right),
+        "sum": (z.sum(), right.sum() / counted.sum()),
+        "mean": (z.sum() / counted.sum(), right.sum() / counted.sum()),
+    }[reduction]
+    local = leaf(x.tensor_split(g.size(), 1)[g.rank()]), leaf(w[mine(7, g)])
+    parts = sp.vocab_parallel_linear_cross_entropy(
+        *local, target, group=g, vocab_size=7, with_parts=True, **options,
+    )  # fmt: skip
+    alone = sp.vocab_parallel_cross_entropy(2 * logits, target, group=None, with_parts=True, **options)
+    for got in (parts, alone):
+        torch.testing.assert_close(got.loss, reference_loss(2 * logits, target, reduction, options))
+        torch.testing.assert_close(got.z_loss, expected[0])
+        assert torch.equal(got.accuracy.double(), expected[1].double())
+        assert got.loss.requires_grad == (got is parts) and not got.z_loss.requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_parts_of_the_loss(world2: World, reduction: str) -> None:
+    world2.run(parts_case, reduction)
+
+
+def bounded_case() -> None:
+    """Logits stay below the bound, and the bits of the loss are those of the same rows a slice."""
+    g = group()
+    t, vocab, length = g.size(), 4000, 64
+    x, w = torch.randn(2, length // t, H), torch.randn(vocab // t, H)
+    target = torch.randint(vocab, (2, length))
+    place = (None, g.group_name, vocab, -100, 0.0, 0.0, 1.0, 0.0, 1, length, 2, "p2p", 0)
+    sp.set_max_workspace_bytes(16 * 4 * w.shape[0])
+    try:
+        with Largest() as seen:
+            losses, lse, _ = vocab_ops._head_kernel(x, w, None, target, *place)
+            vocab_ops._head_backward_kernel(torch.ones_like(lse), x, w, None, target, lse, True, True, False, *place)
+    finally:
+        sp.set_max_workspace_bytes(None)
+    assert seen.elements <= max(16 * w.shape[0], w.numel(), x.numel() * t)
+    slices = vocab_ops._head_kernel(x, w, None, target, *place[:-1], 16)[0]
+    assert torch.equal(losses, slices)
+
+
+def test_the_bound_covers_the_logits(world2: World) -> None:
+    world2.run(bounded_case)
 
 
 def test_logits_are_never_whole(world2: World) -> None:
@@ -264,8 +341,9 @@ def gradcheck_case() -> None:
         w_local, b_local = (sp.scatter_tensor_parallel(v, g, 0)[: cut.stop - cut.start] for v in padded)
         shard = sp.scatter_sequence(x, g) + sp.vocab_parallel_embedding(ids, w_local, group=g, vocab_size=5)
         return sp.vocab_parallel_linear_cross_entropy(
-            shard, w_local, ids, b_local, group=g, vocab_size=5, label_smoothing=0.1, z_loss=0.1, logit_rows=2
-        )
+            shard, w_local, ids, b_local, group=g, vocab_size=5, label_smoothing=0.1, z_loss=0.1, logit_rows=2,
+            softcap=1.5, logit_scale=0.7, class_weight=torch.arange(1.0, 6.0).double(),
+        )  # fmt: skip
 
     assert torch.autograd.gradcheck(model, (x, w, b))
 
@@ -297,7 +375,7 @@ def compile_case() -> None:
 
     def fn(x: Tensor, w: Tensor) -> Tensor:
         x = x + sp.vocab_parallel_embedding(ids, w, group=g)
-        fused = sp.vocab_parallel_linear_cross_entropy(x, w, ids, group=g, label_smoothing=0.1)
+        fused = sp.vocab_parallel_linear_cross_entropy(x, w, ids, group=g, label_smoothing=0.1, softcap=2.0)
         return fused + sp.vocab_parallel_cross_entropy(sp.all_gather_linear(x, w, group=g), ids, group=g)
 
     expected = torch.autograd.grad(fn(x, w), (x, w))
@@ -319,7 +397,7 @@ def opcheck_case() -> None:
     check(ops.vocab_embedding.default, (ids, w, name, vocab, -1, 1, False))
     check(ops.vocab_embedding.default, (ids, w, name, vocab, 2, 1, True))
     check(ops.vocab_embedding_backward.default, (torch.randn(2, 4, H), ids, name, vocab, 2, 1, False))
-    loss = (name, vocab, -100, 0.1, 0.1)
+    loss = (torch.rand(vocab), name, vocab, -100, 0.1, 0.1, 0.5, 3.0)
     logits = torch.randn(2, length, 5, requires_grad=True)
     check(ops.vocab_cross_entropy.default, (logits, ids, *loss))
     lse = torch.ops.seqpar.vocab_cross_entropy(logits.detach(), ids, *loss)[1]
@@ -351,6 +429,22 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "smoothing": ("logits", {"label_smoothing": 1.0}, r"label_smoothing: expected a number in \[0, 1\), got 1.0"),
     "z": ("logits", {"z_loss": -1.0}, "z_loss: expected a finite number of at least 0, got -1.0"),
+    "scale": ("logits", {"logit_scale": 0.0}, "logit_scale: expected a finite number other than 0, got 0.0"),
+    "cap": ("head", {"softcap": -1.0}, "softcap: expected a finite number of at least 0, got -1.0"),
+    "over": ("head", {"label_smoothing_over": "some"}, "label_smoothing_over: expected one of"),
+    "most": (
+        "logits",
+        {"label_smoothing_over": "others", "label_smoothing": 0.95},
+        r"label_smoothing: expected less than 9/10 over the other classes, got 0.95",
+    ),
+    "weights": ("head", {"class_weight": torch.ones(5)}, r"class_weight: expected \[V\] = \[10\], got shape \(5,\)"),
+    "weights dtype": ("logits", {"class_weight": torch.ones(10).double()}, "class_weight: expected torch.float32 or"),
+    "weights grad": (
+        "logits",
+        {"class_weight": torch.ones(10, requires_grad=True)},
+        "class_weight: expected a tensor without gradient",
+    ),
+    "parts": ("logits", {"with_parts": 1}, "with_parts: expected True or False, got 1"),
     "reduction": ("logits", {"reduction": "max"}, "reduction: expected one of"),
     "columns": ("logits", {"vocab_size": 8}, "logits: rank . of 2 holds 5 entries"),
     "head": ("head", {"weight": torch.zeros(5, 4)}, "weight: expected in_features = 6"),

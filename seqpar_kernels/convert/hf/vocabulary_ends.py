@@ -14,9 +14,26 @@ from ...nn import VocabParallelEmbedding, VocabParallelHead
 from ...nn.embedding import check_embedding, check_head
 from ..conversion import Conversion
 from .loss_parallel import LossParallel
+from .stand_in_logits import UNCHANGED, LogitChange
 
-#: Attributes of a config by which a model changes its logits before the loss -> the value that changes nothing.
-_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1}
+#: Attributes of a config by which a model changes its logits before the loss -> that change.
+_LOGIT_CHANGES: dict[str, Callable[[LogitChange, float], LogitChange]] = {
+    "logits_scaling": lambda change, value: change.multiplied(1 / value),
+    "logit_scale": lambda change, value: change.multiplied(value),
+    "lm_head_multiplier": lambda change, value: change.multiplied(value),
+    "final_logit_softcapping": lambda change, value: LogitChange(change.logit_scale, value),
+    "logits_soft_cap": lambda change, value: LogitChange(change.logit_scale, value),
+}
+
+
+def configured_change(config: Any) -> LogitChange:
+    """How a model with this config scales and caps its logits, if it reads what its config says."""
+    change = UNCHANGED
+    for attribute, apply in _LOGIT_CHANGES.items():
+        value = getattr(config, attribute, None)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value:
+            change = apply(change, float(value))
+    return change
 
 
 class Ends(NamedTuple):
@@ -43,14 +60,6 @@ def find_ends(conversion: Conversion) -> None:
             f"loss_parallel: expected a Hugging Face model with a head and the loss ForCausalLMLoss, got {kind} with "
             f"{getattr(loss, '__name__', loss)!r}; elsewhere use seqpar_kernels.vocab_parallel_linear_cross_entropy"
         )
-    config = model.config.get_text_config()
-    for attribute, unchanged in _LOGIT_CHANGES.items():
-        value = getattr(config, attribute, unchanged)
-        if value not in (None, unchanged):
-            raise ValueError(
-                f"loss_parallel: {kind} changes its logits before the loss (config.{attribute}={value}), and logits "
-                "never exist"
-            )
     names = {module: name for name, module in model.named_modules()}
     ends = Ends(names[model.get_input_embeddings()], names[head])
     for label, check in (("embedding", check_embedding), ("head", check_head)):
@@ -90,7 +99,10 @@ def cut_ends(conversion: Conversion) -> None:
         new.region = region
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
-    loss = conversion.loss = LossParallel(head, region, model.loss_function)
+    configured = configured_change(model.config.get_text_config())
+    ((gathers,),) = conversion.edges_at("gather_output")
+    shown = conversion.styles.get(gathers) != "norm"
+    loss = conversion.loss = LossParallel(head, region, model.loss_function, configured, shown)
     vars(head)["forward"] = loss.head
     model.loss_function = loss.loss
     names = list(inspect.signature(type(model).forward).parameters)[1:]
