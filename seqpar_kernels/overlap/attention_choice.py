@@ -43,7 +43,7 @@ class MessageSize(NamedTuple):
 
 def message_size(device_type: str) -> MessageSize:
     """On a CPU small: what a rank computes before its first and behind its last message hides no communication."""
-    return MessageSize(4 << 20, 4) if device_type == "cuda" else MessageSize(512 << 10, 8)
+    return MessageSize(4 << 20, 4) if device_type == "cuda" else MessageSize(256 << 10, 8)
 
 
 class Problem(NamedTuple):
