@@ -61,6 +61,10 @@ struct Share {
     bool dq, dkv;
 };
 
+struct Rows {
+    int64_t first, last;
+};
+
 // Scores (times `scale`, in units of log 2) become the weights that dv needs, d(weights) becomes d(product).
 template <class T>
 void panel_gradients(int panel, Span span, T scale, T slope, const BackwardScratch<T>& to) {
@@ -102,18 +106,37 @@ struct BackwardKernel {
             free += rounded_up(size, 64 / sizeof(T));
             return taken;
         });
+        const Rows seen = share.dq ? seeing_rows(plan, share, task_rows) : Rows{0, 0};
         for (int64_t member = share.first_member; share.dq && member < share.last_member; ++member) {
-            begin(plan.args->dq, share.b, head(plan, share, member), share.first_block * kTileRows, task_rows,
-                  head_rows, s.head_dim, plan.k_cols, plan.args->accumulate,
-                  to.dq + (member - share.first_member) * head_rows * plan.k_cols);
+            begin(plan.args->dq, share.b, head(plan, share, member), share.first_block * kTileRows + seen.first,
+                  seen.last - seen.first, rounded_up(seen.last, kTileRows) - seen.first, s.head_dim, plan.k_cols,
+                  plan.args->accumulate, dq_of(plan, share, member, head_rows, seen.first, to));
         }
         for (int64_t stretch = share.first_stretch; stretch < share.last_stretch; ++stretch) {
             one_stretch(plan, share, stretch * plan.stretch, head_rows, to);
         }
         for (int64_t member = share.first_member; share.dq && member < share.last_member; ++member) {
-            end(plan, plan.args->dq, share.b, head(plan, share, member), share.first_block * kTileRows, task_rows,
-                s.head_dim, plan.k_cols, to.dq + (member - share.first_member) * head_rows * plan.k_cols);
+            end(plan, plan.args->dq, share.b, head(plan, share, member), share.first_block * kTileRows + seen.first,
+                seen.last - seen.first, s.head_dim, plan.k_cols,
+                dq_of(plan, share, member, head_rows, seen.first, to));
         }
+    }
+
+    // The rows of the task's dq, a multiple of kTileRows first, that change: all of them where dq is not added to.
+    static Rows seeing_rows(const Plan& plan, const Share& share, int64_t task_rows) {
+        if (!plan.args->accumulate) return {0, task_rows};
+        Rows found{task_rows, 0};
+        for (int64_t block = share.first_block; block < share.last_block; ++block) {
+            if (RowBlock<T>(plan.args->scores, share.b, block * kTileRows).all.none()) continue;
+            const int64_t first = (block - share.first_block) * kTileRows;
+            found = {smaller(found.first, first), smaller(first + kTileRows, task_rows)};
+        }
+        return found.last == 0 ? Rows{0, 0} : found;
+    }
+
+    static T* dq_of(const Plan& plan, const Share& share, int64_t member, int64_t head_rows, int64_t row,
+                    const Scratch& to) {
+        return to.dq + ((member - share.first_member) * head_rows + row) * plan.k_cols;
     }
 
     static int64_t head(const Plan& plan, const Share& share, int64_t member) {

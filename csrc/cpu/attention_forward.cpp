@@ -129,6 +129,7 @@ struct ForwardKernel {
         const T* const v = plan.v + pair * plan.padded_keys * plan.v_cols;
         const ForwardScratch<T> to(plan, worker);
         const RowBlock<T> rows(s, b, start);
+        if (rows.all.none() && plan.args->resume && !plan.args->out.data) return;  // the state stays as it is
         begin(plan, rows, b, h, to);
         if (!rows.all.none()) {
             widen_rows(head_of<X>(s.q, b, start, h), s.q.row, rows.rows, kTileRows, s.head_dim, plan.k_cols, to.q);

@@ -24,7 +24,7 @@ from ..kernels import attention
 from ..kernels.attention_spec import AttentionSpec, empty_like_heads
 from ..kernels.spec import accumulation_dtype
 from ..layout import group_rank, group_size
-from ..overlap import attention_choice, attention_run
+from ..overlap import attention_backward, attention_choice, attention_run
 from ..overlap.attention_choice import Choice, Problem
 from ..overlap.attention_column import Column, Extras, kept_elements
 from ..overlap.attention_exchange import (
@@ -77,8 +77,8 @@ class Scalars(NamedTuple):
             for t in (bias, mask)
             if t is not None and has_rows(t, q_len, ranks)
         )
-        cut = attention.canonical_keys(q.device.type)
-        return Problem(q_len, k_len, *sizes, self.layout, ranks, self.left, self.right, int(bias_row), cut)
+        cuts = attention.canonical_keys(q.device.type), attention_choice.message_size(q.device.type)
+        return Problem(q_len, k_len, *sizes, self.layout, ranks, self.left, self.right, int(bias_row), *cuts)
 
 
 class Given(NamedTuple):
@@ -298,13 +298,13 @@ def _backward_kernel(
     keys, values = expanded(k, index), expanded(v, index)
     kv_dtype = wide if call.shares_keys else k.dtype
     args = (call.column, dout, delta, q, keys, values, lse, kept, extras, bias_grad, kv_dtype)
-    grads = attention_run.backward(*args)
+    grads = attention_backward.backward(*args)
     dq, dk, dv = grads.dq, summed(grads.dk, index, k.shape[2]), summed(grads.dv, index, k.shape[2])
     dsinks = q.new_empty(0)
     if sinks is not None and sinks_grad:
         dsinks = torch.zeros(sinks.shape, dtype=sinks.dtype, device=sinks.device)
         heads = call.heads[call.me][0]
-        dsinks[heads.start : heads.stop] = attention_run.sink_gradient(sinks[heads.start : heads.stop], lse, delta)
+        dsinks[heads.start : heads.stop] = attention_backward.sink_gradient(sinks[heads.start : heads.stop], lse, delta)
     dbias = grads.dbias
     if call.exchanges:
         parts = [call.part(dq, sizes.q_len, 0), call.part(dk, sizes.k_len, 1), call.part(dv, sizes.k_len, 1)]

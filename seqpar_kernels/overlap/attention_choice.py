@@ -34,6 +34,18 @@ class Wire(NamedTuple):
         return self.forward + self.backward
 
 
+class MessageSize(NamedTuple):
+    """How a shard of keys and values is cut into messages where the caller does not say."""
+
+    nbytes: int  # of a message, about
+    most: int  # messages a shard
+
+
+def message_size(device_type: str) -> MessageSize:
+    """On a CPU small: what a rank computes before its first and behind its last message hides no communication."""
+    return MessageSize(4 << 20, 4) if device_type == "cuda" else MessageSize(256 << 10, 8)
+
+
 class Problem(NamedTuple):
     """The description of a call from which the engine is chosen, the same on all ranks."""
 
@@ -51,6 +63,7 @@ class Problem(NamedTuple):
     right: int | None
     bias_row: int = 0  # bytes of a bias and a mask for one query row, where each row has its own
     cut: int = KEYS  # messages are cut at multiples of so many keys, so that the kernels' sums do not depend on where
+    message: MessageSize = message_size("cpu")
 
 
 class Choice(NamedTuple):
@@ -120,12 +133,12 @@ def _keeps(sizes: Sizes, problem: Problem) -> bool:
 
 
 def _chunk_rows(problem: Problem, ring: int, heads: int, chunks: int | None) -> int:
-    """Rows of a message: ``chunks`` a shard; None: messages of about 4 MiB, at most four, within the bound."""
+    """Rows of a message: ``chunks`` a shard; None: as :class:`MessageSize` says. Within the bound."""
     p = problem
     row_bytes = p.batch * p.itemsize * max(1, heads) * (p.head_dim + p.value_dim)
     shard = max(1, -(-p.k_len // ring))
     if chunks is None:
-        chunks = max(1, min(4, shard * row_bytes // (4 << 20)))
+        chunks = max(1, min(p.message.most, shard * row_bytes // p.message.nbytes))
     rows = -(-shard // chunks)
     bound = planner.max_workspace_bytes()
     if bound is not None and ring > 1:

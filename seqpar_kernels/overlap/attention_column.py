@@ -147,18 +147,17 @@ class Incoming:
 
     def __iter__(self) -> Iterator[tuple[Piece, Tensor, Tensor] | None]:
         for i, (_, piece) in enumerate(self._posts):
-            buffer = None
             if piece is not None:
-                buffer = self._buffers.pop(piece)
-                self._messages.wait(self._column.peer(piece.owner), piece.index, buffer)
+                self._messages.wait(self._column.peer(piece.owner), piece.index, self._buffers[piece])
             if self._bounded:  # the peers post their next message after this one, so that this one must leave first
                 self._messages.drain()
                 self._packed.clear()
                 self._post(*self._posts[i + 1 : i + 2])
-            if piece is not None and buffer is not None:
-                yield piece, *views_of(buffer, piece.keys.size, self._k, self._v)
-            else:
-                yield None
+            yield None if piece is None else self._taken(piece)
+
+    def _taken(self, piece: Piece) -> tuple[Piece, Tensor, Tensor]:
+        """What has arrived; the caller alone holds it."""
+        return piece, *views_of(self._buffers.pop(piece), piece.keys.size, self._k, self._v)
 
     def _post(self, *posts: tuple[Piece | None, Piece | None]) -> None:
         peer = self._column.peer

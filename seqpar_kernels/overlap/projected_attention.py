@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels import attention
 from ..kernels.spec import accumulation_dtype
 from ..sequence_layout import count
-from . import attention_run, planner
+from . import attention_backward, attention_run, planner
 from .attention_column import Column, Extras
 from .attention_exchange import (
     Exchange,
@@ -272,13 +272,13 @@ class ProjectedAttention:
             shared = sizes.kv_heads < sizes.ulysses
             kv_dtype = lse.dtype if shared else k.dtype
             extras, none = self._extras(group), k.new_empty(0)
-            found = attention_run.backward(
+            found = attention_backward.backward(
                 self._column_of(group), dout, delta, q, keys, values, lse, none, extras, False, kv_dtype
             )
             dk, dv = summed(found.dk, index, k.shape[2]), summed(found.dv, index, k.shape[2])
             if dsinks is not None and extras.sinks is not None:
                 heads = slice(group.own_queries.start, group.own_queries.stop)
-                dsinks[heads] = attention_run.sink_gradient(extras.sinks, lse, delta)
+                dsinks[heads] = attention_backward.sink_gradient(extras.sinks, lse, delta)
             some = (group.queries, group.keys, group.keys)
             into = [t[:, :, heads.start : heads.stop] for t, heads in zip(given, some, strict=True)]
             parts = [group.part(found.dq, sizes.q_len, 0)]

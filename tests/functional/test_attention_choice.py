@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import seqpar_kernels as sp
 from seqpar_kernels.overlap import messages
-from seqpar_kernels.overlap.attention_choice import Problem, choose
+from seqpar_kernels.overlap.attention_choice import Problem, choose, message_size
 from seqpar_kernels.overlap.attention_plan import Mask, Sizes, pieces
 from seqpar_kernels.sequence_layout import Interval, rows_of
 
@@ -36,6 +36,14 @@ def test_messages_are_cut_where_kernels_may_be() -> None:
         assert choose(problem(2), "ring").sizes.chunk_rows == 120
     finally:
         sp.set_max_workspace_bytes(None)
+
+
+def test_messages_are_smaller_on_a_cpu() -> None:
+    """Shards of 0.5 to 32 MiB of keys and values in messages of 256 KiB or more, at most eight; on CUDA of 4 MiB."""
+    for length, on_cpu, on_cuda in ((512, 2, 1), (1024, 4, 1), (4096, 8, 1), (8192, 8, 2), (32768, 8, 4)):
+        for device, count in (("cpu", on_cpu), ("cuda", on_cuda)):
+            found = choose(problem(2, length)._replace(message=message_size(device)), "ring")
+            assert found.sizes.chunk_rows == length // 2 // count
 
 
 def test_needed_keys_are_those_that_rows_see() -> None:
@@ -150,7 +158,8 @@ def test_workspace_bound() -> None:
         with pytest.raises(ValueError, match="max_workspace_bytes: expected at least 49152, room for 3 messages of 8"):
             choose(problem(2), "ring")
         sp.set_max_workspace_bytes(1 << 20)
-        assert choose(problem(2), "ring").sizes.chunk_rows == 168
+        assert choose(problem(2), "ring", chunks=1).sizes.chunk_rows == 168
+        assert choose(problem(2), "ring").sizes.chunk_rows == 128  # small messages are within the bound
     finally:
         sp.set_max_workspace_bytes(None)
 

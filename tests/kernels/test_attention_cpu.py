@@ -365,6 +365,28 @@ def test_blocks_that_no_row_sees_are_not_read():
     assert not any(grads[i][:, span].any() for i in (1, 2) for span in (slice(0, 192), slice(672, None)))
 
 
+@by_dtype
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_that_see_no_key_keep_what_they_had(dtype, threads, monkeypatch):
+    """A state and a dq that are added to: neither read nor written where no row of a tile sees a key."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    case = Case((500, 120), (2, 1), (16, 24), dtype, right=0)
+    out, lse, state = case.forward(native, keep_state=True)
+    before = [t.clone() for t in state]
+    into = [
+        torch.randn(t.shape, generator=torch.Generator().manual_seed(0)).to(case.wide) for t in (case.q, case.k, case.v)
+    ]
+    dq = into[0].clone()
+    case.spec = case.spec._replace(k_offset=300)  # later keys: rows 0 to 299 see none
+    _, _, state = case.forward(native, state=state, keep_state=True, finish=False)
+    assert not torch.equal(before[0], state[0])
+    for old, new, rows in zip(before, state, (1, 2, 2)):
+        assert torch.equal(old.narrow(rows, 0, 300), new.narrow(rows, 0, 300))
+    grads = case.backward(native, out, lse, into=AttentionGrads(*into))
+    added = case.backward(native, out, lse, into=AttentionGrads(*(torch.zeros_like(t) for t in into))).dq
+    assert torch.equal(grads.dq[:, :300], dq[:, :300]) and not added[:, :300].any() and added[:, 300:].any()
+
+
 def test_what_is_not_a_number_stays_in_its_row():
     case = Case((50, 60), (2, 2), (16, 16), right=0, q_offset=10)
     clean = case.forward(native)[0]
