@@ -15,6 +15,7 @@ from ..kernels.expert_activation import EXPERT_ACTIVATIONS
 from ..layout import Group, group_rank, group_size, resolve_group
 from ..ops.registry import group_name
 from ..overlap.moe_routes import WAYS, ExpertPlacement
+from ..overlap.planner import max_workspace_bytes
 from .linear import autocast
 
 
@@ -134,7 +135,7 @@ def counted_moe_mlp(
         _check_activation(activation, gated, alpha, limit, up_shift)
         check_chunks(chunks)
         main_grads = _check_main_grads(main_grad, gate_up_proj, down_proj)
-    options = (total, experts, chunks, group_name(pg), activation, gated, interleaved)
+    options = (total, experts, chunks, max_workspace_bytes(), group_name(pg), activation, gated, interleaved)
     numbers = (float(alpha), None if limit is None else float(limit), float(up_shift))
     top_k = top_k_index.shape[-1]
     args = (

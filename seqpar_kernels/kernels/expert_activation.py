@@ -58,16 +58,23 @@ class ActivationGrads(NamedTuple):
     weights: Tensor  # gradient of the row's weight as far as it comes from here. [P] in the accumulation dtype
 
 
-def activate_experts_backward(h: Tensor, da: Tensor, weights: Tensor, activation: ExpertActivation) -> ActivationGrads:
+def activate_experts_backward(
+    h: Tensor,
+    da: Tensor,
+    weights: Tensor,
+    activation: ExpertActivation,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> ActivationGrads:
     """The gradient of ``weights[:, None] * activation(h)``.
 
     Args:
         h: [P, 2 * I], without a gate [P, I].
         da: [P, I].
         weights: [P] in the accumulation dtype.
+        out: where ``scaled`` and the gradient of h are to be written.
     """
     wide = accumulation_dtype(h.dtype)
-    scaled, dh = torch.empty_like(da, dtype=h.dtype), torch.empty_like(h)
+    scaled, dh = (torch.empty_like(da, dtype=h.dtype), torch.empty_like(h)) if out is None else out
     dweights = torch.empty(h.shape[0], dtype=wide, device=h.device)
     for rows in _blocks(h):
         whole, dout, weight = h[rows].to(wide), da[rows].to(wide), weights[rows, None]
@@ -79,17 +86,15 @@ def activate_experts_backward(h: Tensor, da: Tensor, weights: Tensor, activation
         torch.linalg.vecdot(dout, a, out=dweights[rows])
         dout = dout * weight
         if shifted is None:
-            dh[rows] = _function_backward(dout, gate, activation)
+            _function_backward(dout, gate, activation, dh[rows])
             continue
         into_gate, into_up = _columns(dh[rows], activation)
-        dgate = _function_backward(dout * shifted, gate, activation)
-        if activation.limit is None:
-            into_gate.copy_(dgate)
-            _product(dout, f, into_up)
-            continue
-        raw_gate, raw_up = _columns(whole, activation)  # beyond the limits nothing moves
-        into_gate.copy_(dgate.masked_fill_(raw_gate > activation.limit, 0))
-        into_up.copy_((dout * f).masked_fill_(raw_up.abs() > activation.limit, 0))
+        _product(dout, f, into_up)
+        _function_backward(dout.mul_(shifted), gate, activation, into_gate)
+        if activation.limit is not None:  # beyond the limits nothing moves
+            raw_gate, raw_up = _columns(whole, activation)
+            into_gate.masked_fill_(raw_gate > activation.limit, 0)
+            into_up.masked_fill_(raw_up.abs() > activation.limit, 0)
     return ActivationGrads(scaled, dh, dweights)
 
 
@@ -143,20 +148,22 @@ def _function(g: Tensor, activation: ExpertActivation) -> Tensor:
             raise ValueError(f"activation: expected one of {EXPERT_ACTIVATIONS}, got {activation.name!r}")
 
 
-def _function_backward(df: Tensor, g: Tensor, activation: ExpertActivation) -> Tensor:
-    """df * f'(g)"""
-    aten = torch.ops.aten
+def _function_backward(df: Tensor, g: Tensor, activation: ExpertActivation, out: Tensor) -> None:
+    """out = df * f'(g)"""
+    aten, same = torch.ops.aten, out.dtype == df.dtype
     match activation.name:
         case "silu" if activation.alpha == 1:
-            return aten.silu_backward(df, g)
+            made = aten.silu_backward.grad_input(df, g, grad_input=out) if same else aten.silu_backward(df, g)
         case "silu":
             sigmoid = torch.sigmoid(activation.alpha * g)
-            return df * (sigmoid * (1 + activation.alpha * g * (1 - sigmoid)))
+            made = df * (sigmoid * (1 + activation.alpha * g * (1 - sigmoid)))
         case "gelu" | "gelu_tanh":
-            return aten.gelu_backward(df, g, approximate=_GELU[activation.name])
+            made = aten.gelu_backward(df, g, approximate=_GELU[activation.name])
         case "relu":
-            return aten.threshold_backward(df, g, 0)
+            made = aten.threshold_backward(df, g, 0)
         case "relu2":
-            return df * (2 * g.relu())
+            made = df * (2 * g.relu())
         case _:
             raise ValueError(f"activation: expected one of {EXPERT_ACTIVATIONS}, got {activation.name!r}")
+    if made is not out:
+        out.copy_(made)

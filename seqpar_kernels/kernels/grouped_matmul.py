@@ -116,6 +116,11 @@ def grouped_row_sums(dy: Tensor, counts: Sequence[int], weights: Tensor | None =
     return out
 
 
+def one_matmul_a_run(x: Tensor) -> bool:
+    """Whether nothing is gained from several runs in one call."""
+    return x.is_cpu
+
+
 def one_launch(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's grouped kernel takes these and is the faster way: 16-bit tensors on CUDA with aligned rows."""
     if not x.is_cuda or x.dtype != torch.bfloat16 or weight.dtype != x.dtype:

@@ -33,6 +33,7 @@ class MoeScalars(NamedTuple):
     experts: int
     way: str
     chunks: int | None
+    bound: int | None  # bytes of rows before and after their experts at a time; the backward needs what the forward had
     group: str
     name: str
     gated: bool
@@ -42,7 +43,7 @@ class MoeScalars(NamedTuple):
     up_shift: float
 
     def activation(self) -> ExpertActivation:
-        return ExpertActivation(*self[4:])
+        return ExpertActivation(*self[5:])
 
     def placement(self) -> ExpertPlacement:
         return ExpertPlacement(self.experts, group_size(group_named(self.group)), self.way)
@@ -51,8 +52,8 @@ class MoeScalars(NamedTuple):
 _SCALARS_COUNT = len(MoeScalars._fields)
 _SCHEMA = "Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
 _SCALARS = (
-    "int experts, str way, int? chunks, str group, str name, bool gated, bool interleaved, float alpha, float? limit, "
-    "float up_shift"
+    "int experts, str way, int? chunks, int? bound, str group, str name, bool gated, bool interleaved, "
+    "float alpha, float? limit, float up_shift"
 )
 
 
@@ -74,6 +75,7 @@ def _kernel(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor
         experts,
         scalars.activation(),
         scalars.chunks,
+        scalars.bound,
         _details(experts, scalars),
     )
     return (out, *received)
@@ -151,6 +153,7 @@ def _backward_kernel(dout: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *res
         experts,
         scalars.activation(),
         scalars.chunks,
+        scalars.bound,
         wants,
         _details(experts, scalars),
         tuple(main_grads),

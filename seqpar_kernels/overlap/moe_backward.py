@@ -15,19 +15,21 @@ from ..kernels.grouped_matmul import (
     grouped_matmul,
     grouped_row_sums,
     grouped_weight_gradient,
+    one_matmul_a_run,
 )
 from ..kernels.spec import accumulation_dtype
 from .moe_exchange import (
-    FIRST_PIECE,
     NAME,
     Call,
     Experts,
     Received,
     Returns,
+    joined,
+    part_of,
     selected,
     summed,
 )
-from .moe_routes import ExpertPlacement, Pairs, pairs_of, sum_of_experts
+from .moe_routes import ExpertPlacement, Pairs, PairsByExpert, Strip, pairs_of, sum_of_experts
 from .profiling import span
 
 
@@ -61,12 +63,30 @@ class Gradients(NamedTuple):
 
 
 class _Backward:
-    """The experts' backward, piece by piece; gradients of what the experts are made of come at the end."""
+    """The experts' backward, batch by batch; gradients of what the experts are made of come at the end.
 
-    def __init__(self, call: Call, experts: Experts, activation: ExpertActivation, wants: Wants, main_grads: MainGrads):
+    A batch are pairs that are worked on at a time. What the weights' gradients are made of is written where one matmul
+    an expert will read it.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        experts: Experts,
+        activation: ExpertActivation,
+        wants: Wants,
+        main_grads: MainGrads,
+        batches: Sequence[Pairs],
+    ):
         self._call, self._experts, self._activation, self._wants = call, experts, activation, wants
-        self._main_grads = main_grads
-        self._pieces: list[tuple[Pairs, Tensor, Tensor, Tensor, Tensor]] = []
+        self._main_grads, self.batches, self._order = main_grads, batches, PairsByExpert(batches)
+        size, (_, width, features), inner = self._order.size, experts.w1.shape, experts.w2.shape[2]
+
+        def room(columns: int, want: bool) -> Tensor | None:
+            return experts.w1.new_empty(size, columns) if want else None
+
+        self._xs, self._dhs = room(features, wants.w1), room(width, wants.w1)
+        self._dys, self._scaled = room(features, wants.w2), room(inner, wants.w2)
         shapes = (experts.w1.shape[:2], wants.b1), (experts.w2.shape[:2], wants.b2)
         self._db1, self._db2 = (
             torch.zeros(shape, dtype=call.wide, device=experts.w1.device) if want else None for shape, want in shapes
@@ -77,50 +97,85 @@ class _Backward:
         call, wants = self._call, self._wants
         return [(call.features, call.dtype)] * wants.x + [(call.top_k, call.wide)] * wants.weights
 
-    def piece(self, rows: Tensor, dout: Tensor, weights: Tensor, pairs: Pairs, h: Tensor) -> list[Tensor]:
-        """What goes back: the gradients of ``rows`` [n, H] and of ``weights`` [n, K], as far as they are wanted."""
-        experts, wants, answer = self._experts, self._wants, []
-        dy = dout.index_select(0, pairs.rows)  # [P, H], not yet weighted
+    def batch(self, number: int, x: Tensor, dout: Tensor, source: Tensor, weights: Tensor, h: Tensor) -> list[Tensor]:
+        """What goes back: the gradients of the n rows of a batch and of their weights, as far as they are wanted.
+
+        Args:
+            x, dout: [N, H].
+            source: [P], the row of each pair among these.
+            weights: [n, K].
+            h: [P, W].
+        """
+        wants, pairs, wide = self._wants, self.batches[number], self._call.wide
         of_pairs = weights[pairs.rows, pairs.slots]
-        da = grouped_matmul(dy, experts.w2.transpose(1, 2), pairs.counts)
-        made = activate_experts_backward(h, da, of_pairs, self._activation)
+        dx = x.new_empty(pairs.size if wants.x else 0, x.shape[1])
+        dots = torch.empty(pairs.size, dtype=wide, device=x.device)
+        for strip in pairs.strips(one_matmul_a_run(x)):
+            self._strip(number, strip, x, dout, source[strip.pairs], of_pairs[strip.pairs], h[strip.pairs], dx, dots)
+        answer = []
         if wants.x:
-            dx = grouped_matmul(made.h, experts.w1.transpose(1, 2), pairs.counts)
             answer.append(sum_of_experts(dx, None, pairs).to(self._call.dtype))
         if wants.weights:
-            dots = made.weights
-            if experts.b2 is not None and self._call.adds_bias():
-                dots = dots + _dots_with_bias(dy, experts.b2, pairs.counts)
-            dweights = torch.zeros(weights.shape, dtype=self._call.wide, device=weights.device)
+            dweights = torch.zeros(weights.shape, dtype=wide, device=x.device)
             dweights[pairs.rows, pairs.slots] = dots
             answer.append(dweights)
-        if self._db1 is not None:
-            self._db1 += grouped_row_sums(made.h, pairs.counts)
-        if self._db2 is not None:
-            self._db2 += grouped_row_sums(dy, pairs.counts, of_pairs)
-        if wants.w1 or wants.w2:
-            self._pieces.append((pairs, rows, dy, made.scaled, made.h))
         return answer
+
+    def _strip(
+        self,
+        number: int,
+        strip: Strip,
+        x: Tensor,
+        dout: Tensor,
+        source: Tensor,
+        weights: Tensor,
+        h: Tensor,
+        dx: Tensor,
+        dots: Tensor,
+    ) -> None:
+        """Fill ``dx`` [P, H] and ``dots`` [P], the gradients of the pairs' weights, for the pairs of a strip."""
+        w1, w2, counts = self._experts.w1[strip.experts], self._experts.w2[strip.experts], strip.counts
+        b2 = part_of(self._experts.b2, strip.experts)
+        place, size = self._order.place(number, strip), source.shape[0]
+
+        def target(whole: Tensor | None, columns: int) -> Tensor:
+            return whole[place] if whole is not None and isinstance(place, slice) else x.new_empty(size, columns)
+
+        dy = target(self._dys, x.shape[1])
+        torch.index_select(dout, 0, source, out=dy)  # not yet weighted
+        da = grouped_matmul(dy, w2.transpose(1, 2), counts)
+        into = target(self._scaled, da.shape[1]), target(self._dhs, h.shape[1])
+        made = activate_experts_backward(h, da, weights, self._activation, into)
+        if self._wants.x:
+            grouped_matmul(made.h, w1.transpose(1, 2), counts, out=dx[strip.pairs])
+        dots[strip.pairs] = made.weights
+        if b2 is not None and self._call.adds_bias() and self._wants.weights:
+            dots[strip.pairs] += _dots_with_bias(dy, b2, counts)
+        if self._db1 is not None:
+            self._db1[strip.experts] += grouped_row_sums(made.h, counts)
+        if self._db2 is not None:
+            self._db2[strip.experts] += grouped_row_sums(dy, counts, weights)
+        if self._xs is not None and isinstance(place, slice):
+            torch.index_select(x, 0, source, out=self._xs[place])
+        elif isinstance(place, Tensor):
+            rows = None if self._xs is None else x.index_select(0, source)
+            for whole, part in zip(
+                (self._xs, self._dhs, self._dys, self._scaled), (rows, made.h, dy, made.scaled), strict=True
+            ):
+                if whole is not None and part is not None:
+                    whole.index_copy_(0, place, part)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of w1, b1, w2, b2: one matmul an expert, over the rows of all ranks."""
-        into1, into2 = self._main_grads
-        experts, pieces = self._experts, self._pieces
-        counts = [sum(piece[0].counts[e] for piece in pieces) for e in range(self._call.local)]
-        all_pairs = [piece[0] for piece in pieces]
-        dw1 = torch.zeros_like(experts.w1) if self._wants.w1 and not pieces and into1 is None else None
-        dw2 = torch.zeros_like(experts.w2) if self._wants.w2 and not pieces and into2 is None else None
+        (into1, into2), experts, counts = self._main_grads, self._experts, self._order.counts
+        dw1 = dw2 = None
         with span(NAME, "wgrad"):
-            if self._wants.w2 and pieces:
-                dys = _by_expert(all_pairs, [piece[2] for piece in pieces], self._call.local)
-                scaled = _by_expert(all_pairs, [piece[3] for piece in pieces], self._call.local)
-                dw2 = _weight_gradient(into2, dys, scaled, counts, experts.w2)
-                del dys, scaled
-            if self._wants.w1 and pieces:
-                rows = [piece[1].index_select(0, piece[0].rows) for piece in pieces]
-                xs = _by_expert(all_pairs, rows, self._call.local)
-                dhs = _by_expert(all_pairs, [piece[4] for piece in pieces], self._call.local)
-                dw1 = _weight_gradient(into1, dhs, xs, counts, experts.w1)
+            if self._dys is not None and self._scaled is not None:
+                dw2 = _weight_gradient(into2, self._dys, self._scaled, counts, experts.w2)
+                self._dys = self._scaled = None
+            if self._dhs is not None and self._xs is not None:
+                dw1 = _weight_gradient(into1, self._dhs, self._xs, counts, experts.w1)
+                self._dhs = self._xs = None
         db1 = None if self._db1 is None or experts.b1 is None else self._db1.to(experts.b1.dtype)
         db2 = None if self._db2 is None or experts.b2 is None else self._db2.to(experts.b2.dtype)
         return dw1, db1, dw2, db2
@@ -137,56 +192,68 @@ def backward(
     experts: Experts,
     activation: ExpertActivation,
     chunks: int | None,
+    bound: int | None,
     wants: Wants,
     details: str,
     main_grads: MainGrads = (None, None),
 ) -> Gradients:
     """The gradients of :func:`.moe_forward.forward`; ``dout`` [T, H], the other tensors as there."""
-    call = Call(group, x, ids, placement, chunks)
+    call = Call(group, x, ids, placement, chunks, bound)
     weights = weights.to(call.wide)
-    work = _Backward(call, experts, activation, wants, main_grads)
+    # Of own tokens first: their ids, and which of them are worked on at a time; then the same of the peers'.
+    own_ids = call.placement.local(selected(ids, call.tokens[call.rank]), call.rank)
     if group is None:
-        own = _own_backward(call, work, dout, x, ids, weights, received.own_h)
+        parts = call.bounded(0, own_ids.shape[0])
+        work = _Backward(call, experts, activation, wants, main_grads, _batches(call, [(own_ids, parts)]))
+        own = _own_backward(call, work, dout, x, weights, received.own_h, parts)
         return _gradients(call, x, weights, [own], wants, work.finish())
     with call.messages("backward", f"{details}, gradients of x {wants.x}, of weights {wants.weights}") as messages:
-        counts = call.from_peers(received.counts)
-        rounds = call.rounds(counts)
+        call.settle(received.counts)
         douts = dout.new_empty(received.rows.shape)
-        call.post_rows(messages, dout, rounds, douts)
+        call.post_rows(messages, dout, douts)
+        parts = call.bounded(0, own_ids.shape[0])
+        of_rounds = [call.bounded(incoming.start, incoming.stop) for incoming in call.rounds]
+        pairs = _batches(call, [(own_ids, parts), *((received.ids, some) for some in of_rounds)])
+        work = _Backward(call, experts, activation, wants, main_grads, pairs)
         returns = Returns(call, messages, work.columns(), x)
-        own, done = _own_backward(call, work, dout, x, ids, weights, received.own_h), 0
-        for number, pieces in enumerate(rounds):
-            for piece in pieces:
-                some = slice(piece.start, piece.stop)
-                messages.wait(piece.source, FIRST_PIECE + number, douts[some])
-                pairs = pairs_of(received.ids[some], call.local)
-                h = received.h[done : done + pairs.size]
-                done += pairs.size
-                with span(NAME, "dgrad of a piece"):
-                    answer = work.piece(received.rows[some], douts[some], received.weights[some], pairs, h)
-                returns.answer(piece, answer)
-            returns.close_round(number)
+        own = _own_backward(call, work, dout, x, weights, received.own_h, parts)
+        done, batch = 0, len(parts)
+        for number, of_round in enumerate(of_rounds):
+            call.wait_rows(messages, number, douts)
+            answers = []
+            with span(NAME, "dgrad of a round"):
+                for part in of_round:
+                    source = pairs[batch].rows + part.start
+                    h = received.h[done : done + pairs[batch].size]
+                    answers.append(work.batch(batch, received.rows, douts, source, received.weights[part], h))
+                    done, batch = done + pairs[batch].size, batch + 1
+            returns.answer(number, [joined(answer) for answer in zip(*answers, strict=True)])
         of_experts = work.finish()
         return _gradients(call, x, weights, returns.wait(own), wants, of_experts)
 
 
+def _batches(call: Call, of: Sequence[tuple[Tensor, Sequence[slice]]]) -> list[Pairs]:
+    return [pairs_of(ids[part], call.local) for ids, parts in of for part in parts]
+
+
 def _own_backward(
-    call: Call, work: _Backward, dout: Tensor, x: Tensor, ids: Tensor, weights: Tensor, own_h: Tensor
+    call: Call,
+    work: _Backward,
+    dout: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    h: Tensor,
+    parts: Sequence[slice],
 ) -> list[Tensor]:
-    """What :meth:`_Backward.piece` returns, for this rank's own tokens."""
+    """What :meth:`_Backward.batch` returns, for this rank's own tokens."""
     tokens = call.tokens[call.rank]
-    local = call.placement.local(selected(ids, tokens), call.rank)
-    own_weights, done = selected(weights, tokens), 0
-    parts = [torch.empty(tokens.shape[0], n, dtype=dtype, device=x.device) for n, dtype in work.columns()]
-    for piece in call.own():
-        some = slice(piece.start, piece.stop)
-        pairs = pairs_of(local[some], call.local)
-        h = own_h[done : done + pairs.size]
+    own_weights, done, answers = selected(weights, tokens), 0, []
+    for number, part in enumerate(parts):
+        pairs = work.batches[number]
+        of_pairs = h[done : done + pairs.size]
         done += pairs.size
-        rows, douts = (t.index_select(0, tokens[some]) for t in (x, dout))
-        for part, made in zip(parts, work.piece(rows, douts, own_weights[some], pairs, h), strict=True):
-            part[some] = made
-    return parts
+        answers.append(work.batch(number, x, dout, tokens[part][pairs.rows], own_weights[part], of_pairs))
+    return [joined(answer) for answer in zip(*answers, strict=True)]
 
 
 def _gradients(
@@ -208,14 +275,6 @@ def _weight_gradient(into: Tensor | None, dy: Tensor, x: Tensor, counts: list[in
         return grouped_weight_gradient(dy, x, counts, weight)
     add_grouped_weight_gradient(into, dy, x, counts)
     return None
-
-
-def _by_expert(pairs: Sequence[Pairs], tensors: Sequence[Tensor], experts: int) -> Tensor:
-    """Rows of several pieces, each sorted by expert, as one tensor sorted by expert."""
-    if len(tensors) == 1:
-        return tensors[0]
-    runs = [tensor.split(piece.counts) for piece, tensor in zip(pairs, tensors, strict=True)]
-    return torch.cat([run[e] for e in range(experts) for run in runs])
 
 
 def _dots_with_bias(dy: Tensor, bias: Tensor, counts: Sequence[int]) -> Tensor:

@@ -1,8 +1,9 @@
 """Tokens travel to the ranks of their experts and back, while experts work on those that are there.
 
 Every rank works on its own tokens first. A message to a peer goes in pieces: while one is multiplied the next is on its
-way, and what was made of the one before is on its way back. The weights' gradients come last, behind the last messages.
-Sums over ranks run in rank order in fp32 (fp64).
+way, and what was made of the one before is on its way back. Pieces of one number from all peers are one round: an
+expert takes its rows of all of them in one matmul. The weights' gradients come last, behind the last messages. Sums
+over ranks run in rank order in fp32 (fp64).
 
 | step | forward | backward |
 |---|---|---|
@@ -23,7 +24,6 @@ from torch.distributed import ProcessGroup
 
 from ..kernels.spec import accumulation_dtype
 from ..layout import group_rank, group_size, split_point
-from . import planner
 from .messages import Messages
 from .moe_routes import ExpertPlacement
 
@@ -47,7 +47,7 @@ class Experts(NamedTuple):
 
 
 class Received(NamedTuple):
-    """What a rank keeps of its peers' tokens for the backward. Sources lie one after the other, the next rank first."""
+    """What a rank keeps of its peers' tokens for the backward. Rounds lie one after the other."""
 
     counts: Tensor  # [t, t, 2] int64 on the CPU: tokens of rank i that go to j, and pairs of a token and an expert
     rows: Tensor  # [N, H]
@@ -62,12 +62,25 @@ class Piece(NamedTuple):
 
     source: int
     number: int
-    start: int  # among the rows of all peers, or of this rank
+    start: int  # among the rows that the source sends there
     stop: int
+    at: int = 0  # where they begin among the rows of all peers
+
+    @property
+    def place(self) -> slice:
+        return slice(self.at, self.at + self.stop - self.start)
+
+
+class Round(NamedTuple):
+    """The pieces of one number from all peers. They lie together, the next rank's first: one matmul takes them all."""
+
+    start: int
+    stop: int
+    pieces: list[Piece]
 
 
 class Call:
-    """One call on one rank: who gets which tokens, and in which pieces."""
+    """One call on one rank: who gets which tokens, and in which pieces. The pieces are known after :meth:`settle`."""
 
     def __init__(
         self,
@@ -76,82 +89,88 @@ class Call:
         ids: Tensor,
         placement: ExpertPlacement,
         chunks: int | None,
+        bound: int | None,
     ):
-        self.group, self.placement, self.chunks = group, placement, chunks
+        self.group, self.placement, self.chunks, self.bound = group, placement, chunks, bound
         self.rank, self.ranks = group_rank(group), group_size(group)
         self.peers = [(self.rank + k) % self.ranks for k in range(1, self.ranks)]
         self.local = len(placement.of(self.rank))
         self.top_k, self.features = ids.shape[1], x.shape[1]
         self.dtype, self.wide = x.dtype, accumulation_dtype(x.dtype)
         self.tokens = [placement.tokens(ids, rank) for rank in range(self.ranks)]
-        # Rows of a token's pairs, before and after the experts. Both ends of a message must come to the same number.
-        self._token_bytes = self.top_k * 2 * self.features * x.element_size()
-
+        self._token_bytes = self.top_k * 2 * self.features * x.element_size()  # of a token's pairs: x and y
         #: This rank's rows for each peer, counted among ``tokens[peer]``.
-        self.leaving = {peer: list(self._cut(self.tokens[peer].shape[0], self.rank, peer)) for peer in self.peers}
+        self.leaving: dict[int, list[Piece]] = {}
+        #: As many as there are numbers of pieces in either direction.
+        self.rounds: list[Round] = []
 
-    def _cut(self, tokens: int, source: int, target: int, at: int = 0) -> Iterator[Piece]:
-        """The rows that ``source`` sends to ``target``, from row ``at`` on."""
-        bound = planner.max_workspace_bytes()
-        chunks = 1 if source == target else self.chunks  # own tokens travel nowhere: only the bound cuts them
-        pieces = self.placement.pieces(tokens, self.top_k, target, chunks, self._token_bytes, bound)
-        cuts = [split_point(tokens, pieces, i) for i in range(pieces + 1)]
-        for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
-            if stop > start:
-                yield Piece(source, i, at + start, at + stop)
+    def settle(self, counts: Tensor) -> None:
+        """Cut what travels. All that goes to one rank is cut into the same number of pieces, which all ranks know.
 
-    def from_peers(self, counts: Tensor) -> list[int]:
-        """How many tokens each rank sends here, of ``Received.counts``; 0 for this rank."""
-        return [0 if source == self.rank else int(row[self.rank, 0]) for source, row in enumerate(counts)]
+        Args:
+            counts: ``Received.counts``.
+        """
+        table: list[list[list[int]]] = counts.tolist()
+        numbers: list[int] = []
+        for target in range(self.ranks):
+            tokens, pairs = (sum(row[target][i] for r, row in enumerate(table) if r != target) for i in (0, 1))
+            numbers.append(self.placement.rounds(tokens, pairs, target, self.chunks))
+        self.leaving = {peer: list(_cut(table[self.rank][peer][0], numbers[peer], self.rank)) for peer in self.peers}
+        mine = {peer: list(_cut(table[peer][self.rank][0], numbers[self.rank], peer)) for peer in self.peers}
+        every = itertools.chain(*self.leaving.values(), *mine.values())
+        at = 0
+        for number in range(max((piece.number + 1 for piece in every), default=0)):
+            start, pieces = at, []
+            for piece in itertools.chain.from_iterable(mine.values()):
+                if piece.number == number:
+                    pieces.append(piece._replace(at=at))
+                    at += piece.stop - piece.start
+            self.rounds.append(Round(start, at, pieces))
+
+    @property
+    def arriving(self) -> int:
+        """Rows of all peers."""
+        return self.rounds[-1].stop if self.rounds else 0
 
     def counts(self, ids: Tensor) -> Tensor:
         """This rank's row of ``Received.counts``."""
         tokens = [some.shape[0] for some in self.tokens]
         return torch.tensor(list(zip(tokens, self.placement.loads(ids), strict=True)))
 
-    def rounds(self, counts: Sequence[int]) -> list[list[Piece]]:
-        """What the ranks send here, by piece number: as many lists as there are numbers in either direction.
+    def bounded(self, start: int, stop: int) -> list[slice]:
+        """Rows as many at a time as the experts may take within the bound on the workspace; one slice of none."""
+        step = stop - start if self.bound is None else self.bound // max(1, self._token_bytes)
+        return [slice(at, min(at + max(1, step), stop)) for at in range(start, max(stop, start + 1), max(1, step))]
 
-        Args:
-            counts: the tokens that each rank sends here.
-        """
-        incoming: list[Piece] = []
-        at = 0
-        for peer in self.peers:
-            incoming += self._cut(counts[peer], peer, self.rank, at)
-            at += counts[peer]
-        leaving = itertools.chain.from_iterable(self.leaving.values())
-        numbers = max((piece.number + 1 for piece in (*incoming, *leaving)), default=0)
-        return [[piece for piece in incoming if piece.number == number] for number in range(numbers)]
-
-    def own(self) -> list[Piece]:
-        return list(self._cut(self.tokens[self.rank].shape[0], self.rank, self.rank))
-
-    def post_rows(self, messages: Messages, t: Tensor, rounds: Sequence[Sequence[Piece]], into: Tensor) -> None:
-        """Start to send the rows of t [T, H] that each peer's experts want, and to receive ``rounds`` in ``into``."""
+    def post_rows(self, messages: Messages, t: Tensor, into: Tensor) -> None:
+        """Start to send the rows of t [T, H] that each peer's experts want, and to receive the rounds in ``into``."""
         rows = {peer: selected(t, self.tokens[peer]) for peer in self.peers}
-        for number, pieces in enumerate(rounds):
+        for number, incoming in enumerate(self.rounds):
             out = [(peer, piece) for peer in self.peers for piece in self.leaving[peer] if piece.number == number]
             messages.post(
                 [(peer, FIRST_PIECE + number, rows[peer][p.start : p.stop]) for peer, p in out],
-                [(p.source, FIRST_PIECE + number, into[p.start : p.stop]) for p in pieces],
+                [(p.source, FIRST_PIECE + number, into[p.place]) for p in incoming.pieces],
             )
+
+    def wait_rows(self, messages: Messages, number: int, into: Tensor) -> None:
+        """Return when all rows of a round are in ``into``."""
+        for piece in self.rounds[number].pieces:
+            messages.wait(piece.source, FIRST_PIECE + number, into[piece.place])
 
     def adds_bias(self) -> bool:
         """Of ranks that each have a part of all experts one adds the second bias."""
         return self.placement.way == "ep" or self.rank == 0
 
-    def room(self, tokens: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For tokens of peers: rows [n, H], numbers of experts and weights [n, K]."""
-        ids = torch.empty(tokens, self.top_k, dtype=torch.int32, device=like.device)
-        return like.new_empty(tokens, self.features), ids, torch.empty_like(ids, dtype=self.wide)
+    def routing_room(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For numbers of experts and weights of tokens of peers, [n, K]."""
+        ids = torch.empty(tokens, self.top_k, dtype=torch.int32, device=device)
+        return ids, torch.empty_like(ids, dtype=self.wide)
 
     def messages(self, direction: str, details: str) -> Messages:
         assert self.group is not None
-        bound = planner.max_workspace_bytes()
         signature = (
             f"{NAME} {direction}(H={self.features}, K={self.top_k}, {self.placement.experts} experts by "
-            f"{self.placement.way}, {self.dtype}, chunks={self.chunks}, {details}, max_workspace_bytes={bound})"
+            f"{self.placement.way}, {self.dtype}, chunks={self.chunks}, {details}, max_workspace_bytes={self.bound})"
         )
         return Messages(self.group, signature, "tokens")
 
@@ -170,22 +189,16 @@ class Returns:
             for peer in call.peers
         }
         self._early = messages.takes_receives_early(like.device.type)
-        self._answers: list[tuple[int, int, Tensor]] = []
         if self._early:
             messages.post([], self._receives(None))
 
-    def answer(self, piece: Piece, parts: Sequence[Tensor]) -> None:
-        """Send ``parts`` to the source of ``piece``."""
-        self._answers += self._named(piece.source, piece, parts)
-        if self._early:
-            self._messages.post(self._answers, [])
-            self._answers = []
-
-    def close_round(self, number: int) -> None:
-        """All pieces of ``number`` have been answered."""
-        if not self._early:
-            self._messages.post(self._answers, self._receives(number))
-            self._answers = []
+    def answer(self, number: int, parts: Sequence[Tensor]) -> None:
+        """Send what was made of a round, tensors with its rows, to the sources of these."""
+        start, answers = self._call.rounds[number].start, []
+        for piece in self._call.rounds[number].pieces:
+            some = slice(piece.place.start - start, piece.place.stop - start)
+            answers += self._named(piece.source, piece, [part[some] for part in parts])
+        self._messages.post(answers, [] if self._early else self._receives(number))
 
     def wait(self, own: Sequence[Tensor]) -> list[list[Tensor]]:
         """The results of every rank in turn; ``own`` are this rank's."""
@@ -209,6 +222,14 @@ class Returns:
         return [(peer, first + i, part) for i, part in enumerate(parts)]
 
 
+def _cut(tokens: int, pieces: int, source: int) -> Iterator[Piece]:
+    """The pieces of ``tokens`` that have rows."""
+    cuts = [split_point(tokens, pieces, i) for i in range(pieces + 1)]
+    for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        if stop > start:
+            yield Piece(source, number, start, stop)
+
+
 def summed(call: Call, like: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """The sum of what the ranks have made of this rank's tokens, in rank order. Like ``like``, [T, columns]"""
     whole = [tokens.shape[0] == like.shape[0] for tokens in call.tokens]
@@ -222,6 +243,14 @@ def summed(call: Call, like: Tensor, parts: Sequence[Tensor]) -> Tensor:
         else:
             total.index_add_(0, call.tokens[rank], part.to(wide))
     return total.to(like.dtype)
+
+
+def part_of(bias: Tensor | None, experts: slice) -> Tensor | None:
+    return None if bias is None else bias[experts]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def selected(t: Tensor, rows: Tensor) -> Tensor:

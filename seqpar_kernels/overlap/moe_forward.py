@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -13,7 +11,6 @@ from ..kernels.grouped_matmul import grouped_matmul
 from .messages import Messages
 from .moe_exchange import (
     COUNT,
-    FIRST_PIECE,
     IDS,
     NAME,
     WEIGHTS,
@@ -21,10 +18,11 @@ from .moe_exchange import (
     Experts,
     Received,
     Returns,
+    joined,
     selected,
     summed,
 )
-from .moe_routes import ExpertPlacement, Pairs, pairs_of, sum_of_experts
+from .moe_routes import ExpertPlacement, pairs_of, sum_of_experts
 from .profiling import span
 
 
@@ -37,6 +35,7 @@ def forward(
     experts: Experts,
     activation: ExpertActivation,
     chunks: int | None,
+    bound: int | None,
     details: str,
 ) -> tuple[Tensor, Received]:
     """The weighted sum of each token's experts.
@@ -45,41 +44,35 @@ def forward(
         x: [T, H], this rank's tokens.
         ids: [T, K] integers, the experts of each token; a number outside of 0 .. E - 1 is no expert.
         weights: [T, K], the weights of each token's experts.
+        bound: the most bytes of rows before and after their experts at a time; None: any.
         details: what else the ranks must have alike, for messages.
 
     Returns:
         [T, H], and what the backward wants.
     """
-    call = Call(group, x, ids, placement, chunks)
+    call = Call(group, x, ids, placement, chunks, bound)
     weights = weights.to(call.wide)
     if group is None:
         own, own_h = _own_forward(call, x, ids, weights, experts, activation)
-        return summed(call, x, [own]), Received(
-            call.counts(ids)[None], *call.room(0, x), own_h, torch.empty_like(own_h[:0])
-        )
+        nothing = x.new_empty(0, call.features), *call.routing_room(0, x.device)
+        return summed(call, x, [own]), Received(call.counts(ids)[None], *nothing, own_h, torch.empty_like(own_h[:0]))
     with call.messages("forward", details) as messages:
         all_counts = _exchange_counts(call, messages, ids)
-        counts = call.from_peers(all_counts)
-        rows, got_ids, got_weights = call.room(sum(counts), x)
-        rounds = call.rounds(counts)
-        meta = _post_routing(call, messages, ids, weights, counts, (got_ids, got_weights))
-        call.post_rows(messages, x, rounds, rows)
+        call.settle(all_counts)
+        rows = x.new_empty(call.arriving, call.features)
+        got_ids, got_weights = call.routing_room(call.arriving, x.device)
+        meta = _post_routing(call, messages, ids, weights)
+        call.post_rows(messages, x, rows)
         returns = Returns(call, messages, [(call.features, call.dtype)], x)
         own, own_h = _own_forward(call, x, ids, weights, experts, activation)
-        for message in meta:
-            messages.wait(*message)
+        _wait_routing(call, messages, meta, got_ids, got_weights)
         h, done = x.new_empty(int((got_ids >= 0).sum()), experts.w1.shape[1]), 0
-        for number, pieces in enumerate(rounds):
-            for piece in pieces:
-                some = slice(piece.start, piece.stop)
-                messages.wait(piece.source, FIRST_PIECE + number, rows[some])
-                with span(NAME, "experts on a piece"):
-                    pairs = pairs_of(got_ids[some], call.local)
-                    mine = slice(done, done + pairs.size)
-                    made = _experts(call, rows[some], got_weights[some], pairs, experts, activation, h[mine])
-                done += pairs.size
-                returns.answer(piece, [made])
-            returns.close_round(number)
+        for number, incoming in enumerate(call.rounds):
+            call.wait_rows(messages, number, rows)
+            some = slice(incoming.start, incoming.stop)
+            with span(NAME, "experts on a round"):
+                made, done = _experts(call, rows, got_ids, got_weights, some, experts, activation, h, done)
+            returns.answer(number, [made])
         parts = [part for (part,) in returns.wait([own])]
         return summed(call, x, parts), Received(all_counts, rows, got_ids, got_weights, own_h, h)
 
@@ -98,27 +91,33 @@ def _exchange_counts(call: Call, messages: Messages, ids: Tensor) -> Tensor:
     return counts
 
 
-def _post_routing(
-    call: Call,
-    messages: Messages,
-    ids: Tensor,
-    weights: Tensor,
-    counts: Sequence[int],
-    room: tuple[Tensor, Tensor],
-) -> list[tuple[int, int, Tensor]]:
-    """Start to send this rank's ids and weights, and to receive the peers' in ``room``; returns those messages."""
-    got_ids, got_weights = room
-    sends, meta, at = [], [], 0
+def _post_routing(call: Call, messages: Messages, ids: Tensor, weights: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """Start to send this rank's ids and weights, and to receive the peers': those, by peer."""
+    sends, receives, meta = [], [], {}
     for peer in call.peers:
-        tokens, some = call.tokens[peer], slice(at, at + counts[peer])
+        tokens = call.tokens[peer]
         sends += [
             (peer, IDS, call.placement.local(selected(ids, tokens), peer)),
             (peer, WEIGHTS, selected(weights, tokens)),
         ]
-        meta += [(peer, IDS, got_ids[some]), (peer, WEIGHTS, got_weights[some])]
-        at += counts[peer]
-    messages.post(sends, meta)
+        got = sum(piece.stop - piece.start for r in call.rounds for piece in r.pieces if piece.source == peer)
+        meta[peer] = call.routing_room(got, ids.device)
+        receives += [(peer, index, t) for index, t in zip((IDS, WEIGHTS), meta[peer], strict=True)]
+    messages.post(sends, receives)
     return meta
+
+
+def _wait_routing(
+    call: Call, messages: Messages, meta: dict[int, tuple[Tensor, Tensor]], ids: Tensor, weights: Tensor
+) -> None:
+    """Lay the peers' ids and weights as their rows lie."""
+    for peer in call.peers:
+        for index, t in zip((IDS, WEIGHTS), meta[peer], strict=True):
+            messages.wait(peer, index, t)
+    for incoming in call.rounds:
+        for piece in incoming.pieces:
+            for into, t in zip((ids, weights), meta[piece.source], strict=True):
+                into[piece.place] = t[piece.start : piece.stop]
 
 
 def _own_forward(
@@ -127,31 +126,42 @@ def _own_forward(
     """This rank's experts on its own tokens that have some here: [n, H] and h [P, W]."""
     tokens = call.tokens[call.rank]
     local = call.placement.local(selected(ids, tokens), call.rank)
-    own_weights = selected(weights, tokens)
-    h, done = x.new_empty(int((local >= 0).sum()), experts.w1.shape[1]), 0
-    out = x.new_empty(tokens.shape[0], call.features)
+    h = x.new_empty(int((local >= 0).sum()), experts.w1.shape[1])
     with span(NAME, "experts on own tokens"):
-        for piece in call.own():
-            some = slice(piece.start, piece.stop)
-            pairs = pairs_of(local[some], call.local)
-            mine = slice(done, done + pairs.size)
-            rows = x.index_select(0, tokens[some])
-            out[some] = _experts(call, rows, own_weights[some], pairs, experts, activation, h[mine])
-            done += pairs.size
+        everything = slice(0, tokens.shape[0])
+        out, _ = _experts(call, x, local, selected(weights, tokens), everything, experts, activation, h, 0, tokens)
     return out, h
 
 
 def _experts(
     call: Call,
     rows: Tensor,
+    ids: Tensor,
     weights: Tensor,
-    pairs: Pairs,
+    some: slice,
     experts: Experts,
     activation: ExpertActivation,
     h: Tensor,
-) -> Tensor:
-    """The weighted sum of the experts of ``rows`` [n, H], like them; ``h`` [P, W] is filled."""
-    grouped_matmul(rows.index_select(0, pairs.rows), experts.w1, pairs.counts, experts.b1, out=h)
-    bias = experts.b2 if call.adds_bias() else None
-    y = grouped_matmul(activate_experts(h, activation), experts.w2, pairs.counts, bias)
-    return sum_of_experts(y, weights, pairs).to(call.dtype)
+    done: int,
+    tokens: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """The weighted sums of the experts of ``some`` of ``rows``, [n, H]; ``h`` [P, W] is filled from row ``done`` on.
+
+    Args:
+        ids: [N, K], numbers of experts.
+        weights: [N, K].
+        tokens: [N], which of ``rows`` have these; None: all.
+
+    Returns:
+        The sums, and how many rows ``h`` has now.
+    """
+    parts, bias = [], experts.b2 if call.adds_bias() else None
+    for part in call.bounded(some.start, some.stop):
+        pairs = pairs_of(ids[part], call.local)
+        mine = h[done : done + pairs.size]
+        done += pairs.size
+        source = pairs.rows + part.start if tokens is None else tokens[part][pairs.rows]
+        grouped_matmul(rows.index_select(0, source), experts.w1, pairs.counts, experts.b1, out=mine)
+        y = grouped_matmul(activate_experts(mine, activation), experts.w2, pairs.counts, bias)
+        parts.append(sum_of_experts(y, weights[part], pairs).to(call.dtype))
+    return joined(parts), done

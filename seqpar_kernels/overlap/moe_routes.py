@@ -5,6 +5,8 @@ A token goes to a rank once, however many of its experts are there, and comes ba
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,9 +18,9 @@ from ..layout import split_point
 #: How experts may be divided among ranks.
 WAYS = ("ep", "tp")
 
-#: Pairs of a token and an expert for which a message of its own pays: the rows of a matmul, for each expert.
-_ROWS_PER_EXPERT = 128
-_MOST_PIECES = 4
+#: Pairs of a token and an expert for which a round of messages pays: the rows of a matmul, for each expert.
+_ROWS_PER_EXPERT = 64
+_MOST_ROUNDS = 4
 
 
 class ExpertPlacement(NamedTuple):
@@ -50,27 +52,17 @@ class ExpertPlacement(NamedTuple):
         of_expert: list[int] = torch.bincount(known, minlength=self.experts).tolist()
         return [sum(of_expert[here.start : here.stop]) for here in map(self.of, range(self.ranks))]
 
-    def pieces(
-        self, tokens: int, top_k: int, rank: int, chunks: int | None, token_bytes: int, bound: int | None
-    ) -> int:
-        """In how many messages ``tokens`` go to ``rank``; both ends ask with the same numbers.
+    def rounds(self, tokens: int, pairs: int, rank: int, chunks: int | None) -> int:
+        """In how many pieces each peer's tokens go to ``rank``; all ranks ask with the same numbers.
 
         Args:
-            tokens: how many go.
-            top_k: experts of a token.
+            tokens: how many go there from all peers.
+            pairs: of these tokens and experts there.
             rank: whose experts they meet.
             chunks: how many the caller wants; None: as many as leave the experts' matmuls full.
-            token_bytes: of a token's rows, before and after each of its experts.
-            bound: the most bytes of that at a time; None: any.
         """
-        here = len(self.of(rank))
-        pieces = chunks
-        if pieces is None:
-            pairs = tokens * top_k * here / max(1, self.experts)
-            pieces = min(_MOST_PIECES, int(pairs / max(1, here) / _ROWS_PER_EXPERT))
-        if bound is not None:
-            pieces = max(pieces, -(-tokens * token_bytes // max(1, bound)))
-        return max(1, min(pieces, tokens))
+        pieces = min(_MOST_ROUNDS, pairs // max(1, len(self.of(rank))) // _ROWS_PER_EXPERT)
+        return max(1, min(pieces if chunks is None else chunks, tokens))
 
 
 def best_way(experts: int, inner: int, ranks: int) -> str:
@@ -79,6 +71,14 @@ def best_way(experts: int, inner: int, ranks: int) -> str:
     ``"tp"`` where some ranks would have no expert and ``inner`` divides, else ``"ep"``.
     """
     return "tp" if experts < ranks and inner % ranks == 0 else "ep"
+
+
+class Strip(NamedTuple):
+    """Consecutive pairs that are worked on together. On a CPU those of one expert: they may fit its cache."""
+
+    pairs: slice
+    experts: slice
+    counts: list[int]  # of these experts
 
 
 class Pairs(NamedTuple):
@@ -92,6 +92,41 @@ class Pairs(NamedTuple):
     @property
     def size(self) -> int:
         return self.rows.shape[0]
+
+    def strips(self, by_run: bool) -> list[Strip]:
+        """The pairs of one expert after another, or all at once."""
+        if not by_run:
+            return [Strip(slice(0, self.size), slice(0, len(self.counts)), self.counts)]
+        ends = itertools.accumulate(self.counts)
+        some = ((e, end, n) for e, (end, n) in enumerate(zip(ends, self.counts, strict=True)) if n)
+        return [Strip(slice(end - n, end), slice(e, e + 1), [n]) for e, end, n in some]
+
+
+class PairsByExpert:
+    """The pairs of several batches in one order, those of one expert together, and in it those of one batch."""
+
+    def __init__(self, batches: Sequence[Pairs]):
+        self.counts = [sum(of_expert) for of_expert in zip(*(pairs.counts for pairs in batches), strict=True)]
+        self._batches, self._starts = batches, []  # where the pairs of each expert begin, of each batch
+        starts = [0, *itertools.accumulate(self.counts)][:-1]
+        for pairs in batches:
+            self._starts.append(starts)
+            starts = [start + count for start, count in zip(starts, pairs.counts, strict=True)]
+
+    @property
+    def size(self) -> int:
+        return sum(self.counts)
+
+    def place(self, batch: int, strip: Strip) -> slice | Tensor:
+        """Where the pairs of ``strip`` are: numbers [P] int64 where they do not lie together."""
+        starts, size = self._starts[batch][strip.experts], strip.pairs.stop - strip.pairs.start
+        if len(strip.counts) == 1 or len(self._batches) == 1:
+            first = starts[0] if starts else 0
+            return slice(first, first + size)
+        before = itertools.accumulate(strip.counts, initial=0)
+        shifts = torch.tensor([start - at for start, at in zip(starts, before, strict=False)])
+        numbers = torch.arange(size) + shifts.repeat_interleave(torch.tensor(strip.counts))
+        return numbers.to(self._batches[batch].rows.device)
 
 
 def pairs_of(local: Tensor, experts: int) -> Pairs:
@@ -118,6 +153,12 @@ def sum_of_experts(y: Tensor, weights: Tensor | None, pairs: Pairs) -> Tensor:
         [n, H] in the accumulation dtype.
     """
     rows, top_k = pairs.where.shape
+    if y.dtype == accumulation_dtype(y.dtype):  # one pass over y, in the same order
+        there = pairs.where >= 0
+        ends = there.sum(1).cumsum(0)
+        bags = torch.cat([ends.new_zeros(1), ends])
+        of_pairs = None if weights is None else weights[there]
+        return torch.embedding_bag(y, pairs.where[there], bags, False, 0, False, of_pairs, True)[0]
     total = torch.zeros(rows, y.shape[1], dtype=accumulation_dtype(y.dtype), device=y.device)
     for k in range(top_k):
         some = (pairs.where[:, k] >= 0).nonzero().view(-1)

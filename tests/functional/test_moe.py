@@ -268,7 +268,7 @@ def test_the_way_that_auto_takes() -> None:
 def test_registered_op() -> None:
     problem = Problem((9,), dtype=F64, biases=True)
     t = {n: v.clone().requires_grad_() for n, v in problem.tensors.items()}
-    scalars = ops.MoeScalars(problem.experts, "ep", None, "", "silu", True, False, 1.0, None, 0.0)
+    scalars = ops.MoeScalars(problem.experts, "ep", None, None, "", "silu", True, False, 1.0, None, 0.0)
     inputs = (t["x"], problem.index, t["weights"], t["w1"], t["b1"], t["w2"], t["b2"], *scalars)
     torch.library.opcheck(ops.moe_mlp.overload, inputs)
 

@@ -128,7 +128,7 @@ def test_refused() -> None:
 def test_opcheck() -> None:
     problem = Problem((9,), dtype=F64, biases=True)
     t = problem.tensors
-    scalars = sp.ops.MoeScalars(problem.experts, "ep", None, "", "silu", True, False, 1.0, None, 0.0)
+    scalars = sp.ops.MoeScalars(problem.experts, "ep", None, None, "", "silu", True, False, 1.0, None, 0.0)
     experts = (t["w1"], t["b1"], t["w2"], t["b2"])
     _, *received = sp.ops.moe_mlp(t["x"], problem.index, t["weights"], *experts, *scalars)
     into = [torch.zeros_like(t["w1"]), None]
