@@ -78,6 +78,21 @@ def fuse_activations(conversion: Conversion) -> None:
             module.forward = known[key]
 
 
+def refuse_compiling(conversion: Conversion) -> None:
+    """Let a trace of ``recompute="max"`` be an error: a compiler keeps what its partitioner chooses."""
+    if conversion.recompute != "max":
+        return
+
+    def before(module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "recompute: expected 'auto' or 'none' for a model that is compiled, got 'max': torch.compile decides "
+                "what is kept for the backward (docs/convert.md)"
+            )
+
+    conversion.model.register_forward_pre_hook(before)
+
+
 def _kernel_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """The kernel that computes what ``module`` computes; None where it is one node already, or something else."""
     x = torch.linspace(-12, 12, 1001, dtype=torch.float64).view(7, 143).requires_grad_()

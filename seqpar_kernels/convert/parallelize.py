@@ -70,6 +70,7 @@ CHANGES: dict[str, tuple[Step, ...]] = {
         pretrained.answer_for_ranks,
         generation.generate_alike,
         context_passes.install_context,
+        fused_forwards.refuse_compiling,
         register.remember_structure,
         refuse_unfused,
     ),

@@ -26,6 +26,7 @@ from ..nn import (
 from ..nn.norm_detection import norm_form
 from ..nn.own_forward import follower
 from ..nn.sharding import ShardSpec, local_part
+from ..ops.remake import LEVELS
 from .conversion import Conversion
 from .fused_forwards import fuse_head_norm
 from .plans import count_of, divided, matching
@@ -153,7 +154,7 @@ def _twin(old: Any, name: str, style: str, conversion: Conversion) -> nn.Module:
         return old
     new.region = region
     if isinstance(new, (ColumnParallelLinear, RowParallelLinear)):
-        new.remake_input = conversion.recompute != "none"
+        new.remake_input = LEVELS[conversion.recompute]
     return new
 
 

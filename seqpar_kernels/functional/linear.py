@@ -133,7 +133,7 @@ def checked_all_gather_linear(
     main_grad: Tensor | Sequence[Tensor | None] | None = None,
     save_gathered: bool = False,
     recipe: ops.NormRecipe | None = None,
-    remake: bool = False,
+    remake: int = 0,
 ) -> tuple[LinearCall, tuple[Any, ...]]:
     """The call that :func:`all_gather_linear` makes, which knows its plan, and what to call it with.
 
@@ -251,7 +251,7 @@ def checked_linear_reduce_scatter(
     activation: str | None = None,
     gate: Tensor | None = None,
     main_grad: Tensor | None = None,
-    remake: bool = False,
+    remake: int = 0,
 ) -> tuple[LinearCall, tuple[Any, ...]]:
     """The call that :func:`linear_reduce_scatter` makes, which knows its plan, and what to call it with.
 

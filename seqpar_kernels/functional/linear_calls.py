@@ -28,7 +28,7 @@ class LinearCall(Protocol):
 class GatherLinear:
     """An all_gather_linear whose operands the dispatcher must see, or one with a recipe for its x."""
 
-    def __init__(self, plan: Plan, where: tuple[Any, ...], several: bool, save_gathered: bool, remake: bool = False):
+    def __init__(self, plan: Plan, where: tuple[Any, ...], several: bool, save_gathered: bool, remake: int = 0):
         self.plan, self._where, self._several, self._remake = plan, where, several, remake
         self._save_gathered = save_gathered and where[0] != ""
 
@@ -64,7 +64,7 @@ class GatherLinear:
 class LinearScatter:
     """A linear_reduce_scatter whose operands the dispatcher must see, or one that is fed an activation."""
 
-    def __init__(self, plan: Plan, where: tuple[Any, ...], activation: str | None, remake: bool = False):
+    def __init__(self, plan: Plan, where: tuple[Any, ...], activation: str | None, remake: int = 0):
         self.plan, self._where, self._activation, self._remake = plan, where, activation, remake
 
     def __call__(
@@ -85,9 +85,7 @@ class LinearScatter:
 class LinearNorm:
     """A linear_reduce_scatter_dropout_add_norm, which always goes through the dispatcher."""
 
-    def __init__(
-        self, plan: Plan, where: tuple[Any, ...], activation: str | None, norm: ops.NormCall, remake: bool = False
-    ):
+    def __init__(self, plan: Plan, where: tuple[Any, ...], activation: str | None, norm: ops.NormCall, remake: int = 0):
         self.plan, self._where, self._activation, self._norm, self._remake = plan, where, activation, norm, remake
 
     def __call__(

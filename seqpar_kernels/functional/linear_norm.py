@@ -164,7 +164,7 @@ def checked_linear_norm(
     main_grad: Tensor | None = None,
     *,
     sum_gradients: bool = True,
-    remake: bool = False,
+    remake: int = 0,
 ) -> tuple[LinearNorm, tuple[Any, ...]]:
     """The call that :func:`linear_reduce_scatter_dropout_add_norm` makes, which knows its plan, and its operands.
 

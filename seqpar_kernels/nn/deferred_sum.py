@@ -44,7 +44,7 @@ class SummingLinear(Protocol):
     bias: Any
     chunks: int | None
     engine: str
-    remake_input: bool
+    remake_input: int
     ran: Any
 
     def summed(self, x: Tensor) -> Tensor: ...

@@ -13,7 +13,7 @@ from ..checks import check_divides
 from ..functional import checked_all_gather_linear, checked_linear_reduce_scatter
 from ..layout import Group
 from ..ops import announced
-from ..ops.remake import Kept, kept_of
+from ..ops.remake import NONE, Kept, kept_of
 from ..overlap.planner import Plan
 from ..strict import refuse
 from .deferred_sum import DeferredSum, settled, version_of
@@ -49,7 +49,7 @@ class _ParallelLinear(nn.Module):
         self.region = Region(group, seq_dim)
         self.chunks, self.engine, self.transposed = chunks, engine, transposed
         self.accumulate_into_main_grad = False
-        self.remake_input = False  # see seqpar_kernels.ops.remake
+        self.remake_input = NONE  # which inputs are not kept but made again: NONE, AUTO or MAX of ops.remake
         self.ran: Plan | None = None  # how the last forward ran
         self.kept: Kept | None = None  # what it kept of its input
         label, size = ("in_features", in_features) if self._cut_input else ("out_features", out_features)

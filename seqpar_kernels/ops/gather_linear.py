@@ -34,7 +34,7 @@ from . import linear_unchunked
 from .linear_common import PLACE, Place, rows_here, shape_with, sum_rows
 from .main_grad import weight_gradients
 from .registry import apply, group_named, plain_apply, register, without_autocast
-from .remake import made_again
+from .remake import NONE, made_again
 
 Several = Sequence[Tensor | None]
 
@@ -93,7 +93,7 @@ class DispatchedGatherLinear:
     it can be made again (:mod:`.remake`).
     """
 
-    def __init__(self, place: Place, keep: bool, remake: bool = False):
+    def __init__(self, place: Place, keep: bool, remake: int = NONE):
         self.place, self.keep, self.remake = place, keep, remake
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], biases: Several) -> list[Tensor]:
@@ -118,7 +118,7 @@ class PreparedGatherLinear:
         biases: Several,
         several: bool,
         keep: bool,
-        remake: bool = False,
+        remake: int = NONE,
     ):
         """``keep``: whether all rows of x are kept where there will be a backward. ``remake``: as there."""
         self.plan, self.place, self._several, self.remake = plan, place, several, remake
@@ -200,7 +200,7 @@ def all_gather_linear_into(
     biases: list[Tensor | None],
     *place: Any,
     keep: bool = False,
-    remake: bool = False,
+    remake: int = NONE,
 ) -> list[Tensor]:
     """all_gather_linear with gradients of weights added to ``main_grads``; not traceable where there are any.
 

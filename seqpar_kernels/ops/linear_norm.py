@@ -41,7 +41,8 @@ from .linear_scatter import scatter_gradients, scattered_shape
 from .norm import KEPT_OF_NORM, SPEC, declared, dropout_add_norm_backward, existing, shaped, statistics_shape, y_again
 from .recompute import activate, activation_gradients
 from .registry import group_named, register, without_autocast
-from .remake import made_again, readable
+from .remake import MAX, NONE, made_again, readable
+from .remake_heads import release_heads
 
 _NAME = "linear_reduce_scatter_dropout_add_norm"
 _PLACES = 5  # how many arguments say where
@@ -108,7 +109,7 @@ class _LinearNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, main_grad: Tensor | None, scalars: tuple[Any, ...], remake: bool, *flat: Tensor | None
+        ctx: Any, main_grad: Tensor | None, scalars: tuple[Any, ...], remake: int, *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
         """``remake``: x may be made again from what its producer keeps."""
         out = linear_reduce_scatter_dropout_add_norm.below_autograd(*flat, *scalars)
@@ -122,6 +123,8 @@ class _LinearNorm(torch.autograd.Function):
             ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         ctx.made = made_again(tensors.x) if remake and not ctx.activation else None
+        if remake == MAX:
+            release_heads(tensors.x)
         x = tensors.x if ctx.made is None else None
         kept = (z, statistics, tensors.row_scale, tensors.weight, tensors.weight2, tensors.seed, tensors.bias)
         ctx.save_for_backward(*kept, x, given.weight, given.gate)
@@ -177,7 +180,7 @@ def _autograd(*args: Any) -> list[Tensor]:
 
 
 def linear_reduce_scatter_dropout_add_norm_into(
-    main_grad: Tensor | None, *args: Any, remake: bool = False
+    main_grad: Tensor | None, *args: Any, remake: int = NONE
 ) -> list[Tensor]:
     """The op with the gradient of its weight added to ``main_grad``; not traceable where there is one."""
     # What is no tensor travels as one argument: autograd looks at every argument it is given.

@@ -34,7 +34,8 @@ from . import linear_unchunked
 from .linear_common import PLACE, Place, rows_here, shape_with, sum_rows
 from .main_grad import weight_gradient
 from .registry import apply, group_named, plain_apply, register, without_autocast
-from .remake import made_again
+from .remake import MAX, NONE, made_again
+from .remake_heads import release_heads
 
 _NAME = "linear_reduce_scatter"
 
@@ -63,7 +64,7 @@ def scattered_shape(x: Tensor, weight: Tensor, group: str, seq_dim: int, seq_len
 class DispatchedLinearScatter:
     """One kind of call as autograd needs it, its forward left to the dispatcher."""
 
-    def __init__(self, place: Place, remake: bool = False):
+    def __init__(self, place: Place, remake: int = NONE):
         """``remake``: x is not kept where it can be made again (:mod:`.remake`)."""
         self.place, self.remake = place, remake
 
@@ -78,7 +79,7 @@ class PreparedLinearScatter:
     As :class:`.gather_linear.PreparedGatherLinear`.
     """
 
-    def __init__(self, plan: Plan, place: Place, x: Tensor, weight: Tensor, bias: Tensor | None, remake: bool = False):
+    def __init__(self, plan: Plan, place: Place, x: Tensor, weight: Tensor, bias: Tensor | None, remake: int = NONE):
         self.plan, self.place, self.remake = plan, place, remake
         self._differentiable = any(t is not None and t.requires_grad for t in (x, weight, bias))
         group = group_named(place[0])
@@ -112,6 +113,8 @@ class _LinearReduceScatter(torch.autograd.Function):
         call: DispatchedLinearScatter | PreparedLinearScatter,
     ) -> Tensor:
         ctx.made = made_again(x) if call.remake else None
+        if call.remake == MAX:
+            release_heads(x)
         ctx.save_for_backward(x if ctx.made is None else None, weight)
         ctx.main_grad, ctx.place = main_grad, call.place  # not saved: other micro-batches may add to it first
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -152,7 +155,7 @@ def scatter_gradients(
 
 
 def linear_reduce_scatter_into(
-    main_grad: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any, remake: bool = False
+    main_grad: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any, remake: int = NONE
 ) -> Tensor:
     """linear_reduce_scatter with the gradient of its weight added to ``main_grad``; not traceable if there is one.
 

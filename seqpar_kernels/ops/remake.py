@@ -30,6 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NONE, AUTO, MAX = range(3)  # how much is made again: nothing, what takes one pass, also what takes several
+LEVELS = {"none": NONE, "auto": AUTO, "max": MAX}
+
 _Make = Callable[[], Tensor]
 #: (node, which of its results, the result or None where it is not at hand) -> how it is made again, or None.
 Way = Callable[[Any, int, Tensor | None], "_Make | None"]
@@ -128,7 +131,7 @@ def made_again(x: Tensor) -> Input | None:
     what it has chosen.
     """
     node = x.grad_fn
-    if node is None or (way := _way_of(type(node))) is None:
+    if node is None or (way := way_of(type(node))) is None:
         return None
     make = way(node, x.output_nr, x)
     return None if make is None else Input(Made(make), x)
@@ -242,23 +245,28 @@ def _from_view(node: Any, number: int, out: Tensor | None) -> _Make | None:
 
 def _of_input(node: Any, out: Tensor | None) -> _Make | None:
     before, number = node.next_functions[0]
-    way = None if before is None else _way_of(type(before))
+    way = None if before is None else way_of(type(before))
     return None if way is None else way(before, number, out)
 
 
 def _release(kept: Any, source: tuple[Any, int]) -> None:
     """Let a saved tensor go that came from ``source``, if that can make it again."""
     node, number = source
-    if (way := _way_of(type(node))) is None or type(node).__name__ in _OF_OTHERS:
+    if (way := way_of(type(node))) is None or type(node).__name__ in _OF_OTHERS:
         return
-    held = None if kept.unpack_hook is None else kept.data
-    if isinstance(held, Made) or (make := way(node, number, None)) is None:
+    if kept.unpack_hook is not None and isinstance(kept.data, Made):
         return
+    if (make := way(node, number, None)) is not None:
+        let_go(kept, make)
+
+
+def let_go(kept: Any, make: _Make) -> None:
+    """Let a saved tensor go that ``make`` makes again, unless it has hooks of others: whoever hooked it keeps it."""
     made = Made(make)
-    if held is None:
+    if kept.unpack_hook is None:
         kept.register_hooks(lambda _: made, Made.shared)
-    else:
-        held.give_up(made)
+    elif isinstance(kept.data, Held):
+        kept.data.give_up(made)
 
 
 #: Results of these are made from the results of others, whose shapes are not at hand for a factor.
@@ -277,7 +285,7 @@ _BY_NAME: dict[str, Way] = {
 _known: dict[type, Way | None] = {}
 
 
-def _way_of(kind: type) -> Way | None:
+def way_of(kind: type) -> Way | None:
     try:
         return _known[kind]
     except KeyError:

@@ -82,15 +82,17 @@ def expected_bytes(kind: str, t: int) -> int:
     return 4 * elements
 
 
-def counted_case(kind: str) -> tuple[int, int]:
-    return layer_bytes(kind, "auto", 2), layer_bytes(kind, "none", 2)
+def counted_case(kind: str) -> list[int]:
+    return [layer_bytes(kind, way, 2) for way in ("max", "auto", "none")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_keeps_what_cannot_be_made_again(world2: World, kind: str) -> None:
-    for auto, none in world2.run(counted_case, kind):
+    for most, auto, none in world2.run(counted_case, kind):
         assert auto == expected_bytes(kind, 2)
         assert none > 1.2 * auto
+        # The norms of heads keep what queries and keys are made of.
+        assert auto - most == (0 if kind in ("gpt2", "llama") else 4 * 2 * S * H // 2)
 
 
 def gradients(kind: str, way: str, dtype: torch.dtype, place: Any) -> dict[str, Tensor]:
@@ -110,8 +112,9 @@ def gradients_case(kind: str) -> None:
     for name, expected in oracle.items():
         torch.testing.assert_close(exact[name], expected, **within, msg=lambda m, n=name: f"{n}: {m}")
     for dtype in (torch.float32, torch.bfloat16):
-        plain, ours = (gradients(kind, way, dtype, group()) for way in ("none", "auto"))
+        plain, ours, most = (gradients(kind, way, dtype, group()) for way in ("none", "auto", "max"))
         for name, expected in oracle.items():
+            assert torch.equal(most[name], ours[name]), f"{name}, {dtype}"  # the same, computed later
             allowed = 2 * (plain[name] - expected).norm() + torch.finfo(dtype).eps * expected.norm()
             assert (ours[name] - expected).norm() <= allowed, f"{name}, {dtype}"
 
@@ -145,6 +148,13 @@ def test_arguments_and_rows_of_explain() -> None:
             "input made again from a product" if way == "auto" else "input kept: the result of a product"
         ) in row.why
     sp.unparallelize(model)
+
+
+def test_max_is_refused_under_compile() -> None:
+    model = sp.parallelize(build("llama", 1, torch.float32), None, recompute="max")
+    loss_of(model).backward()
+    with pytest.raises(Exception, match="recompute: expected 'auto' or 'none' for a model that is compiled"):
+        torch.compile(model, backend="eager")(ids())
 
 
 def test_activations_are_told_apart() -> None:
