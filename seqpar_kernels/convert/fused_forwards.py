@@ -7,7 +7,6 @@ Both are found by trying them, and run as one kernel that keeps its input alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ..functional import NormOptions, NormTensors, run_norm
 from ..nn import LayerNorm, RMSNorm
 from ..nn.own_forward import follower
 from .conversion import Conversion
+from .hooks import _inside_compile
 
 Forward = Callable[..., Any]
 
@@ -56,8 +56,21 @@ def _as_laid_out(x: Tensor, weight: Tensor | None, bias: Tensor | None, options:
 
 # --- activations -----------------------------------------------------------------------------------------------------
 
+
+def _gelu_tanh(input: Tensor) -> Tensor:
+    return F.gelu(input, approximate="tanh")
+
+
+def _gelu(input: Tensor) -> Tensor:
+    return F.gelu(input)
+
+
+def _silu(input: Tensor) -> Tensor:
+    return F.silu(input)
+
+
 #: Activations that PyTorch has one kernel for, which keeps the input alone.
-_KERNELS: tuple[Callable[[Tensor], Tensor], ...] = (partial(F.gelu, approximate="tanh"), F.gelu, F.silu)
+_KERNELS: tuple[Callable[[Tensor], Tensor], ...] = (_gelu_tanh, _gelu, _silu)
 _ALIKE = 1e-6  # constants of GELU are written with few digits; two different activations differ by 1e-4 and more
 
 
@@ -84,7 +97,7 @@ def refuse_compiling(conversion: Conversion) -> None:
         return
 
     def before(module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _inside_compile():
             raise RuntimeError(
                 "recompute: expected 'auto' or 'none' for a model that is compiled, got 'max': torch.compile decides "
                 "what is kept for the backward (docs/convert.md)"
