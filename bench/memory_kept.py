@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from .schema import Row
 from .session import Session
 
 VOCABULARY = 64
-MODELS = ("gpt2", "llama")
+MODELS = ("gpt2", "llama", "gemma3", "qwen3", "olmo2")
+ALL_KEPT = "ours, recompute none"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Sizes:
 def hugging_face(kind: str, sizes: Sizes, layers: int, dropout: float) -> nn.Module:
     """Random weights; GPT-2 with PyTorch's fused GELU, which keeps one tensor like the paper's (its own keeps six)."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -61,7 +63,10 @@ def hugging_face(kind: str, sizes: Sizes, layers: int, dropout: float) -> nn.Mod
             **ends,
         )
     else:
-        config = LlamaConfig(
+        config = AutoConfig.for_model(
+            {"gemma3": "gemma3_text"}.get(kind, kind),
+            head_dim=sizes.h // sizes.a,
+            pad_token_id=0,
             max_position_embeddings=sizes.s,
             hidden_size=sizes.h,
             intermediate_size=sizes.h * 8 // 3 // 16 * 16,
@@ -81,13 +86,17 @@ def _plain(kind: str, sizes: Sizes, layers: int, dropout: float, group: Any) -> 
     return hugging_face(kind, sizes, layers, dropout)
 
 
-def _ours(kind: str, sizes: Sizes, layers: int, dropout: float, group: Any) -> nn.Module:
+def _ours(kind: str, sizes: Sizes, layers: int, dropout: float, group: Any, recompute: str = "auto") -> nn.Module:
     from seqpar_kernels import parallelize
 
-    return parallelize(hugging_face(kind, sizes, layers, dropout), group)
+    return parallelize(hugging_face(kind, sizes, layers, dropout), group, recompute=recompute)
 
 
-REGIMES: dict[str, Builder] = {"hugging-face": _plain, "ours": _ours}
+REGIMES: dict[str, Builder] = {
+    "hugging-face": _plain,
+    ALL_KEPT: partial(_ours, recompute="none"),
+    "ours": _ours,
+}
 
 
 def _loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -184,10 +193,10 @@ def _run_layers(session: Session, sizes: Sizes, ranks: int) -> None:
 
 def _run_models(session: Session, sizes: Sizes, ranks: int) -> None:
     """Hugging Face's layers, before and after ``parallelize``."""
-    session.progress.plan(3 * len(MODELS))
+    session.progress.plan(4 * len(MODELS))
     for kind in MODELS:
         oracle = _double_loss(kind, sizes)
-        runs = [("hugging-face", 1), ("ours", 1), ("ours", ranks)]
+        runs = [("hugging-face", 1), ("ours", 1), (ALL_KEPT, ranks), ("ours", ranks)]
         reference = None
         for regime, t in runs:
             session.progress.step(f"memory {kind} {regime} {t} ranks")

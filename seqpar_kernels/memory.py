@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .ops.remake import Held
 
 
 @dataclass
@@ -62,26 +65,21 @@ def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Activ
         512
     """
     report = ActivationReport()
-    seen: set[int] = set()
-    keep_alive: list[Any] = []  # a new storage could get the address of a freed one
+    not_counted: set[int] = set()
+    kept: list[tuple[weakref.ref[Held], str]] = []  # (what autograd keeps, where it began)
     stack: list[str] = []
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Held:
         base = tensor._base if tensor._base is not None else tensor
         if isinstance(base, nn.Parameter):
-            return tensor
-        for storage in _storages(tensor):
-            if storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                keep_alive.append(storage)
-                where = stack[-1] if stack else "(outside any module)"
-                report.by_module[where] = report.by_module.get(where, 0) + storage.nbytes()
-                report.total += storage.nbytes()
-        return tensor
+            return Held(tensor)
+        held = Held(tensor.detach())  # the tensor itself would be a circle where it is the node's own result
+        kept.append((weakref.ref(held), stack[-1] if stack else "(outside any module)"))
+        return held
 
     def enter(module: nn.Module, inputs: Any) -> None:
         for held in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            seen.update(storage.data_ptr() for storage in _storages(held))
+            not_counted.update(storage.data_ptr() for storage in _storages(held))
         name = type(module).__name__
         stack.append(f"{stack[-1]}.{name}" if stack else name)
 
@@ -93,11 +91,21 @@ def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Activ
         module_hooks.register_module_forward_hook(leave, always_call=True),
     ]
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, Held.unpack):
             report.result = fn(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
+    # Counted now: a tensor that is made again has been let go in the meantime.
+    for found, where in kept:
+        held = found()
+        if held is None or held.tensor is None:
+            continue
+        for storage in _storages(held.tensor):
+            if storage.data_ptr() not in not_counted:
+                not_counted.add(storage.data_ptr())
+                report.by_module[where] = report.by_module.get(where, 0) + storage.nbytes()
+                report.total += storage.nbytes()
     return report
 
 

@@ -23,7 +23,7 @@ def test_fused_norm_keeps_z_and_statistics_only() -> None:
     x, r = (torch.randn(6, 32, requires_grad=True) for _ in range(2))
     w, b = torch.ones(32, requires_grad=True), torch.zeros(32, requires_grad=True)
     report = sp.activation_bytes(sp.dropout_add_layer_norm, x, r, w, b, p=0.1)
-    w_bytes = w.nbytes  # not a Parameter, so it counts
+    w_bytes = w.nbytes + b.nbytes  # no Parameters, so they count
     assert report.total == 6 * 32 * 4 + 2 * 6 * 4 + 8 + w_bytes  # z, mean and rstd, the seed
     report = sp.activation_bytes(sp.dropout_add_layer_norm, x, None, w, b)
     assert report.total == x.nbytes + 2 * 6 * 4 + w_bytes

@@ -53,6 +53,7 @@ class Conversion:
         sharing: Group,
         context_parallel: str | None,
         input_is_sharded: bool | str,
+        recompute: str,
     ):
         """As :func:`parallelize`. Ranks of ``device_mesh`` share heads, those of ``sharing`` the sequence."""
         # The call.
@@ -63,6 +64,7 @@ class Conversion:
         self.loss_parallel = loss_parallel
         self.experts = experts
         self.sharing, self.context_parallel, self.input_is_sharded = sharing, context_parallel, input_is_sharded
+        self.recompute = recompute
         self.region = Region(device_mesh, -2 if seq_dim is None else seq_dim)
         # What the passes found and did.
         self.styles: dict[str, str] = {}  # module name -> handling style

@@ -32,7 +32,8 @@ _LISTED = (*_VOCABULARY, SequenceParallelAttention)  # whatever the plan says
 def explain(model: nn.Module) -> Explanation:
     """Show style, engine, chunk count, and whether and why it is fused, of every converted module of ``model``.
 
-    Engines, chunk counts, bytes and estimates are those of the last forward.
+    Engines, chunk counts, bytes and estimates are those of the last forward. :func:`seqpar_kernels.activation_bytes`
+    counts what all modules keep, those that are not converted too.
 
     Raises:
         ValueError: the model has not been parallelized.
@@ -113,7 +114,10 @@ def _row(name: str, module: nn.Module, conversion: Conversion, device: torch.dev
         wire, model = ("", "") if ran is None or ran.estimate is None else (_bytes(ran.wire_bytes), str(ran.estimate))
         if family is not None and name != family[0]:
             wire = model = ""  # the first of the family has them
-        return Row(name, style, engine, chunks, fused, why, wire, model)
+        kept = ""
+        if module.kept is not None:
+            kept, why = _bytes(module.kept.bytes), f"{why}; {module.kept.why()}"
+        return Row(name, style, engine, chunks, fused, why, wire, model, kept)
     if isinstance(module, Experts):
         return _experts_row(name, style, module)
     if isinstance(module, _VOCABULARY):

@@ -12,14 +12,15 @@ from typing import Any
 
 _WIDTH = 120
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
-_HEADER = ("module", "style", "engine", "chunks", "fused", "wire/forward", "why")
+_HEADER = ("module", "style", "engine", "chunks", "fused", "wire/forward", "kept", "why")
 
 
 @dataclass(frozen=True)
 class Row:
     """One module of the table, or several equal ones.
 
-    ``wire`` is what one rank sends in one forward, ``model`` the planner's estimate of it. ``slower`` marks a module
+    ``wire`` is what one rank sends in one forward, ``model`` the planner's estimate of it. ``kept`` is what the last
+    forward kept of a linear's input for the backward. ``slower`` marks a module
     that this package could run faster (SEQPAR_STRICT refuses it). A module that is best unfused is not marked.
     """
 
@@ -31,6 +32,7 @@ class Row:
     why: str
     wire: str = ""
     model: str = ""
+    kept: str = ""
     slower: bool = False
 
 
@@ -78,7 +80,7 @@ class Explanation:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    return row.module, row.style, row.engine, row.chunks, row.fused, row.wire
+    return row.module, row.style, row.engine, row.chunks, row.fused, row.wire, row.kept
 
 
 def _note(row: Row) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from ..checks import renamed
 from ..comm.coordination import checked_together, coordination_of
 from ..layout import Group, check_launched, resolve_group
-from . import edge_hooks, grad_scaler, hooks, optimizers, register, replacements, resolve, validate
+from . import edge_hooks, fused_forwards, grad_scaler, hooks, optimizers, register, replacements, resolve, validate
 from .conversion import Conversion
 from .explain import refuse_unfused
 from .hf import adapters, context_passes, generation, plan_from_config, pretrained, storage_writer, vocabulary_ends
@@ -52,6 +52,7 @@ CHANGES: dict[str, tuple[Step, ...]] = {
         replacements.cut_parameters,
         replacements.replace_modules,
         replacements.share_gathers,
+        fused_forwards.fuse_activations,
     ),
     "attach": (
         pretrained.let_accelerate_hook,
@@ -69,6 +70,7 @@ CHANGES: dict[str, tuple[Step, ...]] = {
         pretrained.answer_for_ranks,
         generation.generate_alike,
         context_passes.install_context,
+        fused_forwards.refuse_compiling,
         register.remember_structure,
         refuse_unfused,
     ),
@@ -87,6 +89,7 @@ def parallelize(
     experts: str = "auto",
     context_parallel: str | None = None,
     input_is_sharded: bool | str = False,
+    recompute: str = "auto",
 ) -> ModelT:
     """Make ``model`` tensor- and sequence-parallel over ``device_mesh``, in place.
 
@@ -115,6 +118,10 @@ def parallelize(
             :func:`seqpar_kernels.sequence_parallel_attention`. Logits are then those of this rank's rows, the loss is
             that of the whole batch (docs/long-context.md).
         input_is_sharded: the batch comes as this rank's rows: True in layout "contiguous", or the layout.
+        recompute: what is not kept for the backward but computed again there, without a matmul or a collective.
+            ``"auto"``: results of norms, activations and gated products, one pass each; norms of heads and activations
+            run as one kernel. ``"max"``: also queries and keys that a norm of heads made. ``"none"``: nothing, all as
+            the model's own statements keep it. torch.compile chooses by itself (docs/convert.md).
 
     Returns:
         ``model``.
@@ -138,7 +145,7 @@ def parallelize(
     """
     check_launched(device_mesh)
     sharing, tensor = context_passes.axes(device_mesh, context_parallel)
-    shared = sharing, context_parallel, input_is_sharded
+    shared = sharing, context_parallel, input_is_sharded, recompute
     conversion = Conversion(model, tensor, plan, seq_dim, engine, loss_parallel, experts, *shared)
     group = conversion.region.group
     if group is not None:

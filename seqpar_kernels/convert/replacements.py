@@ -26,7 +26,9 @@ from ..nn import (
 from ..nn.norm_detection import norm_form
 from ..nn.own_forward import follower
 from ..nn.sharding import ShardSpec, local_part
+from ..ops.remake import LEVELS
 from .conversion import Conversion
+from .fused_forwards import fuse_head_norm
 from .plans import count_of, divided, matching
 from .undo import Undo
 
@@ -145,11 +147,24 @@ def _twin(old: Any, name: str, style: str, conversion: Conversion) -> nn.Module:
         return old
     else:
         own = style == "own_parameters"
+        if style == "tensor_parallel" and conversion.recompute != "none":
+            _fuse_if_norm(old)
         conversion.replicated += old.parameters(recurse=not own)
         _sum_gradients_of(old, region, recurse=not own)
         return old
     new.region = region
+    if isinstance(new, (ColumnParallelLinear, RowParallelLinear)):
+        new.remake_input = LEVELS[conversion.recompute]
     return new
+
+
+def _fuse_if_norm(module: nn.Module) -> None:
+    """Let a norm of heads run as one kernel."""
+    try:
+        norm = converted_norm(module)
+    except ValueError:
+        return
+    fuse_head_norm(module, norm)
 
 
 def _sum_gradients_of(module: nn.Module, region: Region, recurse: bool) -> None:

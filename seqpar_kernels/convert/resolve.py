@@ -38,6 +38,8 @@ def check_call(conversion: Conversion) -> None:
     _check_arguments(conversion.model, conversion.given_seq_dim, conversion.loss_parallel)
     if conversion.experts not in ("auto", "ep", "tp"):
         raise ValueError(f"experts: expected 'auto', 'ep' or 'tp', got {conversion.experts!r}")
+    if conversion.recompute not in ("auto", "none", "max"):
+        raise ValueError(f"recompute: expected 'auto', 'none' or 'max', got {conversion.recompute!r}")
     if getattr(conversion.model, "_seqpar", None) is not None:
         raise ValueError(f"model: {type(conversion.model).__name__} has been parallelized already")
 

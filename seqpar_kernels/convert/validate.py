@@ -131,6 +131,7 @@ def compare_calls(conversion: Conversion) -> None:
         return
     coordination = coordination_of(region.group)
     how = f"seq_dim={region.seq_dim}, engine={conversion.engine!r}, loss_parallel={conversion.loss_parallel}"
+    how += f", recompute={conversion.recompute!r}" if conversion.recompute != "auto" else ""
     how += f", experts={conversion.experts!r}" if conversion.expert_forms else ""
     how += "" if comparison_enabled() else ", SEQPAR_COMPARE_RANKS=0"
     call = f"parallelize number {coordination.conversions} of {type(conversion.model).__name__}"

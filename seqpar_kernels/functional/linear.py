@@ -133,12 +133,14 @@ def checked_all_gather_linear(
     main_grad: Tensor | Sequence[Tensor | None] | None = None,
     save_gathered: bool = False,
     recipe: ops.NormRecipe | None = None,
+    remake: int = 0,
 ) -> tuple[LinearCall, tuple[Any, ...]]:
     """The call that :func:`all_gather_linear` makes, which knows its plan, and what to call it with.
 
-    With a ``recipe`` x is not kept but made again from it; ``save_gathered`` comes before a recipe.
+    With a ``recipe`` x is not kept but made again from it; with ``remake`` it is made again where its producer can
+    (:mod:`seqpar_kernels.ops.remake`). ``save_gathered`` comes before both.
     """
-    numbers, options = (seq_dim, chunks, seq_len), (engine, save_gathered, recipe is None)
+    numbers, options = (seq_dim, chunks, seq_len), (engine, save_gathered, recipe is None, remake)
     key, call = known_call("all_gather_linear", group, numbers, options, x, weight, bias, main_grad)
     several = not isinstance(weight, Tensor) and isinstance(weight, Iterable)
     if call is not None:
@@ -170,9 +172,9 @@ def checked_all_gather_linear(
         )
     where = place(pg, seq_dim, shard, settled)
     if key is not None and recipe is None and are_plain((x, *weights, *biases)):
-        call = ops.PreparedGatherLinear(settled, where, x, weights, biases, several, save_gathered)
+        call = ops.PreparedGatherLinear(settled, where, x, weights, biases, several, save_gathered, remake)
     else:
-        call = GatherLinear(settled, where, several, save_gathered)
+        call = GatherLinear(settled, where, several, save_gathered, remake)
     remember(group, key, call)
     return call, (x, weights, biases, main_grads, recipe)
 
@@ -249,9 +251,13 @@ def checked_linear_reduce_scatter(
     activation: str | None = None,
     gate: Tensor | None = None,
     main_grad: Tensor | None = None,
+    remake: int = 0,
 ) -> tuple[LinearCall, tuple[Any, ...]]:
-    """The call that :func:`linear_reduce_scatter` makes, which knows its plan, and what to call it with."""
-    numbers, options = (seq_dim, chunks), (engine, activation)
+    """The call that :func:`linear_reduce_scatter` makes, which knows its plan, and what to call it with.
+
+    ``remake``: as in :func:`checked_all_gather_linear`.
+    """
+    numbers, options = (seq_dim, chunks), (engine, activation, remake)
     key, call = known_call("linear_reduce_scatter", group, numbers, options, x, weight, bias, main_grad, gate)
     if call is None:
         pg = resolve_group(group)
@@ -269,9 +275,9 @@ def checked_linear_reduce_scatter(
             settled = settle_plan(x, seq_dim, shard, weight.shape[0], weight.numel(), engine, chunks, profiles, pg)
         where = place(pg, seq_dim, shard, settled)
         if key is not None and activation is None and are_plain((x, weight, bias)):
-            call = ops.PreparedLinearScatter(settled, where, x, weight, bias)
+            call = ops.PreparedLinearScatter(settled, where, x, weight, bias, remake)
         else:
-            call = LinearScatter(settled, where, activation)
+            call = LinearScatter(settled, where, activation, remake)
         remember(group, key, call)
     return call, (x, weight, bias, main_grad, gate)
 

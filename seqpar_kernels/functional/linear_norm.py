@@ -164,11 +164,13 @@ def checked_linear_norm(
     main_grad: Tensor | None = None,
     *,
     sum_gradients: bool = True,
+    remake: int = 0,
 ) -> tuple[LinearNorm, tuple[Any, ...]]:
     """The call that :func:`linear_reduce_scatter_dropout_add_norm` makes, which knows its plan, and its operands.
 
     ``tensors``: what the norm reads, x being the input of the linear, of which the sum is made.
-    ``sum_gradients=False``: the caller sums the gradients of the vectors over the ranks.
+    ``sum_gradients=False``: the caller sums the gradients of the vectors over the ranks. ``remake``: as in
+    :func:`.linear.checked_all_gather_linear`.
     """
     x, residual, norm_weight, norm_bias, _, _, bias, row_scale, _, _ = tensors
     pg = resolve_group(group)
@@ -209,7 +211,7 @@ def checked_linear_norm(
     elif pg is not None and debug_enabled() and not torch.compiler.is_compiling():
         assert seed_tensor is not None
         compare_seeds(seed_tensor, pg, "linear_reduce_scatter_dropout_add_norm")
-    call = LinearNorm(plan, place(pg, seq_dim, shard, plan), activation, settled.call)
+    call = LinearNorm(plan, place(pg, seq_dim, shard, plan), activation, settled.call, remake)
     return call, (converted(tensors, settled)._replace(seed=seed_tensor), weight, gate, main_grad)
 
 

@@ -9,8 +9,10 @@ from torch.distributed import ProcessGroup
 from .. import ops
 from ..checks import check_float, check_sequence, check_tensor
 from ..comm.coordination import checked_together
+from ..kernels.spec import accumulation_dtype
 from ..layout import Group, normalize_dim, resolve_group, shard_of
-from ..ops.registry import eager, group_name
+from ..ops.registry import apply, eager, group_name
+from ..ops.split_norm import SplitNorm
 from .doubled import doubled_gradients
 
 
@@ -116,6 +118,16 @@ def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     if not torch.compiler.is_compiling():
         setattr(out, "_seqpar_copied", True)  # noqa: B010 - for the check of a converted model's first forward
     return out
+
+
+def split_rms_norm(
+    x: Tensor, weight: Tensor | None, features: int, eps: float | None, zero_centered: bool, group: Group
+) -> Tensor:
+    """RMSNorm of [..., S, N/t] over N = ``features`` on all ranks; for :class:`seqpar_kernels.nn.SplitRMSNorm`."""
+    pg, _ = _checked(x, group, None)
+    eps = torch.finfo(accumulation_dtype(x.dtype)).eps if eps is None else eps
+    y: Tensor = apply(SplitNorm, x, weight, features, eps, zero_centered, group_name(pg))
+    return y
 
 
 def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:

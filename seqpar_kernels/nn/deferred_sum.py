@@ -44,11 +44,13 @@ class SummingLinear(Protocol):
     bias: Any
     chunks: int | None
     engine: str
+    remake_input: int
     ran: Any
 
     def summed(self, x: Tensor) -> Tensor: ...
     def _linear_weight(self) -> Tensor: ...
     def _main_grad(self) -> Tensor | None: ...
+    def _note_kept(self, x: Tensor, out: Tensor) -> None: ...
 
 
 class Dropping(Protocol):
@@ -168,9 +170,11 @@ class DeferredSum(Tensor):
                 linear.engine,
                 main_grad=linear._main_grad(),
                 sum_gradients=not sums,
+                remake=linear.remake_input,
             )
             linear.ran = call.plan
             y, z = call(*operands)
+            linear._note_kept(x, z)
         norm.fused = True
         if self.dropout is not None:
             self.dropout.fused = True

@@ -13,6 +13,7 @@ from ..checks import check_divides
 from ..functional import checked_all_gather_linear, checked_linear_reduce_scatter
 from ..layout import Group
 from ..ops import announced
+from ..ops.remake import NONE, Kept, kept_of
 from ..overlap.planner import Plan
 from ..strict import refuse
 from .deferred_sum import DeferredSum, settled, version_of
@@ -48,7 +49,9 @@ class _ParallelLinear(nn.Module):
         self.region = Region(group, seq_dim)
         self.chunks, self.engine, self.transposed = chunks, engine, transposed
         self.accumulate_into_main_grad = False
+        self.remake_input = NONE  # which inputs are not kept but made again: NONE, AUTO or MAX of ops.remake
         self.ran: Plan | None = None  # how the last forward ran
+        self.kept: Kept | None = None  # what it kept of its input
         label, size = ("in_features", in_features) if self._cut_input else ("out_features", out_features)
         if "weight" in sharded:
             check_shardable(label, size, sharded["weight"], self.region.ranks)
@@ -95,6 +98,10 @@ class _ParallelLinear(nn.Module):
                 f"found none; allocate it before the first forward"
             )
         return main_grad.t() if self.transposed else main_grad
+
+    def _note_kept(self, x: Tensor, out: Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            self.kept = kept_of(x, out)
 
     def extra_repr(self) -> str:
         local = tuple(self.weight.shape)
@@ -231,9 +238,12 @@ class ColumnParallelLinear(_ParallelLinear):
         group = None if self.input_is_whole else region.group
         weight, bias = self.operands()
         options = (group, region.seq_dim, self.chunks, self.engine, None if group is None else seq_len)
-        call, operands = checked_all_gather_linear(x, weight, bias, *options, self._main_grad(), self.save_gathered)
+        call, operands = checked_all_gather_linear(
+            x, weight, bias, *options, self._main_grad(), self.save_gathered, remake=self.remake_input
+        )
         self.ran = call.plan
         out: Tensor = call(*operands)
+        self._note_kept(x, out)
         return out
 
 
@@ -361,10 +371,11 @@ class RowParallelLinear(_ParallelLinear):
         region = self.region
         options = (region.group, region.seq_dim, self.chunks, self.engine)
         call, operands = checked_linear_reduce_scatter(
-            x, self._linear_weight(), self.bias, *options, main_grad=self._main_grad()
+            x, self._linear_weight(), self.bias, *options, main_grad=self._main_grad(), remake=self.remake_input
         )
         self.ran = call.plan
         out: Tensor = call(*operands)
+        self._note_kept(x, out)
         return out
 
 
@@ -422,10 +433,12 @@ class SharedGather:
             options = (region.group, region.seq_dim, module.chunks, module.engine, seq_len)
             main_grads = [member._main_grad() for member in self.members]
             save = any(member.save_gathered for member in self.members)
-            call, operands = checked_all_gather_linear(x, weights, biases, *options, main_grads, save)
+            remake = module.remake_input
+            call, operands = checked_all_gather_linear(x, weights, biases, *options, main_grads, save, remake=remake)
             outs = call(*operands)
             for member in self.members:
                 member.ran = call.plan
+            module._note_kept(x, outs[0])
             self._input, self._state = x, state
             self._waiting = dict(enumerate(outs))
         out = self._waiting.pop(key)

@@ -34,6 +34,7 @@ from . import linear_unchunked
 from .linear_common import PLACE, Place, rows_here, shape_with, sum_rows
 from .main_grad import weight_gradients
 from .registry import apply, group_named, plain_apply, register, without_autocast
+from .remake import NONE, made_again
 
 Several = Sequence[Tensor | None]
 
@@ -90,11 +91,12 @@ def _fake(
 class DispatchedGatherLinear:
     """One kind of call as autograd needs it, its forward left to the dispatcher.
 
-    ``keep``: all rows of x are kept for the backward, and come back as one more output.
+    ``keep``: all rows of x are kept for the backward, and come back as one more output. ``remake``: x is not kept where
+    it can be made again (:mod:`.remake`).
     """
 
-    def __init__(self, place: Place, keep: bool):
-        self.place, self.keep = place, keep
+    def __init__(self, place: Place, keep: bool, remake: int = NONE):
+        self.place, self.keep, self.remake = place, keep, remake
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], biases: Several) -> list[Tensor]:
         op = all_gather_linear_keeping if self.keep else all_gather_linear
@@ -110,10 +112,18 @@ class PreparedGatherLinear:
     """
 
     def __init__(
-        self, plan: Plan, place: Place, x: Tensor, weights: Sequence[Tensor], biases: Several, several: bool, keep: bool
+        self,
+        plan: Plan,
+        place: Place,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Several,
+        several: bool,
+        keep: bool,
+        remake: int = NONE,
     ):
-        """``keep``: whether all rows of x are kept where there will be a backward."""
-        self.plan, self.place, self._several = plan, place, several
+        """``keep``: whether all rows of x are kept where there will be a backward. ``remake``: as there."""
+        self.plan, self.place, self._several, self.remake = plan, place, several, remake
         name, seq_dim, seq_len, chunks, engine = place
         group = group_named(name)
         self.keep = keep and group is not None and any(w.requires_grad for w in weights)
@@ -153,7 +163,8 @@ class _AllGatherLinear(torch.autograd.Function):
         if call.keep:
             ctx.mark_non_differentiable(outs[-1])
             x = outs[-1]
-        ctx.save_for_backward(x, *weights)
+        ctx.made = made_again(x) if call.remake else None
+        ctx.save_for_backward(x if ctx.made is None else None, *weights)
         return tuple(outs)
 
     @staticmethod
@@ -168,6 +179,8 @@ class _AllGatherLinear(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         want_dw = [need and hit for need, hit in zip(needs[:count], reached, strict=True)]
         want_db = [need and hit for need, hit in zip(needs[count:], reached, strict=True)]
+        if ctx.made is not None:
+            x = ctx.made(any(want_dw))
         args = (x, list(grads), weights, need_dx, want_dw, want_db, call.keep, *call.place)
         if any(main_grad is not None for main_grad in main_grads):
             out = iter(all_gather_linear_backward_into(*args, main_grads))
@@ -189,15 +202,16 @@ def all_gather_linear_into(
     biases: list[Tensor | None],
     *place: Any,
     keep: bool = False,
+    remake: int = NONE,
 ) -> list[Tensor]:
     """all_gather_linear with gradients of weights added to ``main_grads``; not traceable where there are any.
 
-    With ``keep`` it is all_gather_linear_keeping.
+    With ``keep`` it is all_gather_linear_keeping. ``remake`` is for plain tensors in eager mode.
     """
     if main_grads is None:
         main_grads = [None] * len(weights)
     # Spreads the lists: autograd sees only tensors that are arguments of their own.
-    return list(apply(_AllGatherLinear, DispatchedGatherLinear(place, keep), main_grads, x, *weights, *biases))
+    return list(apply(_AllGatherLinear, DispatchedGatherLinear(place, keep, remake), main_grads, x, *weights, *biases))
 
 
 # --- backward --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +38,11 @@ from ..overlap.profiling import span
 from ..tensors import rows_of
 from .linear_common import PLACE
 from .linear_scatter import scatter_gradients, scattered_shape
-from .norm import SPEC, declared, dropout_add_norm_backward, existing, shaped, statistics_shape
+from .norm import KEPT_OF_NORM, SPEC, declared, dropout_add_norm_backward, existing, shaped, statistics_shape, y_again
 from .recompute import activate, activation_gradients
 from .registry import group_named, register, without_autocast
+from .remake import MAX, NONE, made_again, readable
+from .remake_heads import release_heads
 
 _NAME = "linear_reduce_scatter_dropout_add_norm"
 _PLACES = 5  # how many arguments say where
@@ -64,6 +67,7 @@ class _Given(NamedTuple):
 
 _WEIGHT = len(NormTensors._fields)  # the place of the first argument behind those of the norm
 _TENSORS = _WEIGHT + 2  # how many of the arguments are tensors
+_BEFORE = 3  # how many arguments of the autograd.Function come before them
 
 
 def _packed(args: Sequence[Any]) -> _Given:
@@ -105,8 +109,9 @@ class _LinearNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, main_grad: Tensor | None, scalars: tuple[Any, ...], *flat: Tensor | None
+        ctx: Any, main_grad: Tensor | None, scalars: tuple[Any, ...], remake: int, *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
+        """``remake``: x may be made again from what its producer keeps."""
         out = linear_reduce_scatter_dropout_add_norm.below_autograd(*flat, *scalars)
         given = _packed((*flat, *scalars))
         tensors = given.tensors
@@ -117,20 +122,24 @@ class _LinearNorm(torch.autograd.Function):
             _, z, statistics = out
             ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        kept = (z, statistics, tensors.row_scale, tensors.weight, tensors.weight2, tensors.seed)
-        ctx.save_for_backward(tensors.x, given.weight, given.gate, *kept)
+        ctx.made = made_again(tensors.x) if remake and not ctx.activation else None
+        if remake == MAX:
+            release_heads(tensors.x)
+        x = tensors.x if ctx.made is None else None
+        kept = (z, statistics, tensors.row_scale, tensors.weight, tensors.weight2, tensors.seed, tensors.bias)
+        ctx.save_for_backward(*kept, x, given.weight, given.gate)
         return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, weight, gate, *kept = ctx.saved_tensors
+        *kept, _, x, weight, gate = ctx.saved_tensors
         spec: NormSpec = ctx.spec
         dy, dz = (None, grads[0]) if spec.kind == NormKind.NONE else grads[:2]
         if dy is None and dz is None:
-            return (None,) * (2 + _TENSORS)
+            return (None,) * (_BEFORE + _TENSORS)
         tensors = NormGiven(dy, None, dz, *kept)
-        need_weight, need_gate = ctx.needs_input_grad[2 + _WEIGHT :]
-        needs: dict[str, bool] = dict(zip(NormTensors._fields, ctx.needs_input_grad[2:], strict=False))
+        need_weight, need_gate = ctx.needs_input_grad[_BEFORE + _WEIGHT :]
+        needs: dict[str, bool] = dict(zip(NormTensors._fields, ctx.needs_input_grad[_BEFORE:], strict=False))
         needs_linear = (needs["x"], need_gate, need_weight)
         # The residual's gradient is that of the sum where nothing stands between them.
         same = tensors.seed is None and tensors.row_scale is None and spec.z_dtype == spec.x_dtype
@@ -148,23 +157,34 @@ class _LinearNorm(torch.autograd.Function):
         dx = dgate = dweight = None
         if any(needs_linear):
             assert dsum is not None
+            if ctx.made is not None:
+                x = ctx.made(need_weight)
             if ctx.activation:
                 rest = (dsum, x, gate, weight, None, [*needs_linear, False], ctx.activation)
                 dx, dgate, dweight, _ = activation_gradients(ctx.main_grad, *rest, *ctx.place)
             else:
                 wanted = (needs["x"], need_weight, False)
                 dx, dweight, _ = scatter_gradients(ctx.main_grad, dsum, x, weight, None, *wanted, *ctx.place)
-        return None, None, dx, dresidual, *dvectors, None, None, None, dweight, dgate
+        return None, None, None, dx, dresidual, *dvectors, None, None, None, dweight, dgate
+
+    @staticmethod
+    def made_again(ctx: Any, number: int, out: Tensor | None) -> Callable[[], Tensor] | None:
+        """How y = norm(z) is made again, see :mod:`.remake`; None for other results."""
+        if number or ctx.spec.kind == NormKind.NONE or not readable(*ctx._raw_saved_tensors[:KEPT_OF_NORM]):
+            return None
+        return functools.partial(y_again, ctx, ctx.spec, ctx.backend)
 
 
 def _autograd(*args: Any) -> list[Tensor]:
     return linear_reduce_scatter_dropout_add_norm_into(None, *args)
 
 
-def linear_reduce_scatter_dropout_add_norm_into(main_grad: Tensor | None, *args: Any) -> list[Tensor]:
+def linear_reduce_scatter_dropout_add_norm_into(
+    main_grad: Tensor | None, *args: Any, remake: int = NONE
+) -> list[Tensor]:
     """The op with the gradient of its weight added to ``main_grad``; not traceable where there is one."""
     # What is no tensor travels as one argument: autograd looks at every argument it is given.
-    return list(_LinearNorm.apply(main_grad, args[_TENSORS:], *args[:_TENSORS]))
+    return list(_LinearNorm.apply(main_grad, args[_TENSORS:], remake, *args[:_TENSORS]))
 
 
 #: Returns, in this order and only where they exist: y, z, statistics.

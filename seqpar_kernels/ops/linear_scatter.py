@@ -34,6 +34,8 @@ from . import linear_unchunked
 from .linear_common import PLACE, Place, rows_here, shape_with, sum_rows
 from .main_grad import weight_gradient
 from .registry import apply, group_named, plain_apply, register, without_autocast
+from .remake import MAX, NONE, made_again
+from .remake_heads import release_heads
 
 _NAME = "linear_reduce_scatter"
 
@@ -62,8 +64,9 @@ def scattered_shape(x: Tensor, weight: Tensor, group: str, seq_dim: int, seq_len
 class DispatchedLinearScatter:
     """One kind of call as autograd needs it, its forward left to the dispatcher."""
 
-    def __init__(self, place: Place):
-        self.place = place
+    def __init__(self, place: Place, remake: int = NONE):
+        """``remake``: x is not kept where it can be made again (:mod:`.remake`)."""
+        self.place, self.remake = place, remake
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = linear_reduce_scatter.below_autograd(x, weight, bias, *self.place)
@@ -76,8 +79,8 @@ class PreparedLinearScatter:
     As :class:`.gather_linear.PreparedGatherLinear`.
     """
 
-    def __init__(self, plan: Plan, place: Place, x: Tensor, weight: Tensor, bias: Tensor | None):
-        self.plan, self.place = plan, place
+    def __init__(self, plan: Plan, place: Place, x: Tensor, weight: Tensor, bias: Tensor | None, remake: int = NONE):
+        self.plan, self.place, self.remake = plan, place, remake
         self._differentiable = any(t is not None and t.requires_grad for t in (x, weight, bias))
         group = group_named(place[0])
         self._partials: MatmulScatterReady | None = None
@@ -109,7 +112,10 @@ class _LinearReduceScatter(torch.autograd.Function):
         main_grad: Tensor | None,
         call: DispatchedLinearScatter | PreparedLinearScatter,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.made = made_again(x) if call.remake else None
+        if call.remake == MAX:
+            release_heads(x)
+        ctx.save_for_backward(x if ctx.made is None else None, weight)
         ctx.main_grad, ctx.place = main_grad, call.place  # not saved: other micro-batches may add to it first
         ctx.bias_dtype = None if bias is None else bias.dtype
         return call.forward(x, weight, bias)
@@ -118,6 +124,8 @@ class _LinearReduceScatter(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
+        if ctx.made is not None:
+            x = ctx.made(needs[1])
         dx, dweight, dbias = scatter_gradients(ctx.main_grad, dy, x, weight, ctx.bias_dtype, *needs, *ctx.place)
         return dx, dweight, dbias, None, None
 
@@ -147,10 +155,13 @@ def scatter_gradients(
 
 
 def linear_reduce_scatter_into(
-    main_grad: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any
+    main_grad: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any, remake: int = NONE
 ) -> Tensor:
-    """linear_reduce_scatter with the gradient of its weight added to ``main_grad``; not traceable if there is one."""
-    y: Tensor = apply(_LinearReduceScatter, x, weight, bias, main_grad, DispatchedLinearScatter(place))
+    """linear_reduce_scatter with the gradient of its weight added to ``main_grad``; not traceable if there is one.
+
+    ``remake`` is for plain tensors in eager mode.
+    """
+    y: Tensor = apply(_LinearReduceScatter, x, weight, bias, main_grad, DispatchedLinearScatter(place, remake))
     return y
 
 

@@ -32,6 +32,7 @@ from ..kernels import NormGiven, NormKind, NormOutputs, NormSpec, NormStores, No
 from ..kernels.spec import accumulation_dtype
 from ..tensors import reshaped
 from .registry import PLAIN_TYPES, apply, eager, plain_apply, register
+from .remake import readable
 
 # --- what the ops take -----------------------------------------------------------------------------------------------
 
@@ -241,14 +242,14 @@ class _DropoutAddNorm(torch.autograd.Function):
     def forward(ctx: Any, norm: DispatchedNorm, tensors: NormTensors, *differentiable: Tensor | None) -> Any:
         """``differentiable``: those among ``tensors`` that may have gradients, for autograd, which sees no others."""
         out = norm.forward(tensors)
-        x, _, weight, _, weight2, _, _, row_scale, _, seed = tensors
+        x, _, weight, bias, weight2, _, _, row_scale, _, seed = tensors
         _, _, z, statistics = out
         if statistics is None:
             z = None  # nothing was normalised
         elif z is None:
             z = x
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z, statistics, row_scale, weight, weight2, seed)
+        ctx.save_for_backward(z, statistics, row_scale, weight, weight2, seed, bias)
         ctx.norm = norm
         if norm.returns_statistics:
             ctx.mark_non_differentiable(statistics)
@@ -261,7 +262,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         if dy is None and dy2 is None and dz is None:
             return (None,) * (2 + _DIFFERENTIABLE)
         _, _, need_x, need_residual, *need_vectors = ctx.needs_input_grad
-        tensors = tuple.__new__(NormGiven, (dy, dy2, dz, *ctx.saved_tensors))  # half the time of the class
+        tensors = tuple.__new__(NormGiven, (dy, dy2, dz, *ctx.saved_tensors[:-1]))  # half the time of the class
         # g and dx are one tensor where nothing stands between them: then one is computed and handed out twice.
         same = norm.one_dtype and tensors.seed is None and tensors.row_scale is None
         wants = NormWants(need_x or (same and need_residual), need_residual and not same, *need_vectors)
@@ -270,6 +271,26 @@ class _DropoutAddNorm(torch.autograd.Function):
             dresidual = dx
         return (None, None, dx if need_x else None, dresidual, *vectors)
 
+    @staticmethod
+    def made_again(ctx: Any, number: int, out: Tensor | None) -> Callable[[], Tensor] | None:
+        """How y = norm(z) is made again, see :mod:`.remake`; None for other results."""
+        call = ctx.norm.call
+        if number or call.spec.kind == NormKind.NONE or not readable(*ctx._raw_saved_tensors):
+            return None
+        return functools.partial(y_again, ctx, call.spec, call.backend)
+
+
+def y_again(ctx: Any, spec: NormSpec, backend: str) -> Tensor:
+    """y of a forward that saved these tensors first."""
+    z, _, _, weight, _, _, bias = ctx.saved_tensors[:KEPT_OF_NORM]
+    spec = spec._replace(p=0.0, rows=RowMap(0, 0, 0), x_dtype=z.dtype, z_dtype=z.dtype)
+    run = forward_of(z.shape, z.device, NormCall(NormStores(store_z=False), spec, backend))
+    y = run(NormTensors(z, weight=weight, bias=bias))[0]
+    assert y is not None
+    return y
+
+
+KEPT_OF_NORM = 7  # z, statistics, row_scale, weight, weight2, seed, bias
 
 #: ``Function.apply`` without its care for functorch, whose transforms take :func:`_forward_autograd`.
 _apply = plain_apply(_DropoutAddNorm)

@@ -222,7 +222,7 @@ def test_memory_smoke(tmp_path: Path) -> None:
             assert len(ours) == 6
             assert ours == sorted(ours, reverse=True)
     # What is small beside 20 is less so at this size: 64 tokens, 128 features, heads of 64.
-    assert rows["memory.gpt_layer", "ours + recompute_activation", 2].metrics["sbh_over_t"] < 20.5
+    assert rows["memory.gpt_layer", "ours + recompute_activation", 2].metrics["sbh_over_t"] < 20.75
     assert 34 <= rows["memory.gpt_layer", "TP+SP as Megatron", 2].metrics["sbh_over_t"] < 34.5
 
 

@@ -209,13 +209,13 @@ def kept(layer: sp.TransformerLayer, x: Tensor) -> int:
 
 
 def bytes_case(seq_dim: int) -> None:
-    """Bytes a rank keeps at 16 bit, less the logsumexp, the statistics, the norms' weights in fp32 and the seeds."""
+    """Bytes a rank keeps at 16 bit, less the logsumexp, the statistics, the norms' vectors in fp32 and the seeds."""
     g = group()
     t, s, b, h, heads = g.size(), 32, 2, 64, 4
     shape = (s // t, b, h) if seq_dim == 0 else (b, s // t, h)
     x = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
     unit = s * b * h // t
-    small = 4 * s * b * heads // t + 2 * 2 * 4 * s * b // t + 2 * 4 * h + 2 * 8
+    small = 4 * s * b * heads // t + 2 * 2 * 4 * s * b // t + 2 * 2 * 4 * h + 2 * 8
     options = {"dropout": 0.1, "dtype": torch.bfloat16, "group": g, "seq_dim": seq_dim}
     assert kept(sp.TransformerLayer(h, heads, **options), x) - small <= 20 * unit
     more = {"recompute_norm": 4, "recompute_activation": 8}

@@ -1,0 +1,295 @@
+"""Inputs of linears that are not kept, but made again in the backward from what their producers keep anyway.
+
+autograd keeps the input of an activation, both factors of a product and the rows that a norm reads. A linear that takes
+the result keeps it once more. Where the linear may, it keeps the graph node of the producer instead and lets it repeat
+its one pass. The backward of the linear runs before that of the producer, whose tensors are there until then; torch's
+own check of versions watches them. A factor of a product that can be made again is not kept either: silu(gate) in
+silu(gate) * up. No matmul and no collective is repeated. (Chen et al. 2016, arXiv 1604.06174.)
+
+=====================  =======================================  ==================================================
+producer               keeps                                    makes again
+=====================  =======================================  ==================================================
+norm                   z [..., S/t, ..., H], statistics         norm(z) * weight + bias
+silu, gelu             x [..., S, ..., F/t]                     the activation of x
+a * b                  a and b                                  a * b; a or b themselves where they can be made
+a ** n                 a                                        a ** n
+cast, view             nothing                                  cast or view of what can be made
+=====================  =======================================  ==================================================
+
+Results have the bits of the forward: the same kernel runs on the same values.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NONE, AUTO, MAX = range(3)  # how much is made again: nothing, what takes one pass, also what takes several
+LEVELS = {"none": NONE, "auto": AUTO, "max": MAX}
+
+_Make = Callable[[], Tensor]
+#: (node, which of its results, the result or None where it is not at hand) -> how it is made again, or None.
+Way = Callable[[Any, int, Tensor | None], "_Make | None"]
+
+
+class Held:
+    """What a pack hook of :func:`torch.autograd.graph.saved_tensors_hooks` may return for a tensor that it keeps.
+
+    A tensor that can be made again is then let go, as it is without hooks.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.tensor: Tensor | None = tensor
+        self._made: Made | None = None
+
+    def give_up(self, made: Made) -> None:
+        self.tensor, self._made = None, made
+
+    def unpack(self) -> Tensor:
+        if self.tensor is not None:
+            return self.tensor
+        assert self._made is not None
+        return self._made.shared()
+
+
+class _Depth(threading.local):
+    inside = 0  # how many tensors this thread is making
+
+
+_depth = _Depth()
+
+
+class Made:
+    """A tensor that is made again when it is called for."""
+
+    __slots__ = ("_make", "_waiting")
+
+    def __init__(self, make: _Make):
+        self._make = make
+        self._waiting: Tensor | None = None
+
+    def again(self) -> Tensor:
+        _depth.inside += 1
+        try:
+            if not (torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()):
+                return self._make()
+            with torch.no_grad(), _without_autocast():
+                return self._make()
+        finally:
+            _depth.inside -= 1
+
+    def shared(self) -> Tensor:
+        """The same for a tensor with two readers: a product that is being made, and then the product's own backward.
+
+        The first reader leaves the tensor for the second.
+        """
+        found, inside = self._waiting, _depth.inside > 0
+        if found is None:
+            found = self.again()
+        self._waiting = found if inside else None
+        return found
+
+
+class _without_autocast:  # a context, as torch's are
+    """What the forward computed in a dtype is computed in it again, in whichever context the backward runs."""
+
+    def __enter__(self) -> None:
+        self._contexts = [torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda")]
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*error)
+
+
+class Input:
+    """The input of a linear that is made again. ``source``: the type of the node that made it first."""
+
+    __slots__ = ("_made", "_options", "_shape", "source")
+
+    def __init__(self, made: Made, x: Tensor):
+        self._made, self.source = made, type(x.grad_fn)
+        self._shape = x.shape
+        self._options: Any = {"dtype": x.dtype, "device": x.device}
+
+    def __call__(self, read: bool) -> Tensor:
+        """The tensor; where nothing will read it (the weight wants no gradient), memory of its shape."""
+        return self._made.again() if read else torch.empty(self._shape, **self._options)
+
+
+def made_again(x: Tensor) -> Input | None:
+    """How ``x`` is made again; None where it has to be kept.
+
+    Nothing is made from tensors with hooks of others: torch.utils.checkpoint gives them out once, and moves or repeats
+    what it has chosen.
+    """
+    node = x.grad_fn
+    if node is None or (way := way_of(type(node))) is None:
+        return None
+    make = way(node, x.output_nr, x)
+    return None if make is None else Input(Made(make), x)
+
+
+class Kept(NamedTuple):
+    """What the last forward kept of a module's input, and of which node it is the result (None: of no node)."""
+
+    bytes: int
+    source: type | None
+    again: bool = False  # made again instead of kept
+
+    def why(self) -> str:
+        source = "" if self.source is None else self.source.__name__.removesuffix("Backward").removesuffix("Backward0")
+        source = _NAMES.get(source, source.lstrip("_"))
+        if self.again:
+            return f"input made again from {source}"
+        return f"input kept: the result of {source}, which is not repeated in one pass"
+
+
+_NAMES = {
+    "": "nothing that is differentiated",
+    "Add": "a sum",
+    "View": "a view (of what attention keeps too, for one)",
+    "_DropoutAddNorm": "the norm",
+    "_LinearNorm": "the norm",
+    "SplitNorm": "the norm",
+    "Mul": "a product",
+    "Silu": "silu",
+    "Gelu": "gelu",
+    "Pow": "a power",
+}
+
+
+def kept_of(x: Tensor, out: Tensor) -> Kept | None:
+    """What a linear keeps of ``x`` for the backward of ``out``; None where there will be none."""
+    node = out.grad_fn
+    if node is None:
+        return None
+    made: Input | None = getattr(node, "made", None)
+    if made is not None:
+        return Kept(0, made.source, True)
+    return Kept(x.numel() * x.element_size(), None if x.grad_fn is None else type(x.grad_fn))
+
+
+# --- ways ------------------------------------------------------------------------------------------------------------
+
+
+def _silu(node: Any) -> Tensor:
+    return F.silu(node._saved_self)
+
+
+def _gelu(node: Any) -> Tensor:
+    return F.gelu(node._saved_self, approximate=node._saved_approximate)
+
+
+def _power(node: Any) -> Tensor:
+    base: Tensor = node._saved_self
+    return base.pow(node._saved_exponent)
+
+
+def _product(node: Any) -> Tensor:
+    product: Tensor = node._saved_self * node._saved_other
+    return product
+
+
+def readable(*saved: Any) -> bool:
+    """Whether saved tensors may be read more than once: they have no hooks but this module's."""
+    return all(kept.unpack_hook is None or _is_ours(kept) for kept in saved)
+
+
+def _is_ours(kept: Any) -> bool:
+    return isinstance(kept.data, (Held, Made))
+
+
+def _from_input(make: Callable[[Any], Tensor], node: Any, number: int, out: Tensor | None) -> _Make | None:
+    return partial(make, node) if readable(node._raw_saved_self) else None
+
+
+def _from_power(node: Any, number: int, out: Tensor | None) -> _Make | None:
+    if not readable(node._raw_saved_self):
+        return None
+    _release(node._raw_saved_self, node.next_functions[0])
+    return partial(_power, node)
+
+
+def _from_product(node: Any, number: int, out: Tensor | None) -> _Make | None:
+    first, second = node.next_functions
+    if first[0] is None or second[0] is None:
+        return None  # it keeps one factor, or none
+    if not readable(node._raw_saved_self, node._raw_saved_other):
+        return None
+    _release(node._raw_saved_self, first)
+    _release(node._raw_saved_other, second)
+    return partial(_product, node)
+
+
+def _from_cast(node: Any, number: int, out: Tensor | None) -> _Make | None:
+    if out is None or (made := _of_input(node, None)) is None:
+        return None
+    options: Any = {"dtype": out.dtype, "device": out.device}
+    return lambda: made().to(**options)
+
+
+def _from_view(node: Any, number: int, out: Tensor | None) -> _Make | None:
+    if out is None or not out.is_contiguous() or (made := _of_input(node, None)) is None:
+        return None
+    shape = out.shape
+    return lambda: made().reshape(shape)
+
+
+def _of_input(node: Any, out: Tensor | None) -> _Make | None:
+    before, number = node.next_functions[0]
+    way = None if before is None else way_of(type(before))
+    return None if way is None else way(before, number, out)
+
+
+def _release(kept: Any, source: tuple[Any, int]) -> None:
+    """Let a saved tensor go that came from ``source``, if that can make it again."""
+    node, number = source
+    if (way := way_of(type(node))) is None or type(node).__name__ in _OF_OTHERS:
+        return
+    if kept.unpack_hook is not None and isinstance(kept.data, Made):
+        return
+    if (make := way(node, number, None)) is not None:
+        let_go(kept, make)
+
+
+def let_go(kept: Any, make: _Make) -> None:
+    """Let a saved tensor go that ``make`` makes again, unless it has hooks of others: whoever hooked it keeps it."""
+    made = Made(make)
+    if kept.unpack_hook is None:
+        kept.register_hooks(lambda _: made, Made.shared)
+    elif isinstance(kept.data, Held):
+        kept.data.give_up(made)
+
+
+#: Results of these are made from the results of others, whose shapes are not at hand for a factor.
+_OF_OTHERS = frozenset({"ToCopyBackward0", "ViewBackward0", "UnsafeViewBackward0"})
+_BY_NAME: dict[str, Way] = {
+    "HardswishBackward0": partial(_from_input, lambda node: F.hardswish(node._saved_self)),
+    "MishBackward0": partial(_from_input, lambda node: F.mish(node._saved_self)),
+    "SiluBackward0": partial(_from_input, _silu),
+    "GeluBackward0": partial(_from_input, _gelu),
+    "PowBackward0": _from_power,
+    "MulBackward0": _from_product,
+    "ToCopyBackward0": _from_cast,
+    "ViewBackward0": _from_view,
+    "UnsafeViewBackward0": _from_view,
+}
+_known: dict[type, Way | None] = {}
+
+
+def way_of(kind: type) -> Way | None:
+    try:
+        return _known[kind]
+    except KeyError:
+        function = getattr(kind, "_forward_cls", None)  # of an autograd.Function
+        way = _BY_NAME.get(kind.__name__) if function is None else getattr(function, "made_again", None)
+        _known[kind] = way
+        return way
