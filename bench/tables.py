@@ -19,7 +19,7 @@ TEXT = "the tables of docs/benchmarks.md from the committed results"
 PAGE = ("docs", "benchmarks.md")
 RESULTS = ("bench", "results")
 BEGIN, END = "<!-- python -m bench tables: begin -->", "<!-- python -m bench tables: end -->"
-FLOORS = ("copy", "matmul")  # what nobody can beat is no competitor
+FLOORS = ("copy", "matmul", "unsharded")  # what nobody can beat, or what the ranks share, is no competitor
 MOST_LOSSES = 4  # named one by one in a family
 
 
@@ -94,7 +94,7 @@ def chapter(name: str, rows: Sequence[Row]) -> str:
         "exchange and costs memory."
     )
     text = [textwrap.fill(intro, 118) + "\n"]
-    for write in (norm, linear, layer, memory, host):
+    for write in (norm, linear, attention, moe, layer, memory, host):
         text += write(rows)
     return "\n".join([*text, *losses(rows), *absent(rows)])
 
@@ -199,6 +199,54 @@ def _linear(found: Sequence[Row], ceilings: Sequence[Row]) -> list[str]:
     ]
 
 
+def attention(rows: Sequence[Row]) -> list[str]:
+    """A table for each question of several ranks."""
+    text = "Causal attention over a sequence that ranks share, sequence x heads x key heads x head_dim ="
+    return _shared(_timed(rows, "attention."), text, "ideal", "1/t of unsharded SDPA")
+
+
+def moe(rows: Sequence[Row]) -> list[str]:
+    """A table for each question of several ranks."""
+    text = "A mixture's experts on tokens that ranks share, tokens x experts x experts of a token x hidden x inner ="
+    return _shared(_timed(rows, "moe."), text, "floor", "the slower of 1/t of all tokens on one rank and its wire")
+
+
+def _shared(found: Sequence[Row], text: str, measure: str, meaning: str) -> list[str]:
+    """One line a provider, forward and both: times, over the ``measure``, and what a rank sends and keeps."""
+    lines: list[str] = []
+    both = [row for row in found if row.direction == "fwd+bwd"]
+    for question in dict.fromkeys(row.question() for row in both):
+        asked = sorted((row for row in both if row.question() == question), key=lambda row: row.p50_ms or 0.0)
+        first = asked[0]
+        options = ", ".join(f"{name} {value}" for name, value in first.params.items())
+        head = f"{text} {' x '.join(map(str, first.shape))}, {first.dtype}, {first.ranks} ranks, {options}, "
+        head += f"{_commands(asked)} (x {measure}: {meaning}; bytes of the busiest rank)"
+        cells = [[*_shared_cells(row, found, measure)] for row in asked]
+        header = ["", "fwd ms", "fwd+bwd ms", f"x {measure}", "sent MiB", "kept MiB", "peak MiB"]
+        lines += [f"{head}:\n", *_table(header, cells)]
+    return lines
+
+
+def _shared_cells(row: Row, found: Sequence[Row], measure: str) -> list[str]:
+    forward = [r for r in found if r.direction == "fwd" and r.provider == row.provider and _same_place(r, row)]
+
+    def mebibytes(size: float | None) -> str:
+        return "" if size is None else f"{size / 2**20:.1f}"
+
+    return [
+        f"**{row.provider}**" if row.provider == "ours" else row.provider,
+        number(forward[0].p50_ms) if forward else "",
+        number(row.p50_ms),
+        f"{row.metrics[f'x_{measure}']:.2f}" if f"x_{measure}" in row.metrics else "",
+        mebibytes(row.bytes),
+        *(mebibytes(row.metrics.get(name)) for name in ("kept_bytes", "peak_bytes")),
+    ]
+
+
+def _same_place(a: Row, b: Row) -> bool:
+    return (a.op, a.shape, a.dtype, a.ranks, a.params) == (b.op, b.shape, b.dtype, b.ranks, b.params)
+
+
 def layer(rows: Sequence[Row]) -> list[str]:
     """A table for each size, and for each way of having ranks."""
     found = [row for row in _timed(rows, "layer.") if " without " not in row.provider]
@@ -261,7 +309,7 @@ def host(rows: Sequence[Row]) -> list[str]:
 def losses(rows: Sequence[Row]) -> list[str]:
     """Who is faster than ours: one's median lies outside the other's p20..p80. And what of ours was wrong or failed."""
     text = []
-    for family in ("norm", "features", "reduce", "linear", "layer", "gemm", "host"):
+    for family in ("norm", "features", "reduce", "linear", "attention", "moe", "layer", "gemm", "host"):
         timed = _timed(rows, f"{family}.")
         found: list[tuple[float, str]] = []
         asked = 0

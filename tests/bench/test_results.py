@@ -290,6 +290,28 @@ def test_more_than_the_ceiling_is_the_fault_of_the_ceiling(capsys: pytest.Captur
     assert any("(101* %)" in text for text in texts(figures.draw_layer(layers)))
 
 
+def test_tables_of_shared_attention_and_experts() -> None:
+    """The fastest first, with what a rank sends and keeps; unsharded rows are no competitors."""
+    rows = []
+    for op, measure in (("attention.causal", "x_ideal"), ("moe.experts", "x_floor")):
+        for who, both in (("by-hand", 9.0), ("ours", 5.0), ("unsharded", 4.0), ("torch-ring", 4.5)):
+            for direction, ms in (("fwd", both / 3), ("fwd+bwd", both)):
+                row = norm_row(
+                    who, ms, direction=direction, shape=[4096, 8, 8, 64], params={"link": "ratio:1"}, ranks=2
+                )
+                row.op, row.bytes = op, 3 * 2**20
+                row.metrics = {measure: 1.25, "kept_bytes": 2**21}
+                rows.append(row)
+    for write in (tables.attention, tables.moe):
+        lines = write(rows)
+        assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")][1:] == [
+            "unsharded", "torch-ring", "**ours**", "by-hand"
+        ]  # fmt: skip
+        assert "| **ours** | 1.67 | 5 | 1.25 | 3.0 | 2.0 |  |" in lines
+    lost = "".join(tables.losses(rows))
+    assert lost.count("(1.11 times torch-ring)") == 4 and "unsharded" not in lost
+
+
 def test_plot_leaves_out_what_it_cannot_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows of another version of the benchmarks: without the figure that is drawn, or with another kind of it."""
     pytest.importorskip("matplotlib")
