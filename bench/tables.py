@@ -93,7 +93,7 @@ def chapter(name: str, rows: Sequence[Row]) -> str:
         "reduce-scatter sends twice the bytes; *ours-kept* keeps the gathered input, like DTensor, which saves an "
         "exchange and costs memory."
     )
-    text = [textwrap.fill(intro, 118) + "\n"]
+    text = [textwrap.fill(intro, 118, break_on_hyphens=False) + "\n"]
     for write in (norm, linear, attention, moe, layer, memory, host):
         text += write(rows)
     return "\n".join([*text, *losses(rows), *absent(rows)])

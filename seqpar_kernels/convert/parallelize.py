@@ -94,15 +94,15 @@ def parallelize(
     """Make ``model`` tensor- and sequence-parallel over ``device_mesh``, in place.
 
     Every rank passes the same whole model (same weights) and keeps its part. Afterwards the model is called as before,
-    with the whole batch on every rank, and returns what the whole model returns; ``backward`` leaves complete gradients
-    in every parameter.
+    with the whole batch on every rank, and returns what the whole model returns (``loss_parallel`` and
+    ``context_parallel``: see there); ``backward`` leaves complete gradients in every parameter.
 
     Args:
         model: a Hugging Face decoder that carries a tensor-parallel plan (docs/models.md), GPT-2, or any module with a
             ``plan``.
-        device_mesh: 1-D DeviceMesh or ProcessGroup; None converts to the same kernels without communication.
-            Not before ``init_process_group`` in one of several processes of a launcher (WORLD_SIZE). Also taken under
-            its old name, ``group_or_mesh``.
+        device_mesh: 1-D DeviceMesh or ProcessGroup; None converts to the same kernels without communication. With
+            ``context_parallel`` also a DeviceMesh of "cp" and "tp". Not before ``init_process_group`` in one of several
+            processes of a launcher (WORLD_SIZE). Also taken under its old name, ``group_or_mesh``.
         plan: name pattern -> style (:mod:`seqpar_kernels.convert.plans`), or a ParallelPlan; None: the built-in one,
             else the one that follows from the model's own (:func:`seqpar_kernels.convert.derive_plan`).
         seq_dim: sequence dimension of the residual stream; default -2, [B, S, H].

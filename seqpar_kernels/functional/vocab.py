@@ -30,9 +30,10 @@ class LossParts(NamedTuple):
 
     loss: Tensor
     z_loss: Tensor
-    """The share of ``z_loss`` in the loss, reduced as the loss is."""
+    """What ``z_loss`` adds to the loss, reduced as the loss is."""
     accuracy: Tensor
-    """The share of the rows that count in which no logit is above the target's; without reduction one bool a row."""
+    """The share of the rows that count in which no logit is above the target's (a tie is right), for "mean" and "sum"
+    alike; without reduction one bool a row. Class weights do not matter."""
 
 
 class LossArguments(TypedDict, total=False):
@@ -168,14 +169,17 @@ def vocab_parallel_cross_entropy(
         ignore_index: target of rows that do not count.
         label_smoothing: s in [0, 1).
         label_smoothing_over: the classes that share s. "all": the target distribution is (1 - s) * onehot + s / V, as
-            in PyTorch; "others": 1 - s for the target and s / (V - 1) for every other class, as in Megatron.
-        z_loss: adds ``z_loss * logsumexp(logits)^2`` to each row (Chowdhery et al. 2022, section 5).
-        logit_scale: the loss is that of ``logit_scale * logits`` (Cohere; Granite divides).
-        softcap: and then of ``softcap * tanh(logits / softcap)``, as in Gemma 2; 0 leaves them alone.
+            in PyTorch. "others": the target has 1 - s, every other class s / (V - 1); s is then less than
+            (V - 1) / V. This is Megatron's formula for a vocabulary that is not cut.
+        z_loss: adds ``z_loss * logsumexp(l)^2`` to each row (Chowdhery et al. 2022, section 5), l as the next two make
+            it. Class weights do not multiply it.
+        logit_scale: factor of the logits (Cohere; Granite divides). It comes first.
+        softcap: the loss is that of ``l = softcap * tanh(logit_scale * logits / softcap)``, as in Gemma 2; 0: of
+            ``l = logit_scale * logits``.
         class_weight: [V] of the logits' dtype or float32, the same on every rank: ``weight`` of
-            ``torch.nn.functional.cross_entropy``, by which "mean" divides too. It has no gradient; z_loss is not
-            weighted.
-        reduction: "mean" over the rows that count, "sum", or "none".
+            ``torch.nn.functional.cross_entropy``. It has no gradient.
+        reduction: "mean", "sum" or "none". "mean" divides all, the z-loss too, by the number of rows that count, or by
+            the sum of their class weights; it is NaN where no row counts.
         with_parts: return :class:`LossParts`: the loss, its z-loss, and the accuracy.
 
     Returns:
