@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +51,8 @@ def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Activ
     """Call ``fn(*args, **kwargs)`` and count the bytes autograd saved for its backward.
 
     Every storage counts once, however many views of it are saved; parameters and buffers of modules do not count.
-    Inputs that autograd keeps do.
+    Inputs that autograd keeps do. What a converted linear lets go since it makes it again does not
+    (``parallelize(recompute=)``).
 
     Returns:
         ActivationReport: ``total``, ``by_module``, ``result``.
@@ -66,16 +66,19 @@ def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Activ
     """
     report = ActivationReport()
     not_counted: set[int] = set()
-    kept: list[tuple[weakref.ref[Held], str]] = []  # (what autograd keeps, where it began)
+    # (where it began, the storages of what autograd keeps; none once it has let them go). Held until the end: a new
+    # storage could get the address of a freed one.
+    kept: list[tuple[str, list[torch.UntypedStorage]]] = []
     stack: list[str] = []
 
     def pack(tensor: Tensor) -> Held:
         base = tensor._base if tensor._base is not None else tensor
         if isinstance(base, nn.Parameter):
             return Held(tensor)
-        held = Held(tensor.detach())  # the tensor itself would be a circle where it is the node's own result
-        kept.append((weakref.ref(held), stack[-1] if stack else "(outside any module)"))
-        return held
+        storages = list(_storages(tensor))
+        kept.append((stack[-1] if stack else "(outside any module)", storages))
+        # The tensor itself would be a circle where it is the node's own result.
+        return Held(tensor.detach(), storages.clear)
 
     def enter(module: nn.Module, inputs: Any) -> None:
         for held in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -97,11 +100,8 @@ def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Activ
         for handle in handles:
             handle.remove()
     # Counted now: a tensor that is made again has been let go in the meantime.
-    for found, where in kept:
-        held = found()
-        if held is None or held.tensor is None:
-            continue
-        for storage in _storages(held.tensor):
+    for where, storages in kept:
+        for storage in storages:
             if storage.data_ptr() not in not_counted:
                 not_counted.add(storage.data_ptr())
                 report.by_module[where] = report.by_module.get(where, 0) + storage.nbytes()

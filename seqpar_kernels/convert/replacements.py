@@ -159,11 +159,18 @@ def _twin(old: Any, name: str, style: str, conversion: Conversion) -> nn.Module:
 
 
 def _fuse_if_norm(module: nn.Module) -> None:
-    """Let a norm of heads run as one kernel."""
-    try:
-        norm = converted_norm(module)
-    except ValueError:
+    """Let a norm of heads run as one kernel: one that is a norm in training and in evaluation."""
+    if next(module.children(), None) is not None:
         return
+    training = module.training
+    try:
+        for mode in (not training, training):
+            module.training = mode
+            norm = converted_norm(module)
+    except Exception:  # whatever cannot be tried is no norm
+        return
+    finally:
+        module.training = training
     fuse_head_norm(module, norm)
 
 

@@ -32,7 +32,8 @@ from .packing import degree_groups, pack_documents, packed_attention
 from .projected_attention import self_attention_choice, sequence_parallel_self_attention
 from .sequence_attention import attention_choice, sequence_parallel_attention
 from .sequence_layout import next_token_labels, sequence_positions, shard_sequence, unshard_sequence
-from .vocab import vocab_parallel_cross_entropy, vocab_parallel_embedding, vocab_parallel_linear_cross_entropy
+from .vocab import vocab_parallel_embedding
+from .vocab_loss import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 
 __all__ = [
     "DispatchedTokens",

@@ -99,9 +99,9 @@ class _ParallelLinear(nn.Module):
             )
         return main_grad.t() if self.transposed else main_grad
 
-    def _note_kept(self, x: Tensor, out: Tensor) -> None:
+    def _note_kept(self, x: Tensor, out: Tensor, gathered: bool = False) -> None:
         if not torch.compiler.is_compiling():
-            self.kept = kept_of(x, out)
+            self.kept = kept_of(x, out, self.remake_input, gathered)
 
     def extra_repr(self) -> str:
         local = tuple(self.weight.shape)
@@ -243,7 +243,7 @@ class ColumnParallelLinear(_ParallelLinear):
         )
         self.ran = call.plan
         out: Tensor = call(*operands)
-        self._note_kept(x, out)
+        self._note_kept(x, out, self.save_gathered)
         return out
 
 
@@ -438,7 +438,7 @@ class SharedGather:
             outs = call(*operands)
             for member in self.members:
                 member.ran = call.plan
-            module._note_kept(x, outs[0])
+            module._note_kept(x, outs[0], save)
             self._input, self._state = x, state
             self._waiting = dict(enumerate(outs))
         out = self._waiting.pop(key)

@@ -17,6 +17,7 @@ from .registry import group_named
 #: The most logits held at one time where the caller sets no number of rows: 64 MiB at 16 bit, 128 MiB in fp32.
 _LOGITS = 1 << 25
 _MIN_ROWS = 128
+_SLICES = 4  # logits, scaled and capped ones, their gradient, and a factor of it
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -160,14 +161,15 @@ def all_statistics(statistics: Tensor, group: str) -> Tensor:
     return parts.view(ranks, *statistics.shape)
 
 
-def pieces(rows: int, most: int, columns: int) -> Iterator[slice]:
+def pieces(rows: int, most: int, columns: int, wide: torch.dtype) -> Iterator[slice]:
     """Slices of at most ``most`` rows; 0: about 2^25 logits a slice, and no fewer rows than a matmul needs.
 
-    The bound of ``set_max_workspace_bytes`` comes before both: logits in fp32 stay below it, down to a single row.
+    The bound of ``set_max_workspace_bytes`` comes before both: the logits of a slice and what is computed from them, up
+    to four tensors in the ``wide`` dtype at one time, stay below it, down to a single row.
     """
     columns = max(1, columns)
     step = most or max(_MIN_ROWS, _LOGITS // columns)
     bound = max_workspace_bytes()
     if bound is not None:
-        step = max(1, min(step, bound // (4 * columns)))
+        step = max(1, min(step, bound // (_SLICES * wide.itemsize * columns)))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

@@ -38,7 +38,17 @@ from ..overlap.profiling import span
 from ..tensors import rows_of
 from .linear_common import PLACE
 from .linear_scatter import scatter_gradients, scattered_shape
-from .norm import KEPT_OF_NORM, SPEC, declared, dropout_add_norm_backward, existing, shaped, statistics_shape, y_again
+from .norm import (
+    KEPT_OF_NORM,
+    SPEC,
+    can_make_again,
+    declared,
+    dropout_add_norm_backward,
+    existing,
+    shaped,
+    statistics_shape,
+    y_again,
+)
 from .recompute import activate, activation_gradients
 from .registry import group_named, register, without_autocast
 from .remake import MAX, NONE, made_again, readable
@@ -170,7 +180,7 @@ class _LinearNorm(torch.autograd.Function):
     @staticmethod
     def made_again(ctx: Any, number: int, out: Tensor | None) -> Callable[[], Tensor] | None:
         """How y = norm(z) is made again, see :mod:`.remake`; None for other results."""
-        if number or ctx.spec.kind == NormKind.NONE or not readable(*ctx._raw_saved_tensors[:KEPT_OF_NORM]):
+        if number or not can_make_again(ctx.spec) or not readable(*ctx._raw_saved_tensors[:KEPT_OF_NORM]):
             return None
         return functools.partial(y_again, ctx, ctx.spec, ctx.backend)
 

@@ -32,7 +32,7 @@ from ..kernels import NormGiven, NormKind, NormOutputs, NormSpec, NormStores, No
 from ..kernels.spec import accumulation_dtype
 from ..tensors import reshaped
 from .registry import PLAIN_TYPES, apply, eager, plain_apply, register
-from .remake import readable
+from .remake import readable, require_memory
 
 # --- what the ops take -----------------------------------------------------------------------------------------------
 
@@ -275,14 +275,20 @@ class _DropoutAddNorm(torch.autograd.Function):
     def made_again(ctx: Any, number: int, out: Tensor | None) -> Callable[[], Tensor] | None:
         """How y = norm(z) is made again, see :mod:`.remake`; None for other results."""
         call = ctx.norm.call
-        if number or call.spec.kind == NormKind.NONE or not readable(*ctx._raw_saved_tensors):
+        if number or not can_make_again(call.spec) or not readable(*ctx._raw_saved_tensors):
             return None
         return functools.partial(y_again, ctx, call.spec, call.backend)
+
+
+def can_make_again(spec: NormSpec) -> bool:
+    """Whether y follows from z alone: there is a norm, and one dtype throughout."""
+    return spec.kind != NormKind.NONE and spec.x_dtype == spec.z_dtype == spec.y_dtype
 
 
 def y_again(ctx: Any, spec: NormSpec, backend: str) -> Tensor:
     """y of a forward that saved these tensors first."""
     z, _, _, weight, _, _, bias = ctx.saved_tensors[:KEPT_OF_NORM]
+    require_memory(weight, bias)
     spec = spec._replace(p=0.0, rows=RowMap(0, 0, 0), x_dtype=z.dtype, z_dtype=z.dtype)
     run = forward_of(z.shape, z.device, NormCall(NormStores(store_z=False), spec, backend))
     y = run(NormTensors(z, weight=weight, bias=bias))[0]

@@ -3,8 +3,9 @@
 autograd keeps the input of an activation, both factors of a product and the rows that a norm reads. A linear that takes
 the result keeps it once more. Where the linear may, it keeps the graph node of the producer instead and lets it repeat
 its one pass. The backward of the linear runs before that of the producer, whose tensors are there until then; torch's
-own check of versions watches them. A factor of a product that can be made again is not kept either: silu(gate) in
-silu(gate) * up. No matmul and no collective is repeated. (Chen et al. 2016, arXiv 1604.06174.)
+own check of versions watches them. A result that was changed in place on its way to the linear is kept. A factor of a
+product that can be made again is not kept either: silu(gate) in silu(gate) * up. No matmul and no collective is
+repeated. (Chen et al. 2016, arXiv 1604.06174.)
 
 =====================  =======================================  ==================================================
 producer               keeps                                    makes again
@@ -44,12 +45,16 @@ class Held:
     A tensor that can be made again is then let go, as it is without hooks.
     """
 
-    def __init__(self, tensor: Tensor):
+    def __init__(self, tensor: Tensor, given_up: Callable[[], None] | None = None):
+        """``given_up`` is called when the tensor is let go."""
         self.tensor: Tensor | None = tensor
         self._made: Made | None = None
+        self._given_up = given_up
 
     def give_up(self, made: Made) -> None:
         self.tensor, self._made = None, made
+        if self._given_up is not None:
+            self._given_up()
 
     def unpack(self) -> Tensor:
         if self.tensor is not None:
@@ -110,12 +115,12 @@ class _without_autocast:  # a context, as torch's are
 
 
 class Input:
-    """The input of a linear that is made again. ``source``: the type of the node that made it first."""
+    """The input of a linear that is made again. ``source``: the name of the node that made it first."""
 
     __slots__ = ("_made", "_options", "_shape", "source")
 
     def __init__(self, made: Made, x: Tensor):
-        self._made, self.source = made, type(x.grad_fn)
+        self._made, self.source = made, source_of(x)
         self._shape = x.shape
         self._options: Any = {"dtype": x.dtype, "device": x.device}
 
@@ -131,25 +136,38 @@ def made_again(x: Tensor) -> Input | None:
     what it has chosen.
     """
     node = x.grad_fn
-    if node is None or (way := way_of(type(node))) is None:
+    if node is None or x._version or (way := way_of(type(node))) is None:
         return None
-    make = way(node, x.output_nr, x)
+    try:
+        make = way(node, x.output_nr, x)
+    except RuntimeError:  # its backward has run already, and its tensors are gone
+        return None
     return None if make is None else Input(Made(make), x)
 
 
 class Kept(NamedTuple):
-    """What the last forward kept of a module's input, and of which node it is the result (None: of no node)."""
+    """What the last forward kept of a module's input, and of which node it is the result ("": of no node)."""
 
     bytes: int
-    source: type | None
+    source: str
     again: bool = False  # made again instead of kept
+    asked: bool = True  # whether it was to be made again if possible
 
     def why(self) -> str:
-        source = "" if self.source is None else self.source.__name__.removesuffix("Backward").removesuffix("Backward0")
-        source = _NAMES.get(source, source.lstrip("_"))
+        source = _NAMES.get(self.source, self.source.lstrip("_"))
         if self.again:
             return f"input made again from {source}"
+        if not self.asked:
+            return f"input kept: the result of {source}, and recompute='none'"
         return f"input kept: the result of {source}, which is not repeated in one pass"
+
+
+def source_of(x: Tensor) -> str:
+    """The name of the node that ``x`` is the result of, casts and views passed over; "" for a leaf."""
+    node = x.grad_fn
+    while node is not None and type(node).__name__ in _OF_OTHERS and node.next_functions[0][0] is not None:
+        node = node.next_functions[0][0]
+    return "" if node is None else type(node).__name__.removesuffix("Backward0").removesuffix("Backward")
 
 
 _NAMES = {
@@ -166,15 +184,19 @@ _NAMES = {
 }
 
 
-def kept_of(x: Tensor, out: Tensor) -> Kept | None:
-    """What a linear keeps of ``x`` for the backward of ``out``; None where there will be none."""
+def kept_of(x: Tensor, out: Tensor, level: int, gathered: bool) -> Kept | None:
+    """What a linear keeps of ``x`` for the backward of ``out``; None where there will be none.
+
+    ``level``: NONE, AUTO or MAX. ``gathered``: all rows of x are kept.
+    """
     node = out.grad_fn
     if node is None:
         return None
     made: Input | None = getattr(node, "made", None)
     if made is not None:
         return Kept(0, made.source, True)
-    return Kept(x.numel() * x.element_size(), None if x.grad_fn is None else type(x.grad_fn))
+    rows = (out if gathered else x).shape[:-1].numel()
+    return Kept(rows * x.shape[-1] * x.element_size(), source_of(x), asked=level != NONE)
 
 
 # --- ways ------------------------------------------------------------------------------------------------------------
@@ -208,13 +230,16 @@ def _is_ours(kept: Any) -> bool:
 
 
 def _from_input(make: Callable[[Any], Tensor], node: Any, number: int, out: Tensor | None) -> _Make | None:
-    return partial(make, node) if readable(node._raw_saved_self) else None
+    if not readable(node._raw_saved_self):
+        return None
+    _ = node._saved_self  # raises where it is gone
+    return partial(make, node)
 
 
 def _from_power(node: Any, number: int, out: Tensor | None) -> _Make | None:
     if not readable(node._raw_saved_self):
         return None
-    _release(node._raw_saved_self, node.next_functions[0])
+    _release(node._raw_saved_self, node._saved_self, node.next_functions[0])
     return partial(_power, node)
 
 
@@ -224,8 +249,9 @@ def _from_product(node: Any, number: int, out: Tensor | None) -> _Make | None:
         return None  # it keeps one factor, or none
     if not readable(node._raw_saved_self, node._raw_saved_other):
         return None
-    _release(node._raw_saved_self, first)
-    _release(node._raw_saved_other, second)
+    a, b = node._saved_self, node._saved_other
+    _release(node._raw_saved_self, a, first)
+    _release(node._raw_saved_other, b, second)
     return partial(_product, node)
 
 
@@ -249,15 +275,29 @@ def _of_input(node: Any, out: Tensor | None) -> _Make | None:
     return None if way is None else way(before, number, out)
 
 
-def _release(kept: Any, source: tuple[Any, int]) -> None:
-    """Let a saved tensor go that came from ``source``, if that can make it again."""
+def _release(kept: Any, tensor: Tensor, source: tuple[Any, int]) -> None:
+    """Let a saved ``tensor`` go that came from ``source``, if that can make it again."""
     node, number = source
+    if tensor._version:  # changed in place since then, where autograd does not look
+        return
     if (way := way_of(type(node))) is None or type(node).__name__ in _OF_OTHERS:
         return
     if kept.unpack_hook is not None and isinstance(kept.data, Made):
         return
     if (make := way(node, number, None)) is not None:
         let_go(kept, make)
+
+
+def require_memory(*vectors: Tensor | None) -> None:
+    """
+    Raises:
+        RuntimeError: ``fully_shard`` has given the memory of such a parameter back, and gathers it later.
+    """
+    if any(v is not None and v.numel() and not v.untyped_storage().size() for v in vectors):
+        raise RuntimeError(
+            "recompute: a norm's weight has no memory in the backward of the linear behind it: fully_shard was applied "
+            "to the norm alone. Apply it to a module that holds both, or parallelize(..., recompute='none')"
+        )
 
 
 def let_go(kept: Any, make: _Make) -> None:
@@ -282,14 +322,8 @@ _BY_NAME: dict[str, Way] = {
     "ViewBackward0": _from_view,
     "UnsafeViewBackward0": _from_view,
 }
-_known: dict[type, Way | None] = {}
 
 
 def way_of(kind: type) -> Way | None:
-    try:
-        return _known[kind]
-    except KeyError:
-        function = getattr(kind, "_forward_cls", None)  # of an autograd.Function
-        way = _BY_NAME.get(kind.__name__) if function is None else getattr(function, "made_again", None)
-        _known[kind] = way
-        return way
+    function = getattr(kind, "_forward_cls", None)  # of an autograd.Function
+    return _BY_NAME.get(kind.__name__) if function is None else getattr(function, "made_again", None)

@@ -104,7 +104,7 @@ def _signed(number: int) -> int:
 
 def _slice(node: Any, x: Tensor) -> Tensor:
     numbers = (node._saved_dim, node._saved_start, node._saved_end, node._saved_step)
-    dim, start, stop, step = map(_signed, numbers)
+    dim, start, stop, step = (None if number is None else _signed(number) for number in numbers)
     part: Tensor = torch.ops.aten.slice(x, dim, start, stop, step)
     return part
 
@@ -126,5 +126,5 @@ _RULES: dict[str, Callable[..., Tensor]] = {
     "TransposeBackward0": lambda node, x: x.transpose(_signed(node._saved_dim0), _signed(node._saved_dim1)),
     "UnsafeViewBackward0": lambda node, x: x.reshape(_shape(node)),
     "UnsqueezeBackward0": lambda node, x: x.unsqueeze(_signed(node._saved_dim)),
-    "ViewBackward0": lambda node, x: x.view(_shape(node)),
+    "ViewBackward0": lambda node, x: x.reshape(_shape(node)),  # a clone may lie otherwise here
 }

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels.spec import accumulation_dtype
 from .mappings import all_reduce
-from .remake import readable
+from .remake import readable, require_memory
 
 
 def _scaled(x: Tensor, rstd: Tensor, weight: Tensor | None, zero_centered: bool) -> Tensor:
@@ -73,4 +73,5 @@ class SplitNorm(torch.autograd.Function):
 
 def _again(ctx: Any) -> Tensor:
     x, rstd, weight = ctx.saved_tensors
+    require_memory(weight)
     return _scaled(x, rstd, weight, ctx.zero_centered)

@@ -131,7 +131,7 @@ def _logits_kernel(logits: Tensor, target: Tensor, *options: Any) -> Losses:
     matrix, classes = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1)
     loss.check(classes)
     statistics = matrix.new_empty(4, matrix.shape[0], dtype=wide_dtype(logits.dtype))
-    for rows in pieces(matrix.shape[0], 0, matrix.shape[1]):
+    for rows in pieces(matrix.shape[0], 0, matrix.shape[1], wide_dtype(logits.dtype)):
         loss.statistics(matrix[rows], classes[rows], statistics[:, rows])
     return _combined(loss, statistics, options, target)
 
@@ -169,7 +169,7 @@ def _logits_backward_kernel(dloss: Tensor, logits: Tensor, target: Tensor, lse: 
     matrix = logits.reshape(target.numel(), logits.shape[-1])
     classes, lses, dlosses = target.reshape(-1), lse.reshape(-1), dloss.reshape(-1)
     d = torch.empty_like(matrix, memory_format=torch.contiguous_format)
-    for rows in pieces(matrix.shape[0], 0, matrix.shape[1]):
+    for rows in pieces(matrix.shape[0], 0, matrix.shape[1], wide_dtype(logits.dtype)):
         d[rows] = loss.gradient(matrix[rows], classes[rows], lses[rows], dlosses[rows])
     return reshaped(d, logits.shape)
 
@@ -219,7 +219,7 @@ def _head_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
         y = classes.matrices(step.start, step.stop).squeeze(-1)
         out = statistics[:, :, step.start * inner : step.stop * inner]
         for o in range(call.layout.outer):
-            for piece in pieces(h.shape[1], rows, weight.shape[0]):
+            for piece in pieces(h.shape[1], rows, weight.shape[0], wide):
                 loss.statistics(_logits(h[o, piece], weight, bias), y[o, piece], out[:, o, piece])
 
     def target_of(transfer: Transfer) -> Tensor:
@@ -312,7 +312,7 @@ def _head_backward_kernel(
         h = whole.matrices(step.start, step.stop)
         y, z, g = (t.matrices(step.start, step.stop).squeeze(-1) for t in (classes, lses, dlosses))
         for o in range(call.layout.outer):
-            for piece in pieces(h.shape[1], rows, weight.shape[0]):
+            for piece in pieces(h.shape[1], rows, weight.shape[0], wide):
                 logits = _logits(h[o, piece], weight, bias)
                 d = loss.gradient(logits, y[o, piece], z[o, piece], g[o, piece])
                 if out is not None:

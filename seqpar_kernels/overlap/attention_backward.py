@@ -4,8 +4,9 @@ Gradients of the other ranks' keys are posted to their owners block by block, be
 keys. Where keys and values are sent again, it computes with half of its own keys while the first of them travel.
 
 dq is the sum of two chains, one over the other ranks' keys in rotated order, one over this rank's keys in ascending
-order. Its bits then depend neither on the order in which a rank computes nor on how messages are cut. Owners sum
-gradients of keys and values in rank order in fp32 (fp64).
+order; so is the gradient of a bias that is alike for all keys. Their bits then do not depend on the order in which a
+rank computes, those of dq not on how messages are cut either. Owners sum gradients of keys and values in rank order in
+fp32 (fp64).
 """
 
 from __future__ import annotations
@@ -126,8 +127,10 @@ class _Backward:
         blocks = list(_own_halves(column))
         before = 0 if fetch is None else len(blocks) // 2  # while keys and values are on their way
         own = self._own_blocks(blocks[:before], None) if before else None
-        dq = self._remote_blocks(remote, out)
+        dq, remote_dbias = self._remote_blocks(remote, out)
         own = self._own_blocks(blocks[before:], own)
+        if self.dbias is not None and remote_dbias is not None:
+            self.dbias += remote_dbias
         own_dq, dk, dv = own
         assert own_dq is not None and dk is not None and dv is not None
         dq += own_dq
@@ -151,11 +154,16 @@ class _Backward:
         dk, dv = out.summed(own_dk, own_dv, self._grad_dtype)
         return Grads(grads.dq.to(self._q.dtype), dk, dv, self.dbias)
 
-    def _remote_blocks(self, remote: Iterator[tuple[Piece, Tensor, Tensor] | None], out: Returns) -> Tensor:
-        """dq over the other ranks' keys; the gradients of each of their pieces are sent when they are there."""
-        dq, dbias = self._zeros(self._q), self.dbias
-        if dbias is not None and dbias.shape[-1] == 1:  # else each block has columns of its own
-            dbias = torch.zeros_like(dbias)
+    def _remote_blocks(
+        self, remote: Iterator[tuple[Piece, Tensor, Tensor] | None], out: Returns
+    ) -> tuple[Tensor, Tensor | None]:
+        """dq and dbias over the other ranks' keys; the gradients of each of their pieces are sent when they are there.
+
+        dbias is None where each block has columns of its own: those are in this rank's.
+        """
+        dq, dbias = self._zeros(self._q), None
+        if self.dbias is not None and self.dbias.shape[-1] == 1:
+            dbias = torch.zeros_like(self.dbias)
         for received in remote:
             if received is None:
                 out.skip()
@@ -166,9 +174,7 @@ class _Backward:
             del received, keys, values  # the message takes their room
             out.send(piece, dk, dv)
             del dk, dv
-        if self.dbias is not None and dbias is not None and dbias is not self.dbias:
-            self.dbias += dbias
-        return dq
+        return dq, dbias
 
     def _own_blocks(self, blocks: Sequence[Interval], into: AttentionGrads | None) -> AttentionGrads:
         """``into``, by default zeros, with the gradients over blocks of this rank's keys added."""

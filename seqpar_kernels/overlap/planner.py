@@ -187,8 +187,8 @@ def set_max_workspace_bytes(limit: int | None) -> None:
     Staging buffers hold messages: received chunks before they are multiplied, partial sums before they are sent, and
     messages packed from several small blocks of memory. With a bound chunks are smaller and wait for the buffers of
     earlier ones. Not counted are results, the partial sums of this rank's own rows, and in a backward the gathered
-    operand of the weight gradient. The float32 logits of ``vocab_parallel_linear_cross_entropy`` and
-    ``vocab_parallel_cross_entropy`` stay below the bound too. The initial bound is the variable
+    operand of the weight gradient. What ``vocab_parallel_linear_cross_entropy`` and ``vocab_parallel_cross_entropy``
+    compute from a slice of logits stays below the bound too. The initial bound is the variable
     SEQPAR_MAX_WORKSPACE_BYTES; unset, there is none.
 
     Args:

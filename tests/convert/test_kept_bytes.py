@@ -145,7 +145,7 @@ def test_arguments_and_rows_of_explain() -> None:
         row = next(row for row in sp.explain(model).rows if row.module.endswith("down_proj"))
         assert row.kept == kept
         assert (
-            "input made again from a product" if way == "auto" else "input kept: the result of a product"
+            "input made again from a product" if way == "auto" else "the result of a product, and recompute='none'"
         ) in row.why
     sp.unparallelize(model)
 
@@ -155,6 +155,30 @@ def test_max_is_refused_under_compile() -> None:
     loss_of(model).backward()
     with pytest.raises(Exception, match="recompute: expected 'auto' or 'none' for a model that is compiled"):
         torch.compile(model, backend="eager")(ids())
+
+
+class Bent(nn.Module):
+    """GELU in several statements, with something else about it."""
+
+    def __init__(self, scale: float = 1.0, most: float = 1e9, p: float = 0.0):
+        super().__init__()
+        self.scale, self.most, self.p = scale, most, p
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (self.scale * x * 0.5 * (1.0 + torch.erf(x / 2**0.5))).clamp(max=self.most)
+        return nn.functional.dropout(y, self.p, self.training)
+
+
+def test_what_is_no_activation_is_left_alone() -> None:
+    """Attributes that repr does not show, limits far out, what happens in the other mode, hooks."""
+    hooked = Bent()
+    hooked.register_forward_hook(lambda module, args, out: None)
+    blocks = [Bent(), Bent(scale=2.0), Bent(most=50.0), Bent(p=0.5).eval(), hooked]
+    model = nn.Sequential(nn.Linear(8, 8), *blocks)
+    plan = {"0": "scatter_input+replicated", "5": "gather_output"}
+    sp.parallelize(model, None, plan)
+    assert ["forward" in vars(block) for block in blocks[:4]] == [True, False, False, False]
+    assert [block.training for block in blocks] == [True, True, True, False, True]
 
 
 def test_activations_are_told_apart() -> None:

@@ -240,6 +240,34 @@ def hooked_case() -> None:
         models[1](ids, labels=ids)
 
 
+def written_case() -> None:
+    """Columns of padding at -inf: the loss would not know."""
+    ids = torch.randint(VOCAB, (2, 8))
+
+    def mask(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        out[..., 40:] = -1e9
+        return out
+
+    def mask_view(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        out.transpose(0, 1)[..., 40:].fill_(-1e9)
+        return out * 2
+
+    for hook in (mask, mask_view):
+        cut = sp.parallelize(llama(), group(), loss_parallel=True)
+        cut.lm_head.register_forward_hook(hook)
+        with pytest.raises(RuntimeError, match="changes its logits before the loss by more than a number and one tanh"):
+            cut(ids, labels=ids)
+    cut = sp.parallelize(llama(), group(), loss_parallel=True)
+    cut.lm_head.register_forward_hook(lambda module, args, out: out.masked_fill(torch.arange(VOCAB) > 40, -1e9))
+    cut(ids)  # checks the changed model
+    with pytest.raises(RuntimeError, match="changes its logits before the loss"):
+        torch.compile(cut, backend="aot_eager")(ids, labels=ids)
+
+
+def test_hooks_that_write_into_logits(world2: World) -> None:
+    world2.run(written_case)
+
+
 def test_hooks_that_change_logits(world2: World) -> None:
     world2.run(hooked_case)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 
@@ -99,6 +100,82 @@ def test_a_change_in_place_is_an_error() -> None:
             z.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
+
+
+def test_an_input_that_was_changed_in_place_is_kept() -> None:
+    """Where autograd does not look: a hook that prunes or steers."""
+    ways: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda gate, up: zeroed(F.silu(gate)),
+        lambda gate, up: zeroed(F.silu(gate)) * up,
+        lambda gate, up: zeroed(F.silu(gate) * up),
+        lambda gate, up: zeroed(sp.dropout_add_rms_norm(gate, None, torch.ones(33))),
+    ]
+
+    def zeroed(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x[..., :4] = 0
+        return x
+
+    for way in ways:
+        found = []
+        for remake in (False, True):
+            torch.manual_seed(1)
+            a, b = leaves(2, 2, 5, 33)
+            layer = linear(remake)
+            y = layer(way(a * 1.5, b * 2))
+            found.append(torch.autograd.grad(y.square().sum(), (layer.weight, b), allow_unused=True))
+        for kept, made in zip(*found, strict=True):
+            assert kept is None or torch.equal(kept, made)
+        assert not found[1][0][:, :4].any()
+
+
+def test_a_result_whose_graph_is_gone_is_kept() -> None:
+    a, b = leaves(2, 2, 5, 33)
+    layer = linear(True)
+    norm = sp.dropout_add_rms_norm(a * 1.5, None, torch.ones(33))
+    for x in (F.silu(a * 1.5) * (b * 2), F.silu(a * 1.5), norm):
+        layer(x).sum().backward()
+        (dw,) = torch.autograd.grad(layer(x).sum(), layer.weight)
+        torch.testing.assert_close(dw, x.detach().sum((0, 1)).expand_as(dw))
+
+
+def test_a_norm_of_several_dtypes_is_kept() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        (x,) = leaves(1, 2, 5, 33, dtype=dtype)
+        residual = torch.randn(2, 5, 33)
+        found = []
+        for remake in (False, True):
+            layer = linear(remake, dtype=dtype)
+            y = layer(sp.dropout_add_layer_norm(x, residual, torch.ones(33), torch.zeros(33)))
+            found.append(torch.autograd.grad(y.float().sum(), (x, layer.weight)))
+        assert all(map(torch.equal, *found))
+
+
+def test_a_weight_without_memory_is_an_error() -> None:
+    """fully_shard gives the memory of a norm's weight back before the linear's backward where the norm is alone."""
+    for kind in ("norm", "split"):
+        (x,) = leaves(1, 2, 5, 33)
+        weight = torch.ones(33)
+        norm = SplitRMSNorm.from_torch(torch.nn.RMSNorm(33), group=None)
+        y = sp.dropout_add_rms_norm(x, None, weight) if kind == "norm" else norm(x)
+        out = linear(True)(y)
+        (weight if kind == "norm" else norm.weight).untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="a norm's weight has no memory in the backward of the linear behind it"):
+            out.sum().backward()
+
+
+def test_modules_are_pickled_after_a_forward() -> None:
+    a, b = leaves(2, 2, 5, 33)
+    layer = linear(True)
+    layer(F.silu(a * 1.5) * (b * 2))
+    again = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(again.weight, layer.weight) and again.kept.why() == "input made again from a product"
+
+
+def test_bytes_of_a_graph_that_is_gone_count() -> None:
+    x = torch.randn(8, 16)
+    layer = torch.nn.Linear(16, 4)
+    assert sp.activation_bytes(lambda: layer(x).sum().item()).total == x.nbytes
 
 
 def test_a_second_backward_needs_the_graph() -> None:

@@ -287,7 +287,7 @@ def bounded_case() -> None:
     x, w = torch.randn(2, length // t, H), torch.randn(vocab // t, H)
     target = torch.randint(vocab, (2, length))
     place = (None, g.group_name, vocab, -100, 0.0, 0.0, 1.0, 0.0, 1, length, 2, "p2p", 0)
-    sp.set_max_workspace_bytes(16 * 4 * w.shape[0])
+    sp.set_max_workspace_bytes(4 * 16 * 4 * w.shape[0])
     try:
         with Largest() as seen:
             losses, lse, _ = vocab_ops._head_kernel(x, w, None, target, *place)

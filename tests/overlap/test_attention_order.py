@@ -84,15 +84,17 @@ def test_bits_do_not_depend_on_when_a_rank_computes() -> None:
         shared = sp.shard_sequence(bias, group, 2, layout="zigzag")
         leaves = [t.detach().clone().requires_grad_() for t in (q, k, v, shared)]
         out = sp.sequence_parallel_attention(
-            *leaves[:3], group=group, is_causal=True, attn_bias=leaves[3], layout="zigzag", engine="ring", **options
+            *leaves[:3], group=group, is_causal=True, attn_bias=leaves[3], layout="zigzag", **options
         )
         return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
-    for ranks in (2, 3):
+    ring = dict(engine="ring")
+    two_by_two = dict(ulysses_degree=2, ring_degree=2)  # four blocks of own keys, whose sum has an order
+    for ranks, grid in ((2, ring), (3, ring), (4, two_by_two)):
         found = []
         for options in (dict(save_kv=True), dict(save_kv=False), dict(save_kv=True, chunks=5), dict(chunks=5)):
             with Loopback(ranks) as loopback:
-                found.append(loopback.run(on_rank, options))
+                found.append(loopback.run(on_rank, {**grid, **options}))
         for other in found[1:]:
             for mine, theirs in zip(found[0], other, strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(mine[:4], theirs[:4], strict=True))

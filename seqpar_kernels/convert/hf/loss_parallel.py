@@ -105,21 +105,25 @@ class LossParallel:
         Raises:
             RuntimeError: something else than scaling and capping.
         """
-        if self._logits is not None and logits is self._logits and not isinstance(logits, StandInLogits):
-            return UNCHANGED
-        if isinstance(logits, StandInLogits) and self._logits is not None:
+        ours = self._logits is not None
+        if ours and isinstance(logits, StandInLogits) and logits.intact:
             return logits.change
-        if self._logits is None or not torch.compiler.is_compiling() or self._configured == UNCHANGED:
+        if (
+            not ours
+            or not torch.compiler.is_compiling()
+            or (logits is not self._logits and self._configured == UNCHANGED)
+        ):
             raise RuntimeError(
                 "loss_parallel: the model changes its logits before the loss by more than a number and one tanh, and "
                 "logits never exist"
             )
-        seen = logits.reshape(-1)[:1].float()
-        expected = self._configured.of(torch.full_like(seen, self._probe))
+        change = UNCHANGED if logits is self._logits else self._configured
+        seen = logits.flatten(0, -2)[:1].float()  # one row [1, V]: all of them would take the memory of logits
+        expected = change.of(torch.full_like(seen, self._probe))
         same = ((seen - expected).abs() <= 0.02 * expected.abs()).all()  # a bf16 logit has 8 bits
-        scale, cap = self._configured
+        scale, cap = change
         torch._assert_async(same, f"loss_parallel: the logits changed otherwise than by scale {scale}, softcap {cap}")
-        return self._configured
+        return change
 
     def loss(
         self,

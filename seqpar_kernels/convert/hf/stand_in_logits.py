@@ -1,8 +1,8 @@
 """A stand-in for logits that never exist: it remembers how a model changes them before the loss.
 
 Models scale their logits (Cohere, Granite) or cap them (Gemma 2, NanoChat) between the head and the loss. Elementwise
-products with numbers and one tanh are remembered, and the loss makes them of its own logits. What is done to the
-stand-in otherwise gives NaN, and the loss refuses it.
+products with numbers and one tanh are remembered, and the loss makes them of its own logits. Another result is no
+stand-in, and writing into one is seen in its version: the loss refuses both.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class StandInLogits(Tensor):
     """[..., V] of NaN without memory, and the change that the model has made so far."""
 
     change: LogitChange
+    written: int  # its version when it was made
 
     @staticmethod
     def like(x: Tensor, features: int) -> StandInLogits:
@@ -66,8 +67,14 @@ class StandInLogits(Tensor):
     @staticmethod
     def _changed(values: Tensor, change: LogitChange) -> StandInLogits:
         new: StandInLogits = torch.Tensor._make_subclass(StandInLogits, values)
-        new.change = change
+        new.change, new.written = change, values._version
         return new
+
+    @property
+    def intact(self) -> bool:
+        """Whether nothing was written into it or into a view of it."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._version == self.written
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
