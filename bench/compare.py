@@ -1,11 +1,10 @@
 """``bench compare A B``: two runs or two commits side by side.
 
-A difference within the p20..p80 bands is noise. Runs minutes apart differ by more, so ours are judged beside the peers,
-whose code is the same in both. What these changed by together at the same question, in the same rounds, the machine may
-have done to ours too, and beside it the most that parted a single peer from the others at any question. That much is
-shown as "allowed"; differences within it are marked "machine", as those of the peers themselves are. A link that was
-paced to the matmul of its own run (ratio) is another link in another run: such times are compared in units of their
-floor.
+A difference within the p20..p80 bands is noise. Runs minutes apart differ by more. The peers' code is the same in both
+runs, so a change of theirs is the machine's. "Allowed" is what all peers changed by together at the same question, and
+beside it the most by which one peer differed from the others at any question. Differences within it, and those of the
+peers, are marked "machine". A link paced to the matmul of its own run (ratio) is another link in another run: such
+times are compared in units of their floor.
 """
 
 from __future__ import annotations

@@ -4,6 +4,15 @@ Some operators of DTensor have another gradient when a tensor is cut: ``mse_loss
 that the gradient is too large by the number of ranks, and nothing fails. And no placement describes unequal packed
 sections. So this module replaces DTensor's functions for listed parameters. Elementwise functions run on the parts.
 Sums over all elements are summed over the ranks. Every other function gets the whole tensors, gathered.
+
+===============  ====================================  ===========  ==================================================
+Function         forward                               result       backward
+===============  ====================================  ===========  ==================================================
+``Whole``        all-gather of the parts               whole shape  this rank's part of the gradient, no communication
+``_Sum``         all-reduce of the parts' sums         []           the gradient as it is, no communication
+``_Everywhere``  a scalar as it is, no communication   []           all-reduce of the scalar's gradient
+``_Norm``        all-reduce of the sum of squares      []           part / norm * gradient, no communication
+===============  ====================================  ===========  ==================================================
 """
 
 from __future__ import annotations

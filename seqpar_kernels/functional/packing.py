@@ -1,4 +1,14 @@
-"""Attention over a batch of documents, each on as many ranks as it needs."""
+"""Attention over a batch of documents, each on as many ranks as it needs.
+
+========  =================================================================  =================  =============
+pass      computes                                                           result             communication
+========  =================================================================  =================  =============
+forward   two groups' attention, one after the other (``_After``: no copy)   [rows, heads, D]   none
+backward  the later group's gradients first, on all ranks alike              those of inputs    none
+========  =================================================================  =================  =============
+
+What the groups send is that of :mod:`.sequence_attention`.
+"""
 
 from __future__ import annotations
 

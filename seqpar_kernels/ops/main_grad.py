@@ -2,6 +2,13 @@
 
 A sum of 16-bit gradients of many micro-batches loses low bits. Here the matmul accumulates in float32 and adds to the
 buffer (:func:`add_weight_gradient`), and no gradient of the weight's own dtype exists.
+
+=======  ===========================================  ========  =============
+pass     computes                                     result    communication
+=======  ===========================================  ========  =============
+forward  the weight itself (``_Announce``)            [N, K]    none
+wgrad    a placeholder, for hooks that wait for one   [N, K]    none
+=======  ===========================================  ========  =============
 """
 
 from __future__ import annotations
