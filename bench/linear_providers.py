@@ -96,7 +96,7 @@ class GatherThenLinear(torch.autograd.Function):
     """One collective, one matmul; keeps the shard and gathers again in the backward, as Megatron does."""
 
     @staticmethod
-    def forward(ctx, x, weight, group, scatter):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, x, weight, group, scatter=_scattered):  # type: ignore[no-untyped-def,override]
         ctx.save_for_backward(x, weight)
         ctx.group, ctx.scatter = group, scatter
         return F.linear(_gathered(x, group), weight)
@@ -112,7 +112,7 @@ class LinearThenScatter(torch.autograd.Function):
     """One matmul, one collective."""
 
     @staticmethod
-    def forward(ctx, x, weight, group, scatter):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, x, weight, group, scatter=_scattered):  # type: ignore[no-untyped-def,override]
         ctx.save_for_backward(x, weight)
         ctx.group = group
         return scatter(F.linear(x, weight), group)

@@ -23,6 +23,7 @@ LIMIT = 1e-5
 
 def run(name: str, ranks: int, out: Path, *options: str) -> dict[str, list[float]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
+    environment["PYTHONFAULTHANDLER"] = "1"  # a process that aborts at its end says in which thread
     environment["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
