@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,9 +67,9 @@ def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Activ
     """
     report = ActivationReport()
     not_counted: set[int] = set()
-    # (where it began, the storages of what autograd keeps; none once it has let them go). Held until the end: a new
+    # (what a node keeps, where it began, its storages; none once it has let them go). Held until the end: a new
     # storage could get the address of a freed one.
-    kept: list[tuple[str, list[torch.UntypedStorage]]] = []
+    kept: list[tuple[weakref.ref[Held], str, list[torch.UntypedStorage]]] = []
     stack: list[str] = []
 
     def pack(tensor: Tensor) -> Held:
@@ -76,9 +77,9 @@ def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Activ
         if isinstance(base, nn.Parameter):
             return Held(tensor)
         storages = list(_storages(tensor))
-        kept.append((stack[-1] if stack else "(outside any module)", storages))
-        # The tensor itself would be a circle where it is the node's own result.
-        return Held(tensor.detach(), storages.clear)
+        held = Held(tensor.detach(), storages.clear)  # the tensor itself would be a circle where it is a node's result
+        kept.append((weakref.ref(held), stack[-1] if stack else "(outside any module)", storages))
+        return held
 
     def enter(module: nn.Module, inputs: Any) -> None:
         for held in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -100,7 +101,11 @@ def activation_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Activ
         for handle in handles:
             handle.remove()
     # Counted now: a tensor that is made again has been let go in the meantime.
-    for where, storages in kept:
+    # A graph that is gone altogether counts as it was; else what went with a part of the graph is kept by nobody.
+    gone = all(held() is None for held, _, _ in kept)
+    for held_by, where, storages in kept:
+        if held_by() is None and not gone:
+            continue
         for storage in storages:
             if storage.data_ptr() not in not_counted:
                 not_counted.add(storage.data_ptr())

@@ -166,7 +166,7 @@ def test_an_installed_package_has_the_benchmarks(installed: Path, tmp_path: Path
 
 def unpacked(built: SimpleNamespace, folder: Path) -> Path:
     with tarfile.open(built.sdist) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (sources,) = folder.iterdir()
     return sources
 

@@ -57,17 +57,17 @@ class StandInLogits(Tensor):
     """[..., V] of NaN without memory, and the change that the model has made so far."""
 
     change: LogitChange
-    written: int  # its version when it was made
+    written: int  # the version of its memory when that was made
 
     @staticmethod
     def like(x: Tensor, features: int) -> StandInLogits:
         """For hidden states x [..., H]."""
-        return StandInLogits._changed(x.new_full((), float("nan")).expand(*x.shape[:-1], features), UNCHANGED)
+        return StandInLogits._changed(x.new_full((), float("nan")).expand(*x.shape[:-1], features), UNCHANGED, None)
 
     @staticmethod
-    def _changed(values: Tensor, change: LogitChange) -> StandInLogits:
+    def _changed(values: Tensor, change: LogitChange, written: int | None) -> StandInLogits:
         new: StandInLogits = torch.Tensor._make_subclass(StandInLogits, values)
-        new.change, new.written = change, values._version
+        new.change, new.written = change, values._version if written is None else written
         return new
 
     @property
@@ -90,7 +90,7 @@ class StandInLogits(Tensor):
                         own.change = change
                         return own
                     with torch._C.DisableTorchFunctionSubclass():
-                        return cls._changed(own.view_as(own), change)
+                        return cls._changed(own.view_as(own), change, own.written)
             if name in _CASTS and all(isinstance(given, torch.dtype) for given in rest):
                 return own  # the loss is computed in fp32 or fp64 whatever the model casts to
         with torch._C.DisableTorchFunctionSubclass():
