@@ -117,8 +117,7 @@ struct BackwardKernel {
         }
         for (int64_t member = share.first_member; share.dq && member < share.last_member; ++member) {
             end(plan, plan.args->dq, share.b, head(plan, share, member), share.first_block * kTileRows + seen.first,
-                seen.last - seen.first, s.head_dim, plan.k_cols,
-                dq_of(plan, share, member, head_rows, seen.first, to));
+                seen.last - seen.first, s.head_dim, plan.k_cols, dq_of(plan, share, member, head_rows, seen.first, to));
         }
     }
 
