@@ -20,8 +20,8 @@ class Row:
     """One module of the table, or several equal ones.
 
     ``wire`` is what one rank sends in one forward, ``model`` the planner's estimate of it. ``kept`` is what the last
-    forward kept of a linear's input for the backward. ``slower`` marks a module
-    that this package could run faster (SEQPAR_STRICT refuses it). A module that is best unfused is not marked.
+    forward kept of a linear's input for the backward. ``slower`` marks a module that this package could run faster
+    (SEQPAR_STRICT refuses it). A module that is best unfused is not marked.
     """
 
     module: str

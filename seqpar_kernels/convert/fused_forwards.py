@@ -17,7 +17,7 @@ from ..functional import NormOptions, NormTensors, run_norm
 from ..nn import LayerNorm, RMSNorm
 from ..nn.own_forward import follower
 from .conversion import Conversion
-from .hooks import _inside_compile
+from .hooks import inside_compile
 
 Forward = Callable[..., Any]
 
@@ -96,7 +96,7 @@ def refuse_compiling(conversion: Conversion) -> None:
         return
 
     def before(module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or _inside_compile():
+        if torch.compiler.is_compiling() or inside_compile():
             raise RuntimeError(
                 "recompute: expected 'auto' or 'none' for a model that is compiled, got 'max': torch.compile decides "
                 "what is kept for the backward (docs/convert.md)"

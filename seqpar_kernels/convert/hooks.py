@@ -56,7 +56,7 @@ def install_forward_hooks(conversion: Conversion) -> None:
                 raise ValueError(f"{asked}: expected False, the {what}")
         if not torch.compiler.is_compiling():
             region.sum_together(conversion.replicated)
-        if torch.compiler.is_compiling() or _inside_compile():
+        if torch.compiler.is_compiling() or inside_compile():
             if not conversion.trusted and module.training not in conversion.checked:
                 raise RuntimeError(
                     "a plan is checked by the first forward, which must be an eager one: call the model once before "
@@ -101,7 +101,7 @@ def _hook_inner_models(model: nn.Module, checking: CheckedForward) -> None:
     under: list[nn.Module] = []  # the module of the current call
 
     def entered(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or _inside_compile() or in_backward():
+        if torch.compiler.is_compiling() or inside_compile() or in_backward():
             return
         if watch.stage is None:
             under[:] = [module]
@@ -136,7 +136,7 @@ def _hooked_everywhere() -> bool:
     return bool(module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks)
 
 
-def _inside_compile() -> bool:
+def inside_compile() -> bool:
     """Whether torch.compile runs this frame eagerly but compiles those it calls; a check would see half of them."""
     return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
 

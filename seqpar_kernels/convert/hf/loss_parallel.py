@@ -32,8 +32,8 @@ class LossParallel:
         head: VocabParallelHead,
         region: Region,
         loss_function: Callable[..., Tensor],
-        configured: LogitChange = UNCHANGED,
-        shown: bool = False,
+        configured: LogitChange,
+        shown: bool,
     ):
         """``configured``: how the model changes its logits by its config.
 
